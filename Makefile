@@ -1,0 +1,30 @@
+# The one door to the project. Every target first makes the part of .venv that it needs, and only once.
+.PHONY: demo test check bench ci lock
+.NOTPARALLEL:
+PYTHON := .venv/bin/python
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
+LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-emit-index-url --generate-hashes pyproject.toml
+
+demo: .venv/base ; $(PYTHON) examples/ask_the_docs.py
+test: .venv/dev ; $(PYTHON) -m pytest
+bench: .venv/bench ; $(PYTHON) -m benchmarks
+ci: check test
+check: .venv/dev
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+	.venv/bin/vulture
+lock:
+	$(LOCK) --group build --output-file requirements/base.txt
+	$(LOCK) --group dev --constraint requirements/base.txt --output-file requirements/dev.txt
+	$(LOCK) --group bench --constraint requirements/dev.txt --output-file requirements/bench.txt
+
+.venv/base: requirements/base.txt pyproject.toml
+	python3 -m venv --without-pip .venv
+	$(INSTALL) --require-hashes --requirement requirements/base.txt
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	touch $@
+.venv/%: requirements/%.txt .venv/base
+	$(INSTALL) --require-hashes --requirement $<
+	touch $@

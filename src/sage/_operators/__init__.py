@@ -1,0 +1,1 @@
+"""Operators: functions from batch to batch."""

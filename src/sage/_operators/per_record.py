@@ -1,0 +1,240 @@
+"""Operators that look at one record at a time."""
+
+from __future__ import annotations
+
+from itertools import compress
+from operator import not_
+from typing import TYPE_CHECKING, Any
+
+from sage._operators.operator import Operator
+from sage.functions import FlatMapFunction, MapFunction
+from sage.records import BATCH_RECORDS_MAX, Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from sage._plan.logical import Node
+    from sage._operators.operator import Surroundings
+
+NOTHING = Batch([])
+
+
+def drop_requests(requests: Iterable[Any]) -> None:
+    """Tell requests that a record of theirs has ended without an answer."""
+    for request in requests:
+        if request is not None:
+            request.drop()
+
+
+def without_none(batch: Batch, results: list[Any]) -> Batch:
+    """Return the results that are not None, with the keys and requests of their records."""
+    mask = [result is not None for result in results]
+    if all(mask):
+        return batch.replace(results)
+    if batch.requests is not None:
+        drop_requests(compress(batch.requests, map(not_, mask)))
+    return batch.replace(results).select(mask)
+
+
+class Pass(Operator):
+    """Hands every record on: unions, futures, dead letters, and changes of distribution."""
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return the batch."""
+        self.metrics.records_in += len(batch)
+        return batch
+
+
+class Map(Operator):
+    """One record out for each record in."""
+
+    def prepare(self) -> None:
+        """Bind the function; only a `MapFunction` drops records by returning None, as it always did."""
+        self._call = self.callable_of()
+        self._drops_none = isinstance(self._function, MapFunction)
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return the results."""
+        batch, results = self.apply(self._call, batch)
+        return without_none(batch, results) if self._drops_none else batch.replace(results)
+
+
+class Filter(Operator):
+    """Keeps the records for which the function says so."""
+
+    def prepare(self) -> None:
+        """Bind the function."""
+        self._call = self.callable_of()
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return the records that stay."""
+        batch, mask = self.apply(self._call, batch)
+        try:
+            kept = batch.select(mask)
+        except Exception:
+            # A verdict without a truth value, such as an array of several: find whose it is, at its own cost.
+            batch, mask = self._verdicts(batch, mask)
+            kept = batch.select(mask)
+        if batch.requests is not None:
+            drop_requests(compress(batch.requests, map(not_, mask)))
+        return kept
+
+    def _verdicts(self, batch: Batch, mask: list[Any]) -> tuple[Batch, list[bool]]:
+        self.metrics.records_in -= len(batch)
+        verdicts = iter(mask)
+        return self.apply(lambda _: bool(next(verdicts)), batch)
+
+
+class Sink(Operator):
+    """Hands each record to the function; nothing goes on."""
+
+    def prepare(self) -> None:
+        """Bind the function."""
+        self._call = self.callable_of()
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return nothing."""
+        batch, _ = self.apply(self._call, batch)
+        if batch.requests is not None:
+            drop_requests(batch.requests)
+        return NOTHING
+
+
+class KeyBy(Operator):
+    """Gives each record its key."""
+
+    def prepare(self) -> None:
+        """Bind the function."""
+        self._call = self.callable_of()
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return the records with their keys."""
+        batch, keys = self.apply(self._call, batch)
+        return Batch(batch.values, keys, batch.requests)
+
+
+class CoMap(Operator):
+    """One function for each input."""
+
+    def prepare(self) -> None:
+        """Bind `map0`, `map1`, ... or the callables that were given."""
+        inputs = range(len(self.node.inputs))
+        if isinstance(self._function, tuple):
+            functions, self._drops_none = self._function, False
+            self._calls = []
+            for self._function in functions:
+                self._calls.append(self.callable_of())
+            self._function = functions
+        else:
+            self._calls = [self.callable_of(f"map{port}") for port in inputs]
+            self._drops_none = True
+
+    def process(self, batch: Batch, port: int) -> Batch:
+        """Return the results."""
+        batch, results = self.apply(self._calls[port], batch)
+        return without_none(batch, results) if self._drops_none else batch.replace(results)
+
+
+class FlatMap(Operator):
+    """Any number of records out for each record in.
+
+    What the function returns is taken at once if it is a list or a tuple. Anything else is read as far as there is
+    room, so that a generator may be long or endless: the operator cuts its own span, and `resume` reads on. A record
+    that fails gives nothing, but for what went on already of a long generator.
+    """
+
+    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+        super().__init__(node, surroundings)
+        self._out: list[Any] = []
+        self._reading: Iterator[Any] | None = None
+        self._origin = NOTHING
+
+    def prepare(self) -> None:
+        """Bind the function, with what it collects."""
+        call = self.callable_of()
+        self._call = self._collecting(call) if isinstance(self._function, FlatMapFunction) else call
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return what the records give, as far as it was read."""
+        call, take = self._call, self._take
+        return self._flatten(lambda value: take(call(value)), batch)
+
+    def resume(self) -> Batch:
+        """Read on in what the last record gave."""
+        self.more = False
+        reading = self._reading
+        self.metrics.records_in -= 1  # the record was counted when its reading began
+        return self._flatten(lambda _: self._take(reading), self._origin)
+
+    def _flatten(self, give: Callable[[Any], int], batch: Batch) -> Batch:
+        self._out = []
+        done, counts = self.apply(give, batch)
+        if self._reading is not None:
+            self.more = True
+            self._origin = done.slice(len(done) - 1)
+        if done.requests is not None:
+            for request, count in zip(done.requests, counts, strict=True):
+                if request is not None:
+                    request.add(count)
+            drop_requests(done.requests[:-1] if self.more else done.requests)
+        if done.keys is None and done.requests is None:
+            return Batch(self._out)
+        return done.expand(self._out, counts)
+
+    def _take(self, result: Any) -> int:
+        """Add what one record gives to the output, up to a bound, and return how many records that are."""
+        self._reading = None
+        out = self._out
+        before = len(out)
+        if isinstance(result, list | tuple):
+            out.extend(result)
+        elif isinstance(result, str | bytes):
+            raise TypeError(f"a {type(result).__name__} is one record and no list of records")
+        elif result is not None:
+            reading = iter(result)
+            try:
+                for value in reading:
+                    out.append(value)
+                    if len(out) >= BATCH_RECORDS_MAX or self.span.is_cut:
+                        self._reading = reading
+                        self.span.cut()
+                        break
+            except BaseException:
+                del out[before:]
+                raise
+        return len(out) - before
+
+    def _collecting(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        function = self._function
+
+        def collect(*args: Any) -> Any:
+            function._collected = None
+            result = call(*args)
+            if result is not None and not isinstance(result, list | tuple | str | bytes):
+                return self._interleaved(iter(result))
+            collected, function._collected = function._collected, None
+            return [*collected, *(result or ())] if collected else result
+
+        return collect
+
+    def _interleaved(self, result: Iterator[Any]) -> Iterator[Any]:
+        """Yield what `result` yields and what was collected meanwhile, in the order in which it was given."""
+        function = self._function
+        for value in result:
+            collected, function._collected = function._collected, None
+            yield from collected or ()
+            yield value
+        collected, function._collected = function._collected, None
+        yield from collected or ()
+
+
+class Process(FlatMap):
+    """A flat map that may emit at the end."""
+
+    def finish(self) -> Batch | None:
+        """Return what the function's `finish` gives."""
+        finishing = getattr(self._function, "finish", None)
+        if finishing is None:
+            return None
+        result = self._collecting(lambda: self._call_now(finishing))()
+        return Batch(list(result)) if result is not None else None

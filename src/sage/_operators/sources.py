@@ -1,0 +1,181 @@
+"""What sources read from: sequences, iterables, users' functions, and users' own `Source` objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sage._operators.operator import Operator
+from sage.connector import Source
+from sage.errors import FunctionError, describe
+from sage.functions import StopSignal
+from sage.records import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sage.records import Span
+
+
+class SequenceSource(Source):
+    """A list, tuple or range, of which each parallel task reads every n-th record."""
+
+    def __init__(self, values: Sequence[Any], index: int, step: int) -> None:
+        self._values = values if step == 1 else values[index::step]
+        self._at = 0
+
+    def read(self, records_max: int) -> list[Any] | None:
+        """Return the next slice."""
+        records = list(self._values[self._at : self._at + records_max])
+        self._at += len(records)
+        return records or None
+
+
+class IterableSource(Source):
+    """Any other iterable, read record by record, so that a slow one hands on what it has."""
+
+    def __init__(self, values: Any, span: Span) -> None:
+        self._values = values
+        self._span = span
+        self._error: BaseException | None = None
+        self._iterator: Iterator[Any] = iter(())
+
+    def open(self) -> None:
+        """Begin to iterate; a callable is called for its iterable first."""
+        self._iterator = iter(self._values() if callable(self._values) else self._values)
+
+    def read(self, records_max: int) -> list[Any] | None:
+        """Return records until there are enough or the span is cut."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
+        turns = [None] * records_max
+        records: list[Any] = []
+        self._span.begin(turns)
+        try:
+            for _, record in zip(turns, self._iterator, strict=False):
+                records.append(record)
+        except BaseException as error:  # the records before it go on first
+            if not records:
+                raise
+            self._error = error
+            return records
+        finally:
+            self._span.end()
+        if not records and not self._span.is_cut:
+            return None
+        return records
+
+    def close(self) -> None:
+        """Close a generator, so that its `finally` runs now."""
+        closing = getattr(self._iterator, "close", None)
+        if closing is not None and hasattr(self._iterator, "gi_frame"):
+            closing()
+
+
+class FunctionSource(Source):
+    """A function that is called for each record."""
+
+    def __init__(self, call: Callable[[], Any], span: Span, *, none_ends: bool) -> None:
+        self._call = call
+        self._span = span
+        self._none_ends = none_ends
+        self._ended = False
+        self._error: BaseException | None = None
+
+    def read(self, records_max: int) -> list[Any] | None:
+        """Return records until there are enough, there is nothing now, or the span is cut."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._ended:
+            return None
+        call = self._call
+        records: list[Any] = []
+        turns = [None] * records_max
+        self._span.begin(turns)
+        try:
+            for _ in turns:
+                record = call()
+                if record is None or isinstance(record, StopSignal):
+                    self._ended = self._none_ends or record is not None
+                    break
+                records.append(record)
+        except BaseException as error:  # the records before it go on first
+            if not records:
+                raise
+            self._error = error
+        finally:
+            self._span.end()
+        return None if self._ended and not records else records
+
+
+class Reader(Operator):
+    """The operator of a source: it reads instead of processing. `ended` says that nothing follows."""
+
+    source: Source
+    ended = False
+    delay_s: float | None = None
+
+    def prepare(self) -> None:
+        """Build the source around what the user gave and open it."""
+        self.delay_s = self.node.settings.get("delay_s")
+        self._bridge = self.node.settings.get("bridge")
+        self.source = self._source()
+        self.source.open()
+
+    def _source(self) -> Source:
+        target = self._function
+        bounded: bool = self.node.settings["bounded"]
+        if isinstance(target, Source):
+            return target
+        if hasattr(target, "execute"):
+            return FunctionSource(self.callable_of(), self.span, none_ends=bounded)
+        if not bounded:
+            return FunctionSource(self.callable_of(), self.span, none_ends=False)
+        if isinstance(target, list | tuple | range):
+            return SequenceSource(target, self.context.parallel_index, self.context.parallelism)
+        return IterableSource(target, self.span)
+
+    def read(self, records_max: int) -> Batch:
+        """Return the next records; none when there is nothing now, when the source ended, or when it is to try again.
+
+        A failure is left in `failure`, and a pause before the next attempt in `wake_at`.
+        """
+        try:
+            records = self.source.read(records_max)
+        except BaseException as error:  # every failure of a source is owned here
+            self._failed(error)
+            return Batch([])
+        self._attempts = 0
+        if records is None:
+            self.ended = True
+            return Batch([])
+        batch = Batch(records if type(records) is list else list(records))
+        if self._bridge is not None and len(batch):
+            batch.requests = self._bridge.taken(len(batch))
+        self.metrics.records_in += len(batch)
+        self.metrics.records_out += len(batch)
+        return batch
+
+    def _failed(self, error: BaseException) -> None:
+        retry = self.node.on_error.retry
+        self._attempts += 1
+        if isinstance(error, Exception) and retry is not None and self._attempts < retry.attempts_max:
+            self.wake_at = self._surroundings.now() + retry.pause_s(self._attempts)
+            return
+        self.metrics.failed += 1
+        times = f" after {self._attempts} attempts" if self._attempts > 1 else ""
+        blamed = FunctionError(
+            f'source "{self.node.name}" failed{times}: {describe(error)}', operator=self.node.name
+        )
+        blamed.__cause__ = error
+        self.failure = blamed
+
+    def close(self) -> None:
+        """Close the source, and the user's function behind it."""
+        try:
+            if hasattr(self, "source"):
+                self.source.close()
+        finally:
+            super().close()

@@ -1,0 +1,236 @@
+"""From a logical graph to a physical plan: validate, lower, apply the rules."""
+
+from __future__ import annotations
+
+import dis
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+from sage._plan.logical import Kind, LogicalGraph, Node, ServiceSpec
+from sage._plan.rules import RULES, edges_of, loops_of, lower, ordered
+from sage.connector import Source
+from sage.errors import GraphError, UnknownServiceError, hint
+from sage.functions import BaseFunction, ProcessFunction
+from sage.service import ServiceHandle, ServiceMethod, unknown_service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from sage._plan.physical import PhysicalPlan
+
+
+def plan(graph: LogicalGraph, *, fused: bool = True) -> PhysicalPlan:
+    """Return the physical plan of a graph.
+
+    Args:
+        graph: what to run.
+        fused: whether operators may share a task; without, each has its own, which only tests want.
+
+    Raises:
+        GraphError: the graph cannot run; when there are several problems, it lists them all.
+    """
+    problems = tuple(validate(graph))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        error = GraphError(f'{len(problems)} problems in "{graph.name}":{lines}', problems)
+        for problem in problems:
+            for note in getattr(problem, "__notes__", ()):
+                hint(error, note)
+        raise error
+    result = lower(graph)
+    for rule in RULES if fused else RULES[:1]:
+        result = rule(graph, result)
+    return result
+
+
+def validate(graph: LogicalGraph) -> Iterator[GraphError]:
+    """Yield every problem of a graph that can be seen before it runs."""
+    if not graph.nodes:
+        error = GraphError(f'environment "{graph.name}" has no pipeline')
+        yield hint(error, "Begin one with env.from_batch(...) or env.from_source(...).")
+        return
+    yield from _streams(graph)
+    yield from _services(graph.services)
+    known = {service.name: service for service in graph.services}
+    for node in graph.nodes.values():
+        yield from _uses(node, known)
+
+
+def _streams(graph: LogicalGraph) -> Iterator[GraphError]:
+    filled = {future for _, future in graph.feedback}
+    edges = edges_of(graph)
+    for node in graph.nodes.values():
+        if node.kind is Kind.FUTURE and node.id not in filled:
+            error = GraphError(f'future "{node.name}" is never filled')
+            yield hint(error, f"Call stream.fill_future({node.name}) with the stream that leads back into it.")
+        if node.kind is Kind.SOURCE:
+            yield from _source(node)
+    if ordered(graph, edges) is None:
+        names = ", ".join(f'"{node.name}"' for node in graph.nodes.values() if node.kind is Kind.LETTERS)
+        error = GraphError(f"dead letters of {names} are handled by an operator that sends its own there")
+        yield hint(error, "Give the operators behind dead letters another on_error.")
+    for loop in loops_of(edges):
+        for node in (graph.nodes[id_] for id_ in sorted(loop)):
+            if _emits_at_the_end(node):
+                error = GraphError(f'operator "{node.name}" emits when its input ends, but it is part of a loop')
+                yield hint(error, "A loop ends when nothing is left in it; move the operator behind the loop.")
+
+
+def _source(node: Node) -> Iterator[GraphError]:
+    target = node.function.target if node.function else None
+    if node.function is None or node.function.is_class:
+        return
+    if node.parallelism > 1 and not isinstance(target, list | tuple | range | BaseFunction):
+        error = GraphError(f'source "{node.name}" has parallelism {node.parallelism}, but it cannot be split')
+        yield hint(error, "Give a list, a tuple, a range or a function class, or leave parallelism out.")
+    if node.settings.get("spent"):
+        error = GraphError(f'source "{node.name}" reads an iterator that an earlier job has used up')
+        yield hint(error, "Give a list or a generator function, which can be read again.")
+
+
+def _emits_at_the_end(node: Node) -> bool:
+    if node.kind is Kind.REDUCE:
+        return not node.settings["emit_each"]
+    target = node.function.target if node.function else None
+    type_ = target if isinstance(target, type) else type(target)
+    return node.kind is Kind.PROCESS and getattr(type_, "finish", None) not in (None, ProcessFunction.finish)
+
+
+def _services(services: tuple[ServiceSpec, ...]) -> Iterator[GraphError]:
+    known = {service.name: service for service in services}
+    for service in services:
+        for name in service.requires:
+            if name not in known:
+                yield unknown_service(f'service "{service.name}"', name, known)
+    yield from _circle(known)
+
+
+def _circle(known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
+    """Yield an error for the first circle of dependencies, with its path."""
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> tuple[str, ...] | None:
+        if name in path:
+            return (*path[path.index(name) :], name)
+        if name in done or name not in known:
+            return None
+        for next_ in known[name].requires:
+            if found := walk(next_, (*path, name)):
+                return found
+        done.add(name)
+        return None
+
+    for name in known:
+        if path := walk(name, ()):
+            error = GraphError(f"services depend on each other in a circle: {' -> '.join(path)}")
+            yield hint(error, "Services start after those they depend on, so one of these has to go without.")
+            return
+
+
+def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
+    """Yield an error for each service or method that a function visibly uses and that is not there."""
+    if node.function is None:
+        return
+    target = node.function.target
+    functions: list[Any] = list(target) if isinstance(target, tuple) and node.kind is Kind.COMAP else [target]
+    if node.kind is Kind.SOURCE and isinstance(target, Source | list | tuple | range | str):
+        functions = []
+    used: list[tuple[ServiceHandle[Any], str | None]] = []
+    for argument in (*functions, *node.function.args, *node.function.kwargs.values()):
+        if isinstance(argument, ServiceMethod):
+            used.append((argument.handle, argument.__name__))
+        elif isinstance(argument, ServiceHandle):
+            used.append((argument, None))
+    names: list[str] = []
+    for function in functions:
+        for code_owner in _code_owners(function):
+            used += _handles_in(code_owner)
+            names += _names_in(code_owner.__code__)
+    for name in dict.fromkeys(names):
+        if name not in known:
+            yield unknown_service(f'operator "{node.name}"', name, known)
+    for handle, method in dict.fromkeys(used):
+        service = known.get(handle._name)
+        if service is None or service.handle is not handle:
+            yield unknown_service(f'operator "{node.name}"', handle._name, known)
+        elif method is not None and isinstance(service.target, type):
+            yield from _method(node, service, method)
+
+
+def _method(node: Node, service: ServiceSpec, method: str) -> Iterator[GraphError]:
+    type_ = service.target
+    assert isinstance(type_, type)
+    if hasattr(type_, method) or hasattr(type_, "__getattr__") or _sets(type_, method):
+        return
+    methods = ", ".join(name for name in dir(type_) if not name.startswith("_") and callable(getattr(type_, name)))
+    error = UnknownServiceError(f'operator "{node.name}" uses "{method}" of service "{service.name}", which it lacks')
+    yield hint(error, f"{type_.__name__} has: {methods or 'no methods'}.")
+
+
+def _sets(type_: type, name: str) -> bool:
+    """Return whether a method of the class sets the attribute `name`, as a constructor does."""
+    functions = (value for class_ in type_.__mro__ for value in vars(class_).values())
+    return any(
+        instruction.opname == "STORE_ATTR" and instruction.argval == name
+        for function in functions
+        if isinstance(function, FunctionType)
+        for instruction in dis.get_instructions(function)
+    )
+
+
+def _code_owners(function: Any) -> Iterable[FunctionType]:
+    if isinstance(function, FunctionType):
+        return (function,)
+    type_ = function if isinstance(function, type) else type(function)
+    if not issubclass(type_, BaseFunction):
+        return ()
+    return tuple(
+        value
+        for class_ in type_.__mro__
+        if issubclass(class_, BaseFunction) and class_.__module__ != BaseFunction.__module__
+        for value in vars(class_).values()
+        if isinstance(value, FunctionType)
+    )
+
+
+def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[Any], str | None]]:
+    """Return the handles that a function reaches by name, each with the method that it takes of it."""
+    reachable: dict[str, Any] = {
+        name: function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__
+    }
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            reachable[name] = cell.cell_contents
+        except ValueError:
+            continue  # The variable is assigned later.
+    handles = {name: value for name, value in reachable.items() if isinstance(value, ServiceHandle | ServiceMethod)}
+    if not handles:
+        return []
+    found: list[tuple[ServiceHandle[Any], str | None]] = []
+    before: Any = None
+    for instruction in dis.get_instructions(function):
+        value = handles.get(before.argval) if before is not None and isinstance(before.argval, str) else None
+        if isinstance(value, ServiceHandle) and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found.append((value, instruction.argval))
+        before = instruction
+    found += [(value, None) for value in handles.values() if isinstance(value, ServiceHandle)]
+    found += [(value.handle, value.__name__) for value in handles.values() if isinstance(value, ServiceMethod)]
+    return found
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names of services that code calls by a constant: `self.call_service("memory", ...)`."""
+    instructions = list(dis.get_instructions(code))
+    for subject, method, argument in zip(instructions, instructions[1:], instructions[2:], strict=False):
+        if (
+            (subject.opname, subject.argval) == ("LOAD_FAST", "self")
+            and method.argval in ("call_service", "call_service_async", "service")
+            and argument.opname == "LOAD_CONST"
+            and isinstance(argument.argval, str)
+        ):
+            yield argument.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)

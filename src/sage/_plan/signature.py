@@ -1,0 +1,179 @@
+"""Turns what a user gave as a function into a `FunctionSpec`, or says what is wrong with it while the graph is built."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from sage import functions
+from sage._plan.logical import FunctionSpec, Kind
+from sage.connector import Source
+from sage.errors import GraphError, hint, short
+from sage.service import BaseService, ServiceHandle, ServiceMethod
+
+# Which function classes an operator takes, and how many records its function is called with.
+ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
+    Kind.SOURCE: ((functions.BatchFunction, functions.SourceFunction), 0),
+    Kind.MAP: ((functions.MapFunction,), 1),
+    Kind.FILTER: ((functions.FilterFunction,), 1),
+    Kind.FLATMAP: ((functions.FlatMapFunction,), 1),
+    Kind.PROCESS: ((functions.ProcessFunction,), 1),
+    Kind.SINK: ((functions.SinkFunction,), 1),
+    Kind.KEYBY: ((functions.KeyByFunction,), 1),
+    Kind.REDUCE: ((), 2),
+    Kind.COMAP: ((functions.BaseCoMapFunction,), 1),
+    Kind.JOIN: ((functions.BaseJoinFunction,), 3),
+}
+
+KINDS_OF_FUNCTION = tuple(type_ for types, _ in ACCEPTED.values() for type_ in types)
+
+
+def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionSpec:
+    """Check `target` and return it as a spec.
+
+    Raises:
+        GraphError: it is no function, a function of another kind, or takes another number of records.
+        TypeError: its constructor does not take these arguments, or it takes none.
+    """
+    if isinstance(target, type) and _is_function_class(target):
+        _check_kind(kind, target)
+        _check_constructor(kind, target, args, kwargs)
+        _check_records(kind, target, "execute", bound=False)
+        return FunctionSpec(target, True, args, kwargs)
+    if args or kwargs:
+        given = ", ".join([*map(short, args), *(f"{key}={short(value)}" for key, value in kwargs.items())])
+        error = TypeError(f"{kind}({_label(target)}, {given}): these arguments have no effect")
+        raise hint(error, "Only a function class takes arguments; bind them with functools.partial or a lambda.")
+    if isinstance(target, functions.BaseFunction) or (
+        hasattr(target, "execute") and not isinstance(target, type | ServiceHandle)
+    ):
+        _check_kind(kind, type(target))
+        _check_records(kind, target, "execute", bound=True)
+        return FunctionSpec(target)
+    if isinstance(target, type) and target.__module__ != "builtins":
+        error = GraphError(f"{kind}({target.__name__}): the class {target.__name__} is no function class")
+        wanted = " or ".join(type_.__name__ for type_ in ACCEPTED[kind][0]) or "a plain function"
+        note = f"Derive it from {wanted} and write execute(), or call it for each record: lambda x: {target.__name__}(x)."
+        raise hint(error, note)
+    if not callable(target):
+        error = GraphError(f"{kind}({short(target)}): {type(target).__name__} is not callable")
+        raise hint(error, "Give a function class, an instance of one, or a callable.")
+    _check_records(kind, target, None, bound=True)
+    return FunctionSpec(target)
+
+
+def _is_function_class(target: type) -> bool:
+    return issubclass(target, functions.BaseFunction) or callable(getattr(target, "execute", None))
+
+
+def _label(target: Any) -> str:
+    return getattr(target, "__name__", None) or type(target).__name__
+
+
+def _check_kind(kind: Kind, target: type) -> None:
+    accepted = ACCEPTED[kind][0]
+    if issubclass(target, BaseService):
+        error = GraphError(f"{kind}({target.__name__}): {target.__name__} is a service, not a function")
+        raise hint(error, f'Register it: env.register_service("name", {target.__name__}).')
+    if issubclass(target, KINDS_OF_FUNCTION) and not issubclass(target, accepted):
+        other = next(type_ for type_ in KINDS_OF_FUNCTION if issubclass(target, type_)).__name__
+        wanted = " or ".join(type_.__name__ for type_ in accepted) or "a plain function"
+        error = GraphError(f"{kind}({target.__name__}): {target.__name__} is a {other}")
+        raise hint(error, f"{kind} takes {wanted}.")
+    execute = getattr(target, "execute", None)
+    if execute is None or execute in [type_.__dict__.get("execute") for type_ in KINDS_OF_FUNCTION]:
+        error = GraphError(f"{kind}({target.__name__}): {target.__name__} does not define execute")
+        raise hint(error, "Write a method execute; the engine calls it.")
+
+
+def _check_constructor(kind: Kind, target: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        inspect.signature(target).bind(*args, **kwargs)
+    except TypeError as error:
+        mended = TypeError(f"{kind}({target.__name__}, ...): the constructor of {target.__name__}: {error}")
+        raise hint(mended, f"What follows {target.__name__} in {kind}(...) goes to its constructor.") from None
+    except ValueError:
+        return  # A class written in C may not tell its signature.
+
+
+def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) -> None:
+    count = ACCEPTED[kind][1]
+    function = getattr(target, method) if method else target
+    if isinstance(function, ServiceMethod | ServiceHandle):
+        return
+    if method and not bound and not isinstance(inspect.getattr_static(target, method), staticmethod | classmethod):
+        function = partial(function, None)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # Some callables written in C do not tell their signature.
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as error:
+        label = f"{_label(target)}.{method}" if method else _label(target)
+        records = {0: "no arguments", 1: "one record"}.get(count, f"{count} arguments")
+        mended = GraphError(f"{kind}({_label(target)}): {label}{inspect.signature(function)} has the wrong arity: {error}")
+        raise hint(mended, f"{kind} calls it with {records}.") from None
+
+
+def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: int) -> FunctionSpec:
+    """Check a co-map function: a class or instance with `map0` to `map<n>`, or a list of callables.
+
+    Raises:
+        GraphError: a method is missing, or the number of callables is not that of the inputs.
+        TypeError: its constructor does not take these arguments.
+    """
+    if isinstance(target, list | tuple) or (callable(target) and not isinstance(target, type) and args):
+        callables = [*target, *args] if isinstance(target, list | tuple) else [target, *args]
+        if kwargs:
+            raise TypeError(f"comap: {', '.join(kwargs)} given beside callables have no effect")
+        if len(callables) != inputs:
+            raise GraphError(f"comap: {len(callables)} callables for {inputs} inputs")
+        for function in callables:
+            function_spec(Kind.COMAP, function, (), {})
+        return FunctionSpec(tuple(callables))
+    missing = [f"map{port}" for port in range(inputs) if not callable(getattr(target, f"map{port}", None))]
+    if missing:
+        error = GraphError(f"comap({_label(target)}): {_label(target)} has no {', '.join(missing)}")
+        raise hint(error, f"Connected streams of {inputs} inputs need map0 to map{inputs - 1}.")
+    for port in range(inputs):
+        _check_records(Kind.COMAP, target, f"map{port}", bound=not isinstance(target, type))
+    if isinstance(target, type):
+        _check_constructor(Kind.COMAP, target, args, kwargs)
+        return FunctionSpec(target, True, args, kwargs)
+    return FunctionSpec(target)
+
+
+def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, bounded: bool) -> FunctionSpec:
+    """Check what a source reads from: a function class or instance, a `Source`, an iterable, or a callable.
+
+    Raises:
+        GraphError: it is none of these.
+        TypeError: arguments are given that have no effect.
+    """
+    method = "from_batch" if bounded else "from_source"
+    if isinstance(target, functions.BaseFunction) or (isinstance(target, type) and _is_function_class(target)):
+        return function_spec(Kind.SOURCE, target, args, kwargs)
+    if isinstance(target, type) and issubclass(target, Source):
+        _check_constructor(Kind.SOURCE, target, args, kwargs)
+        return FunctionSpec(target, True, args, kwargs)
+    if callable(target) and not isinstance(target, type):
+        try:
+            inspect.signature(target).bind(*args, **kwargs)
+        except TypeError as error:
+            mended = GraphError(f"{method}({_label(target)}): {error}")
+            raise hint(mended, "A source calls its function without a record.") from None
+        except ValueError:
+            pass
+        return FunctionSpec(partial(target, *args, **kwargs) if args or kwargs else target)
+    if args or kwargs:
+        names = ", ".join([*map(short, args), *kwargs])
+        raise hint(TypeError(f"{method}({_label(target)}, ...): {names} have no effect"), "Only a class takes arguments.")
+    if isinstance(target, Source) or (bounded and hasattr(target, "__iter__") and not isinstance(target, type)):
+        return FunctionSpec(target)
+    error = GraphError(f"{method}({short(target)}): {type(target).__name__} is no source")
+    wanted = "a BatchFunction class, a list or any iterable, a generator function or a Source" if bounded else (
+        "a SourceFunction class, a callable without arguments or a Source"
+    )
+    raise hint(error, f"Give {wanted}.")

@@ -1,0 +1,1 @@
+"""Tasks, channels, and the lifecycle of a job."""

@@ -1,0 +1,340 @@
+"""The lifecycle of a job as values: what is known beforehand, where everything is, what happens, and what to do.
+
+`transitions.step` leads from one state to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any
+
+from sage._runtime.states import JobState, ServiceState, TaskState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sage.service import ServiceOptions
+
+
+class Way(IntEnum):
+    """How a job is asked to end; a stronger way may follow a weaker one, never the reverse."""
+
+    DRAIN = 1
+    CANCEL = 2
+    KILL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a job's stop, in seconds.
+
+    Attributes:
+        stop_timeout_s: budget of the whole stop, from the first request or failure on.
+        drain_timeout_s: how long what is in flight may take to drain, and a task to leave user code.
+        close_timeout_s: how long each `close` of a function may take.
+        services_share: the part of the budget that is kept for services, so that a slow drain cannot starve cleanups.
+        services_reserve_s: the least that is kept for them.
+    """
+
+    stop_timeout_s: float = 60.0
+    drain_timeout_s: float = 30.0
+    close_timeout_s: float = 10.0
+    services_share: float = 0.4
+    services_reserve_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePlan:
+    """What the lifecycle knows of a service beforehand.
+
+    Attributes:
+        name: its name.
+        requires: services that start before it and stop after it.
+        options: its bounds and policies.
+        keep: whether it outlives the job.
+        adopted: the hooks of an instance that an earlier job kept, or None if it has to be built.
+    """
+
+    name: str
+    requires: tuple[str, ...]
+    options: ServiceOptions
+    keep: bool = False
+    adopted: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPlan:
+    """What the lifecycle knows of a task beforehand.
+
+    Attributes:
+        name: its name.
+        downstream: tasks that have to be open before it.
+        takes_stop: whether it is a source or begins a loop, and so has to be told to stop.
+        serving: whether it only answers requests, and so ends after the others.
+    """
+
+    name: str
+    downstream: tuple[str, ...] = ()
+    takes_stop: bool = False
+    serving: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecord:
+    """Where a service is.
+
+    Attributes:
+        state: its state.
+        incarnation: how many times it was built.
+        hooks: the hooks that it has.
+        hook: the hook that runs, or None.
+        due: when the hook that runs is late, or what waits is due; None for never.
+        start_due: when the start as a whole is late.
+        restarts: when it was restarted.
+        goal: the state that its teardown leads to.
+    """
+
+    state: ServiceState = ServiceState.REGISTERED
+    incarnation: int = 0
+    hooks: frozenset[str] = frozenset()
+    hook: str | None = None
+    due: float | None = None
+    start_due: float = 0.0
+    restarts: tuple[float, ...] = ()
+    goal: ServiceState = ServiceState.STOPPED
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """Where a task is. `due` is when it is late, `opened` whether it may run."""
+
+    state: TaskState = TaskState.CREATED
+    due: float | None = None
+    opened: bool = False
+
+
+class Trouble(StrEnum):
+    """What kind of failure it was."""
+
+    TASK = "task"
+    CLOSE = "close"
+    START = "start"
+    NOT_READY = "not_ready"
+    UNHEALTHY = "unhealthy"
+    HOOK = "hook"
+    LATE_HOOK = "late_hook"
+    LATE_CALLS = "late_calls"
+    LATE_TASK = "late_task"
+
+
+FAILS_JOB = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.START, Trouble.NOT_READY, Trouble.UNHEALTHY})
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that went wrong.
+
+    Attributes:
+        trouble: what kind.
+        name: the task or service.
+        hook: the hook or operator, or "".
+        error: what was raised, or None for what took too long.
+        counts: whether it fails the job; a service that may be absent or restarted does not.
+        detail: where a late thread stands, for a person.
+    """
+
+    trouble: Trouble
+    name: str
+    hook: str = ""
+    error: BaseException | None = None
+    counts: bool = True
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A job's lifecycle at one moment.
+
+    Attributes:
+        services: where each service is, in the order of registration.
+        tasks: where each task is.
+        service_plans: what is known of the services beforehand.
+        task_plans: what is known of the tasks beforehand.
+        limits: the bounds of the stop.
+        job: the state of the job.
+        way: the strongest way in which an end was asked for.
+        ended_by: the way that really ended the job, or None if it ended by itself.
+        seen: pairs of services of which the first was seen to call the second.
+        failures: what went wrong, in order.
+        serving_stopped: whether pipelines that only answer requests were told to stop.
+        deadline: when the budget of the stop is used up; set once.
+        drain_due: when draining turns into cancelling.
+        tasks_due: when tasks that still run are abandoned.
+        hook_cap_s: bound of every hook after an impatient stop, in seconds.
+    """
+
+    services: Mapping[str, ServiceRecord]
+    tasks: Mapping[str, TaskRecord]
+    service_plans: Mapping[str, ServicePlan]
+    task_plans: Mapping[str, TaskPlan]
+    limits: Limits
+    job: JobState = JobState.NEW
+    way: Way | None = None
+    ended_by: Way | None = None
+    seen: frozenset[tuple[str, str]] = frozenset()
+    failures: tuple[Failure, ...] = ()
+    serving_stopped: bool = False
+    deadline: float | None = None
+    drain_due: float | None = None
+    tasks_due: float | None = None
+    hook_cap_s: float | None = None
+
+    @property
+    def next_due(self) -> float | None:
+        """When a `Tick` is due next, or None."""
+        dues = [record.due for record in (*self.services.values(), *self.tasks.values()) if record.due is not None]
+        if self.job is JobState.DRAINING and self.drain_due is not None:
+            dues.append(self.drain_due)
+        return min(dues, default=None)
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether a failure counts against the job."""
+        return any(failure.trouble in FAILS_JOB and failure.counts for failure in self.failures)
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The job is to be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody wants the job to end; `budget_s` bounds the whole stop, `hook_cap_s` each hook."""
+
+    way: Way
+    budget_s: float | None = None
+    hook_cap_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HookEnded:
+    """A hook of a service returned `value` or raised `error`."""
+
+    service: str
+    incarnation: int
+    hook: str
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DependencySeen:
+    """A service was seen to call another."""
+
+    service: str
+    requires: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOpened:
+    """All functions of a task are open."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A task raised; it closes by itself. `closing` names the operator whose `close` it was."""
+
+    task: str
+    error: BaseException
+    closing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskClosing:
+    """A task begins to close the function of another of its operators."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnded:
+    """A task is over; nothing of it runs."""
+
+    task: str
+    state: TaskState
+
+
+TaskEvent = TaskOpened | TaskFailed | TaskClosing | TaskEnded
+LifecycleEvent = Begin | Tick | StopRequested | HookEnded | DependencySeen | TaskEvent
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+class Do(Enum):
+    """What the supervisor is to do; the target is a task, a service, or "" for the job."""
+
+    OPEN_TASK = "open_task"
+    RUN_TASK = "run_task"
+    STOP_TASK = "stop_task"
+    CANCEL_TASK = "cancel_task"
+    ABANDON_TASK = "abandon_task"
+    RUN_HOOK = "run_hook"
+    ABANDON_HOOK = "abandon_hook"
+    ADMIT_CALLS = "admit_calls"
+    HOLD_CALLS = "hold_calls"
+    REFUSE_CALLS = "refuse_calls"
+    NOTE = "note"
+    SEAL = "seal"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing to do.
+
+    Attributes:
+        do: what.
+        target: the task or service.
+        hook: the hook to run or to abandon.
+        incarnation: of the service.
+        due: when the hook is late.
+        before: for a note, the state that was left.
+        after: for a note, the state that was entered.
+    """
+
+    do: Do
+    target: str = ""
+    hook: str = ""
+    incarnation: int = 0
+    due: float | None = None
+    before: str = ""
+    after: str = ""
+
+
+def begin(services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits: Limits) -> State:
+    """Return the state of a job that was not started yet."""
+    return State(
+        services={
+            plan.name: ServiceRecord()
+            if plan.adopted is None
+            else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted)
+            for plan in services
+        },
+        tasks={plan.name: TaskRecord() for plan in tasks},
+        service_plans={plan.name: plan for plan in services},
+        task_plans={plan.name: plan for plan in tasks},
+        limits=limits,
+    )
+
+

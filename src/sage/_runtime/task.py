@@ -1,0 +1,430 @@
+"""A task: one parallel instance of a chain. It is a step; whoever calls the step again and again is a backend."""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sage._operators.sources import Reader
+from sage._runtime.channel import ends
+from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened, TaskState
+from sage.records import BATCH_RECORDS_MAX, END_OF_STREAM, Batch, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sage._operators.operator import Operator
+    from sage._plan.logical import Node
+    from sage._runtime.channel import Channel, InFlight
+    from sage._runtime.lifecycle import TaskEvent
+    from sage._runtime.partition import Partitioner
+    from sage.records import Element
+
+STEP_FAST_S = 0.0025
+STEP_SLOW_S = 0.010
+"""A step aims at about 5 ms: below the first bound it takes more records next time, above the second fewer."""
+
+IDLE_PAUSE_MIN_S = 0.001
+IDLE_PAUSE_MAX_S = 0.05
+"""How long a source that has nothing now is left alone; it doubles while there is nothing."""
+
+
+class Step(Enum):
+    """What came of a step."""
+
+    PROGRESSED = "progressed"
+    IDLE = "idle"
+    BLOCKED = "blocked"
+    DONE = "done"
+
+
+class Phase(Enum):
+    """Where a task is in its life."""
+
+    CREATED = "created"
+    OPENED = "opened"
+    RUNNING = "running"
+    FINISHING = "finishing"
+    CLOSING = "closing"
+    DONE = "done"
+
+
+class Pace(Protocol):
+    """How many records a step takes; tests draw it from a seed."""
+
+    def limit(self) -> int:
+        """Return how many records the next step takes at most, at least 1."""
+
+    def measured(self, records: int, elapsed_s: float) -> None:
+        """Say how long a step took."""
+
+
+class TimedPace:
+    """Starts with one record, and follows the measured time up to the size of a full batch."""
+
+    def __init__(self) -> None:
+        self._limit = 1
+
+    def limit(self) -> int:
+        """Return how many records the next step takes at most."""
+        return self._limit
+
+    def measured(self, records: int, elapsed_s: float) -> None:
+        """Adjust to how long a step took."""
+        if elapsed_s > STEP_SLOW_S:
+            self._limit = max(1, self._limit // 2)
+        elif elapsed_s < STEP_FAST_S and records >= self._limit:
+            self._limit = min(BATCH_RECORDS_MAX, self._limit * 4)
+
+
+class Output:
+    """Where the records of one operator go: the channels of one consumer."""
+
+    def __init__(
+        self, partitioner: Partitioner, channels: tuple[Channel, ...], port: int, *, feedback: bool, letters: bool
+    ) -> None:
+        self.partitioner = partitioner
+        self.channels = channels
+        self.port = port
+        self.feedback = feedback
+        self.letters = letters
+
+
+class Task:
+    """Runs one parallel instance of a chain, step by step.
+
+    `step` may be called by one thread at a time. The `request_...` methods may be called by any thread at any time;
+    they set a flag and wake the task. What happens to the task is told to `report`.
+
+    Attributes:
+        name: the names of its operators, and its number where there are several.
+        wake: called by whoever has something for the task; the backend sets it.
+        wake_at: when to step again although nobody wakes it, in seconds of `now`, or None.
+        span: the list it works through, for the watch.
+        undelivered: how many records were dropped here by a stop, a cancel or a failure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        operators: tuple[Operator, ...],
+        span: Span,
+        report: Callable[[TaskEvent], None],
+        now: Callable[[], float],
+        pace: Pace,
+    ) -> None:
+        self.name = name
+        self.operators = operators
+        self.span = span
+        self.wake: Callable[[], None] = lambda: None
+        self.wake_at: float | None = None
+        self.inbox: Channel | None = None
+        self.outputs: dict[int, tuple[Output, ...]] = {}
+        self.producers = 0
+        self.loop: InFlight | None = None
+        self.lockstep: InFlight | None = None
+        self.undelivered = 0
+        self.phase = Phase.CREATED
+        self._report = report
+        self._now = now
+        self._pace = pace
+        self._reader = operators[0] if isinstance(operators[0], Reader) else None
+        self._stash: list[tuple[int, Batch | None, int]] = []
+        self._outgoing: deque[tuple[Output, int, Element]] = deque()
+        self._held = 0
+        self._idle_pause_s = IDLE_PAUSE_MIN_S
+        self._may_open = False
+        self._may_run = False
+        self._stopping = False
+        self._failed = False
+        self._opened = 0
+        self._closed = 0
+        self._finished = 0
+        self._last_said = False
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The operators of the graph that the task runs."""
+        return tuple(operator.node for operator in self.operators)
+
+    def request_open(self) -> None:
+        """Let the task build and open its functions."""
+        self._may_open = True
+        self.wake()
+
+    def request_run(self) -> None:
+        """Let records flow."""
+        self._may_run = True
+        self.wake()
+
+    def request_stop(self) -> None:
+        """End the source, or a loop that begins here; what is in flight goes on."""
+        self._stopping = True
+        self.span.cut()
+        self.wake()
+
+    def request_cancel(self) -> None:
+        """Drop everything and close."""
+        self.span.cancelled = True
+        self.span.cut()
+        self.wake()
+
+    def step(self) -> Step:
+        """Do what can be done now without waiting."""
+        if self.phase is Phase.DONE:
+            return Step.DONE
+        if self.wake_at is not None and not self.span.cancelled and not self._stopping:
+            if self._now() < self.wake_at:
+                return Step.IDLE
+            self.wake_at = None
+        if self.span.cancelled and self.phase is not Phase.CLOSING:
+            self._drop()
+            self.phase = Phase.CLOSING
+        try:
+            return self._PHASES[self.phase](self)
+        except BaseException as error:  # a task owns whatever its operators raise
+            self._fail(error)
+            return Step.PROGRESSED
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = True
+        self._report(TaskFailed(self.name, error))
+        if self.phase is not Phase.CLOSING:
+            self._drop()
+            self.phase = Phase.CLOSING
+
+    def _drop(self) -> None:
+        """Count and forget everything that waits here."""
+        self.wake_at = None
+        self.undelivered += sum(len(batch) for _, batch, _ in self._stash if batch is not None)
+        self.undelivered += sum(len(element) for _, _, element in self._outgoing)
+        self._stash.clear()
+        self._outgoing.clear()
+        if self.inbox is not None:
+            self.undelivered += self.inbox.close()
+
+    def _open(self) -> Step:
+        if not self._may_open:
+            return Step.IDLE
+        # Sinks first, as between tasks: when a source opens, everything behind it is there.
+        for operator in reversed(self.operators):
+            self._opened += 1
+            operator.open()
+        self.phase = Phase.OPENED
+        self._report(TaskOpened(self.name))
+        return Step.PROGRESSED
+
+    def _wait_to_run(self) -> Step:
+        if not self._may_run:
+            return Step.IDLE
+        self.phase = Phase.RUNNING
+        return Step.PROGRESSED
+
+    def _run(self) -> Step:
+        if not self._flush():
+            return Step.BLOCKED
+        started_at = perf_counter()
+        if self._stash:
+            index, batch, port = self._stash.pop()
+            records = 0 if batch is None else len(batch)
+            self._push(index, batch, port)
+        elif self._reader is not None:
+            read = self._read(self._reader)
+            if read is None:
+                return Step.IDLE
+            records = read
+        else:
+            taken = self._take()
+            if taken is None:
+                return Step.IDLE
+            records = taken
+        self._pace.measured(records, perf_counter() - started_at)
+        if self._flush() and not self._stash and self._held:
+            self._release()
+        return Step.PROGRESSED
+
+    def _take(self) -> int | None:
+        """Process the next element of the inbox and return its number of records, or None if there was none."""
+        assert self.inbox is not None
+        taken = self.inbox.get_nowait()
+        if taken is None:
+            if self.loop is not None and self.loop.is_zero:
+                self.phase = Phase.FINISHING
+                return 0
+            return None
+        port, element = taken
+        if self.inbox.counters:
+            self._held += 1
+        if ends(element):
+            self.producers -= 1
+            if self.producers == 0:
+                self.phase = Phase.FINISHING
+        elif self.loop is not None and self._stopping:
+            self.undelivered += len(element)
+        elif isinstance(element, Batch):
+            self._push(0, element, port)
+        return len(element)
+
+    def _read(self, reader: Reader) -> int | None:
+        """Read and process the next records of the source; None when there are none now."""
+        if self._stopping:
+            self.phase = Phase.FINISHING
+            return 0
+        if self.lockstep is not None and not self.lockstep.is_zero:
+            return None
+        single = self.lockstep is not None or reader.delay_s is not None
+        started_at = perf_counter()
+        batch = reader.read(1 if single else self._pace.limit())
+        reader.metrics.busy_s += perf_counter() - started_at
+        if reader.failure is not None:
+            raise reader.failure
+        if reader.ended:
+            self.phase = Phase.FINISHING
+            return 0
+        if len(batch):
+            self._idle_pause_s = IDLE_PAUSE_MIN_S
+            if reader.delay_s:
+                self.wake_at = self._now() + reader.delay_s
+            self._push(1, batch, 0)
+            return len(batch)
+        if reader.wake_at is not None:
+            self.wake_at, reader.wake_at = reader.wake_at, None
+        elif not reader.span.is_cut:
+            self.wake_at = self._now() + (reader.delay_s or self._idle_pause_s)
+            self._idle_pause_s = min(self._idle_pause_s * 2, IDLE_PAUSE_MAX_S)
+        return None if self.wake_at is not None else 0
+
+    def _push(self, index: int, batch: Batch | None, port: int) -> None:
+        """Run operators from `index` on over a batch (None: what operator `index` still has of the last record).
+
+        What an operator does not take now is stashed; the deepest comes out first, so the order of records is kept. An
+        operator that fails leaves what came before the failing record, which still goes on to the end of the chain.
+        """
+        limit = self._pace.limit()
+        failure: BaseException | None = None
+        before = perf_counter()
+        for place in range(index, len(self.operators)):
+            operator = self.operators[place]
+            if batch is None:
+                out = operator.resume()
+            else:
+                if len(batch) > limit:
+                    self._stash.append((place, batch.slice(limit), port))
+                    batch = batch.slice(0, limit)
+                out = operator.process(batch, port)
+            if operator.rest is not None:
+                self._stash.append((place, operator.rest, port))
+                operator.rest = None
+                if operator.wake_at is not None:
+                    self.wake_at, operator.wake_at = operator.wake_at, None
+            if operator.more:
+                self._stash.append((place, None, port))
+            if operator.letters:
+                self._emit(place, Batch([*operator.letters]), letters=True)
+                operator.letters.clear()
+            if operator.failure is not None:
+                failure = failure or operator.failure
+            operator.metrics.records_out += len(out)
+            now = perf_counter()
+            operator.metrics.busy_s += now - before
+            before, batch, port = now, out, 0
+            if not out.values:
+                break
+        else:
+            if batch is not None:
+                self._emit(len(self.operators) - 1, batch, letters=False)
+        if failure is not None:
+            raise failure
+
+    def _emit(self, place: int, batch: Batch, *, letters: bool) -> None:
+        """Queue a batch for the consumers of the operator at `place`."""
+        outputs = [output for output in self.outputs.get(place, ()) if output.letters is letters]
+        if batch.requests is not None and len(outputs) != 1:
+            for request in filter(None, batch.requests):
+                request.add(len(outputs))
+                request.drop()
+        for output in outputs:
+            for target, part in output.partitioner.split(batch):
+                self._outgoing.append((output, target, part))
+
+    def _flush(self) -> bool:
+        """Put what is queued into the channels and return whether all of it went."""
+        outgoing = self._outgoing
+        while outgoing:
+            output, target, element = outgoing[0]
+            channel = output.channels[target]
+            if not channel.put_nowait(output.port, element, self.wake, force=output.feedback):
+                return False
+            outgoing.popleft()
+        return True
+
+    def _release(self) -> None:
+        """Take off the counters what was processed to its end."""
+        assert self.inbox is not None
+        held, self._held = self._held, 0
+        for counter in self.inbox.counters:
+            counter.add(-held)
+
+    def _finish(self) -> Step:
+        if not self._flush():
+            return Step.BLOCKED
+        if self._stash:
+            index, batch, port = self._stash.pop()
+            self._push(index, batch, port)
+            return Step.PROGRESSED
+        if self._finished < len(self.operators):
+            place = self._finished
+            self._finished += 1
+            last = self.operators[place].finish()
+            if last is not None and len(last):
+                self.operators[place].metrics.records_out += len(last)
+                if place + 1 < len(self.operators):
+                    self._push(place + 1, last, 0)
+                else:
+                    self._emit(place, last, letters=False)
+            return Step.PROGRESSED
+        if not self._last_said:
+            self._last_said = True
+            for outputs in self.outputs.values():
+                for output in outputs:
+                    for target in range(len(output.channels)):
+                        self._outgoing.append((output, target, END_OF_STREAM))
+            return Step.PROGRESSED
+        self._release_all()
+        self.phase = Phase.CLOSING
+        return Step.PROGRESSED
+
+    def _release_all(self) -> None:
+        if self.inbox is not None:
+            self.undelivered += self.inbox.close()
+            self._release()
+
+    def _close(self) -> Step:
+        """Close one function, from source to sink; a failing one does not keep the others from it."""
+        unopened = len(self.operators) - self._opened
+        place = unopened + self._closed
+        if place < len(self.operators):
+            self._closed += 1
+            operator = self.operators[place]
+            self._report(TaskClosing(self.name))
+            try:
+                operator.close()
+            except BaseException as error:  # a task owns whatever its operators raise
+                self._failed = True
+                self._report(TaskFailed(self.name, error, closing=operator.node.name))
+            return Step.PROGRESSED
+        self._release_all()
+        self.phase = Phase.DONE
+        state = TaskState.FAILED if self._failed else TaskState.CANCELLED if self.span.cancelled else TaskState.DONE
+        self._report(TaskEnded(self.name, state))
+        return Step.DONE
+
+    _PHASES: dict[Phase, Any] = {
+        Phase.CREATED: _open,
+        Phase.OPENED: _wait_to_run,
+        Phase.RUNNING: _run,
+        Phase.FINISHING: _finish,
+        Phase.CLOSING: _close,
+    }

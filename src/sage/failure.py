@@ -1,0 +1,72 @@
+"""What follows when a user's function raises on a record: the policies that `on_error` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sage.errors import GraphError, hint
+
+POLICIES = ("fail", "skip")
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that failed, as it arrives on a stream of `Environment.dead_letters`.
+
+    Attributes:
+        value: the record, unchanged.
+        error: what the function raised.
+        operator: the name of the operator.
+        attempts: how many times the function was called with the record.
+    """
+
+    value: Any
+    error: BaseException
+    operator: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Call the function again for the same record, with pauses that double.
+
+    Attributes:
+        attempts_max: how many calls in all, the first one included.
+        backoff_s: first and longest pause before another call, in seconds.
+        then: what follows when the last attempt failed: "fail", "skip", or a stream of dead letters.
+    """
+
+    attempts_max: int = 3
+    backoff_s: tuple[float, float] = (0.1, 10.0)
+    then: Any = "fail"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        if self.attempts_max < 1:
+            raise GraphError(f"Retry has attempts_max={self.attempts_max}, but the first call is an attempt too")
+        if isinstance(self.then, Retry):
+            raise hint(GraphError("Retry has another Retry as `then`"), 'It is "fail", "skip" or dead letters.')
+
+    def pause_s(self, attempt: int) -> float:
+        """Return the pause after the failed `attempt`, counted from 1, in seconds."""
+        first, longest = self.backoff_s
+        return min(first * 2.0 ** (attempt - 1), longest)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorPolicy:
+    """What an operator does with a record that failed, as the graph holds it.
+
+    Attributes:
+        then: "fail", "skip" or "letters".
+        letters: the node that gets the dead letters, where `then` is "letters".
+        retry: how often to try before that.
+    """
+
+    then: str = "fail"
+    letters: int | None = None
+    retry: Retry | None = None
+
+
+FAIL = ErrorPolicy()

@@ -1,0 +1,263 @@
+"""Services: long-lived objects that the tasks of a job share by name."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from concurrent.futures import Future
+
+T = TypeVar("T")
+
+DEFAULT_METHOD = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """How a service is started, called, watched and stopped.
+
+    Attributes:
+        depends_on: names of services that must be ready before this one starts and that are stopped after it.
+            A handle among the constructor's arguments is seen without being declared.
+        concurrency: how many calls may run at once; 1 is serial, None is unlimited, for a class that is thread-safe.
+        call_timeout_s: bound of a call that names none, in seconds; None is unbounded, and the only kind of call that
+            runs on the caller's own thread.
+        start_timeout_s: bound of constructor, `setup`, `start` and getting `ready` together, in seconds.
+        drain_timeout_s: how long running calls may take to end before `stop` is called, in seconds.
+        stop_timeout_s: bound of `stop` and of `cleanup`, each, in seconds.
+        restart: what follows when the service fails, by a failing start or by its `health`.
+        restarts_max: how many restarts are allowed within `restart_window_s` seconds.
+        backoff_s: first and longest pause before a restart, in seconds; it doubles each time.
+        required: whether the job fails with the service; if not, calls fail at once and the job goes on.
+        health_interval_s: pause between two calls of `health`, where the service has one, in seconds.
+        replace: whether registering takes the place of an earlier service of the same name.
+    """
+
+    depends_on: tuple[str, ...] | list[str] = ()
+    concurrency: int | None = 1
+    call_timeout_s: float | None = None
+    start_timeout_s: float = 60.0
+    drain_timeout_s: float = 5.0
+    stop_timeout_s: float = 10.0
+    restart: Literal["never", "on_failure", "always"] = "never"
+    restarts_max: int = 3
+    restart_window_s: float = 60.0
+    backoff_s: tuple[float, float] = (0.1, 10.0)
+    required: bool = True
+    health_interval_s: float = 5.0
+    replace: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the option."""
+        if isinstance(self.depends_on, str):
+            error = GraphError(f"service option depends_on is the string {self.depends_on!r}, not a list of names")
+            raise hint(error, f"Write depends_on=[{self.depends_on!r}].")
+        if self.restart not in ("never", "on_failure", "always"):
+            error = GraphError(f"service option restart is {self.restart!r}")
+            raise hint(error, 'It is "never", "on_failure" or "always".')
+        if self.concurrency is not None and self.concurrency < 1:
+            raise GraphError(f"service option concurrency is {self.concurrency}, but at least 1 call must be allowed")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_s") and isinstance(value, int | float) and value < 0:
+                raise GraphError(f"service option {field.name} is {value}, a negative number of seconds")
+
+
+class ServiceCalls(Protocol):
+    """What a handle needs of the host that runs a service."""
+
+    def method(self, name: str) -> Any:
+        """Return the attribute `name` of the service, a method bound to the rules of the host.
+
+        Raises:
+            UnknownServiceError: the service has no such attribute; the known methods are listed.
+        """
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+        """Call a method and return its answer, or raise what it raises, or `ServiceTimeoutError`."""
+
+    def call_async(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
+    ) -> Future[Any]:
+        """Start a call on the service's own threads."""
+
+
+class ServiceHandle(Generic[T]):
+    """Stands for a service in user code: `handle.recall(q)` calls `recall` of the service of the running job.
+
+    It can be captured by lambdas, given to functions and to other services as an argument, and passed on itself as a
+    function: `stream.map(handle.recall)`. Its own attributes begin with an underscore, so that every public name is one
+    of the service. Calling the handle itself calls `process`.
+    """
+
+    def __init__(self, name: str, target: object) -> None:
+        self._name = name
+        self._target = target
+        self._calls: ServiceCalls | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._calls is None:
+            return ServiceMethod(self, name)
+        method = self._calls.method(name)
+        if callable(method):
+            # Found by plain attribute access from now on: resolving by name each time would cost as much as the call.
+            self.__dict__[name] = method
+        return method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the service's `process`."""
+        return getattr(self, DEFAULT_METHOD)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<ServiceHandle {self._name!r}>"
+
+    def __deepcopy__(self, memo: object) -> ServiceHandle[T]:
+        return self
+
+    def _connect(self, calls: ServiceCalls | None) -> None:
+        """Lead calls to a host, or to nowhere with None. The engine calls this, before and after a job."""
+        self._calls = calls
+        for name in [name for name in self.__dict__ if not name.startswith("_")]:
+            del self.__dict__[name]
+
+    def _require(self) -> ServiceCalls:
+        if self._calls is None:
+            error = ServiceUnavailableError(f'service "{self._name}" is not running', service=self._name)
+            raise hint(error, "Services run from env.submit() until the job ends; keep_services=True keeps them.")
+        return self._calls
+
+
+class ServiceMethod:
+    """A method of a service, named before the service runs; calling it calls the service of the running job."""
+
+    def __init__(self, handle: ServiceHandle[Any], name: str) -> None:
+        self.handle = handle
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method on the running service."""
+        return self.resolve()(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> ServiceMethod:
+        return self
+
+    def resolve(self) -> Callable[..., Any]:
+        """Return what a call leads to while the service runs.
+
+        Raises:
+            ServiceUnavailableError: the service is not running.
+        """
+        method: Callable[..., Any] = self.handle._require().method(self.__name__)
+        return method
+
+
+class ServiceContext:
+    """What a function or a service may ask of the job around it.
+
+    Attributes:
+        name: the name of the operator or of the service.
+    """
+
+    def __init__(self, name: str, services: dict[str, ServiceHandle[Any]]) -> None:
+        self.name = name
+        self._services = services
+
+    def service(self, name: str) -> ServiceHandle[Any]:
+        """Return the handle of the service `name`.
+
+        Raises:
+            UnknownServiceError: no such service is registered; the known ones are listed.
+        """
+        try:
+            return self._services[name]
+        except KeyError:
+            raise unknown_service(f'"{self.name}"', name, self._services) from None
+
+
+def unknown_service(user: str, name: str, known: Iterable[str]) -> UnknownServiceError:
+    """Return the error for a use of a service that is not registered."""
+    error = UnknownServiceError(f'{user} uses service "{name}", which is not registered')
+    listed = ", ".join(f'"{other}"' for other in known) or "none"
+    return hint(error, f'Call env.register_service("{name}", ...) before env.submit(). Registered: {listed}.')
+
+
+class ServiceUser:
+    """The part that functions and services have in common: a context, a logger and calls of services.
+
+    A subclass whose `__init__` does not call `super().__init__()` works: the engine sets `ctx`.
+    """
+
+    ctx: Any = None
+
+    @property
+    def name(self) -> str:
+        """The name of the operator or service, or of the class while no job runs it."""
+        return self.ctx.name if self.ctx is not None else type(self).__name__
+
+    @property
+    def logger(self) -> logging.Logger:
+        """A logger of the standard library, named after the operator or service."""
+        return logging.getLogger(f"sage.user.{self.name}")
+
+    def service(self, name: str) -> ServiceHandle[Any]:
+        """Return the handle of the service `name`; its methods are the service's."""
+        if self.ctx is None:
+            error = ServiceUnavailableError(f'{type(self).__name__} asks for service "{name}" outside of a job')
+            raise hint(error, "Services can be used from open() on, not in a function's constructor.")
+        handle: ServiceHandle[Any] = self.ctx.service(name)
+        return handle
+
+    def call_service(
+        self, name: str, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Call a service and return its answer.
+
+        Args:
+            name: the service's name.
+            *args: the method's arguments.
+            method: the method's name; `process` by default.
+            timeout: bound in seconds; the service's `call_timeout_s` by default.
+            **kwargs: the method's keyword arguments.
+
+        Raises:
+            UnknownServiceError: there is no such service or method.
+            ServiceTimeoutError: there was no answer in time.
+            ServiceUnavailableError: the service has stopped or failed.
+            Exception: whatever the method raises.
+        """
+        handle = self.service(name)
+        if timeout is None:
+            return getattr(handle, method or DEFAULT_METHOD)(*args, **kwargs)
+        return handle._require().call(method or DEFAULT_METHOD, args, kwargs, timeout)
+
+    def call_service_async(
+        self, name: str, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
+    ) -> Future[Any]:
+        """Start a call of a service on the service's own threads and return a future of its answer.
+
+        Args are those of `call_service`. With a `timeout`, the future fails with `ServiceTimeoutError` in time.
+        """
+        calls = self.service(name)._require()
+        return calls.call_async(method or DEFAULT_METHOD, args, kwargs, timeout)
+
+
+class BaseService(ServiceUser):
+    """A long-lived object that the tasks of a job share by name. Any other class works too.
+
+    The engine builds one instance for each job and calls the hooks in this order: `setup`, `start`, then any number of
+    calls from tasks, then `stop`, then `cleanup`. All are optional. No task starts before every `start` has returned,
+    and no `stop` begins while a call is running, unless that call outlasts the service's `drain_timeout_s`. `stop`
+    follows only a successful start; `cleanup` runs exactly once for every instance that was built, also when `setup`,
+    `start` or `stop` failed. `ready()` and `health()` return whether the service can be used; both are polled where
+    they exist. The hooks of one service run one after another on a thread of its own.
+
+    Attributes:
+        ctx: the service's context, set before the constructor runs.
+    """
