@@ -165,9 +165,12 @@ class ServiceContext:
         name: the name of the operator or of the service.
     """
 
-    def __init__(self, name: str, services: dict[str, ServiceHandle[Any]]) -> None:
+    def __init__(
+        self, name: str, services: dict[str, ServiceHandle[Any]], note: Callable[[str], None] | None = None
+    ) -> None:
         self.name = name
         self._services = services
+        self._note = note
 
     def service(self, name: str) -> ServiceHandle[Any]:
         """Return the handle of the service `name`.
@@ -176,9 +179,12 @@ class ServiceContext:
             UnknownServiceError: no such service is registered; the known ones are listed.
         """
         try:
-            return self._services[name]
+            handle = self._services[name]
         except KeyError:
             raise unknown_service(f'"{self.name}"', name, self._services) from None
+        if self._note is not None:
+            self._note(name)
+        return handle
 
 
 def unknown_service(user: str, name: str, known: Iterable[str]) -> UnknownServiceError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sage._operators.sources import Reader
 from sage._runtime.channel import ends
 from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened, TaskState
+from sage.errors import FunctionError, describe
 from sage.records import BATCH_RECORDS_MAX, END_OF_STREAM, Batch, Span
 
 if TYPE_CHECKING:
@@ -80,7 +81,16 @@ class TimedPace:
 
 
 class Output:
-    """Where the records of one operator go: the channels of one consumer."""
+    """Where the records of one operator go: the channels of one consumer.
+
+    Attributes:
+        partitioner: splits batches over the channels.
+        channels: one for each task of the consumer that can be reached from here.
+        port: the input of the consumer.
+        feedback: whether the channels close a loop, and so take in whatever comes.
+        letters: whether dead letters travel here instead of records.
+        enters: the counter of the loop that is entered here from outside; the end of the stream is counted off it.
+    """
 
     def __init__(
         self, partitioner: Partitioner, channels: tuple[Channel, ...], port: int, *, feedback: bool, letters: bool
@@ -90,6 +100,7 @@ class Output:
         self.port = port
         self.feedback = feedback
         self.letters = letters
+        self.enters: InFlight | None = None
 
 
 class Task:
@@ -185,7 +196,8 @@ class Task:
         try:
             return self._PHASES[self.phase](self)
         except BaseException as error:  # a task owns whatever its operators raise
-            self._fail(error)
+            if not (self.span.cancelled and _is_cancellation(error)):
+                self._fail(error)
             return Step.PROGRESSED
 
     def _fail(self, error: BaseException) -> None:
@@ -211,7 +223,10 @@ class Task:
         # Sinks first, as between tasks: when a source opens, everything behind it is there.
         for operator in reversed(self.operators):
             self._opened += 1
-            operator.open()
+            try:
+                operator.open()
+            except BaseException as error:  # a task owns whatever its operators raise
+                raise _blamed(operator, "open", error) from error
         self.phase = Phase.OPENED
         self._report(TaskOpened(self.name))
         return Step.PROGRESSED
@@ -241,8 +256,7 @@ class Task:
                 return Step.IDLE
             records = taken
         self._pace.measured(records, perf_counter() - started_at)
-        if self._flush() and not self._stash and self._held:
-            self._release()
+        self._flush()
         return Step.PROGRESSED
 
     def _take(self) -> int | None:
@@ -358,6 +372,10 @@ class Task:
             if not channel.put_nowait(output.port, element, self.wake, force=output.feedback):
                 return False
             outgoing.popleft()
+            if output.enters is not None and ends(element):
+                output.enters.add(-1)
+        if self._held and not self._stash:
+            self._release()
         return True
 
     def _release(self) -> None:
@@ -377,7 +395,10 @@ class Task:
         if self._finished < len(self.operators):
             place = self._finished
             self._finished += 1
-            last = self.operators[place].finish()
+            try:
+                last = self.operators[place].finish()
+            except BaseException as error:  # a task owns whatever its operators raise
+                raise _blamed(self.operators[place], "finish", error) from error
             if last is not None and len(last):
                 self.operators[place].metrics.records_out += len(last)
                 if place + 1 < len(self.operators):
@@ -413,7 +434,9 @@ class Task:
                 operator.close()
             except BaseException as error:  # a task owns whatever its operators raise
                 self._failed = True
-                self._report(TaskFailed(self.name, error, closing=operator.node.name))
+                blamed = _blamed(operator, "close", error)
+                blamed.__cause__ = error
+                self._report(TaskFailed(self.name, blamed, closing=operator.node.name))
             return Step.PROGRESSED
         self._release_all()
         self.phase = Phase.DONE
@@ -428,3 +451,13 @@ class Task:
         Phase.FINISHING: _finish,
         Phase.CLOSING: _close,
     }
+
+
+def _blamed(operator: Operator, what: str, error: BaseException) -> FunctionError:
+    name = operator.node.name
+    return FunctionError(f'operator "{name}" failed to {what}: {describe(error)}', operator=name)
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    """Return whether an error only says that a coroutine was cancelled, as a cancelled job does."""
+    return "CancelledError" in (type(error).__name__, type(error.__cause__).__name__)

@@ -1,0 +1,130 @@
+"""Threads of one service for calls with a time-out and for asynchronous calls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from sage.errors import ServiceTimeoutError, ServiceUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CALL_THREADS_MAX = 32
+
+
+class CallFuture(Future[Any]):
+    """The future of a call, which fails with `ServiceTimeoutError` when its time is over."""
+
+    def __init__(self, service: str, method: str, timeout_s: float | None) -> None:
+        super().__init__()
+        self._service = service
+        self._method = method
+        self._timeout_s = timeout_s
+        self._due = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the answer; see `concurrent.futures.Future.result`."""
+        self._wait(timeout)
+        return super().result(0 if self.done() else timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the call raised; see `concurrent.futures.Future.exception`."""
+        self._wait(timeout)
+        return super().exception(0 if self.done() else timeout)
+
+    def _wait(self, timeout: float | None) -> None:
+        if self._due is None or self.done():
+            return
+        left = self._due - time.monotonic()
+        if timeout is not None and timeout < left:
+            return
+        with self._condition:
+            if self._condition.wait_for(self.done, max(left, 0)):
+                return
+        self.cancel()
+        raise ServiceTimeoutError(
+            f'service "{self._service}" did not answer {self._method} within {self._timeout_s:g} s',
+            service=self._service,
+            fault="external",
+        )
+
+
+class CallThreads:
+    """Threads that are started as calls come, up to a limit, and end with the service.
+
+    They are daemons, unlike those of the standard library's pool: a call that never returns must not keep the
+    interpreter from its exit.
+    """
+
+    def __init__(self, service: str, threads_max: int | None) -> None:
+        self._service = service
+        self._threads_max = min(threads_max or CALL_THREADS_MAX, CALL_THREADS_MAX)
+        self._queue: SimpleQueue[tuple[CallFuture, Callable[[], Any]] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._waiting = 0
+        self._open = 0
+        self._lock = threading.Lock()
+        self._all_done = threading.Condition(self._lock)
+        self._closed = False
+
+    def submit(self, method: str, function: Callable[[], Any], timeout_s: float | None) -> CallFuture:
+        """Have a call made and return its future."""
+        future = CallFuture(self._service, method, timeout_s)
+        with self._lock:
+            if self._closed:
+                raise ServiceUnavailableError(f'service "{self._service}" has stopped', service=self._service)
+            self._open += 1
+            self._queue.put((future, function))
+            if self._waiting < self._queue.qsize() and len(self._threads) < self._threads_max:
+                name = f"{self._service}-call-{len(self._threads)}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every call that was taken in has ended."""
+        with self._lock:
+            return self._all_done.wait_for(lambda: self._open == 0, max(timeout_s, 0))
+
+    def close(self) -> None:
+        """Cancel what has not begun and end the threads; one that never returns is left behind."""
+        with self._lock:
+            self._closed = True
+            idle = self._open == 0
+            threads = list(self._threads)
+        while not self._queue.empty():
+            entry = self._queue.get_nowait()
+            if entry is not None:
+                entry[0].cancel()
+        for _ in threads:
+            self._queue.put(None)
+        if idle:
+            for thread in threads:
+                thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._waiting += 1
+            entry = self._queue.get()
+            with self._lock:
+                self._waiting -= 1
+            if entry is None:
+                return
+            future, function = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = function()
+                except BaseException as error:  # the caller owns it, through the future
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            with self._lock:
+                self._open -= 1
+                if self._open == 0:
+                    self._all_done.notify_all()

@@ -1,0 +1,29 @@
+"""Which operator runs which kind of node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sage._operators.keyed import Join, Reduce
+from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Sink
+from sage._operators.sources import Reader
+from sage._plan.logical import Kind
+
+if TYPE_CHECKING:
+    from sage._operators.operator import Operator
+
+OPERATORS: dict[Kind, type[Operator]] = {
+    Kind.SOURCE: Reader,
+    Kind.MAP: Map,
+    Kind.FILTER: Filter,
+    Kind.FLATMAP: FlatMap,
+    Kind.SINK: Sink,
+    Kind.KEYBY: KeyBy,
+    Kind.UNION: Pass,
+    Kind.COMAP: CoMap,
+    Kind.JOIN: Join,
+    Kind.PROCESS: Process,
+    Kind.REDUCE: Reduce,
+    Kind.FUTURE: Pass,
+    Kind.LETTERS: Pass,
+}

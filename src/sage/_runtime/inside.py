@@ -1,0 +1,30 @@
+"""Whether the current thread belongs to a job, which therefore must not be waited for on it."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sage._runtime.supervisor import Supervisor
+
+_here = threading.local()
+
+
+@contextmanager
+def inside(supervisor: Supervisor) -> Iterator[None]:
+    """Mark the current thread as one of the supervisor's job."""
+    before = getattr(_here, "supervisor", None)
+    _here.supervisor = supervisor
+    try:
+        yield
+    finally:
+        _here.supervisor = before
+
+
+def is_inside(supervisor: Supervisor) -> bool:
+    """Return whether the current thread belongs to the supervisor's job."""
+    return getattr(_here, "supervisor", None) is supervisor

@@ -1,0 +1,200 @@
+"""The supervisor: drives the lifecycle of one job, and is the only one that starts and stops anything in it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sage._runtime.lifecycle import Begin, DependencySeen, Do, HookEnded, Tick
+from sage._runtime.states import ServiceState
+from sage._runtime.transitions import step
+from sage.errors import describe
+from sage.observability import Event
+from sage.report import HookReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sage._runtime.backend import Backend, Host
+    from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.lifecycle import Action, LifecycleEvent, State
+    from sage._runtime.task import Task
+
+CUT_AFTER_S = 0.02
+"""How long a task works through one batch before the watch cuts it short."""
+
+log = logging.getLogger("sage.dispatcher")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the supervisor hands over when a job is sealed."""
+
+    state: State
+    hooks: Mapping[str, tuple[HookReport, ...]]
+    stacks: Mapping[str, str]
+
+
+class Supervisor:
+    """Feeds what happens into the lifecycle and carries out what follows.
+
+    `handle` is called by the backend, by one thread at a time, with whatever was posted.
+
+    Attributes:
+        state: the lifecycle as it stands.
+        events: every change of state so far.
+        is_sealed: whether everything has ended and the report is made.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        tasks: dict[str, Task],
+        hosts: dict[str, Host],
+        backend: Backend,
+        loop: CoroutineLoop,
+        on_sealed: Callable[[Ended], None],
+    ) -> None:
+        self.state = state
+        self.tasks = tasks
+        self.hosts = hosts
+        self.backend = backend
+        self.events: list[Event] = []
+        self.is_sealed = False
+        self._loop = loop
+        self._on_sealed = on_sealed
+        self._hooks: dict[str, list[HookReport]] = {name: [] for name in hosts}
+        self._hook_began: dict[str, tuple[str, int, float]] = {}
+        self._stacks: dict[str, str] = {}
+        self._abandoned: set[str] = set()
+
+    def begin(self) -> None:
+        """Start the job."""
+        self.backend.start(self)
+        self.post(Begin())
+
+    def post(self, event: LifecycleEvent) -> None:
+        """Say what happened; any thread may."""
+        self.backend.post(self, event)
+
+    def note_dependency(self, service: str, requires: str) -> None:
+        """Say that a service was seen to ask for another, which therefore has to outlive it."""
+        self.post(DependencySeen(service, requires))
+
+    @property
+    def next_due(self) -> float | None:
+        """When `tick` is due next, by the backend's clock."""
+        return self.state.next_due
+
+    def tick(self) -> None:
+        """Let time-outs take effect."""
+        self.handle(Tick())
+
+    def handle(self, event: LifecycleEvent) -> None:
+        """Take one step of the lifecycle and do what follows from it."""
+        if self.is_sealed:
+            return
+        if isinstance(event, HookEnded):
+            self._hook_ended(event)
+        self.state, actions = step(self.state, event, self.backend.now())
+        for action in actions:
+            self._carry_out(action)
+
+    def watch(self) -> None:
+        """Cut short what takes long, so that what is done goes on."""
+        now = time.perf_counter()
+        for task in self.tasks.values():
+            started_at = task.span.started_at
+            if started_at is not None and now - started_at > CUT_AFTER_S:
+                task.span.cut()
+
+    def _carry_out(self, action: Action) -> None:
+        target = action.target
+        match action.do:
+            case Do.NOTE:
+                self._note(action)
+            case Do.RUN_HOOK:
+                self._run_hook(action)
+            case Do.ABANDON_HOOK:
+                self._abandon_hook(action)
+            case Do.ADMIT_CALLS:
+                self.hosts[target].admit()
+            case Do.HOLD_CALLS:
+                self.hosts[target].hold()
+            case Do.REFUSE_CALLS:
+                self.hosts[target].refuse()
+            case Do.OPEN_TASK:
+                self.backend.start_task(self, self.tasks[target])
+                self.tasks[target].request_open()
+            case Do.RUN_TASK:
+                self.tasks[target].request_run()
+            case Do.STOP_TASK:
+                self.tasks[target].request_stop()
+            case Do.CANCEL_TASK:
+                self.tasks[target].request_cancel()
+                self._loop.cancel()
+            case Do.ABANDON_TASK:
+                self._abandoned.add(target)
+                self._stacks[target] = self.backend.where(self.tasks[target])
+                self.tasks[target].request_cancel()
+                log.error("task abandoned task=%r", target)
+            case Do.SEAL:
+                self._seal()
+
+    def _note(self, action: Action) -> None:
+        event = Event(time.time(), action.hook, action.target, action.before, action.after)
+        self.events.append(event)
+        log.info("%s", event)
+
+    def _run_hook(self, action: Action) -> None:
+        name, hook, incarnation = action.target, action.hook, action.incarnation
+        self._hook_began[name] = (hook, incarnation, self.backend.now())
+
+        def done(value: Any, error: BaseException | None) -> None:
+            self.post(HookEnded(name, incarnation, hook, value, error))
+
+        self.hosts[name].run(hook, action.due, done)
+
+    def _hook_ended(self, event: HookEnded) -> None:
+        began = self._hook_began.get(event.service)
+        if began is None or began[:2] != (event.hook, event.incarnation):
+            return  # It was abandoned before; that is in the report already.
+        del self._hook_began[event.service]
+        late = event.hook == "drain" and event.value is False
+        outcome = "error" if event.error is not None else "abandoned" if late else "ok"
+        if event.hook in ("health", "ready") and outcome == "ok":
+            return  # Polled: only what they cause is worth a line.
+        text = describe(event.error) if event.error is not None else None
+        self._add_hook(event.service, event.hook, event.incarnation, began[2], outcome, text)
+
+    def _add_hook(
+        self, name: str, hook: str, incarnation: int, began_at: float, outcome: str, text: str | None = None
+    ) -> None:
+        duration_s = self.backend.now() - began_at
+        self._hooks[name].append(HookReport(hook, incarnation, outcome, duration_s, text))
+        if outcome != "ok":
+            log.error("hook failed service=%r hook=%s outcome=%s error=%s", name, hook, outcome, text)
+
+    def _abandon_hook(self, action: Action) -> None:
+        name = action.target
+        began = self._hook_began.pop(name, None)
+        if began is None:
+            return
+        hook, incarnation, began_at = began
+        self._stacks[name] = self.hosts[name].abandon()
+        self._add_hook(name, hook, incarnation, began_at, "abandoned")
+
+    def _seal(self) -> None:
+        """Free what is left of threads, and hand over."""
+        self.backend.join_tasks([task for name, task in self.tasks.items() if name not in self._abandoned])
+        for name, host in self.hosts.items():
+            if self.state.services[name].state is ServiceState.KEPT:
+                host.release()
+            else:
+                host.close()
+        self._loop.close()
+        ended = Ended(self.state, {name: tuple(hooks) for name, hooks in self._hooks.items()}, self._stacks)
+        self.is_sealed = True
+        self._on_sealed(ended)
