@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sage._operators.keyed import Join, Reduce
-from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Sink
+from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Reply, Sink
 from sage._operators.sources import Reader
 from sage._plan.logical import Kind
 
@@ -26,4 +26,5 @@ OPERATORS: dict[Kind, type[Operator]] = {
     Kind.REDUCE: Reduce,
     Kind.FUTURE: Pass,
     Kind.LETTERS: Pass,
+    Kind.REPLY: Reply,
 }

@@ -100,6 +100,19 @@ class Sink(Operator):
         return NOTHING
 
 
+class Reply(Operator):
+    """Answers each request with the record that came of it."""
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return nothing."""
+        self.metrics.records_in += len(batch)
+        for request, answer in zip(batch.requests or (), batch.values, strict=False):
+            if request is not None:
+                request.put(answer)
+        drop_requests(batch.requests or ())
+        return NOTHING
+
+
 class KeyBy(Operator):
     """Gives each record its key."""
 

@@ -116,11 +116,12 @@ class Reader(Operator):
     source: Source
     ended = False
     delay_s: float | None = None
+    bridge: Any = None
 
     def prepare(self) -> None:
         """Build the source around what the user gave and open it."""
         self.delay_s = self.node.settings.get("delay_s")
-        self._bridge = self.node.settings.get("bridge")
+        self.bridge = self.node.settings.get("bridge")
         self.source = self._source()
         self.source.open()
 
@@ -148,12 +149,12 @@ class Reader(Operator):
             self._failed(error)
             return Batch([])
         self._attempts = 0
-        if records is None:
+        if records is None or (not records and self.bridge is not None and self.bridge.is_over):
             self.ended = True
             return Batch([])
         batch = Batch(records if type(records) is list else list(records))
-        if self._bridge is not None and len(batch):
-            batch.requests = self._bridge.taken(len(batch))
+        if self.bridge is not None and len(batch):
+            batch.requests = self.bridge.taken(len(batch))
         self.metrics.records_in += len(batch)
         self.metrics.records_out += len(batch)
         return batch

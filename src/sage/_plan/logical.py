@@ -34,6 +34,7 @@ class Kind(StrEnum):
     REDUCE = "reduce"
     FUTURE = "future"
     LETTERS = "letters"
+    REPLY = "reply"
 
 
 class Route(StrEnum):
@@ -189,6 +190,11 @@ class GraphBuilder:
         if any(name == given for other, (_, given) in self._nodes.items() if other != id_):
             raise DuplicateNameError(f'operator "{name}" is defined twice')
         self._nodes[id_] = (replace(self._nodes[id_][0], name=name), name)
+
+    def set(self, id_: int, **settings: Any) -> None:
+        """Add settings to a node."""
+        node, name = self._nodes[id_]
+        self._nodes[id_] = (replace(node, settings={**node.settings, **settings}), name)
 
     def fill(self, id_: int, future: int) -> None:
         """Add the feedback edge from a node to a future.

@@ -172,12 +172,19 @@ class Task:
 
     def request_stop(self) -> None:
         """End the source, or a loop that begins here; what is in flight goes on."""
+        bridge = self.nodes[0].settings.get("bridge")
+        if bridge is not None:
+            bridge.close()  # what was asked before is still answered
+            return
         self._stopping = True
         self.span.cut()
         self.wake()
 
     def request_cancel(self) -> None:
         """Drop everything and close."""
+        bridge = self.nodes[0].settings.get("bridge")
+        if bridge is not None:
+            bridge.abort()
         self.span.cancelled = True
         self.span.cut()
         self.wake()

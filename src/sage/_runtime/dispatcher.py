@@ -1,0 +1,149 @@
+"""The dispatcher: deploys one job on a backend, and shows it while it runs."""
+
+from __future__ import annotations
+
+import threading
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sage._runtime.coroutines import CoroutineLoop
+from sage._runtime.deployment import deploy
+from sage._runtime.lifecycle import ServicePlan, begin
+from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
+from sage._runtime.supervisor import Supervisor
+from sage.errors import ServiceError, hint
+from sage.service import ServiceContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sage._plan.logical import ServiceSpec
+    from sage._plan.physical import PhysicalPlan
+    from sage._runtime.backend import Backend, Host
+    from sage._runtime.lifecycle import Limits
+    from sage._runtime.supervisor import Ended
+    from sage.service import ServiceHandle
+
+HostMaker = "Callable[[ServiceSpec, ServiceContext, Backend, CoroutineLoop], Host]"
+
+
+class Dispatcher:
+    """One job on one backend.
+
+    Attributes:
+        supervisor: what starts and stops everything of the job.
+        plan: what runs.
+        kept: the hosts that the job left to its environment; filled when it is sealed.
+    """
+
+    def __init__(
+        self,
+        plan: PhysicalPlan | None,
+        services: tuple[ServiceSpec, ...],
+        backend: Backend,
+        make_host: Any,
+        limits: Limits,
+        on_sealed: Callable[[Ended], None],
+        *,
+        keep: frozenset[str] = frozenset(),
+        adopted: Mapping[str, Host] = MappingProxyType({}),
+    ) -> None:
+        self.plan = plan
+        self._loop = CoroutineLoop(plan.name if plan is not None else "sage")
+        self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
+        self._dependencies = Dependencies()
+        hosts = self._hosts(services, backend, make_host, adopted)
+        tasks, task_plans = (
+            deploy(plan, backend, self._loop, self._handles, self._report) if plan is not None else ({}, ())
+        )
+        service_plans = tuple(
+            ServicePlan(
+                service.name,
+                service.requires,
+                service.options,
+                keep=service.name in keep,
+                adopted=hosts[service.name].hooks if service.name in adopted else None,
+            )
+            for service in services
+        )
+        state = begin(service_plans, task_plans, limits)
+        self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
+        self._dependencies.tell = self.supervisor.note_dependency
+        for service in services:
+            service.handle._connect(hosts[service.name].calls)
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """The tasks that have not ended, with their states."""
+        return {
+            name: str(record.state)
+            for name, record in self.supervisor.state.tasks.items()
+            if record.state not in TASK_TERMINAL
+        }
+
+    @property
+    def services(self) -> dict[str, str]:
+        """The services that have not ended, with their states."""
+        return {
+            name: str(record.state)
+            for name, record in self.supervisor.state.services.items()
+            if record.state not in SERVICE_TERMINAL
+        }
+
+    @property
+    def is_running(self) -> bool:
+        """Whether anything of the job has not ended."""
+        return not self.supervisor.is_sealed
+
+    def _report(self, event: Any) -> None:
+        self.supervisor.post(event)
+
+    def _hosts(
+        self, services: tuple[ServiceSpec, ...], backend: Backend, make_host: Any, adopted: Mapping[str, Host]
+    ) -> dict[str, Host]:
+        hosts: dict[str, Host] = {}
+        for service in services:
+            if service.name in adopted:
+                hosts[service.name] = adopted[service.name]
+                hosts[service.name].adopt(backend, self._loop)
+                continue
+            context = ServiceContext(service.name, self._handles, self._dependencies.noted_by(service))
+            hosts[service.name] = make_host(service, context, backend, self._loop)
+        return hosts
+
+
+class Dependencies:
+    """Which service was seen to ask for which other one, beside those that were declared."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._edges: set[tuple[str, str]] = set()
+        self.tell: Callable[[str, str], None] = lambda service, requires: None
+
+    def noted_by(self, service: ServiceSpec) -> Callable[[str], None]:
+        """Return what a service's context calls with each service that it asks for."""
+        for other in service.requires:
+            self._edges.add((service.name, other))
+
+        def note(name: str) -> None:
+            edge = (service.name, name)
+            if name == service.name or edge in self._edges:
+                return
+            with self._lock:
+                path = self._path(name, service.name)
+                if path:
+                    text = f"services call each other in a circle: {' -> '.join((service.name, *path))}"
+                    error = ServiceError(text, service=service.name)
+                    raise hint(error, "Two services that wait for each other can never end; let a third one serve both.")
+                self._edges.add(edge)
+            self.tell(*edge)
+
+        return note
+
+    def _path(self, start: str, goal: str) -> tuple[str, ...]:
+        if start == goal:
+            return (start,)
+        for a, b in sorted(self._edges):
+            if a == start and (rest := self._path(b, goal)):
+                return (start, *rest)
+        return ()

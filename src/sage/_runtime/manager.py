@@ -1,0 +1,159 @@
+"""The job manager of this process: knows every job, also those that have ended."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sage._runtime.lifecycle import Way
+from sage.errors import JobNotFoundError, SageError, hint
+
+if TYPE_CHECKING:
+    from sage._runtime.job import Job
+
+JOBS_MAX = 1_000
+"""How many ended jobs are remembered; the oldest are forgotten first."""
+
+log = logging.getLogger("sage.manager")
+
+
+class NoDispatcher:
+    """What a monitor sees of an environment that has not been submitted."""
+
+    tasks: dict[str, str] = {}
+    services: dict[str, str] = {}
+    is_running = False
+
+
+class NewJob:
+    """The job of an environment that has not been submitted."""
+
+    state = "new"
+    report = None
+    dispatcher = NoDispatcher()
+
+
+class Jobs(Mapping[str, Any]):
+    """The jobs by id, live."""
+
+    def __init__(self, manager: JobManager) -> None:
+        self._manager = manager
+
+    def __getitem__(self, id_: str) -> Any:
+        return self._manager._find(str(id_))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._manager._jobs))
+
+    def __len__(self) -> int:
+        return len(self._manager._jobs)
+
+
+class JobManager:
+    """Submits, lists, waits for and stops the jobs of this process. `JobManager()` is always the same object."""
+
+    _instance: JobManager | None = None
+    _lock = threading.Lock()
+
+    def __new__(cls) -> JobManager:
+        """Return the one job manager of this process."""
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = super().__new__(cls)
+                cls._instance._jobs = {}
+                cls._instance._environments = weakref.WeakValueDictionary()
+                _at_exit(cls._instance._end)
+            return cls._instance
+
+    _jobs: dict[str, Job]
+    _environments: weakref.WeakValueDictionary[str, Any]
+
+    @property
+    def jobs(self) -> Jobs:
+        """The jobs by id: `jobs[env.env_uuid].dispatcher` shows `tasks`, `services` and `is_running`, live."""
+        return Jobs(self)
+
+    def register(self, job: Job) -> None:
+        """Take in a job that is about to start."""
+        self._jobs[job.id] = job
+        ended = [id_ for id_, other in tuple(self._jobs.items()) if not other.is_running]
+        for id_ in ended[: max(0, len(self._jobs) - JOBS_MAX)]:
+            del self._jobs[id_]
+        log.info("job registered id=%s name=%r", job.id, job.name)
+
+    def expect(self, id_: str, environment: Any) -> None:
+        """Know the id that an environment's next job will have, and the environment, to close it at exit."""
+        self._environments[id_] = environment
+
+    def get_job_status(self, id_: object) -> dict[str, Any]:
+        """Return a job's id, name and state, and its report once it has ended.
+
+        Raises:
+            JobNotFoundError: no job of this process has the id.
+        """
+        job = self._find(str(id_))
+        status = {"job_id": str(id_), "name": getattr(job, "name", ""), "status": str(job.state)}
+        if job.report is not None:
+            status["report"] = job.report.to_dict()
+        return status
+
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """Return id, name and state of every job."""
+        return [{"job_id": job.id, "name": job.name, "status": str(job.state)} for job in tuple(self._jobs.values())]
+
+    def pause_job(self, id_: object) -> dict[str, Any]:
+        """Stop a job and return its status; old programs call this name."""
+        self._find(str(id_)).stop()
+        return self.get_job_status(id_)
+
+    stop_job = pause_job
+
+    def delete_job(self, id_: object, force: bool = False) -> dict[str, Any]:
+        """Stop a job, or cancel it with `force`, and return its status; it stays known."""
+        self._find(str(id_)).stop(drain=not force)
+        return self.get_job_status(id_)
+
+    def cleanup_all_jobs(self) -> list[dict[str, Any]]:
+        """Stop every job that runs and return the status of all."""
+        for job in tuple(self._jobs.values()):
+            if job.is_running:
+                job.stop()
+        return self.list_jobs()
+
+    def _find(self, id_: str) -> Any:
+        job = self._jobs.get(id_)
+        if job is not None:
+            return job
+        if id_ in self._environments:
+            return NewJob
+        raise hint(JobNotFoundError(f'job "{id_}" is not known here'), "A job is known in the process that submitted it.")
+
+    def _end(self) -> None:
+        """Stop and clean whatever still runs when the interpreter exits."""
+        running = [job for job in self._jobs.values() if job.is_running]
+        for job in running:
+            warnings.warn(
+                f'job "{job.name}" still runs at exit and is stopped; call env.close() or submit(autostop=True)',
+                RuntimeWarning,
+                stacklevel=1,
+            )
+            job.request(Way.DRAIN, "the interpreter exits", job._interrupt_timeout_s)
+        for job in running:
+            try:
+                job.wait()
+            except SageError as error:
+                log.error("job failed at exit name=%r", job.name, exc_info=error)
+        for environment in tuple(self._environments.values()):
+            environment._close_at_exit()
+
+
+def _at_exit(end: Any) -> None:
+    # The interpreter's own hook for threads runs before it waits for them, and while new ones may still be started;
+    # atexit comes too late for that from Python 3.12 on. It has no public name, so atexit takes over where it is gone.
+    register = getattr(threading, "_register_atexit", None) or atexit.register
+    register(end)

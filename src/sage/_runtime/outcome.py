@@ -1,0 +1,173 @@
+"""From what went wrong to the errors that a user sees, and to the report."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble, Way
+from sage.errors import (
+    CleanupError,
+    CleanupTimeoutError,
+    JobError,
+    JobErrorGroup,
+    ServiceError,
+    ServiceStartError,
+    describe,
+    hint,
+)
+from sage.report import Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sage._plan.logical import LogicalGraph
+    from sage._runtime.dispatcher import Dispatcher
+    from sage._runtime.lifecycle import State
+    from sage._runtime.supervisor import Ended
+
+UNCLEAN = frozenset({Trouble.CLOSE, Trouble.HOOK, Trouble.LATE_HOOK, Trouble.LATE_CALLS, Trouble.LATE_TASK})
+
+
+def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
+    """Return the error that tells a user of a failure."""
+    name, hook, cause = failure.name, failure.hook, failure.error
+    text = describe(cause) if cause is not None else ""
+    error: JobError
+    match failure.trouble:
+        case Trouble.TASK | Trouble.CLOSE:
+            if isinstance(cause, JobError):
+                cause.job = job
+                return cause
+            error = JobError(f'task "{name}" failed: {text}', job=job, fault="internal")
+        case Trouble.START:
+            what = "be built" if hook == "build" else f"{hook}"
+            error = ServiceStartError(f'service "{name}" failed to {what}: {text}', job=job, service=name)
+        case Trouble.NOT_READY:
+            error = ServiceStartError(f'service "{name}" did not end its {hook} in time', job=job, service=name)
+            hint(error, "ServiceOptions(start_timeout_s=...) is the bound.")
+        case Trouble.UNHEALTHY:
+            said = f"its health check raised {text}" if cause is not None else "its health check failed"
+            error = ServiceError(f'service "{name}" failed: {said}', job=job, service=name)
+        case Trouble.HOOK:
+            error = CleanupError(f'service "{name}" failed in {hook}: {text}', job=job, service=name)
+        case Trouble.LATE_HOOK:
+            error = CleanupTimeoutError(
+                f'service "{name}" did not end its {hook} in time and was abandoned', job=job, service=name
+            )
+        case Trouble.LATE_CALLS:
+            error = CleanupTimeoutError(
+                f'service "{name}" was stopped while calls of it still ran', job=job, service=name
+            )
+        case Trouble.LATE_TASK:
+            error = CleanupTimeoutError(f'task "{name}" did not end in time and was abandoned', job=job)
+    error.__cause__ = cause
+    if stack:
+        hint(error, f"It stands here:\n{stack}")
+    return error
+
+
+def seal(
+    ended: Ended, dispatcher: Dispatcher, graph: LogicalGraph, id_: str, started: tuple[float, float], reason: str
+) -> JobReport:
+    """Return the report of a job.
+
+    Args:
+        ended: what the supervisor hands over.
+        dispatcher: what ran the job.
+        graph: what the user wrote.
+        id_: the job's id.
+        started: when it was submitted, in seconds since the epoch and by the monotonic clock.
+        reason: who asked for its end, or "".
+    """
+    state = ended.state
+    errors = tuple(error_of(failure, graph.name, ended.stacks.get(failure.name)) for failure in state.failures)
+    outcome = _outcome(state)
+    dirty = any(failure.trouble in UNCLEAN for failure in state.failures) or any(
+        record.state == "abandoned" for record in state.services.values()
+    )
+    return JobReport(
+        id=id_,
+        name=graph.name,
+        state=outcome,
+        cleanliness=Cleanliness.DIRTY if dirty else Cleanliness.CLEAN,
+        why=_why(outcome, errors, reason),
+        started_at=started[0],
+        ended_at=time.time(),
+        duration_s=time.monotonic() - started[1],
+        operators=operator_reports(dispatcher, graph),
+        services=_services(ended, dispatcher),
+        tasks=tuple(
+            TaskReport(name, str(record.state), ended.stacks.get(name)) for name, record in state.tasks.items()
+        ),
+        undelivered=sum(
+            task.undelivered + (task.inbox.undelivered if task.inbox is not None else 0)
+            for task in dispatcher.supervisor.tasks.values()
+        ),
+        errors=errors,
+    )
+
+
+def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[OperatorReport, ...]:
+    """Return the counts of every operator as they stand, over all its tasks."""
+    counts = {node.id: [0.0, 0.0, 0.0, 0.0] for node in graph.nodes.values()}
+    for task in dispatcher.supervisor.tasks.values():
+        for operator in task.operators:
+            metrics, total = operator.metrics, counts[operator.node.id]
+            for place, value in enumerate(
+                (metrics.records_in, metrics.records_out, metrics.failed, metrics.busy_s)
+            ):
+                total[place] += value
+    return tuple(
+        OperatorReport(
+            node.name, str(node.kind), node.parallelism, int(total[0]), int(total[1]), int(total[2]), total[3]
+        )
+        for node, total in ((graph.nodes[id_], total) for id_, total in counts.items())
+    )
+
+
+def to_raise(report: JobReport, failures: Iterable[Failure]) -> Exception | None:
+    """Return what a waiting caller gets: nothing, the one error of a clean job, or all of them as a group."""
+    counting = [
+        error
+        for error, failure in zip(report.errors, failures, strict=True)
+        if failure.counts or failure.trouble not in FAILS_JOB
+    ]
+    if not counting:
+        return None
+    if len(counting) == 1 and report.cleanliness is Cleanliness.CLEAN:
+        return counting[0]
+    text = f'job "{report.name}" {report.state.upper()} and {report.cleanliness.upper()}: {counting[0]}'
+    return JobErrorGroup(text, counting, job=report.name)
+
+
+def _outcome(state: State) -> Outcome:
+    if state.is_failed:
+        return Outcome.FAILED
+    if state.ended_by is None:
+        return Outcome.COMPLETED
+    return Outcome.STOPPED if state.ended_by is Way.DRAIN else Outcome.CANCELLED
+
+
+def _why(outcome: Outcome, errors: tuple[Exception, ...], reason: str) -> str:
+    if outcome is Outcome.FAILED and errors:
+        return str(errors[0]).splitlines()[0]
+    if outcome is Outcome.COMPLETED:
+        return "all sources ended"
+    return reason or "its end was asked for"
+
+
+def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]:
+    hosts = dispatcher.supervisor.hosts
+    return tuple(
+        ServiceReport(
+            name,
+            str(record.state),
+            ended.hooks[name],
+            hosts[name].call_count,
+            hosts[name].error_count,
+            len(record.restarts),
+            ended.stacks.get(name),
+        )
+        for name, record in ended.state.services.items()
+    )

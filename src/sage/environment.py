@@ -1,0 +1,441 @@
+"""Environments: what a user builds a job in."""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from sage._backends.threads import ThreadsBackend
+from sage._hosts.inline import InlineHost
+from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
+from sage._plan.planner import plan as make_plan
+from sage._plan.signature import source_spec
+from sage._runtime.dispatcher import Dispatcher
+from sage._runtime.job import Job
+from sage._runtime.lifecycle import Limits
+from sage._runtime.manager import JobManager
+from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
+from sage.functions import BaseFunction
+from sage.observability import SessionLogs, console_level
+from sage.service import ServiceHandle, ServiceOptions
+from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
+from sage.stream import DataStream, error_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sage._plan.physical import PhysicalPlan
+    from sage._runtime.backend import Backend
+    from sage._runtime.supervisor import Ended
+
+CONSOLE_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+INTERRUPT_TIMEOUT_S = 25.0
+"""Budget of a stop after SIGINT, SIGTERM or at exit: orchestrators kill after 30 s."""
+
+
+class Environment:
+    """Holds a graph and services, and runs them as jobs, one at a time.
+
+    Attributes:
+        name: the environment's name.
+        env_uuid: the id of its latest job, or of the next one before the first submit.
+    """
+
+    def __init__(self, name: str, config: dict[str, Any] | None = None) -> None:
+        self.name = name
+        self.config = dict(config or {})
+        self.env_uuid = str(uuid.uuid4())
+        self.limits = Limits()
+        self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
+        self._builder = GraphBuilder()
+        self._services: dict[str, ServiceSpec] = {}
+        self._job: Job | None = None
+        self._kept: dict[str, Any] = {}
+        JobManager().expect(self.env_uuid, self)
+
+    # --- sources ---
+
+    def from_batch(
+        self,
+        source: Any,
+        *args: Any,
+        parallelism: int | None = None,
+        name: str | None = None,
+        on_error: Any = None,
+        **kwargs: Any,
+    ) -> DataStream:
+        """Begin a bounded stream.
+
+        Args:
+            source: a `BatchFunction` class (called until `execute()` returns None or a `StopSignal`), a list, a tuple,
+                any iterable or generator, a generator function, or a `Source`. The elements of an iterable are data,
+                None included.
+            *args: arguments of the class or function.
+            parallelism: how many tasks read; lists, tuples and ranges are split, a class is built for each.
+            name: the operator's name.
+            on_error: "fail" or a `Retry`.
+            **kwargs: keyword arguments of the class or function.
+        """
+        return self._source(source, args, kwargs, parallelism, name, on_error, bounded=True)
+
+    from_collection = from_batch
+
+    def from_source(
+        self,
+        function: Any,
+        *args: Any,
+        delay: float | None = None,
+        lockstep: bool = False,
+        parallelism: int | None = None,
+        name: str | None = None,
+        on_error: Any = None,
+        **kwargs: Any,
+    ) -> DataStream:
+        """Begin an unbounded stream.
+
+        Args:
+            function: a `SourceFunction` class, a callable without arguments or a `Source`. It returns a record, None
+                for nothing now, or a `StopSignal` at the end.
+            *args: arguments of the class or function.
+            delay: pause between two records, in seconds; without it nothing sleeps.
+            lockstep: whether one record at a time goes through the whole job.
+            parallelism: how many tasks read.
+            name: the operator's name.
+            on_error: "fail" or a `Retry`.
+            **kwargs: keyword arguments of the class or function.
+        """
+        return self._source(
+            function, args, kwargs, parallelism, name, on_error, bounded=False, delay_s=delay, lockstep=lockstep
+        )
+
+    def from_future(self, name: str) -> DataStream:
+        """Return a stream that is filled later by `stream.fill_future(...)`: the way to build a loop."""
+        return DataStream(self._builder, self._builder.add(Kind.FUTURE, name=name))
+
+    def dead_letters(self, name: str = "dead letters") -> DataStream:
+        """Return a stream of the records that fail in operators with `on_error=` this stream, as `DeadLetter`s."""
+        return DataStream(self._builder, self._builder.add(Kind.LETTERS, name=name))
+
+    def _source(
+        self,
+        source: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parallelism: int | None,
+        name: str | None,
+        on_error: Any,
+        **settings: Any,
+    ) -> DataStream:
+        spec = source_spec(source, args, kwargs, bounded=settings["bounded"])
+        policy = error_policy(self._builder, on_error)
+        if policy.then != "fail":
+            error = GraphError(f"source {short(source)}: on_error cannot skip, as there is no record yet")
+            raise hint(error, "A source takes on_error=Retry(...), which tries again a limited number of times.")
+        bridge = bridge_among(source, args, kwargs)
+        if bridge is not None:
+            settings["bridge"] = bridge
+        if getattr(source, "use_metronome", False):
+            settings["lockstep"] = True
+        id_ = self._builder.add(
+            Kind.SOURCE,
+            name=name,
+            function=spec,
+            parallelism=1 if parallelism is None else parallelism,
+            on_error=policy,
+            settings=settings,
+        )
+        return DataStream(self._builder, id_)
+
+    # --- services ---
+
+    def register_service(
+        self, name: str, cls: Callable[..., Any], *args: Any, options: ServiceOptions | None = None, **kwargs: Any
+    ) -> ServiceHandle[Any]:
+        """Register a service and return its handle.
+
+        Args:
+            name: what functions call it by.
+            cls: any class, or any callable that returns an object; built once for each job.
+            *args: its arguments.
+            options: how it is started, called, watched and stopped.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            DuplicateNameError: the name is taken and `options.replace` is not set.
+            GraphError: `cls` is not callable.
+        """
+        options = options or ServiceOptions()
+        if not isinstance(name, str) or not name:
+            raise GraphError(f"a service's name is a string, not {short(name)}")
+        if not callable(cls):
+            error = GraphError(f'service "{name}": {short(cls)} is not callable')
+            raise hint(error, "Give the class and its arguments, not an instance, or a function that builds one.")
+        if isinstance(cls, type) and issubclass(cls, BaseFunction):
+            raise GraphError(f'service "{name}": {cls.__name__} is a function of a stream, not a service')
+        if name in self._services and not options.replace:
+            error = DuplicateNameError(f'service "{name}" is registered twice')
+            raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
+        handle: ServiceHandle[Any] = ServiceHandle(name, cls)
+        self._services[name] = ServiceSpec(name, cls, args, kwargs, options, handle)
+        return handle
+
+    def register_service_factory(
+        self, service_name: str, service_factory: Callable[[], Any], *, options: ServiceOptions | None = None
+    ) -> ServiceHandle[Any]:
+        """Register a service that a callable without arguments builds; see `register_service`."""
+        build = getattr(service_factory, "create_service", service_factory)
+        return self.register_service(service_name, build, options=options)
+
+    def serve(self, name: str, build: Callable[[DataStream], DataStream], *, timeout_s: float | None = None) -> Any:
+        """Let a pipeline answer calls: `build` gets the stream of requests and returns the stream of answers.
+
+        The handle is one like any other service's; `handle.process(request)` returns the first record that arrives at
+        the end of the request's way, or None if all of them were dropped. An error in the pipeline reaches the caller
+        as that error. The pipeline ends after everything that calls it.
+
+        Args:
+            name: the name of the service.
+            build: adds the pipeline's operators to the stream of requests.
+            timeout_s: how long a call waits for its answer, in seconds; None is without bound.
+
+        Raises:
+            GraphError: `build` returns no stream.
+        """
+        bridge = PipelineBridge()
+        options = ServiceOptions(concurrency=None)
+        handle = self.register_service(name, PipelineService, bridge, timeout_s, options=options)
+        answers = build(self.from_source(RequestSource, bridge, name=f"{name} requests"))
+        if not isinstance(answers, DataStream):
+            error = GraphError(f'serve("{name}"): {short(build)} returned {short(answers)}, which is no stream')
+            raise hint(error, "Return the stream of answers: lambda requests: requests.map(...).")
+        self._builder.add(Kind.REPLY, name=f"{name} answers", inputs=(answers._id,))
+        return handle
+
+    # --- running ---
+
+    @property
+    def jobmanager(self) -> JobManager:
+        """The job manager of this process."""
+        return JobManager()
+
+    def submit(self, autostop: bool = False, *, keep_services: bool | Iterable[str] = False) -> Job:
+        """Run the pipeline and return its job.
+
+        Args:
+            autostop: whether to wait until the job is over and everything it started is cleaned up, and to raise what
+                failed.
+            keep_services: services to leave ready for this environment's next job: True for all, or their names. They
+                end with `close()`, at the end of `with env:`, or when the interpreter exits.
+
+        Raises:
+            GraphError: the program is wrong; nothing was started.
+            JobError: with `autostop`, what failed; several errors come as one `JobErrorGroup`.
+            KeyboardInterrupt: with `autostop` on the main thread, Ctrl-C; everything has been cleaned up.
+        """
+        if self._job is not None and self._job.is_running:
+            error = GraphError(f'environment "{self.name}" already runs job {self._job.id}')
+            raise hint(error, "Wait for it with job.wait(), stop it with env.stop(), or use another environment.")
+        graph = self._graph()
+        keep = self._names_to_keep(keep_services)
+        plan = make_plan(graph)
+        if autostop and len(plan.serving) == len(graph.nodes):
+            error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')
+            raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
+        self._spend(graph)
+        job = self._start(graph, plan, keep)
+        if autostop:
+            job.wait()
+        return job
+
+    def stop(self) -> None:
+        """Stop the running job, draining what is in flight; services that are kept stay. Does nothing twice."""
+        if self._job is not None:
+            self._job.stop()
+
+    def close(self) -> None:
+        """Stop what runs and clean up everything, kept services included. Does nothing twice."""
+        try:
+            self.stop()
+        finally:
+            self._close_kept()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, type_: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            if self._job is not None:
+                self._job.cancel()
+        except Exception as another:
+            error.add_note(f"While the environment was closed: {another}")
+        finally:
+            self._close_kept()
+
+    def explain(self, format: str = "text") -> str:  # noqa: A002
+        """Return the physical plan as "text" or as a "mermaid" flowchart; nothing is started.
+
+        Raises:
+            GraphError: the program is wrong, or the format is neither.
+        """
+        if format not in ("text", "mermaid"):
+            raise hint(GraphError(f"explain: format is {format!r}"), 'It is "text" or "mermaid".')
+        plan = make_plan(self._graph())
+        return plan.text() if format == "text" else plan.mermaid()
+
+    def set_console_log_level(self, level: str) -> None:
+        """Show the log on standard error from `level` on: DEBUG, INFO, WARNING or ERROR."""
+        if level.upper() not in CONSOLE_LEVELS:
+            raise hint(ValueError(f"console log level is {level!r}"), f"It is one of {', '.join(CONSOLE_LEVELS)}.")
+        console_level(level.upper())
+
+    # --- behind it ---
+
+    def _backend(self) -> Backend:
+        raise NotImplementedError
+
+    def _graph(self) -> LogicalGraph:
+        return self._builder.freeze(self.name, tuple(self._services.values()))
+
+    def _names_to_keep(self, keep: bool | Iterable[str]) -> frozenset[str]:
+        if isinstance(keep, bool):
+            return frozenset(self._services) if keep else frozenset(self._kept)
+        names = {keep} if isinstance(keep, str) else set(keep)
+        unknown = names - set(self._services)
+        if unknown:
+            error = GraphError(f"keep_services names {', '.join(sorted(unknown))}, which is not registered")
+            raise hint(error, f"Registered: {', '.join(self._services) or 'none'}.")
+        todo = list(names)
+        while todo:  # what a kept service depends on is kept too
+            for other in self._services[todo.pop()].requires:
+                if other not in names:
+                    names.add(other)
+                    todo.append(other)
+        return frozenset(names | set(self._kept))
+
+    def _spend(self, graph: LogicalGraph) -> None:
+        """Remember which sources read an iterator, which can be read only once."""
+        for node in graph.nodes.values():
+            target = node.function.target if node.function is not None else None
+            if node.kind is Kind.SOURCE and hasattr(target, "__next__"):
+                self._builder.set(node.id, spent=True)
+
+    def _start(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str]) -> Job:
+        if self._job is not None:
+            self.env_uuid = str(uuid.uuid4())
+            JobManager().expect(self.env_uuid, self)
+        job = Job(self.env_uuid, graph, _interrupt_timeout_s())
+        services = graph.services
+        adopted = {name: host for name, host in self._kept.items() if self._services[name] is host.spec}
+        handler = self._open_log(job)
+        dispatcher = Dispatcher(
+            plan, services, self._backend(), InlineHost, self.limits, job.seal, keep=keep, adopted=adopted
+        )
+
+        def sealed(ended: Ended) -> None:
+            self._kept = {}
+            for service in services:
+                host = dispatcher.supervisor.hosts[service.name]
+                if ended.state.services[service.name].state == "kept":
+                    self._kept[service.name] = host
+                else:
+                    service.handle._connect(None)
+            if handler is not None:
+                SessionLogs.open(self.log_dir or "").close_job(handler)
+
+        job.when_sealed(sealed)
+        self._job = job
+        JobManager().register(job)
+        job.begin(dispatcher)
+        return job
+
+    def _open_log(self, job: Job) -> Any:
+        return SessionLogs.open(self.log_dir).open_job(self.name, job.id) if self.log_dir else None
+
+    def _close_kept(self) -> None:
+        """Stop the services that were kept, by a job without tasks."""
+        if not self._kept or (self._job is not None and self._job.is_running):
+            return
+        kept, self._kept = self._kept, {}
+        specs = tuple(host.spec for host in kept.values())
+        job = Job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), _interrupt_timeout_s())
+        dispatcher = Dispatcher(None, specs, self._backend(), InlineHost, self.limits, job.seal, adopted=kept)
+
+        def sealed(ended: Ended) -> None:
+            for spec in specs:
+                spec.handle._connect(None)
+
+        job.when_sealed(sealed)
+        JobManager().register(job)
+        job.begin(dispatcher)
+        job.wait()
+
+    def _close_at_exit(self) -> None:
+        if self._kept:
+            names = ", ".join(self._kept)
+            warnings.warn(
+                f'environment "{self.name}" still keeps {names} at exit; call env.close() or use `with env:`',
+                RuntimeWarning,
+                stacklevel=1,
+            )
+            self._close_kept()
+
+
+class LocalEnvironment(Environment):
+    """Runs jobs in this process, each task on a thread.
+
+    Args:
+        name: the environment's name, seen in reports and logs.
+        config: the environment's own settings, kept for the program.
+        log_dir: where log files go; none are written without it or `SAGE_LOG_DIR`.
+        stop_timeout_s: budget of a whole stop, in seconds.
+        drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
+        close_timeout_s: how long each `close` of a function may take, in seconds.
+        backend: where tasks run; `sage.testing.StepBackend` runs them one step at a time, from a seed.
+    """
+
+    def __init__(
+        self,
+        name: str = "localenvironment",
+        config: dict[str, Any] | None = None,
+        *,
+        log_dir: str | os.PathLike[str] | None = None,
+        stop_timeout_s: float | None = None,
+        drain_timeout_s: float | None = None,
+        close_timeout_s: float | None = None,
+        backend: Callable[[], Backend] | None = None,
+    ) -> None:
+        super().__init__(name, config)
+        default = Limits()
+        self.limits = Limits(
+            stop_timeout_s=float(os.environ.get("SAGE_STOP_TIMEOUT_S", default.stop_timeout_s))
+            if stop_timeout_s is None
+            else stop_timeout_s,
+            drain_timeout_s=default.drain_timeout_s if drain_timeout_s is None else drain_timeout_s,
+            close_timeout_s=default.close_timeout_s if close_timeout_s is None else close_timeout_s,
+        )
+        if log_dir is not None:
+            self.log_dir = log_dir
+        self._make_backend: Callable[[], Backend] = backend or ThreadsBackend
+
+    def _backend(self) -> Backend:
+        return self._make_backend()
+
+
+class RemoteEnvironment(Environment):
+    """Will run jobs on a Ray cluster; this release builds and explains its graphs, and refuses to submit them."""
+
+    def __init__(self, name: str = "remote_environment", config: dict[str, Any] | None = None) -> None:
+        super().__init__(name, config)
+
+    def _backend(self) -> Backend:
+        error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
+        raise hint(error, "Use LocalEnvironment: the program stays the same.")
+
+
+def _interrupt_timeout_s() -> float:
+    return float(os.environ.get("SAGE_STOP_TIMEOUT_S", INTERRUPT_TIMEOUT_S))

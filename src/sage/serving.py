@@ -1,0 +1,208 @@
+"""Pipelines that answer calls: requests enter at a source, and what arrives at the end is the answer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from sage.connector import Source
+from sage.errors import ServiceTimeoutError, ServiceUnavailableError
+from sage.functions import StopSignal
+from sage.service import BaseService
+
+_UNANSWERED = object()
+
+
+class Request:
+    """One call of a served pipeline, and the place where its answer arrives.
+
+    It travels beside the records that came of it and counts them: when the last one ended without an answer, the answer
+    is None. As a queue of one place it is what older programs call `_response_queue`.
+
+    Attributes:
+        payload: what was asked.
+    """
+
+    def __init__(self, payload: Any) -> None:
+        self.payload = payload
+        self._records = 1
+        self._answer: Any = _UNANSWERED
+        self._error: BaseException | None = None
+        self._condition = threading.Condition()
+
+    @property
+    def response_queue(self) -> Request:
+        """Where the answer is put: the request itself."""
+        return self
+
+    def add(self, count: int) -> None:
+        """Count records that came of one of this request's."""
+        with self._condition:
+            self._records += count
+
+    def drop(self) -> None:
+        """Count off a record that has ended."""
+        with self._condition:
+            self._records -= 1
+            if self._records == 0 and not self._is_done:
+                self._answer = None
+                self._condition.notify_all()
+
+    def put(self, answer: Any) -> None:
+        """Give the answer; only the first one counts."""
+        with self._condition:
+            if not self._is_done:
+                self._answer = answer
+                self._condition.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Give an error instead of an answer."""
+        with self._condition:
+            if not self._is_done:
+                self._error = error
+                self._condition.notify_all()
+
+    def get(self, timeout: float | None = None) -> Any:
+        """Wait for the answer and return it, or raise what failed.
+
+        Raises:
+            ServiceTimeoutError: there was none within `timeout` seconds.
+        """
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._is_done, timeout):
+                raise ServiceTimeoutError(f"the pipeline gave no answer within {timeout:g} s", fault="external")
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+    @property
+    def _is_done(self) -> bool:
+        return self._answer is not _UNANSWERED or self._error is not None
+
+
+PipelineRequest = Request
+
+
+class PipelineBridge:
+    """Joins callers with the source of a served pipeline."""
+
+    def __init__(self) -> None:
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._open: set[Request] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._taken: list[Request] = []
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed and every request has been taken."""
+        return self._closed and self._requests.qsize() <= 1
+
+    def submit(self, payload: Any) -> Request:
+        """Put a request on its way and return it; its `get` waits for the answer.
+
+        Raises:
+            ServiceUnavailableError: the pipeline has ended.
+        """
+        request = Request(payload)
+        with self._lock:
+            if self._closed:
+                raise ServiceUnavailableError("the pipeline behind this service has ended")
+            self._open.add(request)
+            self._requests.put(request)
+        return request
+
+    def next(self, timeout: float | None = 0.1) -> Request | StopSignal | None:
+        """Return the next request, None if there is none within `timeout` seconds, or a `StopSignal` at the end."""
+        try:
+            request = self._requests.get(timeout=timeout) if timeout != 0 else self._requests.get_nowait()
+        except queue.Empty:
+            return StopSignal("pipeline bridge closed") if self._closed else None
+        if request is None:
+            self._requests.put(None)  # for whoever else reads
+            return StopSignal("pipeline bridge closed")
+        self._taken.append(request)
+        return request
+
+    def taken(self, count: int) -> list[Request | None]:
+        """Return the requests of the records that a source has just read, and forget them."""
+        taken, self._taken = self._taken, []
+        if len(taken) == count:
+            return list(taken)
+        return [*taken, *[None] * count][:count]
+
+    def settle(self, request: Request) -> None:
+        """Forget a request that was answered."""
+        with self._lock:
+            self._open.discard(request)
+
+    def close(self) -> None:
+        """Take no more requests; those on their way are still answered."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._requests.put(None)
+
+    def abort(self) -> None:
+        """Fail every request that has no answer; nothing will give one any more."""
+        self.close()
+        with self._lock:
+            left, self._open = self._open, set()
+        for request in left:
+            request.fail(ServiceUnavailableError("the pipeline behind this service has ended"))
+
+
+class PipelineService(BaseService):
+    """The service in front of a pipeline: `process(request)` returns the pipeline's answer."""
+
+    def __init__(self, bridge: PipelineBridge, request_timeout: float | None = None) -> None:
+        self._bridge = bridge
+        self._request_timeout = request_timeout
+
+    def process(self, message: Any) -> Any:
+        """Send a request through the pipeline and return the answer, or raise what failed on its way."""
+        if isinstance(message, dict) and message.get("command") == "shutdown":
+            self._bridge.close()
+            return {"status": "shutdown_ack"}
+        request = self._bridge.submit(message)
+        try:
+            return request.get(self._request_timeout)
+        finally:
+            self._bridge.settle(request)
+
+    def stop(self) -> None:
+        """Take no more requests."""
+        self._bridge.close()
+
+
+class RequestSource(Source):
+    """Reads the requests of a bridge as records; it waits in `read`, and ends when the bridge is closed."""
+
+    bounded = False
+
+    def __init__(self, bridge: PipelineBridge) -> None:
+        self._bridge = bridge
+
+    def read(self, records_max: int) -> list[Any] | None:
+        """Return the payloads of the requests that wait, at least one."""
+        payloads: list[Any] = []
+        request = self._bridge.next(timeout=None)
+        while isinstance(request, Request):
+            payloads.append(request.payload)
+            if len(payloads) == records_max:
+                break
+            request = self._bridge.next(timeout=0)
+        return payloads or None
+
+
+def bridge_among(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineBridge | None:
+    """Return the bridge that a source is built with, or that an instance holds, or None."""
+    held = vars(source).values() if hasattr(source, "__dict__") and not isinstance(source, type) else ()
+    candidates = (*args, *kwargs.values(), *held)
+    return next((value for value in candidates if isinstance(value, PipelineBridge)), None)

@@ -1,0 +1,223 @@
+"""Tools for tests: run a pipeline from list to list, and run jobs one seeded step at a time on a virtual clock."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from sage._runtime.backend import Backend
+from sage._runtime.inside import inside
+from sage._runtime.task import Step
+from sage.environment import LocalEnvironment
+from sage.errors import InternalError
+from sage.records import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sage._runtime.supervisor import Supervisor
+    from sage._runtime.task import Task
+    from sage.stream import DataStream
+
+STEPS_MAX = 5_000_000
+"""How many steps one job may take before it counts as one that never ends."""
+
+LIMITS = (1, 2, 3, 7, 64, 1024)
+CAPACITIES = (1, 2, 5, 100, 4096)
+
+
+def run(
+    records: Iterable[Any],
+    build: Callable[[DataStream], DataStream],
+    *,
+    backend: Callable[[], Backend] | None = None,
+) -> list[Any]:
+    """Send `records` through the pipeline that `build` adds to a stream, and return what arrives, as a list.
+
+    Raises:
+        JobError: what failed in the pipeline.
+    """
+    environment = LocalEnvironment("test", backend=backend)
+    arrived: list[Any] = []
+    build(environment.from_batch(records)).sink(arrived.append)
+    environment.submit(autostop=True)
+    return arrived
+
+
+class ManualClock:
+    """A clock that stands still until it is told otherwise.
+
+    Attributes:
+        now_s: the time, in seconds.
+    """
+
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Move the time on."""
+        self.now_s += seconds
+
+
+class SeededPace:
+    """Draws how many records a step takes."""
+
+    def __init__(self, random_: random.Random) -> None:
+        self._random = random_
+
+    def limit(self) -> int:
+        """Return how many records the next step takes at most."""
+        return self._random.choice(LIMITS)
+
+    def measured(self, records: int, elapsed_s: float) -> None:
+        """Take no notice: real time must not change what a seed does."""
+
+
+class SeededSpan(Span):
+    """Is cut at places drawn from the seed, as the watch would cut it at others on each run."""
+
+    __slots__ = ("_random",)
+
+    def __init__(self, random_: random.Random) -> None:
+        super().__init__()
+        self._random = random_
+
+    def begin(self, work: list[Any]) -> None:
+        """Shorten the list at a place drawn from the seed, but leave something to do."""
+        super().begin(work)
+        if len(work) > 1 and self._random.random() < 0.2:
+            del work[self._random.randrange(1, len(work)) :]
+            self.is_cut = True
+
+
+class StepLane:
+    """Keeps the hooks of one service until the backend comes to run them."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Keep `function` for its turn."""
+        self.waiting.append(function)
+
+    def where(self) -> str:
+        """Return nothing: a hook cannot hang here without hanging the test."""
+        return ""
+
+    def close(self, *, wait: bool) -> None:  # noqa: ARG002
+        """Drop what waits."""
+        self.waiting.clear()
+
+
+class StepBackend(Backend):
+    """Runs a whole job on the calling thread: one step of a task, a hook, or one event at a time, drawn from a seed.
+
+    Time is virtual: it moves to the next moment that somebody waits for when there is nothing else to do. Sizes of
+    batches, cuts and capacities are drawn too, so thousands of seeds see thousands of schedules, and each seed sees the
+    same one every time. The job runs while somebody waits for it: in `submit(autostop=True)`, `job.wait()`,
+    `env.stop()` or `env.close()`.
+
+    Args:
+        seed: what everything is drawn from.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.clock = ManualClock()
+        self._random = random.Random(seed)
+        self.capacity_records = self._random.choice(CAPACITIES)
+        self._events: list[Any] = []
+        self._tasks: list[Task] = []
+        self._lanes: list[StepLane] = []
+        self._ready: set[Task] = set()
+
+    def now(self) -> float:
+        """Return the virtual time."""
+        return self.clock()
+
+    def pace(self) -> SeededPace:
+        """Return a pace drawn from the seed."""
+        return SeededPace(self._random)
+
+    def span(self) -> SeededSpan:
+        """Return a span that is cut at places drawn from the seed."""
+        return SeededSpan(self._random)
+
+    def lane(self, name: str) -> StepLane:  # noqa: ARG002
+        """Return a lane."""
+        lane = StepLane()
+        self._lanes.append(lane)
+        return lane
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Do nothing: the job runs while somebody waits for it."""
+
+    def post(self, supervisor: Supervisor, event: Any) -> None:  # noqa: ARG002
+        """Keep an event for its turn; events keep their order."""
+        self._events.append(event)
+
+    def start_task(self, supervisor: Supervisor, task: Task) -> None:  # noqa: ARG002
+        """Take a task into the round."""
+        task.wake = lambda: self._ready.add(task)
+        self._tasks.append(task)
+        self._ready.add(task)
+
+    def where(self, task: Task) -> str:  # noqa: ARG002
+        """Return nothing: a task cannot hang here without hanging the test."""
+        return ""
+
+    def join_tasks(self, tasks: list[Task]) -> None:
+        """Do nothing: there are no threads."""
+
+    def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:  # noqa: ARG002
+        """Run the job to its end.
+
+        Raises:
+            InternalError: nothing can go on, or it never ends: a bug that the seed shows again.
+        """
+        with inside(supervisor):
+            for _ in range(STEPS_MAX):
+                if supervisor.is_sealed:
+                    return True
+                self._turn(supervisor)
+        raise InternalError(f"seed {self.seed}: the job did not end within {STEPS_MAX} steps")
+
+    def _turn(self, supervisor: Supervisor) -> None:
+        lanes = [lane for lane in self._lanes if lane.waiting]
+        tasks = [task for task in self._tasks if task in self._ready]
+        choices: list[Any] = [*lanes, *tasks]
+        if self._events:
+            choices.append(None)
+        if not choices:
+            self._pass_time(supervisor)
+            return
+        chosen = self._random.choice(choices)
+        if chosen is None:
+            supervisor.handle(self._events.pop(0))
+        elif isinstance(chosen, StepLane):
+            chosen.waiting.pop(0)()
+        else:
+            self._step(chosen)
+
+    def _step(self, task: Task) -> None:
+        self._ready.discard(task)
+        came = task.step()
+        if came is Step.PROGRESSED:
+            self._ready.add(task)
+        elif came is Step.DONE:
+            self._tasks.remove(task)
+
+    def _pass_time(self, supervisor: Supervisor) -> None:
+        dues = [task.wake_at for task in self._tasks if task.wake_at is not None]
+        if supervisor.next_due is not None:
+            dues.append(supervisor.next_due)
+        if not dues:
+            states = {task.name: task.phase for task in self._tasks}
+            raise InternalError(f"seed {self.seed}: nothing can go on; {supervisor.state.job}, {states}")
+        self.clock.now_s = max(self.clock.now_s, min(dues))
+        self._ready.update(task for task in self._tasks if task.wake_at is not None)
+        supervisor.tick()
