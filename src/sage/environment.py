@@ -167,8 +167,8 @@ class Environment:
             GraphError: `cls` is not callable.
         """
         options = options or ServiceOptions()
-        if not isinstance(name, str) or not name:
-            raise GraphError(f"a service's name is a string, not {short(name)}")
+        if not name or not isinstance(name, str):
+            raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
         if not callable(cls):
             error = GraphError(f'service "{name}": {short(cls)} is not callable')
             raise hint(error, "Give the class and its arguments, not an instance, or a function that builds one.")
@@ -276,7 +276,7 @@ class Environment:
         finally:
             self._close_kept()
 
-    def explain(self, format: str = "text") -> str:  # noqa: A002
+    def explain(self, format: str = "text") -> str:
         """Return the physical plan as "text" or as a "mermaid" flowchart; nothing is started.
 
         Raises:
@@ -365,7 +365,7 @@ class Environment:
         job = Job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), _interrupt_timeout_s())
         dispatcher = Dispatcher(None, specs, self._backend(), InlineHost, self.limits, job.seal, adopted=kept)
 
-        def sealed(ended: Ended) -> None:
+        def sealed(_: Ended) -> None:
             for spec in specs:
                 spec.handle._connect(None)
 

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +69,11 @@ class OperatorMetrics:
 class SessionLogs:
     """The log files of this process under one folder: `jobmanager/session_<time>_<pid>/`.
 
-    `Dispatcher.log` and `JobManager.log` hold what their names say, `Error.log` every error with its traceback, and each
-    job has a file of its own.
+    `Dispatcher.log` and `JobManager.log` hold what their names say, `Error.log` every error with its traceback, and
+    each job has a file of its own.
     """
 
-    _open: dict[Path, SessionLogs] = {}
+    _open: ClassVar[dict[Path, SessionLogs]] = {}
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

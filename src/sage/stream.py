@@ -268,7 +268,7 @@ class DataStream:
 
 
 class KeyedStream(DataStream):
-    """A stream whose records have keys; `self.ctx.get_key()` in a function class tells the key of the record in hand."""
+    """A stream whose records have keys; `self.ctx.get_key()` in a function class tells that of the record in hand."""
 
     def reduce(
         self,
@@ -385,12 +385,12 @@ class ConnectedStreams:
         self.union().print(prefix, separator, colored)
         return self
 
-    def _join(self, kind: Kind, spec: FunctionSpec, parallelism: int | None, name: str | None, on_error: Any) -> DataStream:
+    def _join(
+        self, kind: Kind, spec: FunctionSpec, parallelism: int | None, name: str | None, on_error: Any
+    ) -> DataStream:
         inputs = tuple(stream._id for stream in self._streams)
         keyed = all(isinstance(stream, KeyedStream) for stream in self._streams)
-        id_ = self._streams[0]._then(
-            kind, spec, parallelism=parallelism, name=name, on_error=on_error, inputs=inputs
-        )
+        id_ = self._streams[0]._then(kind, spec, parallelism=parallelism, name=name, on_error=on_error, inputs=inputs)
         return (KeyedStream if keyed else DataStream)(self._builder, id_)
 
 

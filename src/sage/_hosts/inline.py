@@ -227,9 +227,9 @@ class InlineHost:
         self._gate = self._new_gate()
         if isinstance(target, type) and issubclass(target, ServiceUser):
             # The context is there before the constructor runs, whether or not that calls its base's.
-            instance = target.__new__(target, *args, **kwargs)
+            instance: Any = target.__new__(target, *args, **kwargs)
             instance.ctx = self._context
-            instance.__init__(*args, **kwargs)  # type: ignore[misc]
+            instance.__init__(*args, **kwargs)
         else:
             instance = target(*args, **kwargs)
             if isinstance(instance, ServiceUser):

@@ -13,8 +13,8 @@ from sage.records import BATCH_RECORDS_MAX, Batch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from sage._plan.logical import Node
     from sage._operators.operator import Surroundings
+    from sage._plan.logical import Node
 
 NOTHING = Batch([])
 
@@ -217,7 +217,7 @@ class FlatMap(Operator):
                 raise
         return len(out) - before
 
-    def _collecting(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _collecting(self, call: Callable[..., Any]) -> Callable[..., Any]:
         function = self._function
 
         def collect(*args: Any) -> Any:

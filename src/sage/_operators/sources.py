@@ -167,9 +167,7 @@ class Reader(Operator):
             return
         self.metrics.failed += 1
         times = f" after {self._attempts} attempts" if self._attempts > 1 else ""
-        blamed = FunctionError(
-            f'source "{self.node.name}" failed{times}: {describe(error)}', operator=self.node.name
-        )
+        blamed = FunctionError(f'source "{self.node.name}" failed{times}: {describe(error)}', operator=self.node.name)
         blamed.__cause__ = error
         self.failure = blamed
 

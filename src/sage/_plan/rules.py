@@ -85,7 +85,7 @@ def serving_nodes(graph: LogicalGraph, edges: Iterable[Edge]) -> frozenset[int]:
     return frozenset(found)
 
 
-def keyed_nodes(graph: LogicalGraph, order: Iterable[Node]) -> frozenset[int]:
+def keyed_nodes(order: Iterable[Node]) -> frozenset[int]:
     """Return the nodes whose output is partitioned by key."""
     keyed: set[int] = set()
     for node in order:
@@ -107,7 +107,7 @@ def lower(graph: LogicalGraph) -> PhysicalPlan:
 
 def choose_routes(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
     """Decide for each edge how records find their task among the parallel ones of the target."""
-    keyed = keyed_nodes(graph, [node for chain in plan.chains for node in chain.nodes])
+    keyed = keyed_nodes([node for chain in plan.chains for node in chain.nodes])
 
     def route(edge: Edge) -> Route:
         source, target = graph.nodes[edge.source], graph.nodes[edge.target]

@@ -1,4 +1,4 @@
-"""Turns what a user gave as a function into a `FunctionSpec`, or says what is wrong with it while the graph is built."""
+"""Turns what a user gave as a function into a `FunctionSpec`, or says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[s
         return FunctionSpec(target, True, args, kwargs)
     if args or kwargs:
         given = ", ".join([*map(short, args), *(f"{key}={short(value)}" for key, value in kwargs.items())])
-        error = TypeError(f"{kind}({_label(target)}, {given}): these arguments have no effect")
-        raise hint(error, "Only a function class takes arguments; bind them with functools.partial or a lambda.")
+        useless = TypeError(f"{kind}({_label(target)}, {given}): these arguments have no effect")
+        raise hint(useless, "Only a function class takes arguments; bind them with functools.partial or a lambda.")
     if isinstance(target, functions.BaseFunction) or (
         hasattr(target, "execute") and not isinstance(target, type | ServiceHandle)
     ):
@@ -54,7 +54,9 @@ def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[s
     if isinstance(target, type) and target.__module__ != "builtins":
         error = GraphError(f"{kind}({target.__name__}): the class {target.__name__} is no function class")
         wanted = " or ".join(type_.__name__ for type_ in ACCEPTED[kind][0]) or "a plain function"
-        note = f"Derive it from {wanted} and write execute(), or call it for each record: lambda x: {target.__name__}(x)."
+        note = (
+            f"Derive it from {wanted} and write execute(), or call it for each record: lambda x: {target.__name__}(x)."
+        )
         raise hint(error, note)
     if not callable(target):
         error = GraphError(f"{kind}({short(target)}): {type(target).__name__} is not callable")
@@ -113,7 +115,9 @@ def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) 
     except TypeError as error:
         label = f"{_label(target)}.{method}" if method else _label(target)
         records = {0: "no arguments", 1: "one record"}.get(count, f"{count} arguments")
-        mended = GraphError(f"{kind}({_label(target)}): {label}{inspect.signature(function)} has the wrong arity: {error}")
+        mended = GraphError(
+            f"{kind}({_label(target)}): {label}{inspect.signature(function)} has the wrong arity: {error}"
+        )
         raise hint(mended, f"{kind} calls it with {records}.") from None
 
 
@@ -161,19 +165,23 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
     if callable(target) and not isinstance(target, type):
         try:
             inspect.signature(target).bind(*args, **kwargs)
-        except TypeError as error:
-            mended = GraphError(f"{method}({_label(target)}): {error}")
+        except TypeError as refused:
+            mended = GraphError(f"{method}({_label(target)}): {refused}")
             raise hint(mended, "A source calls its function without a record.") from None
         except ValueError:
             pass
         return FunctionSpec(partial(target, *args, **kwargs) if args or kwargs else target)
     if args or kwargs:
         names = ", ".join([*map(short, args), *kwargs])
-        raise hint(TypeError(f"{method}({_label(target)}, ...): {names} have no effect"), "Only a class takes arguments.")
+        raise hint(
+            TypeError(f"{method}({_label(target)}, ...): {names} have no effect"), "Only a class takes arguments."
+        )
     if isinstance(target, Source) or (bounded and hasattr(target, "__iter__") and not isinstance(target, type)):
         return FunctionSpec(target)
     error = GraphError(f"{method}({short(target)}): {type(target).__name__} is no source")
-    wanted = "a BatchFunction class, a list or any iterable, a generator function or a Source" if bounded else (
-        "a SourceFunction class, a callable without arguments or a Source"
+    wanted = (
+        "a BatchFunction class, a list or any iterable, a generator function or a Source"
+        if bounded
+        else ("a SourceFunction class, a callable without arguments or a Source")
     )
     raise hint(error, f"Give {wanted}.")

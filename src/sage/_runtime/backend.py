@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sage._runtime.coroutines import CoroutineLoop
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
     from sage.records import Span
@@ -28,17 +29,26 @@ class Lane(Protocol):
 
 
 class Host(Protocol):
-    """Where one service runs.
+    """Where one service runs."""
 
-    Attributes:
-        calls: how callers reach it.
-        call_count: how many calls were admitted.
-        error_count: how many of them raised.
-    """
+    @property
+    def calls(self) -> ServiceCalls:
+        """How callers reach the service."""
 
-    calls: ServiceCalls
-    call_count: int
-    error_count: int
+    @property
+    def call_count(self) -> int:
+        """How many calls were admitted."""
+
+    @property
+    def error_count(self) -> int:
+        """How many of them raised."""
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The names of the hooks of the instance that is there."""
+
+    def adopt(self, backend: Backend, loop: CoroutineLoop) -> None:
+        """Let another job run the hooks of an instance that was kept."""
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
         """Run a hook apart from the caller and tell `done` what came of it.

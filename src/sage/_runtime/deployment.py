@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sage._operators.operators import OPERATORS
 from sage._operators.operator import Surroundings
+from sage._operators.operators import OPERATORS
 from sage._plan.logical import Kind, Route
 from sage._runtime.channel import Channel, InFlight
 from sage._runtime.lifecycle import TaskPlan
@@ -38,9 +38,9 @@ def deploy(
         ]
     owner = {node.id: chain for chain in plan.chains for node in chain.nodes}
     for edge in plan.between:
-        _connect(edge, owner[edge.source], groups[owner[edge.source].nodes[0].id], groups[edge.target], plan)
+        _connect(edge, owner[edge.source], groups[owner[edge.source].nodes[0].id], groups[edge.target])
     _count_loops(plan, owner, groups)
-    _count_lockstep(plan, groups)
+    _count_lockstep(groups)
     tasks = {task.name: task for group in groups.values() for task in group}
     return tasks, _task_plans(plan, owner, groups)
 
@@ -67,7 +67,7 @@ def _task(
     return task
 
 
-def _connect(edge: Edge, chain: Chain, sources: list[Task], targets: list[Task], plan: PhysicalPlan) -> None:
+def _connect(edge: Edge, chain: Chain, sources: list[Task], targets: list[Task]) -> None:
     """Join the tasks of two chains, and let each target know how many producers it has."""
     place = next(place for place, node in enumerate(chain.nodes) if node.id == edge.source)
     for index, source in enumerate(sources):
@@ -104,7 +104,7 @@ def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, 
                 counter.when_zero(lambda task=task: task.wake())  # type: ignore[misc]
 
 
-def _count_lockstep(plan: PhysicalPlan, groups: dict[int, list[Task]]) -> None:
+def _count_lockstep(groups: dict[int, list[Task]]) -> None:
     """If a source wants lockstep, let it see whether anything of its last record is still on its way."""
     everyone = [task for group in groups.values() for task in group]
     stepping = [task for task in everyone if task.nodes[0].settings.get("lockstep")]
@@ -119,9 +119,7 @@ def _count_lockstep(plan: PhysicalPlan, groups: dict[int, list[Task]]) -> None:
         counter.when_zero(lambda task=task: task.wake())  # type: ignore[misc]
 
 
-def _task_plans(
-    plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, list[Task]]
-) -> tuple[TaskPlan, ...]:
+def _task_plans(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, list[Task]]) -> tuple[TaskPlan, ...]:
     downstream: dict[int, set[int]] = {id_: set() for id_ in groups}
     for edge in plan.between:
         if not edge.feedback:

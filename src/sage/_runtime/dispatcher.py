@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Ended
     from sage.service import ServiceHandle
 
-HostMaker = "Callable[[ServiceSpec, ServiceContext, Backend, CoroutineLoop], Host]"
-
 
 class Dispatcher:
     """One job on one backend.
@@ -112,13 +110,17 @@ class Dispatcher:
         return hosts
 
 
+def _untold(service: str, requires: str) -> None:  # noqa: ARG001
+    """Stand for the supervisor until there is one; nothing asks for a service before."""
+
+
 class Dependencies:
     """Which service was seen to ask for which other one, beside those that were declared."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._edges: set[tuple[str, str]] = set()
-        self.tell: Callable[[str, str], None] = lambda service, requires: None
+        self.tell: Callable[[str, str], None] = _untold
 
     def noted_by(self, service: ServiceSpec) -> Callable[[str], None]:
         """Return what a service's context calls with each service that it asks for."""
@@ -134,7 +136,9 @@ class Dependencies:
                 if path:
                     text = f"services call each other in a circle: {' -> '.join((service.name, *path))}"
                     error = ServiceError(text, service=service.name)
-                    raise hint(error, "Two services that wait for each other can never end; let a third one serve both.")
+                    raise hint(
+                        error, "Two services that wait for each other can never end; let a third one serve both."
+                    )
                 self._edges.add(edge)
             self.tell(*edge)
 

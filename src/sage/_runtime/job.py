@@ -142,9 +142,7 @@ class Job:
         if not self._is_told:
             self.wait()
 
-    def request(
-        self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None
-    ) -> None:
+    def request(self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None) -> None:
         """Ask for the end without waiting for it; any thread may."""
         if self.report is None:
             self._reason = self._reason or reason

@@ -193,7 +193,8 @@ class State:
     @property
     def next_due(self) -> float | None:
         """When a `Tick` is due next, or None."""
-        dues = [record.due for record in (*self.services.values(), *self.tasks.values()) if record.due is not None]
+        dues = [record.due for record in self.services.values() if record.due is not None]
+        dues += [record.due for record in self.tasks.values() if record.due is not None]
         if self.job is JobState.DRAINING and self.drain_due is not None:
             dues.append(self.drain_due)
         return min(dues, default=None)
@@ -336,5 +337,3 @@ def begin(services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits
         task_plans={plan.name: plan for plan in tasks},
         limits=limits,
     )
-
-

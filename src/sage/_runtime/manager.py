@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sage._runtime.lifecycle import Way
@@ -25,8 +26,8 @@ log = logging.getLogger("sage.manager")
 class NoDispatcher:
     """What a monitor sees of an environment that has not been submitted."""
 
-    tasks: dict[str, str] = {}
-    services: dict[str, str] = {}
+    tasks: Mapping[str, str] = MappingProxyType({})
+    services: Mapping[str, str] = MappingProxyType({})
     is_running = False
 
 
@@ -131,7 +132,9 @@ class JobManager:
             return job
         if id_ in self._environments:
             return NewJob
-        raise hint(JobNotFoundError(f'job "{id_}" is not known here'), "A job is known in the process that submitted it.")
+        raise hint(
+            JobNotFoundError(f'job "{id_}" is not known here'), "A job is known in the process that submitted it."
+        )
 
     def _end(self) -> None:
         """Stop and clean whatever still runs when the interpreter exits."""

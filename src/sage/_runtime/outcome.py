@@ -114,9 +114,7 @@ def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[Opera
     for task in dispatcher.supervisor.tasks.values():
         for operator in task.operators:
             metrics, total = operator.metrics, counts[operator.node.id]
-            for place, value in enumerate(
-                (metrics.records_in, metrics.records_out, metrics.failed, metrics.busy_s)
-            ):
+            for place, value in enumerate((metrics.records_in, metrics.records_out, metrics.failed, metrics.busy_s)):
                 total[place] += value
     return tuple(
         OperatorReport(

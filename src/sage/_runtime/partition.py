@@ -35,7 +35,7 @@ def stable_hash(key: Any) -> int:
         return 0x9E3779B9
     if isinstance(key, numbers.Number):
         # Python hashes equal numbers of different types alike, and without the seed that it uses for strings.
-        return hash(key) if key == key else 0  # noqa: PLR0124 - NaN is not equal to itself
+        return hash(key) if key == key else 0
     if isinstance(key, bytes):
         return zlib.crc32(key)
     if isinstance(key, tuple):

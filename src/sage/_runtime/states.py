@@ -76,9 +76,7 @@ TASK_NEXT: dict[TaskState, frozenset[TaskState]] = {
     **{state: frozenset() for state in TASK_TERMINAL},
 }
 
-SERVICE_TERMINAL = frozenset(
-    {S.STOPPED, S.CLEANUP_FAILED, S.ABANDONED, S.FAILED_START, S.FAILED, S.SKIPPED, S.KEPT}
-)
+SERVICE_TERMINAL = frozenset({S.STOPPED, S.CLEANUP_FAILED, S.ABANDONED, S.FAILED_START, S.FAILED, S.SKIPPED, S.KEPT})
 _SERVICE_ENDS = SERVICE_TERMINAL - {S.SKIPPED, S.KEPT}
 
 SERVICE_NEXT: dict[ServiceState, frozenset[ServiceState]] = {

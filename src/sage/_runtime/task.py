@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from enum import Enum
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from sage._operators.sources import Reader
 from sage._runtime.channel import ends
-from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened, TaskState
+from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened
+from sage._runtime.states import TaskState
 from sage.errors import FunctionError, describe
 from sage.records import BATCH_RECORDS_MAX, END_OF_STREAM, Batch, Span
 
@@ -451,7 +452,7 @@ class Task:
         self._report(TaskEnded(self.name, state))
         return Step.DONE
 
-    _PHASES: dict[Phase, Any] = {
+    _PHASES: ClassVar[dict[Phase, Callable[[Task], Step]]] = {
         Phase.CREATED: _open,
         Phase.OPENED: _wait_to_run,
         Phase.RUNNING: _run,

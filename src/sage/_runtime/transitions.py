@@ -29,8 +29,16 @@ from sage._runtime.lifecycle import (
     Trouble,
     Way,
 )
-from sage._runtime.states import JOB_NEXT, SERVICE_NEXT, SERVICE_TERMINAL, TASK_NEXT, TASK_TERMINAL
-from sage._runtime.states import JobState, ServiceState, TaskState
+from sage._runtime.states import (
+    JOB_NEXT,
+    SERVICE_NEXT,
+    SERVICE_TERMINAL,
+    TASK_NEXT,
+    TASK_TERMINAL,
+    JobState,
+    ServiceState,
+    TaskState,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +120,9 @@ class _Draft:
     def do(self, do: Do, target: str = "", **details: Any) -> None:
         self.actions.append(Action(do, target, **details))
 
-    def fail(self, trouble: Trouble, name: str, hook: str = "", error: BaseException | None = None, **more: Any) -> None:
+    def fail(
+        self, trouble: Trouble, name: str, hook: str = "", error: BaseException | None = None, **more: Any
+    ) -> None:
         self.changes["failures"] = (*self.get("failures"), Failure(trouble, name, hook, error, **more))
 
     # --- questions ---
@@ -287,9 +297,7 @@ class _Draft:
             self.move_service(name, ServiceState.DEGRADED)
             self.fail_job()
             return
-        self.services[name] = replace(
-            self.services[name], goal=ServiceState.BACKOFF if again else ServiceState.FAILED
-        )
+        self.services[name] = replace(self.services[name], goal=ServiceState.BACKOFF if again else ServiceState.FAILED)
         self.do(Do.HOLD_CALLS if again else Do.REFUSE_CALLS, name)
         self.drain_service(name)
 
@@ -557,7 +565,7 @@ class _Draft:
         # With dependencies declared, services that do not depend on each other stop side by side; with none, strictly
         # one after the other, the last registered first.
         side_by_side = any(plan.requires for plan in self.start.service_plans.values())
-        for name in reversed(self.start.service_plans):
+        for name in reversed(tuple(self.start.service_plans)):
             if not self.dependents_over(name):
                 continue
             if self.services[name].state not in SERVICE_TERMINAL and self.services[name].state not in STOP_STATES:

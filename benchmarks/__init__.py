@@ -1,0 +1,1 @@
+"""Measures what the runtime costs, as ratios to plain Python: `make bench`."""

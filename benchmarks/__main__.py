@@ -1,0 +1,79 @@
+"""`python -m benchmarks`: a table of all cases, with their targets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
+from benchmarks.measure import FULL, QUICK
+from benchmarks.plot import plot
+from benchmarks.throughput import chain, has_bytewax, service_call, word_count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.measure import Figure
+
+CASES = {
+    "chain": chain,
+    "word-count": word_count,
+    "service-call": service_call,
+    "short-jobs": short_jobs,
+    "stop": stopping,
+    "import": importing,
+    "memory": memory,
+    "latency": latency,
+}
+
+ROW = "{:<38} {:>8} {:<36} {:>17} {:>14}  {}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and return 1 if a target is missed, 0 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"one of {', '.join(CASES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="fewer records and rounds: seconds instead of minutes")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--plot", metavar="FILE", help="draw the figures into FILE (.svg or .png); takes matplotlib")
+    options = parser.parse_args(arguments)
+    unknown = set(options.cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if not has_bytewax():
+        print("bytewax is not installed: its cases are left out")
+    print(ROW.format("case", "median", "unit", "quartiles", "target", "met"), flush=True)
+    figures = []
+    for name in options.cases or CASES:
+        for figure in CASES[name](QUICK if options.quick else FULL):
+            figures.append(figure)
+            print(row(figure), flush=True)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(as_json(figures), file, indent=2)
+    if options.plot:
+        plot(figures, options.plot)
+    return 0 if all(figure.is_met for figure in figures) else 1
+
+
+def row(figure: Figure) -> str:
+    """Return a figure as a line of the table."""
+    quartiles = f"{figure.low:.3g} to {figure.high:.3g}"
+    target = f"{figure.bound} {figure.target:g}"
+    met = "yes" if figure.is_met else "NO"
+    return ROW.format(figure.case, f"{figure.measured:.3g}", figure.unit, quartiles, target, met)
+
+
+def as_json(figures: Sequence[Figure]) -> dict[str, object]:
+    """Return the figures with what one has to know about where they were measured."""
+    machine = {"python": platform.python_version(), "system": platform.system(), "cpu_count": os.cpu_count()}
+    return {"machine": machine, "figures": [{**asdict(figure), "is_met": figure.is_met} for figure in figures]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

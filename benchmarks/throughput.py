@@ -1,0 +1,227 @@
+"""Records per second: pipelines against the loop that calls the same functions, and against bytewax if it is there."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.measure import Figure, Scale, alternated, at_least, at_most
+from sage import LocalEnvironment, MapFunction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sage import ServiceHandle
+
+WORDS_PER_LINE = 10
+VOCABULARY = 5_000
+
+Pair = tuple[str, int]
+
+
+def scaled(value: int) -> int:
+    return value * 3 + 1
+
+
+def is_wanted(value: int) -> bool:
+    return value % 2 == 0
+
+
+def shifted(value: int) -> int:
+    return value - 7
+
+
+def chain_by_loop(values: range, out: list[int]) -> None:
+    """What a program without a runtime would do."""
+    append = out.append
+    for value in values:
+        wanted = scaled(value)
+        if is_wanted(wanted):
+            append(shifted(wanted))
+
+
+def chain_by_sage(values: range, out: list[int]) -> None:
+    env = LocalEnvironment("chain")
+    env.from_batch(values).map(scaled).filter(is_wanted).map(shifted).sink(out.append)
+    env.submit(autostop=True)
+
+
+def chain_by_bytewax(values: range, out: list[int]) -> None:
+    from bytewax import operators as op
+    from bytewax.dataflow import Dataflow
+    from bytewax.testing import TestingSink, TestingSource, run_main
+
+    flow = Dataflow("chain")
+    stream = op.input("values", flow, TestingSource(values, batch_size=BYTEWAX_BATCH))
+    stream = op.map("scaled", stream, scaled)
+    stream = op.filter("is_wanted", stream, is_wanted)
+    stream = op.map("shifted", stream, shifted)
+    op.output("out", stream, TestingSink(out))
+    run_main(flow)
+
+
+BYTEWAX_BATCH = 1_000
+"""Its default of one record at a time would make it several times slower."""
+
+
+def chain(scale: Scale) -> Iterator[Figure]:
+    """Map, filter, map and sink."""
+    yield from _against_both(
+        "map, filter, map, sink",
+        scale,
+        range(scale.records),
+        (chain_by_loop, chain_by_sage, chain_by_bytewax),
+        of_loop=0.85,
+        of_bytewax=2.4,
+    )
+
+
+def pairs(line: str) -> list[Pair]:
+    return [(word, 1) for word in line.split()]
+
+
+def word(pair: Pair) -> str:
+    return pair[0]
+
+
+def added(left: Pair, right: Pair) -> Pair:
+    return left[0], left[1] + right[1]
+
+
+def count_by_loop(lines: list[str], out: list[Pair]) -> None:
+    counts: dict[str, Pair] = {}
+    for line in lines:
+        for pair in pairs(line):
+            key = word(pair)
+            counts[key] = added(counts[key], pair) if key in counts else pair
+    out.extend(counts.values())
+
+
+def count_by_sage(lines: list[str], out: list[Pair]) -> None:
+    env = LocalEnvironment("count")
+    env.from_batch(lines).flatmap(pairs).keyby(word).reduce(added, emit="last").sink(out.append)
+    env.submit(autostop=True)
+
+
+def count_by_bytewax(lines: list[str], out: list[Any]) -> None:
+    from bytewax import operators as op
+    from bytewax.dataflow import Dataflow
+    from bytewax.testing import TestingSink, TestingSource, run_main
+
+    flow = Dataflow("count")
+    stream = op.input("lines", flow, TestingSource(lines, batch_size=BYTEWAX_BATCH))
+    words = op.flat_map("pairs", stream, pairs)
+    keyed = op.key_on("word", words, word)
+    op.output("out", op.reduce_final("added", keyed, added), TestingSink(out))
+    run_main(flow)
+
+
+def word_count(scale: Scale) -> Iterator[Figure]:
+    """Flat map, key and reduce; the records are the words."""
+    dice = random.Random(54)
+    lines = [
+        " ".join(f"word{int(VOCABULARY * dice.random() ** 3)}" for _ in range(WORDS_PER_LINE))
+        for _ in range(scale.records // WORDS_PER_LINE)
+    ]
+    yield from _against_both(
+        "word count",
+        scale,
+        lines,
+        (count_by_loop, count_by_sage, count_by_bytewax),
+        of_loop=0.6,
+        of_bytewax=6.0,
+    )
+
+
+def _against_both(
+    case: str,
+    scale: Scale,
+    values: Any,
+    ways: tuple[Callable[[Any, list[Any]], None], ...],
+    *,
+    of_loop: float,
+    of_bytewax: float,
+) -> Iterator[Figure]:
+    """Measure the second way against the first, and against the third if bytewax is there."""
+    results: list[list[Any]] = []
+    for way in ways[:2]:
+        results.append([])
+        way(values, results[-1])
+    assert sorted(results[0]) == sorted(results[1]), f"{case}: the pipeline gives something else than the loop"
+    sides = [lambda way=way: way(values, []) for way in (ways if has_bytewax() else ways[:2])]
+    taken = alternated(scale.rounds, *sides)
+    yield at_least(case, "of the loop", of_loop, [seconds[0] / seconds[1] for seconds in taken])
+    if has_bytewax():
+        yield at_least(case, "times bytewax", of_bytewax, [seconds[2] / seconds[1] for seconds in taken])
+
+
+def has_bytewax() -> bool:
+    """Whether bytewax is installed; there is none for Python 3.13 and later."""
+    try:
+        import bytewax  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Memory:
+    """A service as small as one can be, so that nothing but the way to it is measured."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def note(self, value: int) -> int:
+        self.last = value
+        return value
+
+
+class NotingByName(MapFunction):
+    """Calls the service the way older programs do."""
+
+    def execute(self, data: int) -> int:
+        answer: int = self.call_service("memory", data, method="note")
+        return answer
+
+
+def service_call(scale: Scale) -> Iterator[Figure]:
+    """A call of a service for each record, beyond the record's own cost, in direct calls under a lock."""
+    values = list(range(scale.records))
+    memory, lock = Memory(), threading.Lock()
+
+    def nothing() -> None:
+        for value in values:
+            _ = value
+
+    def direct() -> None:
+        note = memory.note
+        for value in values:
+            with lock:
+                note(value)
+
+    def with_map(build: Callable[[ServiceHandle[Any]], Any]) -> None:
+        env = LocalEnvironment("calls")
+        handle = env.register_service("memory", Memory)
+        env.from_batch(values).map(build(handle)).sink(_forget)
+        env.submit(autostop=True)
+
+    def plain() -> None:
+        with_map(lambda _: lambda value: value)
+
+    def through_handle() -> None:
+        with_map(lambda handle: lambda value: handle.note(value))
+
+    def as_function() -> None:
+        with_map(lambda handle: handle.note)
+
+    def by_name() -> None:
+        with_map(lambda _: NotingByName)
+
+    taken = alternated(scale.rounds, nothing, direct, plain, through_handle, as_function, by_name)
+    for place, case in enumerate(("handle.method(x)", "map(handle.method)", "self.call_service"), start=3):
+        units = [(seconds[place] - seconds[2]) / (seconds[1] - seconds[0]) for seconds in taken]
+        yield at_most(f"service call: {case}", "direct calls", 3, units)
+
+
+def _forget(value: object) -> None:
+    """Take in a record."""

@@ -1,0 +1,37 @@
+"""Fixtures and options that all tests share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sage._backends.threads import ThreadsBackend
+from sage.testing import StepBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sage._runtime.backend import Backend
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `--seeds N` run every test of the step backend with N seeds."""
+    parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that takes `backend` on threads and on the step backend with each seed."""
+    if "backend" in metafunc.fixturenames:
+        seeds = range(metafunc.config.getoption("--seeds"))
+        metafunc.parametrize("backend", ["threads", *(f"step-{seed}" for seed in seeds)], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Callable[[], Backend]:
+    """Return what makes the backend of one job, for `LocalEnvironment(backend=...)`."""
+    name: str = request.param
+    if name == "threads":
+        return ThreadsBackend
+    seed = int(name.removeprefix("step-"))
+    return lambda: StepBackend(seed)
