@@ -1,5 +1,6 @@
 """SAGE: dataflow pipelines with services, in plain Python."""
 
+from sage import _legacy as _legacy
 from sage.connector import Source
 from sage.environment import LocalEnvironment, RemoteEnvironment
 from sage.errors import (

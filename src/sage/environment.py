@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._backends.threads import ThreadsBackend
 from sage._hosts.inline import InlineHost
@@ -42,6 +42,9 @@ class Environment:
         name: the environment's name.
         env_uuid: the id of its latest job, or of the next one before the first submit.
     """
+
+    # A program that wants the plans of other programs, as `sage explain` does, sets this for the whole process.
+    _instead_of_running: ClassVar[Callable[[Environment, LogicalGraph, PhysicalPlan], Job] | None] = None
 
     def __init__(self, name: str, config: dict[str, Any] | None = None) -> None:
         self.name = name
@@ -243,6 +246,8 @@ class Environment:
         if autostop and len(plan.serving) == len(graph.nodes):
             error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')
             raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
+        if Environment._instead_of_running is not None:
+            return Environment._instead_of_running(self, graph, plan)
         self._spend(graph)
         job = self._start(graph, plan, keep)
         if autostop:
@@ -344,6 +349,7 @@ class Environment:
                     self._kept[service.name] = host
                 else:
                     service.handle._connect(None)
+            JobManager().hold(self, keeps=bool(self._kept))
             if handler is not None:
                 SessionLogs.open(self.log_dir or "").close_job(handler)
 
@@ -370,6 +376,7 @@ class Environment:
                 spec.handle._connect(None)
 
         job.when_sealed(sealed)
+        JobManager().hold(self, keeps=False)
         JobManager().register(job)
         job.begin(dispatcher)
         job.wait()

@@ -38,6 +38,7 @@ class ThreadsBackend(Backend):
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._supervisor_thread: threading.Thread | None = None
         self._sealed = threading.Event()
+        self.supervisor: Supervisor | None = None
 
     def now(self) -> float:
         """Return the monotonic time."""
@@ -53,10 +54,11 @@ class ThreadsBackend(Backend):
 
     def lane(self, name: str) -> ThreadLane:
         """Return a thread for the hooks of one service."""
-        return ThreadLane(name)
+        return ThreadLane(name, self)
 
     def start(self, supervisor: Supervisor) -> None:
         """Start the supervisor's thread."""
+        self.supervisor = supervisor
         thread = threading.Thread(target=self._supervise, args=(supervisor,), name="sage-supervisor", daemon=True)
         self._supervisor_thread = thread
         thread.start()
@@ -147,7 +149,8 @@ class ThreadLane:
     The thread is started when the service is, so that stopping it needs no new thread at a time when there may be none.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, backend: ThreadsBackend) -> None:
+        self._backend = backend
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._name = name
         self._thread = threading.Thread(target=self._work, name=f"sage-service-{name}", daemon=True)
@@ -169,7 +172,8 @@ class ThreadLane:
 
     def _work(self) -> None:
         while (function := self._queue.get()) is not None:
-            function()
+            with inside(self._backend.supervisor):
+                function()
 
 
 def stack_of(thread: threading.Thread | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sage._plan.logical import Kind, Node, Route
@@ -82,6 +82,13 @@ class PhysicalPlan:
         """The edges that lead from one chain to another, through channels."""
         heads = self.heads
         return tuple(edge for edge in self.edges if edge.target in heads)
+
+    def outline(self) -> PhysicalPlan:
+        """Return the plan without the users' functions and data, which a job that has ended must not keep."""
+        bare = (
+            Chain(tuple(replace(node, function=None, settings={}) for node in chain.nodes)) for chain in self.chains
+        )
+        return replace(self, chains=tuple(bare))
 
     def text(self) -> str:
         """Return the plan as indented text."""

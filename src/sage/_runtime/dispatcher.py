@@ -93,6 +93,13 @@ class Dispatcher:
         """Whether anything of the job has not ended."""
         return not self.supervisor.is_sealed
 
+    def forget(self) -> None:
+        """Let go of users' functions, services and data; a job that has ended is remembered for long."""
+        if self.plan is not None:
+            self.plan = self.plan.outline()
+        self.supervisor.tasks = {}
+        self.supervisor.hosts = {}
+
     def _report(self, event: Any) -> None:
         self.supervisor.post(event)
 
@@ -110,7 +117,7 @@ class Dispatcher:
         return hosts
 
 
-def _untold(service: str, requires: str) -> None:  # noqa: ARG001
+def _untold(service: str, requires: str) -> None:
     """Stand for the supervisor until there is one; nothing asks for a service before."""
 
 

@@ -15,7 +15,7 @@ _here = threading.local()
 
 
 @contextmanager
-def inside(supervisor: Supervisor) -> Iterator[None]:
+def inside(supervisor: Supervisor | None) -> Iterator[None]:
     """Mark the current thread as one of the supervisor's job."""
     before = getattr(_here, "supervisor", None)
     _here.supervisor = supervisor

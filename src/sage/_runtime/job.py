@@ -7,6 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from sage._plan.logical import LogicalGraph
 from sage._runtime.inside import is_inside
 from sage._runtime.interrupts import Interrupts
 from sage._runtime.lifecycle import StopRequested, Way
@@ -17,7 +18,6 @@ from sage.errors import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sage._plan.logical import LogicalGraph
     from sage._runtime.dispatcher import Dispatcher
     from sage._runtime.supervisor import Ended
     from sage.observability import Event
@@ -84,6 +84,8 @@ class Job:
 
     def operators(self) -> tuple[OperatorReport, ...]:
         """Return the counts of every operator as they stand."""
+        if self.report is not None:
+            return self.report.operators
         return operator_reports(self.dispatcher, self._graph)
 
     def wait(self, timeout_s: float | None = None) -> JobReport:
@@ -173,4 +175,7 @@ class Job:
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
         for action in self._when_sealed:
             action(ended)
+        self._when_sealed.clear()
         self.report = report
+        self.dispatcher.forget()
+        self._graph = LogicalGraph(self.name, {})

@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 
     from sage.service import ServiceOptions
 
+START_HOOKS = ("build", "setup", "start", "ready")
+READY_PAUSE_S = 0.05
+"""How long after a `ready()` that said no it is asked again."""
+
+BEST_GUARD_S = 1.0
+"""How much of the budget a service leaves to each that is stopped after it, if there is that much."""
+
+
+DRAIN_NET_S = 1.0
+"""How long after its bound a drain that did not end is given up."""
+
+STOP_STATES = frozenset({ServiceState.DRAINING, ServiceState.STOPPING, ServiceState.CLEANING})
+
 
 class Way(IntEnum):
     """How a job is asked to end; a stronger way may follow a weaker one, never the reverse."""
@@ -141,7 +154,6 @@ class Failure:
         hook: the hook or operator, or "".
         error: what was raised, or None for what took too long.
         counts: whether it fails the job; a service that may be absent or restarted does not.
-        detail: where a late thread stands, for a person.
     """
 
     trouble: Trouble
@@ -149,7 +161,6 @@ class Failure:
     hook: str = ""
     error: BaseException | None = None
     counts: bool = True
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,12 +67,14 @@ class JobManager:
             if cls._instance is None:
                 cls._instance = super().__new__(cls)
                 cls._instance._jobs = {}
+                cls._instance._keeping = set()
                 cls._instance._environments = weakref.WeakValueDictionary()
                 _at_exit(cls._instance._end)
             return cls._instance
 
     _jobs: dict[str, Job]
     _environments: weakref.WeakValueDictionary[str, Any]
+    _keeping: set[Any]
 
     @property
     def jobs(self) -> Jobs:
@@ -90,6 +92,13 @@ class JobManager:
     def expect(self, id_: str, environment: Any) -> None:
         """Know the id that an environment's next job will have, and the environment, to close it at exit."""
         self._environments[id_] = environment
+
+    def hold(self, environment: Any, *, keeps: bool) -> None:
+        """Know an environment as long as it keeps services, which have to be cleaned at exit at the latest."""
+        if keeps:
+            self._keeping.add(environment)
+        else:
+            self._keeping.discard(environment)
 
     def get_job_status(self, id_: object) -> dict[str, Any]:
         """Return a job's id, name and state, and its report once it has ended.
@@ -151,7 +160,7 @@ class JobManager:
                 job.wait()
             except SageError as error:
                 log.error("job failed at exit name=%r", job.name, exc_info=error)
-        for environment in tuple(self._environments.values()):
+        for environment in tuple(self._keeping):
             environment._close_at_exit()
 
 

@@ -11,6 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sage._runtime.lifecycle import (
+    BEST_GUARD_S,
+    DRAIN_NET_S,
+    READY_PAUSE_S,
+    START_HOOKS,
+    STOP_STATES,
     Action,
     Begin,
     DependencySeen,
@@ -44,20 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._runtime.lifecycle import LifecycleEvent, TaskEvent, TaskPlan
-
-
-START_HOOKS = ("build", "setup", "start", "ready")
-READY_PAUSE_S = 0.05
-"""How long after a `ready()` that said no it is asked again."""
-
-BEST_GUARD_S = 1.0
-"""How much of the budget a service leaves to each that is stopped after it, if there is that much."""
-
-
-DRAIN_NET_S = 1.0
-"""How long after its bound a drain that did not end is given up."""
-
-STOP_STATES = frozenset({ServiceState.DRAINING, ServiceState.STOPPING, ServiceState.CLEANING})
 
 
 def step(state: State, event: LifecycleEvent, now: float) -> tuple[State, tuple[Action, ...]]:
@@ -138,6 +129,10 @@ class _Draft:
     def requires(self, name: str) -> set[str]:
         return {*self.start.service_plans[name].requires, *(b for a, b in self.get("seen") if a == name)}
 
+    def needs(self, name: str, other: str) -> bool:
+        """Return whether a service depends on another, or is it; there are no circles."""
+        return name == other or any(self.needs(near, other) for near in self.requires(name))
+
     def dependents_over(self, name: str) -> bool:
         return all(
             record.state in SERVICE_TERMINAL
@@ -150,9 +145,10 @@ class _Draft:
     def take(self, event: LifecycleEvent) -> None:
         match event:
             case Begin():
-                self.move_job(JobState.STARTING)
-                for name in self.services:
-                    self.watch(name)
+                if self.get("job") is JobState.NEW:  # it may have been stopped before
+                    self.move_job(JobState.STARTING)
+                    for name in self.services:
+                        self.watch(name)
             case StopRequested():
                 self.take_stop(event)
             case HookEnded():
@@ -160,7 +156,8 @@ class _Draft:
                 if record.hook == event.hook and record.incarnation == event.incarnation:
                     self.take_hook(event)
             case DependencySeen():
-                if event.requires not in self.requires(event.service):
+                # Two services may call each other; were each to wait for the other's end, none would come.
+                if not self.needs(event.requires, event.service):
                     self.changes["seen"] = self.get("seen") | {(event.service, event.requires)}
             case TaskOpened() | TaskFailed() | TaskClosing() | TaskEnded():
                 if self.tasks[event.task].state not in TASK_TERMINAL:
@@ -274,8 +271,12 @@ class _Draft:
 
     def may_restart(self, name: str) -> bool:
         options = self.start.service_plans[name].options
-        recent = [at for at in self.services[name].restarts if at > self.now - options.restart_window_s]
-        return options.restart != "never" and len(recent) < options.restarts_max and not self.stopping
+        in_limit = len(self.recent_restarts(name)) < options.restarts_max
+        return options.restart != "never" and in_limit and not self.stopping
+
+    def recent_restarts(self, name: str) -> tuple[float, ...]:
+        since = self.now - self.start.service_plans[name].options.restart_window_s
+        return tuple(at for at in self.services[name].restarts if at > since)
 
     def start_failed(self, name: str, trouble: Trouble, hook: str, error: BaseException | None) -> None:
         again = self.may_restart(name)
@@ -342,11 +343,11 @@ class _Draft:
             self.end_service(name, record.goal)
 
     def end_service(self, name: str, goal: ServiceState) -> None:
-        record = self.services[name]
         if goal is ServiceState.BACKOFF and not self.stopping:
             first, longest = self.start.service_plans[name].options.backoff_s
-            pause_s = min(first * 2.0 ** len(record.restarts), longest)
-            restarts = (*record.restarts, self.now)
+            recent = self.recent_restarts(name)
+            pause_s = min(first * 2.0 ** min(len(recent), 64), longest)
+            restarts = (*recent, self.now)
             self.move_service(
                 name, goal, hook="backoff", due=self.now + pause_s, goal=ServiceState.STOPPED, restarts=restarts
             )
@@ -391,9 +392,16 @@ class _Draft:
         self.changes["tasks_due"] = self.now + tasks_s
         self.changes["drain_due"] = self.now + drain_s
         for name, record in self.services.items():
-            if record.state is ServiceState.STARTING and record.due is not None:
+            if record.due is not None:
                 late = self.now + self.start.service_plans[name].options.stop_timeout_s
-                self.services[name] = replace(record, due=min(record.due, late, deadline))
+                bound = deadline if record.state in STOP_STATES else min(late, deadline)
+                self.services[name] = replace(record, due=min(record.due, bound))
+            if record.state in (ServiceState.STARTING, ServiceState.BACKOFF) or record.goal is ServiceState.BACKOFF:
+                # No restart begins any more, so a call that waits for one would keep its task from ending.
+                self.do(Do.REFUSE_CALLS, name)
+        for name, task in self.tasks.items():
+            if task.due is not None:
+                self.tasks[name] = replace(task, due=min(task.due, self.get("tasks_due")))
 
     def fail_job(self) -> None:
         if self.get("job") in (JobState.STARTING, JobState.RUNNING, JobState.DRAINING):
@@ -472,7 +480,9 @@ class _Draft:
                 interval_s = self.start.service_plans[name].options.health_interval_s
                 self.run_hook(name, "health", self.now + max(interval_s, 1.0))
         elif hook == "ready-pause":
-            if self.now >= record.start_due:
+            if self.stopping:
+                pass  # advance() tears it down in its turn
+            elif self.now >= record.start_due:
                 self.start_failed(name, Trouble.NOT_READY, "ready", None)
             else:
                 self.run_hook(name, "ready", record.start_due)
@@ -488,6 +498,9 @@ class _Draft:
                 self.fail_job()
             self.services[name] = replace(self.services[name], goal=ServiceState.ABANDONED)
             self.next_stop_hook(name, "build" if hook == "build" else "stop")
+        elif hook == "health" and self.stopping:
+            self.fail(Trouble.LATE_HOOK, name, hook)
+            self.services[name] = replace(self.services[name], goal=ServiceState.ABANDONED)
         elif hook == "health":
             self.service_failed(name, Trouble.UNHEALTHY, hook, None)
         elif hook == "drain":
@@ -502,17 +515,15 @@ class _Draft:
 
     def advance(self) -> None:
         """Start, run, stop and seal whatever is due, until nothing more follows."""
-        job: JobState = self.get("job")
-        if job is JobState.STARTING:
+        if self.get("job") is JobState.STARTING:
             self.advance_start()
-        if self.get("job") is JobState.RUNNING:
-            self.advance_run()
-        if self.get("job") in (JobState.DRAINING, JobState.CANCELLING, JobState.FAILING):
-            if self.get("job") is JobState.DRAINING:
-                self.stop_serving()
-            if self.tasks_over:
-                self.arm()
-                self.move_job(JobState.STOPPING_SERVICES)
+        serves_only = all(plan.serving for plan in self.start.task_plans.values())
+        job: JobState = self.get("job")
+        if job is JobState.DRAINING or (job is JobState.RUNNING and not serves_only):
+            self.stop_serving()
+        if self.tasks_over and job in (JobState.RUNNING, JobState.DRAINING, JobState.CANCELLING, JobState.FAILING):
+            self.arm()
+            self.move_job(JobState.STOPPING_SERVICES)
         if self.get("job") is JobState.STOPPING_SERVICES:
             self.advance_stop()
 
@@ -543,13 +554,6 @@ class _Draft:
         """Return whether a service is down for good and the job goes on without it."""
         return self.services[name].state in SERVICE_TERMINAL and not self.start.service_plans[name].options.required
 
-    def advance_run(self) -> None:
-        if not all(plan.serving for plan in self.start.task_plans.values()):
-            self.stop_serving()
-        if self.tasks_over:
-            self.arm()
-            self.move_job(JobState.STOPPING_SERVICES)
-
     def stop_serving(self) -> None:
         """End the pipelines that only answer requests, once everything that may call them has ended."""
         main_over = all(
@@ -565,26 +569,16 @@ class _Draft:
         # With dependencies declared, services that do not depend on each other stop side by side; with none, strictly
         # one after the other, the last registered first.
         side_by_side = any(plan.requires for plan in self.start.service_plans.values())
-        for name in reversed(tuple(self.start.service_plans)):
-            if not self.dependents_over(name):
-                continue
-            if self.services[name].state not in SERVICE_TERMINAL and self.services[name].state not in STOP_STATES:
-                self.stop_service(name)
-            if not side_by_side and self.services[name].state not in SERVICE_TERMINAL:
-                break
+        before: dict[str, ServiceRecord] = {}
+        while before != self.services:  # one that ends at once makes room for others, in whatever order they stand
+            before = dict(self.services)
+            for name in reversed(tuple(self.start.service_plans)):
+                if not self.dependents_over(name):
+                    continue
+                if self.services[name].state not in SERVICE_TERMINAL | STOP_STATES:
+                    self.stop_service(name)
+                if not side_by_side and self.services[name].state not in SERVICE_TERMINAL:
+                    break
         if all(record.state in SERVICE_TERMINAL for record in self.services.values()):
             self.move_job(JobState.SEALED)
             self.do(Do.SEAL)
-        elif not side_by_side:
-            self.again_if_unblocked()
-
-    def again_if_unblocked(self) -> None:
-        """Go round once more when a service ended at once and made room for one that was registered after it."""
-        waiting = [
-            name
-            for name, record in self.services.items()
-            if record.state not in SERVICE_TERMINAL and record.state not in STOP_STATES and record.hook is None
-        ]
-        busy = any(record.state in STOP_STATES or not self.idle(record) for record in self.services.values())
-        if waiting and not busy and any(self.dependents_over(name) for name in waiting):
-            self.advance_stop()

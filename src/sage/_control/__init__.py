@@ -1,0 +1,1 @@
+"""The command line, and what it needs to run, watch and explain a program."""

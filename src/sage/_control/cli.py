@@ -1,0 +1,154 @@
+"""The command `sage`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+import sage
+from sage._control import doctor as health
+from sage._control.explanation import explaining
+from sage._control.program import Program
+from sage._control.progress import Progress
+from sage.environment import Environment
+from sage.errors import GraphError
+from sage.report import Cleanliness, Outcome
+
+if TYPE_CHECKING:
+    from sage._plan.physical import PhysicalPlan
+    from sage.report import JobReport
+
+DRAWINGS_PER_S = 5
+DEFAULT_LOG_DIR = ".sage/logs"
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+log_dir_option = click.option(
+    "--log-dir",
+    type=FOLDER,
+    default=DEFAULT_LOG_DIR,
+    envvar="SAGE_LOG_DIR",
+    show_default=True,
+    help="Where log files go; SAGE_LOG_DIR says the same.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Run and look at dataflow pipelines."""
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@log_dir_option
+@click.option("--progress/--no-progress", default=None, help="Show progress; by default on a terminal only.")
+def run(file: Path, args: tuple[str, ...], log_dir: Path, progress: bool | None) -> None:
+    """Run FILE as Python would, show how far its jobs are, and print their reports.
+
+    Arguments of the program follow after --. Jobs that the program leaves running are waited for.
+
+    Exit codes: 0 for success, 1 if the program or a job failed, 2 if everything completed but not everything was cleaned
+    up without an error, 130 after Ctrl-C, 143 after SIGTERM; another one if the program chose it.
+    """
+    os.environ["SAGE_LOG_DIR"] = str(log_dir)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    program = Program(file, args)
+    with _live(console, program, console.is_terminal if progress is None else progress):
+        program.run()
+    for report in program.reports:
+        console.print(str(report), style=_style(report), markup=False)
+    click.echo(program.error_text(), err=True, nl=False)
+    sys.exit(program.exit_code)
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.option("--format", "form", type=click.Choice(["text", "mermaid"]), default="text", show_default=True)
+def explain(file: Path, args: tuple[str, ...], form: str) -> None:
+    """Print the plan of every environment of FILE; its jobs are not run.
+
+    The program itself runs: each submit shows a plan and returns a job that has completed without a record. What the
+    program prints goes to standard error.
+    """
+    output, count = sys.stdout, 0
+
+    def show(plan: PhysicalPlan) -> None:
+        nonlocal count
+        count += 1
+        click.echo(plan.text() if form == "text" else plan.mermaid(), file=output)
+
+    program = Program(file, args)
+    with explaining(show) as shown, redirect_stdout(sys.stderr):
+        program.run()
+    # What was built on the top level of the file, but not submitted, is shown too.
+    for value in program.names.values():
+        if isinstance(value, Environment) and value not in shown:
+            shown.add(value)
+            click.echo(value.explain(form))
+            count += 1
+    sys.exit(_explained(program, count))
+
+
+@main.command()
+def version() -> None:
+    """Print the versions of SAGE and Python."""
+    click.echo(f"sage-dataflow {sage.__version__}, Python {platform.python_version()}, {platform.system()}")
+
+
+@main.command()
+@log_dir_option
+def doctor(log_dir: Path) -> None:
+    """Look whether this machine has what SAGE needs; exit with 1 if something is wrong."""
+    all_good = True
+    for check in health.checks(log_dir):
+        all_good &= check.is_good
+        mark = click.style("ok   ", fg="green") if check.is_good else click.style("WRONG", fg="red")
+        click.echo(f"{mark}  {check.name}: {check.detail}")
+    sys.exit(0 if all_good else 1)
+
+
+def _live(console: Console, program: Program, is_shown: bool) -> AbstractContextManager[object]:
+    if not is_shown:
+        return nullcontext()
+    progress = Progress(lambda: program.jobs)
+    return Live(
+        get_renderable=progress.table,
+        console=console,
+        refresh_per_second=DRAWINGS_PER_S,
+        transient=True,
+        # Live writes to its console, standard error: output that goes to a file must not be led there.
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+def _style(report: JobReport) -> str:
+    if report.state is Outcome.FAILED:
+        return "red"
+    return "yellow" if report.cleanliness is Cleanliness.DIRTY else ""
+
+
+def _explained(program: Program, count: int) -> int:
+    """Return the exit code of `explain`, after saying what went wrong."""
+    text = program.error_text()
+    if isinstance(program.error, SystemExit) and count:
+        return 0
+    if program.error is not None and count and not isinstance(program.error, GraphError | KeyboardInterrupt):
+        last_line = text.rstrip().splitlines()[-1]
+        click.echo(f"The program ended after its submit, which gave it no results: {last_line}", err=True)
+        return 0
+    click.echo(text, err=True, nl=False)
+    if program.error is None and not count:
+        click.echo(f"{program.file} submits no environment and has none on its top level", err=True)
+        return 1
+    return program.exit_code

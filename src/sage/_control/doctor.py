@@ -1,0 +1,121 @@
+"""Whether this machine has what SAGE needs."""
+
+from __future__ import annotations
+
+import platform
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sage.environment import LocalEnvironment
+from sage.errors import SageError, describe
+from sage.report import Cleanliness, Outcome
+from sage.service import BaseService
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PYTHON_MIN = (3, 11)
+THREADS_COUNT = 50
+THREAD_START_MAX_S = 0.01
+"""A thread starts within a tenth of a millisecond; a hundred times that makes every job slow to begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    is_good: bool
+    detail: str
+
+
+class Doubler(BaseService):
+    """The service of the pipeline that is tried."""
+
+    def process(self, number: int) -> int:
+        """Return twice the number."""
+        return 2 * number
+
+
+def checks(log_dir: Path) -> Iterator[Check]:
+    """Yield one check after the other; none of them raises."""
+    running = platform.python_version()
+    yield Check("Python", sys.version_info >= PYTHON_MIN, f"{running}, 3.11 or later is needed")
+    yield full_text_search()
+    yield thread_start()
+    yield writeable(log_dir)
+    for package in ("click", "rich"):
+        yield installed(package)
+    yield pipeline()
+
+
+def full_text_search() -> Check:
+    """Look for the FTS5 module of SQLite."""
+    name = "SQLite FTS5"
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.execute("CREATE VIRTUAL TABLE words USING fts5(word)")
+    except sqlite3.Error as error:
+        return Check(name, False, f"SQLite {sqlite3.sqlite_version}: {error}")
+    finally:
+        connection.close()
+    return Check(name, True, f"SQLite {sqlite3.sqlite_version}")
+
+
+def thread_start() -> Check:
+    """Measure how long it takes to start a thread and to join it."""
+    began_at = time.perf_counter()
+    try:
+        for _ in range(THREADS_COUNT):
+            thread = threading.Thread(target=threading.get_ident)
+            thread.start()
+            thread.join()
+    except RuntimeError as error:
+        return Check("thread start", False, str(error))
+    each_s = (time.perf_counter() - began_at) / THREADS_COUNT
+    return Check("thread start", each_s <= THREAD_START_MAX_S, f"{each_s * 1e6:.0f} us each")
+
+
+def writeable(log_dir: Path) -> Check:
+    """Write a file where the folder of logs is, or would be made."""
+    folder = log_dir.absolute()
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Check("log folder", False, f"{log_dir}: {error.strerror or error}")
+    return Check("log folder", True, str(log_dir))
+
+
+def installed(package: str) -> Check:
+    """Look for a package of the command line."""
+    try:
+        return Check(package, True, version(package))
+    except PackageNotFoundError:
+        return Check(package, False, "is not installed")
+
+
+def pipeline() -> Check:
+    """Run three records through a service."""
+    name = "pipeline with a service"
+    environment = LocalEnvironment("doctor")
+    doubler = environment.register_service("doubler", Doubler)
+    arrived: list[int] = []
+    environment.from_batch([1, 2, 3]).map(doubler.process).sink(arrived.append)
+    try:
+        report = environment.submit(autostop=True).report
+    except SageError as error:
+        return Check(name, False, describe(error))
+    if report is None or arrived != [2, 4, 6]:
+        return Check(name, False, f"expected [2, 4, 6], got {arrived}")
+    is_good = report.state is Outcome.COMPLETED and report.cleanliness is Cleanliness.CLEAN
+    return Check(name, is_good, f"{report.state} and {report.cleanliness} after {report.duration_s * 1e3:.0f} ms")

@@ -1,0 +1,124 @@
+"""A user's program, run as Python itself would run it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sage
+from sage._runtime.manager import JobManager
+from sage.errors import InternalError, JobError
+from sage.report import Cleanliness, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sage._runtime.job import Job
+    from sage.report import JobReport
+
+EXIT_FAILED = 1
+EXIT_DIRTY = 2
+EXIT_INTERRUPTED = 130
+
+OWN_CODE = str(Path(sage.__file__).parent)
+
+
+class Program:
+    """A file that is run as `__main__`, with its folder first on the path of imports and its own arguments.
+
+    Attributes:
+        file: where it is.
+        error: what it raised, or None.
+        names: its global names after a run that raised nothing.
+    """
+
+    def __init__(self, file: Path, args: Sequence[str] = ()) -> None:
+        self.error: BaseException | None = None
+        self.names: dict[str, Any] = {}
+        self.file = file
+        self._args = args
+
+    def run(self) -> None:
+        """Run it, and wait for the jobs that it leaves running."""
+        try:
+            with self._as_main():
+                self.names = runpy.run_path(str(self.file), run_name="__main__")
+            for job in self.jobs:
+                if job.is_running:
+                    job.wait()
+        except BaseException as error:  # Ctrl-C and SystemExit decide about the exit code too
+            self.error = error
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The jobs that it submitted so far, the first one first."""
+        return tuple(JobManager().jobs.values())
+
+    @property
+    def reports(self) -> tuple[JobReport, ...]:
+        """The reports of the jobs that have ended."""
+        return tuple(job.report for job in self.jobs if job.report is not None)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code: what the program asked for, else what its jobs came to."""
+        of_jobs = max((_code_of(report) for report in self.reports), key=(0, EXIT_DIRTY, EXIT_FAILED).index, default=0)
+        match self.error:
+            case None:
+                return of_jobs
+            case KeyboardInterrupt():
+                return EXIT_INTERRUPTED
+            case SystemExit(code=code):
+                return code or of_jobs if isinstance(code, int | None) else EXIT_FAILED
+            case JobError():
+                return of_jobs or EXIT_FAILED
+        return EXIT_FAILED
+
+    def error_text(self) -> str:
+        """Return the error with its notes and the program's own part of the traceback, or ""."""
+        match self.error:
+            case None | KeyboardInterrupt():
+                return ""
+            case SystemExit(code=code):
+                return code if isinstance(code, str) else ""
+        shown = traceback.TracebackException.from_exception(self.error, compact=True)
+        if not isinstance(self.error, InternalError):
+            _leave_out_own_code(shown, set())
+        return "".join(shown.format())
+
+    @contextmanager
+    def _as_main(self) -> Iterator[None]:
+        path, argv = sys.path[:], sys.argv
+        # A console script leaves the folder of scripts there, where Python puts the folder of the program.
+        sys.path[0] = str(self.file.absolute().parent)
+        sys.argv = [str(self.file), *self._args]
+        try:
+            yield
+        finally:
+            sys.path[:], sys.argv = path, argv
+
+
+def _code_of(report: JobReport) -> int:
+    if report.state is Outcome.FAILED:
+        return EXIT_FAILED
+    return EXIT_DIRTY if report.cleanliness is Cleanliness.DIRTY else 0
+
+
+def _leave_out_own_code(shown: traceback.TracebackException, seen: set[int]) -> None:
+    """Leave only the frames of the user's code, in the error and in everything behind it; Error.log has them all."""
+    if id(shown) in seen:
+        return
+    seen.add(id(shown))
+    frames = [frame for frame in shown.stack if not _is_own(frame.filename)]
+    shown.stack = traceback.StackSummary.from_list(frames)
+    for other in (shown.__cause__, shown.__context__, *(shown.exceptions or ())):
+        if other is not None:
+            _leave_out_own_code(other, seen)
+
+
+def _is_own(file_name: str) -> bool:
+    return file_name.startswith((OWN_CODE, "<frozen runpy>")) or file_name == runpy.__file__

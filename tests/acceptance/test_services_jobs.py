@@ -1,0 +1,638 @@
+"""Services over several jobs, beside running ones, under watch, and after they failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import sage
+from sage import (
+    BaseService,
+    Cleanliness,
+    FunctionError,
+    GraphError,
+    JobReport,
+    LocalEnvironment,
+    MapFunction,
+    Outcome,
+    ProcessFunction,
+    ServiceError,
+    ServiceOptions,
+    ServiceTimeoutError,
+    ServiceUnavailableError,
+    SinkFunction,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sage._runtime.backend import Backend
+
+    MakeBackend = Callable[[], Backend]
+
+SOON_S = 10.0
+"""Bound of every wait for something that happens at once on an idle machine."""
+
+
+class Recorded(BaseService):
+    """Writes its hooks into a list, with the number of the instance."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.number = 1 + sum(entry.startswith(f"{self.name}.build") for entry in journal)
+        self.note("build")
+
+    def note(self, hook: str) -> None:
+        self.journal.append(f"{self.name}.{hook} {self.number}")
+
+    def stop(self) -> None:
+        self.note("stop")
+
+    def cleanup(self) -> None:
+        self.note("cleanup")
+
+    def process(self, data: Any) -> Any:
+        return data
+
+
+def report_of(env: LocalEnvironment) -> JobReport:
+    """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert isinstance(report, JobReport)
+    return report
+
+
+def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """Run a program as a user does, in a process of its own."""
+    script = folder / "program.py"
+    script.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(Path(sage.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def endless(env: LocalEnvironment, journal: list[str]) -> threading.Event:
+    """Give `env` a stream that never ends and a service; the event says that records arrive."""
+    flows = threading.Event()
+
+    class Store(SinkFunction):
+        def execute(self, data: int) -> None:
+            assert self.call_service("memory", data) == data
+            flows.set()
+
+        def close(self) -> None:
+            journal.append("sink closed")
+
+    env.register_service("memory", Recorded, journal)
+    env.from_source(lambda: 1, delay=0.001).sink(Store)
+    return flows
+
+
+ENDED = ["memory.build 1", "sink closed", "memory.stop 1", "memory.cleanup 1"]
+
+# --- jobs that end, or are ended --------------------------------------------------------------------------------------
+
+
+def test_a_batch_without_autostop_is_cleaned_when_it_ends(backend: MakeBackend) -> None:
+    """Acceptance 11: the services end with the batch, and `job.wait()` reports it."""
+    journal, arrived = list[str](), list[int]()
+    env = LocalEnvironment(backend=backend)
+    env.register_service("memory", Recorded, journal)
+    env.from_batch([1, 2, 3]).sink(arrived.append)
+    report = env.submit().wait()
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert arrived == [1, 2, 3]
+    assert (report.state, report.cleanliness) == (Outcome.COMPLETED, Cleanliness.CLEAN)
+    assert report.service("memory").state == "stopped"
+
+
+def test_a_batch_without_autostop_is_cleaned_though_nobody_waits() -> None:
+    """Acceptance 11: the cleanup needs no call of anybody."""
+    cleaned = threading.Event()
+
+    class Marked(BaseService):
+        def cleanup(self) -> None:
+            cleaned.set()
+
+    env = LocalEnvironment()
+    env.register_service("marked", Marked)
+    env.from_batch([1]).sink(lambda data: None)
+    job = env.submit()
+    assert cleaned.wait(SOON_S)
+    assert job.wait(SOON_S).cleanliness is Cleanliness.CLEAN
+
+
+@pytest.mark.parametrize("way", ["stop", "close", "with", "stop twice", "close twice", "stop, then close"])
+def test_a_stream_is_stopped_from_outside(way: str) -> None:
+    """Acceptance 12, fault 116: tasks end, then services, once; a second call does nothing."""
+    journal = list[str]()
+    env = LocalEnvironment()
+    flows = endless(env, journal)
+    if way == "with":
+        with env:
+            env.submit()
+            assert flows.wait(SOON_S)
+    else:
+        env.submit()
+        assert flows.wait(SOON_S)
+        (env.close if way.startswith("close") else env.stop)()
+    assert journal == ENDED
+    assert (report_of(env).state, report_of(env).cleanliness) == (Outcome.STOPPED, Cleanliness.CLEAN)
+    if way == "stop twice":
+        env.stop()
+    if way in ("close twice", "stop, then close", "with"):
+        env.close()
+    assert journal == ENDED
+
+
+def test_leaving_with_by_an_error_cleans_up() -> None:
+    """Acceptance 12: the program's own error comes out, after everything was cleaned."""
+    journal = list[str]()
+    env = LocalEnvironment()
+    flows = endless(env, journal)
+    with pytest.raises(ValueError, match="the program's own"), env:
+        env.submit()
+        assert flows.wait(SOON_S)
+        raise ValueError("the program's own")
+    assert journal == ENDED
+    assert report_of(env).state is Outcome.CANCELLED
+
+
+def test_stopping_before_submit_and_after_the_end_does_nothing(backend: MakeBackend) -> None:
+    """Acceptance 12, fault 116: there is nothing to stop, and a submit afterwards works."""
+    journal, arrived = list[str](), list[int]()
+    env = LocalEnvironment(backend=backend)
+    env.register_service("memory", Recorded, journal)
+    env.from_batch([1]).sink(arrived.append)
+    env.stop()
+    env.close()
+    assert journal == []
+    env.submit(autostop=True)
+    env.stop()
+    env.close()
+    assert arrived == [1]
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert report_of(env).state is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("call", ["stop", "close"])
+@pytest.mark.parametrize("place", ["hook", "call", "call with a time-out", "coroutine"])
+def test_a_service_of_the_job_may_stop_it(call: str, place: str) -> None:
+    """Acceptance 12, fault 116: from inside, a stop is a request, so that nothing waits for itself."""
+    journal = list[str]()
+    env = LocalEnvironment()
+
+    class Stopping(Recorded):
+        def process(self, data: int) -> int:
+            if place.startswith("call"):
+                getattr(env, call)()
+            return data
+
+        async def later(self, data: int) -> int:
+            getattr(env, call)()
+            return data
+
+        def cleanup(self) -> None:
+            if place == "hook":
+                getattr(env, call)()
+            super().cleanup()
+
+    options = ServiceOptions(call_timeout_s=SOON_S if place == "call with a time-out" else None, stop_timeout_s=2.0)
+    stopping = env.register_service("memory", Stopping, journal, options=options)
+    source = env.from_batch([1, 2, 3]) if place == "hook" else env.from_source(lambda: 1, delay=0.001)
+    source.map(stopping.later if place == "coroutine" else stopping.process).sink(lambda data: None)
+    report = env.submit().wait(SOON_S)
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert report.state is (Outcome.COMPLETED if place == "hook" else Outcome.STOPPED)
+    assert report.cleanliness is Cleanliness.CLEAN
+
+
+def test_the_functions_of_an_empty_source_are_finished_and_closed_once(backend: MakeBackend) -> None:
+    """Acceptance 8, fault 2: nothing flows, and everything begins and ends all the same."""
+    journal, arrived = list[str](), list[int]()
+
+    class Window(ProcessFunction):
+        def open(self) -> None:
+            journal.append("open")
+
+        def execute(self, data: int) -> None:
+            journal.append("record")
+
+        def finish(self) -> Iterable[int]:
+            journal.append("finish")
+            return [7]
+
+        def close(self) -> None:
+            journal.append("close")
+
+    env = LocalEnvironment(backend=backend)
+    env.register_service("memory", Recorded, journal)
+    env.from_batch([]).process(Window).sink(arrived.append)
+    env.submit(autostop=True)
+    assert journal == ["memory.build 1", "open", "finish", "close", "memory.stop 1", "memory.cleanup 1"]
+    assert arrived == [7]
+
+
+def test_the_end_of_a_job_leaves_another_alone() -> None:
+    """Acceptance 3, fault 10: two jobs with a service each; the end of one is nothing to the other's."""
+    running, ended = list[str](), list[str]()
+    stream, batch = LocalEnvironment("stream"), LocalEnvironment("batch")
+    with stream:
+        flows = endless(stream, running)
+        stream.submit()
+        batch.register_service("memory", Recorded, ended)
+        batch.from_batch([1]).sink(lambda data: None)
+        batch.submit(autostop=True)
+        assert ended == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+        flows.clear()
+        assert flows.wait(SOON_S)
+        assert running == ["memory.build 1"]
+    assert running == ENDED
+
+
+# --- several jobs of one environment ----------------------------------------------------------------------------------
+
+
+def test_a_second_submit_is_a_new_run(backend: MakeBackend) -> None:
+    """Acceptance 3, fault 115: a new instance of everything; a submit while a job runs is refused."""
+    journal, arrived = list[str](), list[int]()
+    refused = list[str]()
+    env = LocalEnvironment("twice", backend=backend)
+    env.register_service("memory", Recorded, journal)
+
+    def again(data: int) -> int:
+        with pytest.raises(GraphError) as caught:
+            env.submit()
+        refused.append(str(caught.value))
+        return data
+
+    env.from_batch([1]).map(again).sink(arrived.append)
+    first, second = env.submit(autostop=True), env.submit(autostop=True)
+    assert first.id != second.id
+    assert refused == [f'environment "twice" already runs job {job.id}' for job in (first, second)]
+    assert arrived == [1, 1]
+    assert journal == [f"memory.{hook} {number}" for number in (1, 2) for hook in ("build", "stop", "cleanup")]
+    assert first.report is not None
+    assert first.report.service("memory").calls == 0
+
+
+@pytest.mark.parametrize("way", ["close", "with", "with an error"])
+def test_kept_services_serve_the_next_job(backend: MakeBackend, way: str) -> None:
+    """Acceptance 9, fault 118: no second start, and one cleanup by `close()` or by leaving `with env:`."""
+    journal, arrived = list[str](), list[int]()
+    env = LocalEnvironment(backend=backend)
+    memory = env.register_service("memory", Recorded, journal)
+    env.register_service("index", Recorded, journal)
+    env.from_batch([1, 2]).map(memory).sink(arrived.append)
+
+    def run_twice() -> None:
+        for _ in range(2):
+            env.submit(autostop=True, keep_services=True)
+            assert [service.state for service in report_of(env).services] == ["kept", "kept"]
+            assert report_of(env).cleanliness is Cleanliness.CLEAN
+        assert journal == ["memory.build 1", "index.build 1"]
+        assert arrived == [1, 2, 1, 2]
+        if way == "with an error":
+            raise ValueError("the program's own")
+
+    if way == "close":
+        run_twice()
+        env.close()
+    else:
+        with pytest.raises(ValueError, match="own") if way == "with an error" else env, env:
+            run_twice()
+    ends = ["index.stop 1", "index.cleanup 1", "memory.stop 1", "memory.cleanup 1"]
+    assert journal[2:] == ends
+    env.close()
+    env.stop()
+    assert journal[2:] == ends
+    with pytest.raises(ServiceUnavailableError):
+        memory.process(1)
+
+
+def test_only_the_named_services_are_kept(backend: MakeBackend) -> None:
+    """Acceptance 9: the others end with their job, and a kept one keeps what it requires."""
+    journal = list[str]()
+    env = LocalEnvironment(backend=backend)
+    env.register_service("store", Recorded, journal)
+    env.register_service("memory", Recorded, journal, options=ServiceOptions(depends_on=["store"]))
+    env.register_service("index", Recorded, journal)
+    env.from_batch([1]).sink(lambda data: None)
+    env.submit(autostop=True, keep_services=["memory"])
+    assert [service.state for service in report_of(env).services] == ["kept", "kept", "stopped"]
+    assert Counter(journal) == Counter(
+        ["store.build 1", "memory.build 1", "index.build 1", "index.stop 1", "index.cleanup 1"]
+    )
+    journal.clear()
+    env.close()
+    assert journal == ["memory.stop 1", "memory.cleanup 1", "store.stop 1", "store.cleanup 1"]
+
+
+def test_kept_services_are_cleaned_at_exit_with_a_warning(tmp_path: Path) -> None:
+    """Acceptance 9: a program that never closes its environment is told so, and the service is cleaned once."""
+    text = """
+from sage import LocalEnvironment
+
+class Memory:
+    def process(self, data):
+        return data
+    def cleanup(self):
+        with open("marker", "a") as file:
+            file.write("cleaned\\n")
+
+env = LocalEnvironment("forgetful")
+memory = env.register_service("memory", Memory)
+env.from_batch([1]).map(memory).sink(lambda data: None)
+env.submit(autostop=True, keep_services=True)
+env.submit(autostop=True, keep_services=True)
+open("marker", "x").close()
+"""
+    done = run_script(tmp_path, text)
+    assert done.returncode == 0, done.stderr
+    assert 'RuntimeWarning: environment "forgetful" still keeps memory at exit' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "marker").read_text() == "cleaned\n"
+
+
+MANY_JOBS = """
+import gc, json, os, threading
+from pathlib import Path
+from sage import LocalEnvironment, ServiceOptions
+
+class Memory:
+    def process(self, data):
+        return data
+    def cleanup(self):
+        pass
+
+def one_job():
+    env = LocalEnvironment("one of many")
+    options = ServiceOptions(call_timeout_s=5.0)
+    memory = env.register_service("memory", Memory, options=options)
+    env.register_service("index", Memory)
+    stream = env.from_batch(range(20)).keyby(lambda data: data).map(memory.process, parallelism=2)
+    async def later(data):
+        return data
+    stream.map(later).sink(lambda data: None)
+    env.submit(autostop=True)
+
+def state():
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "tasks": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "children": [path.read_text() for path in Path("/proc/self/task").glob("*/children") if path.read_text()],
+        "memory": pages * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+one_job()
+first = state()
+for _ in range(200):
+    one_job()
+print(json.dumps([first, state()]))
+"""
+
+
+def test_two_hundred_jobs_leave_nothing_behind(tmp_path: Path) -> None:
+    """Acceptance 13, fault 120: threads, descriptors and children as after the first job, memory within 5 MB."""
+    done = run_script(tmp_path, MANY_JOBS)
+    assert done.returncode == 0, done.stderr
+    first, last = json.loads(done.stdout)
+    assert last.pop("memory") - first.pop("memory") < 5_000_000
+    assert last == first
+    assert first["threads"] == ["MainThread"]
+    assert first["children"] == []
+
+
+# --- a monitor --------------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """Reads what an environment shows of its job every few milliseconds, as a dashboard would."""
+
+    def __init__(self, env: LocalEnvironment, pause_s: float = 0.005) -> None:
+        self.env = env
+        self.pause_s = pause_s
+        self.seen: list[tuple[bool, int, int]] = []
+        self.errors: list[BaseException] = []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self.pause_s):
+            try:
+                dispatcher = self.env.jobmanager.jobs[self.env.env_uuid].dispatcher
+                # What ends last is read first: whatever has ended then stays ended for the reads that follow.
+                self.seen.append((dispatcher.is_running, len(dispatcher.services), len(dispatcher.tasks)))
+            except BaseException as error:
+                self.errors.append(error)
+
+
+@pytest.mark.parametrize("pause_s", [0.005, 0.0])
+def test_a_monitor_sees_tasks_end_before_services(pause_s: float) -> None:
+    """Acceptance 14: over several jobs no read fails, and what it shows is true at every moment."""
+    env = LocalEnvironment()
+    seen_in_cleanup = list[tuple[int, int, bool]]()
+
+    class Slow(BaseService):
+        def stop(self) -> None:
+            dispatcher = env.jobmanager.jobs[env.env_uuid].dispatcher
+            seen_in_cleanup.append((len(dispatcher.tasks), len(dispatcher.services), dispatcher.is_running))
+            threading.Event().wait(0.03)
+
+    for name in "abc":
+        env.register_service(name, Slow)
+    env.from_batch(range(30)).map(lambda data: threading.Event().wait(0.001)).sink(lambda data: None)
+    with Monitor(env, pause_s) as monitor:
+        for _ in range(5):
+            env.submit(autostop=True)
+    assert monitor.errors == []
+    running = [(services, tasks) for is_running, services, tasks in monitor.seen if is_running]
+    assert running
+    assert all((services, tasks) == (0, 0) for is_running, services, tasks in monitor.seen if not is_running)
+    assert all(tasks == 0 for services, tasks in running if services == 0)
+    assert any(services and tasks for services, tasks in running)
+    assert any(services and not tasks for services, tasks in running)
+    assert seen_in_cleanup == [(0, services, True) for services in (3, 2, 1)] * 5
+
+
+# --- services that fail -----------------------------------------------------------------------------------------------
+
+
+class Fragile(Recorded):
+    """The first instances get sick by the third call, and their health check says so."""
+
+    def __init__(self, journal: list[str], sick_count: int, *, raises: bool = False) -> None:
+        super().__init__(journal)
+        self.is_sick_one = self.number <= sick_count
+        self.raises = raises
+        self.calls_seen = 0
+
+    def process(self, data: Any) -> int:
+        self.calls_seen += 1
+        return self.number
+
+    def health(self) -> bool:
+        is_sick = self.is_sick_one and self.calls_seen >= 3
+        if is_sick and self.raises:
+            raise ConnectionError("the index is gone")
+        return not is_sick
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_sick_service_is_restarted_and_its_callers_wait(raises: bool) -> None:
+    """Acceptance 15: calls go on with the second instance, and none is lost."""
+    journal, answers = list[str](), list[int]()
+    env = LocalEnvironment()
+    options = ServiceOptions(restart="on_failure", backoff_s=(0.05, 0.1), health_interval_s=0.02)
+    fragile = env.register_service("memory", Fragile, journal, 1, raises=raises, options=options)
+
+    def take(answer: int) -> None:
+        answers.append(answer)
+        if answer == 2:
+            env.stop()
+
+    env.from_source(lambda: 1, delay=0.001).map(fragile).sink(take)
+    report = env.submit().wait(SOON_S)
+    assert answers == sorted(answers)
+    assert set(answers) == {1, 2}
+    assert journal == [f"memory.{hook} {number}" for number in (1, 2) for hook in ("build", "stop", "cleanup")]
+    assert (report.state, report.cleanliness) == (Outcome.STOPPED, Cleanliness.CLEAN)
+    assert report.service("memory").restarts == 1
+    assert report.operator("map").failed == 0
+    builds = [(hook.hook, hook.incarnation) for hook in report.service("memory").hooks if hook.hook != "drain"]
+    in_order = [(hook, number) for number in (1, 2) for hook in ("build", "stop", "cleanup")]
+    assert [entry for entry in builds if entry[0] != "health"] == in_order
+
+
+def test_a_call_waits_for_a_restart_only_up_to_its_time_out() -> None:
+    """Acceptance 15: the pause before the restart is longer than the call may take."""
+    journal = list[str]()
+    env = LocalEnvironment()
+    options = ServiceOptions(
+        restart="on_failure", backoff_s=(SOON_S, SOON_S), health_interval_s=0.02, call_timeout_s=0.2
+    )
+    fragile = env.register_service("memory", Fragile, journal, 1, options=options)
+    env.from_source(lambda: 1, delay=0.001).map(fragile).sink(lambda answer: None)
+    with pytest.raises(FunctionError) as caught:
+        env.submit().wait(SOON_S)
+    assert isinstance(caught.value.__cause__, ServiceTimeoutError)
+    assert caught.value.__cause__.service == "memory"
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert report_of(env).state is Outcome.FAILED
+
+
+def test_a_service_that_fails_again_and_again_fails_the_job() -> None:
+    """Acceptance 15: after as many restarts as are allowed the job ends; every instance was cleaned once."""
+    journal = list[str]()
+    env = LocalEnvironment()
+    options = ServiceOptions(restart="on_failure", restarts_max=2, backoff_s=(0.01, 0.01), health_interval_s=0.02)
+    fragile = env.register_service("memory", Fragile, journal, 99, options=options)
+    env.from_source(lambda: 1, delay=0.001).map(fragile).sink(lambda answer: None)
+    with pytest.raises(ServiceError, match='service "memory" failed: its health check failed') as caught:
+        env.submit().wait(SOON_S)
+    assert caught.value.service == "memory"
+    assert journal == [f"memory.{hook} {number}" for number in (1, 2, 3) for hook in ("build", "stop", "cleanup")]
+    report = report_of(env)
+    assert (report.state, report.cleanliness) == (Outcome.FAILED, Cleanliness.CLEAN)
+    assert report.service("memory").restarts == 2
+
+
+def test_calls_of_a_service_that_may_be_absent_fail_at_once() -> None:
+    """Acceptance 15: nothing restarts it, and the job goes on; each call says that the service is down."""
+    journal, failed = list[str](), list[str]()
+    env = LocalEnvironment()
+    options = ServiceOptions(restart="never", required=False, health_interval_s=0.02)
+    env.register_service("memory", Fragile, journal, 1, options=options)
+
+    class Ask(MapFunction):
+        def execute(self, data: int) -> int:
+            try:
+                return int(self.call_service("memory", data))
+            except ServiceUnavailableError as error:
+                failed.append(str(error))
+                env.stop()
+                return 0
+
+    env.from_source(lambda: 1, delay=0.001).map(Ask).sink(lambda answer: None)
+    report = env.submit().wait(SOON_S)
+    assert set(failed) == {'service "memory" has stopped and takes no more calls'}
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert report.state is Outcome.STOPPED
+    assert report.service("memory").state == "failed"
+    assert [str(error) for error in report.errors] == ['service "memory" failed: its health check failed']
+
+
+# --- calls that come too late -----------------------------------------------------------------------------------------
+
+
+def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend) -> None:
+    """Acceptance 41: by the handle, by a method taken from it while the job ran, and from a function that is left."""
+    journal, functions = list[str](), list[MapFunction]()
+    env = LocalEnvironment(backend=backend)
+    memory = env.register_service("memory", Recorded, journal)
+    methods = list[Any]()
+
+    class Ask(MapFunction):
+        def open(self) -> None:
+            functions.append(self)
+            methods.append(self.service("memory").process)
+
+        def execute(self, data: Any) -> Any:
+            return self.call_service("memory", data)
+
+    env.from_batch([1]).map(Ask).sink(lambda data: None)
+    env.submit(autostop=True)
+    calls: list[Callable[[Any], Any]] = [memory, memory.process, methods[0], functions[0].execute]
+    for call in calls:
+        with pytest.raises(ServiceUnavailableError, match="memory") as caught:
+            call(1)
+        assert caught.value.service == "memory"
+    with pytest.raises(ServiceUnavailableError, match="memory"):
+        functions[0].call_service_async("memory", 1)
+    with pytest.raises(ServiceUnavailableError, match="memory"):
+        functions[0].call_service("memory", 1, timeout=SOON_S)
+
+
+def test_a_service_that_has_stopped_refuses_the_calls_of_one_that_is_stopped_later(backend: MakeBackend) -> None:
+    """Acceptance 41: what was registered first ends last, and is told at once that the other is down."""
+    journal, refused = list[str](), list[str]()
+
+    class Late(Recorded):
+        def __init__(self, journal: list[str], other: list[Any]) -> None:
+            super().__init__(journal)
+            self.other = other
+
+        def cleanup(self) -> None:
+            super().cleanup()
+            with pytest.raises(ServiceUnavailableError) as caught:
+                self.other[0].process(1)
+            refused.append(str(caught.value))
+
+    env = LocalEnvironment(backend=backend)
+    handles = list[Any]()
+    env.register_service("late", Late, journal, handles)
+    handles.append(env.register_service("memory", Recorded, journal))
+    env.from_batch([1]).sink(lambda data: None)
+    env.submit(autostop=True)
+    assert refused == ['service "memory" has stopped and takes no more calls']
+    assert journal[2:] == ["memory.stop 1", "memory.cleanup 1", "late.stop 1", "late.cleanup 1"]
