@@ -17,9 +17,9 @@ from sage import BaseService, LocalEnvironment, ProcessFunction, ServiceHandle
 HERE = Path(__file__).resolve().parent
 PASSAGE_CHARACTERS_MAX = 700
 HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*")
-COMMON_WORDS = frozenset(
+COMMON_WORDS = (
     "a after and are at be by can do does for from happens how i if in is it its of on or that the then there to was"
-    " what when where which who why will with".split()
+    " what when where which who why will with"
 )
 
 
@@ -51,7 +51,7 @@ class PassageIndex(BaseService):
         self.database.execute("INSERT INTO passages VALUES (?, ?, ?)", row)
 
     def search(self, question: str, top: int) -> list[Passage]:
-        words = [word for word in re.findall(r"\w+", question.lower()) if word not in COMMON_WORDS]
+        words = [word for word in re.findall(r"\w+", question.lower()) if word not in COMMON_WORDS.split()]
         if not words:
             return []
         rows = self.database.execute(

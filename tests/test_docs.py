@@ -15,6 +15,7 @@ import pytest
 
 import sage
 from sage._runtime.lifecycle import Limits
+from sage._runtime.states import JOB_NEXT, SERVICE_NEXT, TASK_NEXT
 from sage.service import ServiceOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,11 +84,9 @@ def run_page(page: Path, blocks: list[Block], folder: Path) -> list[str]:
     return printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
 def test_the_code_blocks_run(page: Path, tmp_path: Path) -> None:
     blocks = blocks_of(page)
-    if not blocks:
-        return
     for block, printed in zip(blocks, run_page(page, blocks, tmp_path), strict=True):
         if block.expected is not None:
             assert plain(printed) == plain(block.expected), f"{page.name}:{block.line}"
@@ -99,13 +98,33 @@ def test_the_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not target.exists()] == []
 
 
-def test_the_tutorial_has_code() -> None:
+def test_the_blocks_are_found() -> None:
+    """A fence that the pattern misses would be code that no test runs."""
+    for page in PAGES:
+        fences = page.read_text(encoding="utf-8").count("```python")
+        assert len(blocks_of(page)) == fences, page.name
     assert len(blocks_of(ROOT / "docs" / "tutorial.md")) > 10
 
 
 def test_every_public_name_is_described() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [name for name in sage.__all__ if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("subject", "table"),
+    [("job", JOB_NEXT), ("task", TASK_NEXT), ("service", SERVICE_NEXT)],
+    ids=["job", "task", "service"],
+)
+def test_the_table_of_states_is_that_of_the_code(subject: str, table: dict[str, frozenset[str]]) -> None:
+    text = (ROOT / "docs" / "lifecycle.md").read_text(encoding="utf-8")
+    rows = text.split(f"| {subject} | may be followed by |")[1].split("\n\n")[0].splitlines()[2:]
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        _, before, after, _ = row.split("|")
+        for state in re.findall(r"`(\w+)`", before):
+            found[state] = set(re.findall(r"`(\w+)`", after))
+    assert found == {str(state): set(map(str, following)) for state, following in table.items()}
 
 
 @pytest.mark.parametrize("settings", [Limits(), ServiceOptions()], ids=["Limits", "ServiceOptions"])

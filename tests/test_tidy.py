@@ -24,6 +24,7 @@ FILE_LINES_MAX = 600
 
 # The tables of exceptions, each with its reason. A place is a file or a folder under src/sage.
 BROAD_HANDLERS = {
+    "_control/program.py": "the top of the command line: what a program raised decides about the exit code",
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
     "_operators/per_record.py": "an unusable result of a user's function is put right or raised",
     "_operators/sources.py": "a source raised: the records before it go on first",

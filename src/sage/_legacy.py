@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from importlib.machinery import ModuleSpec
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sage import functions
 from sage._runtime.dispatcher import Dispatcher
@@ -21,8 +21,7 @@ from sage.serving import PipelineBridge, PipelineRequest, PipelineService
 from sage.stream import ConnectedStreams, DataStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from importlib.abc import Loader
+    from collections.abc import Callable, Iterable
     from types import ModuleType
 
 # --- functions around callables ---
@@ -307,13 +306,13 @@ PACKAGES = {path.rsplit(".", count)[0] for path in OLD_PATHS for count in range(
 class OldPaths:
     """Finds the modules of the table when a program imports one; until then there are none."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None  # noqa: ARG002
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         """Return how to make the module, or None if it is not in the table."""
         if fullname not in OLD_PATHS and fullname not in PACKAGES:
             return None
-        return ModuleSpec(fullname, cast("Loader", self), is_package=fullname in PACKAGES)
+        # Not derived from Loader: importlib.abc imports much that most programs never need.
+        loader: Any = self
+        return ModuleSpec(fullname, loader, is_package=fullname in PACKAGES)
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Leave it to the import system to make the module."""

@@ -511,11 +511,19 @@ def test_a_served_pipeline_is_itself_a_caller() -> None:
 
 def test_a_pipeline_that_is_served_alone_needs_a_stop() -> None:
     """Acceptance 39: without a main pipeline autostop is refused; the handle answers until `env.stop()`."""
+    is_ready = threading.Event()
+
+    class Signal:
+        def start(self) -> None:
+            is_ready.set()
+
     env = LocalEnvironment("serving")
     tens = env.serve("tens", answer)
+    env.register_service("signal", Signal, options=ServiceOptions(depends_on=["tens"]))
     with pytest.raises(GraphError, match="only serves requests"):
         env.submit(autostop=True)
     job = env.submit()
+    assert is_ready.wait(timeout=5)
     assert [tens.process(record) for record in (2, 3)] == [20, None]
     env.stop()
     assert not job.is_running

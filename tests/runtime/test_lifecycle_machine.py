@@ -213,7 +213,6 @@ class LifecycleMachine(RuleBasedStateMachine):
         name, hook = action.target, action.hook
         assert name not in self.running, f"{hook} of {name} begins while {self.running[name]} runs"
         assert action.due is not None, "a hook without a bound"
-        assert action.due >= self.now
         before_stop = self.noted[""] in BEFORE_STOP
         if hook in START_ACTIONS:
             assert before_stop, f"{hook} of {name} begins after stopping began"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
 
+BOOTSTRAP = frozenset({"_bootstrap", "_bootstrap_inner", "run"})
+
 WATCH_S = 0.02
 """How often the watch looks whether a batch takes long, while a job runs."""
 
@@ -177,8 +179,9 @@ class ThreadLane:
 
 
 def stack_of(thread: threading.Thread | None) -> str:
-    """Return where a thread stands, without the lines of the standard library's own start-up."""
+    """Return where a thread stands, without the frames of the standard library that started it."""
     frame = sys._current_frames().get(thread.ident) if thread is not None and thread.ident is not None else None
     if frame is None:
         return ""
-    return "".join(traceback.format_stack(frame)).rstrip()
+    stack = [entry for entry in traceback.extract_stack(frame) if entry.name not in BOOTSTRAP]
+    return "".join(traceback.format_list(stack)).rstrip()

@@ -6,18 +6,15 @@ import os
 import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.live import Live
 
-import sage
 from sage._control import doctor as health
 from sage._control.explanation import explaining
 from sage._control.program import Program
-from sage._control.progress import Progress
 from sage.environment import Environment
 from sage.errors import GraphError
 from sage.report import Cleanliness, Outcome
@@ -57,16 +54,15 @@ def run(file: Path, args: tuple[str, ...], log_dir: Path, progress: bool | None)
 
     Arguments of the program follow after --. Jobs that the program leaves running are waited for.
 
-    Exit codes: 0 for success, 1 if the program or a job failed, 2 if everything completed but not everything was cleaned
-    up without an error, 130 after Ctrl-C, 143 after SIGTERM; another one if the program chose it.
+    Exit codes: 0 for success, 1 if the program or a job failed, 2 if the jobs completed but something could not be
+    cleaned up, 130 after Ctrl-C, 143 after SIGTERM; another one if the program chose it.
     """
     os.environ["SAGE_LOG_DIR"] = str(log_dir)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     program = Program(file, args)
-    with _live(console, program, console.is_terminal if progress is None else progress):
+    with _live(program) if progress or (progress is None and sys.stderr.isatty()) else nullcontext():
         program.run()
     for report in program.reports:
-        console.print(str(report), style=_style(report), markup=False)
+        click.secho(str(report), err=True, fg=_colour(report))
     click.echo(program.error_text(), err=True, nl=False)
     sys.exit(program.exit_code)
 
@@ -95,7 +91,11 @@ def explain(file: Path, args: tuple[str, ...], form: str) -> None:
     for value in program.names.values():
         if isinstance(value, Environment) and value not in shown:
             shown.add(value)
-            click.echo(value.explain(form))
+            try:
+                click.echo(value.explain(form))
+            except GraphError as error:
+                program.error = error
+                break
             count += 1
     sys.exit(_explained(program, count))
 
@@ -103,7 +103,8 @@ def explain(file: Path, args: tuple[str, ...], form: str) -> None:
 @main.command()
 def version() -> None:
     """Print the versions of SAGE and Python."""
-    click.echo(f"sage-dataflow {sage.__version__}, Python {platform.python_version()}, {platform.system()}")
+    own = metadata.version("sage-dataflow")
+    click.echo(f"sage-dataflow {own}, Python {platform.python_version()}, {platform.system()}")
 
 
 @main.command()
@@ -118,13 +119,17 @@ def doctor(log_dir: Path) -> None:
     sys.exit(0 if all_good else 1)
 
 
-def _live(console: Console, program: Program, is_shown: bool) -> AbstractContextManager[object]:
-    if not is_shown:
-        return nullcontext()
+def _live(program: Program) -> AbstractContextManager[object]:
+    # rich takes longer to import than all the rest, and only a terminal needs it.
+    from rich.console import Console
+    from rich.live import Live
+
+    from sage._control.progress import Progress
+
     progress = Progress(lambda: program.jobs)
     return Live(
         get_renderable=progress.table,
-        console=console,
+        console=Console(stderr=True),
         refresh_per_second=DRAWINGS_PER_S,
         transient=True,
         # Live writes to its console, standard error: output that goes to a file must not be led there.
@@ -132,10 +137,10 @@ def _live(console: Console, program: Program, is_shown: bool) -> AbstractContext
     )
 
 
-def _style(report: JobReport) -> str:
+def _colour(report: JobReport) -> str | None:
     if report.state is Outcome.FAILED:
         return "red"
-    return "yellow" if report.cleanliness is Cleanliness.DIRTY else ""
+    return "yellow" if report.cleanliness is Cleanliness.DIRTY else None
 
 
 def _explained(program: Program, count: int) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sage
+from sage import errors
+from sage._runtime.lifecycle import Way
 from sage._runtime.manager import JobManager
-from sage.errors import InternalError, JobError
+from sage.environment import INTERRUPT_TIMEOUT_S
+from sage.errors import InternalError, JobError, SageError
 from sage.report import Cleanliness, Outcome
 
 if TYPE_CHECKING:
@@ -24,7 +27,9 @@ EXIT_FAILED = 1
 EXIT_DIRTY = 2
 EXIT_INTERRUPTED = 130
 
-OWN_CODE = str(Path(sage.__file__).parent)
+TERMINATING = (signal.SIGTERM, signal.SIGHUP)
+
+OWN_CODE = str(Path(errors.__file__).parent)
 
 
 class Program:
@@ -43,15 +48,16 @@ class Program:
         self._args = args
 
     def run(self) -> None:
-        """Run it, and wait for the jobs that it leaves running."""
-        try:
-            with self._as_main():
-                self.names = runpy.run_path(str(self.file), run_name="__main__")
-            for job in self.jobs:
-                if job.is_running:
+        """Run it, and wait for the jobs that it leaves running; they are stopped if it raised something."""
+        with self._terminated_by_exit():
+            try:
+                with self._as_main():
+                    self.names = runpy.run_path(str(self.file), run_name="__main__")
+                for job in self._running():
                     job.wait()
-        except BaseException as error:  # Ctrl-C and SystemExit decide about the exit code too
-            self.error = error
+            except BaseException as error:  # Ctrl-C and SystemExit decide about the exit code too
+                self.error = error
+                self._stop_jobs(error)
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -89,6 +95,39 @@ class Program:
         if not isinstance(self.error, InternalError):
             _leave_out_own_code(shown, set())
         return "".join(shown.format())
+
+    def _running(self) -> list[Job]:
+        return [job for job in self.jobs if job.is_running]
+
+    def _stop_jobs(self, error: BaseException) -> None:
+        for job in self._running():
+            if isinstance(error, KeyboardInterrupt):
+                job.interrupt(signal.SIGINT)
+            else:
+                job.request(Way.DRAIN, f"the program ended by {type(error).__name__}", INTERRUPT_TIMEOUT_S)
+            # Its report tells what failed besides, and the first signal has decided about the exit code.
+            with suppress(SageError, KeyboardInterrupt, SystemExit):
+                job.wait()
+
+    @contextmanager
+    def _terminated_by_exit(self) -> Iterator[None]:
+        """Turn the first SIGTERM or SIGHUP into SystemExit, as their default leaves no time to clean up."""
+        received: list[int] = []
+
+        def leave(signum: int, frame: object) -> None:  # noqa: ARG001
+            received.append(signum)
+            if len(received) == 1:
+                raise SystemExit(128 + signum)
+
+        # One that is ignored, as under nohup, stays ignored.
+        changed = [signum for signum in TERMINATING if signal.getsignal(signum) is signal.SIG_DFL]
+        for signum in changed:
+            signal.signal(signum, leave)
+        try:
+            yield
+        finally:
+            for signum in changed:
+                signal.signal(signum, signal.SIG_DFL)
 
     @contextmanager
     def _as_main(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError
@@ -97,15 +97,27 @@ class CallThreads:
             self._closed = True
             idle = self._open == 0
             threads = list(self._threads)
-        while not self._queue.empty():
-            entry = self._queue.get_nowait()
-            if entry is not None:
-                entry[0].cancel()
+        self.cancel_waiting()
         for _ in threads:
             self._queue.put(None)
         if idle:
             for thread in threads:
                 thread.join()
+
+    def cancel_waiting(self) -> None:
+        """Cancel what has not begun."""
+        while True:
+            try:
+                entry = self._queue.get_nowait()
+            except Empty:
+                return
+            if entry is None:
+                continue
+            entry[0].cancel()
+            with self._lock:
+                self._open -= 1
+                if self._open == 0:
+                    self._all_done.notify_all()
 
     def _work(self) -> None:
         while True:

@@ -22,8 +22,10 @@ class Gate(Protocol):
     call_count: int
     error_count: int
 
-    def bind(self, method: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `method` behind the gate; a call that finds it closed goes to `otherwise`."""
+    def bind(
+        self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
+    ) -> Callable[..., Any]:
+        """Return `method` behind the gate; a call that finds it closed goes to `otherwise`, unless it may pass."""
 
     def close(self) -> None:
         """Let nothing more through."""
@@ -41,14 +43,16 @@ class SerialGate:
         self.error_count = 0
         self._lock = threading.RLock()
 
-    def bind(self, method: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    def bind(
+        self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
+    ) -> Callable[..., Any]:
         """Return `method` behind the lock."""
         # The hot path of services: one lock, one test and a plain call, about as long as the call itself.
         lock = self._lock
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with lock:
-                if self.is_open:
+                if self.is_open or passes_closed:
                     self.call_count += 1
                     try:
                         return method(*args, **kwargs)
@@ -84,12 +88,14 @@ class SharedGate:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
-    def bind(self, method: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    def bind(
+        self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
+    ) -> Callable[..., Any]:
         """Return `method` behind the limit."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             me = threading.get_ident()
-            if not self._enter(me):
+            if not self._enter(me, passes_closed):
                 return otherwise(*args, **kwargs)
             try:
                 return method(*args, **kwargs)
@@ -116,15 +122,15 @@ class SharedGate:
             finally:
                 self._waiting -= 1
 
-    def _enter(self, me: int) -> bool:
+    def _enter(self, me: int, passes_closed: bool) -> bool:
         with self._lock:
             if self._calls_max is not None and me not in self._running:
                 # A thread that is inside already, because the service calls itself, needs no place of its own.
-                while self.is_open and len(self._running) >= self._calls_max:
+                while (self.is_open or passes_closed) and len(self._running) >= self._calls_max:
                     self._waiting += 1
                     self._changed.wait()
                     self._waiting -= 1
-            if not self.is_open:
+            if not self.is_open and not passes_closed:
                 return False
             self._running[me] = self._running.get(me, 0) + 1
             self.call_count += 1

@@ -176,12 +176,18 @@ class InlineHost:
     def _admitted(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that was taken in while the service ran; the drain waits for it, so the gate may be closed."""
         attribute = getattr(self._instance, name)
-        if inspect.iscoroutinefunction(attribute):
-            return self._gate.bind(lambda: self._loop.run(attribute(*args, **kwargs)), self._late(name, args, kwargs))()
-        return self._gate.bind(lambda: attribute(*args, **kwargs), self._late(name, args, kwargs))()
 
-    def _late(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
-        return lambda: self._later(name, args, kwargs)
+        def call() -> Any:
+            if inspect.iscoroutinefunction(attribute):
+                return self._loop.run(attribute(*args, **kwargs))
+            return attribute(*args, **kwargs)
+
+        def late() -> Any:
+            if self._refused and self._instance is not None:
+                return self._gate.bind(call, call, passes_closed=True)()
+            return self._later(name, args, kwargs)
+
+        return self._gate.bind(call, late)()
 
     def _later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that found the gate closed: wait while the service is restarted, or fail."""
@@ -212,6 +218,8 @@ class InlineHost:
 
     def _drain(self, due: float | None) -> bool:
         threads_done = self._threads is None or self._threads.drain(self._left(due))
+        if not threads_done and self._refused and self._threads is not None:
+            self._threads.cancel_waiting()
         return self._gate.drain(self._left(due)) and threads_done
 
     def _left(self, due: float | None) -> float:

@@ -27,16 +27,13 @@ class Reduce(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return what was combined so far, after each record."""
-        combined, combine, missing = self._combined, self._call, NOTHING
-        keys = iter(batch.keys or ())
+        combined, combine = self._combined, self._call
 
-        def step(value: Any) -> Any:
-            key = next(keys)
-            before = combined.get(key, missing)
-            result = combined[key] = value if before is missing else combine(before, value)
+        def step(value: Any, key: Any) -> Any:
+            result = combined[key] = combine(combined[key], value) if key in combined else value
             return result
 
-        done, results = self.apply(step, batch)
+        done, results = self.apply(step, batch, with_key=True)
         if self._emit_each:
             return done.replace(results)
         if done.requests is not None:

@@ -144,7 +144,9 @@ class Reader(Operator):
         A failure is left in `failure`, and a pause before the next attempt in `wake_at`.
         """
         try:
-            records = self.source.read(records_max)
+            # A function that waits for requests must not keep those it has taken while it waits for another one.
+            waits = self.bridge is not None and isinstance(self.source, FunctionSource)
+            records = self.source.read(1 if waits else records_max)
         except BaseException as error:  # every failure of a source is owned here
             self._failed(error)
             return Batch([])

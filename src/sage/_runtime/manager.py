@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,10 @@ class JobManager:
     def register(self, job: Job) -> None:
         """Take in a job that is about to start."""
         self._jobs[job.id] = job
-        ended = [id_ for id_, other in tuple(self._jobs.items()) if not other.is_running]
-        for id_ in ended[: max(0, len(self._jobs) - JOBS_MAX)]:
-            del self._jobs[id_]
+        if len(self._jobs) > JOBS_MAX:
+            ended = (id_ for id_, other in tuple(self._jobs.items()) if not other.is_running)
+            for id_ in islice(ended, len(self._jobs) - JOBS_MAX):
+                self._jobs.pop(id_, None)
         log.info("job registered id=%s name=%r", job.id, job.name)
 
     def expect(self, id_: str, environment: Any) -> None:

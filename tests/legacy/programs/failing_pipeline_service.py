@@ -40,7 +40,7 @@ def main():
     bridge = PipelineBridge()
     env = LocalEnvironment("failing_pipeline_service")
     env.register_service("divide", PipelineService, bridge)
-    env.from_source(PipelineServiceSource, bridge).map(Divide).sink(PipelineServiceSink)
+    env.from_source(PipelineServiceSource, bridge, poll_interval=5.0).map(Divide).sink(PipelineServiceSink)
     env.from_batch([3, 0, 4]).map(Ask).sink(Collect)
     env.submit(autostop=True)
     return outcomes

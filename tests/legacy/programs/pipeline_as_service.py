@@ -18,18 +18,10 @@ answers = []
 class Numbers(BatchFunction):
     def __init__(self, numbers):
         super().__init__()
-        self.numbers = list(numbers)
-        self.index = 0
+        self.requests = [*({"number": number} for number in numbers), {"command": "shutdown"}]
 
     def execute(self):
-        if self.index >= len(self.numbers):
-            return {"command": "shutdown"} if self.index == len(self.numbers) and self._count() else None
-        self._count()
-        return {"number": self.numbers[self.index - 1]}
-
-    def _count(self):
-        self.index += 1
-        return True
+        return self.requests.pop(0) if self.requests else None
 
 
 class Square(MapFunction):

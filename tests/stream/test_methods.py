@@ -1,0 +1,379 @@
+"""Each method of a stream, with a function class, an instance, a callable and a coroutine function."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sage import (
+    FilterFunction,
+    FlatMapFunction,
+    FunctionError,
+    KeyByFunction,
+    LocalEnvironment,
+    MapFunction,
+    ProcessFunction,
+    SinkFunction,
+)
+from sage.testing import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sage._runtime.backend import Backend
+
+    Backends = Callable[[], Backend]
+
+
+class Times(MapFunction):
+    def __init__(self, factor: int, plus: int = 0) -> None:
+        self._factor = factor
+        self._plus = plus
+
+    def execute(self, data: int) -> int:
+        return data * self._factor + self._plus
+
+
+class Above(FilterFunction):
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+
+    def execute(self, data: int) -> bool:
+        return data > self._bound
+
+
+class Words(FlatMapFunction):
+    def execute(self, data: str) -> list[str]:
+        return data.split()
+
+
+async def double(number: int) -> int:
+    await asyncio.sleep(0)
+    return number * 2
+
+
+class CallableObject:
+    def __call__(self, number: int) -> int:
+        return number * 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda number: number * 2, double, Times(2), CallableObject(), partial(pow, exp=1, mod=None)],
+    ids=["lambda", "coroutine function", "instance", "callable object", "partial"],
+)
+def test_map_takes_whatever_can_be_called(backend: Backends, function: Any) -> None:
+    expected = [1, 2, 3] if isinstance(function, partial) else [2, 4, 6]
+    assert run([1, 2, 3], lambda stream: stream.map(function), backend=backend) == expected
+
+
+def test_arguments_of_a_class_follow_it(backend: Backends) -> None:
+    assert run([1, 2], lambda stream: stream.map(Times, 10, plus=1), backend=backend) == [11, 21]
+    assert run([1, 2, 3], lambda stream: stream.filter(Above, 1), backend=backend) == [2, 3]
+    assert run([1, 2, 3], lambda stream: stream.filter(Above, bound=2), backend=backend) == [3]
+
+
+def test_a_map_class_that_returns_none_drops_the_record(backend: Backends) -> None:
+    class Odd(MapFunction):
+        def execute(self, data: int) -> int | None:
+            return data if data % 2 else None
+
+    assert run([1, 2, 3], lambda stream: stream.map(Odd), backend=backend) == [1, 3]
+    assert run([1, 2], lambda stream: stream.map(lambda x: None), backend=backend) == [None, None]
+
+
+def test_filter_takes_any_truth_value(backend: Backends) -> None:
+    records = [0, 1, "", "a", None, [], [0]]
+    assert run(records, lambda stream: stream.filter(lambda x: x), backend=backend) == [1, "a", [0]]
+
+
+def test_flatmap_takes_lists_tuples_generators_and_none(backend: Backends) -> None:
+    def give(number: int) -> Any:
+        return [None, [number], (number, number), (number for _ in range(3))][number]
+
+    assert run([0, 1, 2, 3, 0], lambda stream: stream.flatmap(give), backend=backend) == [1, 2, 2, 3, 3, 3]
+    assert run(["a b", "c"], lambda stream: stream.flat_map(Words), backend=backend) == ["a", "b", "c"]
+
+
+def test_a_string_is_no_list_of_records(backend: Backends) -> None:
+    with pytest.raises(FunctionError, match="a str is one record and no list of records"):
+        run(["ab"], lambda stream: stream.flatmap(lambda text: text), backend=backend)
+
+
+class Collecting(FlatMapFunction):
+    def execute(self, data: int) -> list[str]:
+        self.collect(f"{data} first")
+        self.collect(f"{data} second")
+        return [f"{data} returned"]
+
+
+class Interleaving(FlatMapFunction):
+    def execute(self, data: int) -> Iterator[str]:
+        self.collect(f"{data} a")
+        yield f"{data} b"
+        self.collect(f"{data} c")
+        yield f"{data} d"
+        self.collect(f"{data} e")
+
+
+def test_what_is_collected_keeps_its_place(backend: Backends) -> None:
+    returned = run([1, 2], lambda stream: stream.flatmap(Collecting), backend=backend)
+    assert returned == ["1 first", "1 second", "1 returned", "2 first", "2 second", "2 returned"]
+    yielded = run([1, 2], lambda stream: stream.flatmap(Interleaving), backend=backend)
+    assert yielded == [f"{number} {letter}" for number in (1, 2) for letter in "abcde"]
+
+
+def test_what_a_failed_record_collected_does_not_go_on(backend: Backends) -> None:
+    class Half(FlatMapFunction):
+        def execute(self, data: int) -> None:
+            self.collect(data)
+            if data == 2:
+                raise ValueError("half done")
+
+    assert run([1, 2, 3], lambda stream: stream.flatmap(Half, on_error="skip"), backend=backend) == [1, 3]
+
+
+def test_a_long_generator_is_read_to_its_end(backend: Backends) -> None:
+    arrived = run([3000, 0, 5000], lambda stream: stream.flatmap(range).map(lambda x: x), backend=backend)
+    assert arrived == [*range(3000), *range(5000)]
+
+
+def test_an_endless_generator_goes_on_until_the_job_is_stopped(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("test", backend=backend, drain_timeout_s=0.1)
+
+    def take(number: int) -> None:
+        arrived.append(number)
+        if len(arrived) == 5000:
+            env.stop()
+
+    env.from_batch([7]).flatmap(count).sink(take)
+    env.submit(autostop=True)
+    assert arrived[:5000] == list(range(7, 5007))
+
+
+class Sums(ProcessFunction):
+    """Emits negative numbers at once, and the sum of the others at the end."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def execute(self, data: int) -> list[int]:
+        if data < 0:
+            return [data]
+        self._sum += data
+        return []
+
+    def finish(self) -> list[int]:
+        self.collect(-1000)
+        return [self._sum]
+
+
+def test_process_emits_at_the_end_too(backend: Backends) -> None:
+    arrived = run([1, -5, 2, 3], lambda stream: stream.process(Sums).map(lambda x: x * 2), backend=backend)
+    assert arrived == [-10, -2000, 12]
+    assert run([], lambda stream: stream.process(Sums), backend=backend) == [-1000, 0]
+
+
+def test_every_parallel_process_finishes(backend: Backends) -> None:
+    arrived = run(range(1, 31), lambda stream: stream.process(Sums, parallelism=3), backend=backend)
+    assert arrived.count(-1000) == 3
+    assert sum(number for number in arrived if number > 0) == sum(range(1, 31))
+
+
+def test_process_without_finish_is_a_flatmap(backend: Backends) -> None:
+    assert run([1, 2], lambda stream: stream.process(lambda x: [x, -x]), backend=backend) == [1, -1, 2, -2]
+
+
+def test_finish_is_not_called_after_a_failure(backend: Backends) -> None:
+    finished: list[str] = []
+
+    class Finishing(ProcessFunction):
+        def execute(self, data: int) -> list[int]:
+            return [1 // data]
+
+        def finish(self) -> None:
+            finished.append("finish")
+
+    with pytest.raises(FunctionError, match="ZeroDivisionError"):
+        run([1, 0], lambda stream: stream.process(Finishing), backend=backend)
+    assert finished == []
+
+
+class Life(MapFunction):
+    """Writes down its own life."""
+
+    def __init__(self, happened: list[Any]) -> None:
+        self._happened = happened
+
+    def open(self) -> None:
+        self._happened.append(("open", self.ctx.name, self.ctx.parallel_index, self.ctx.parallelism))
+
+    def execute(self, data: int) -> int:
+        self._happened.append(data)
+        return data
+
+    def close(self) -> None:
+        self._happened.append("close")
+
+
+def test_a_function_is_opened_before_and_closed_after_its_records(backend: Backends) -> None:
+    happened: list[Any] = []
+    run([1, 2], lambda stream: stream.map(Life, happened, name="life"), backend=backend)
+    assert happened == [("open", "life", 0, 1), 1, 2, "close"]
+
+
+def test_parallel_tasks_share_no_instance(backend: Backends) -> None:
+    class Counting(MapFunction):
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def execute(self, data: int) -> tuple[int, int]:
+            self.seen += 1
+            return self.ctx.parallel_index, self.seen
+
+    given = Counting()
+    for function in (Counting, given):
+        arrived = run(range(30), lambda stream: stream.map(function, parallelism=3), backend=backend)  # noqa: B023
+        for index in range(3):
+            numbers = [number for place, number in arrived if place == index]
+            assert numbers == list(range(1, len(numbers) + 1))
+        assert len(arrived) == 30
+    assert given.seen == 0
+
+
+def test_sink_returns_the_stream_before_it(backend: Backends) -> None:
+    seen: list[int] = []
+
+    class Keep(SinkFunction):
+        def __init__(self, factor: int) -> None:
+            self._factor = factor
+
+        def execute(self, data: int) -> None:
+            seen.append(data * self._factor)
+
+    arrived = run([1, 2], lambda stream: stream.sink(Keep, 10).map(lambda x: x + 1), backend=backend)
+    assert (sorted(seen), arrived) == ([10, 20], [2, 3])
+
+
+def test_print_shows_every_record_and_goes_on(backend: Backends, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([1, None], lambda stream: stream.print("seen").print(), backend=backend) == [1, None]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(["seen | 1", "seen | None", "1", "None"])
+
+
+def test_broadcast_reaches_every_task_and_rebalance_one(backend: Backends) -> None:
+    class Where(MapFunction):
+        def execute(self, data: int) -> tuple[int, int]:
+            return data, self.ctx.parallel_index
+
+    everywhere = run(range(10), lambda stream: stream.broadcast().map(Where, parallelism=3), backend=backend)
+    assert sorted(everywhere) == [(number, index) for number in range(10) for index in range(3)]
+    once = run(range(30), lambda stream: stream.rebalance().map(Where, parallelism=3), backend=backend)
+    assert sorted(number for number, _ in once) == list(range(30))
+    assert [sum(1 for _, index in once if index == place) for place in range(3)] == [10, 10, 10]
+
+
+def test_rebalance_spreads_a_keyed_stream(backend: Backends) -> None:
+    class Where(MapFunction):
+        def execute(self, data: int) -> int:
+            return int(self.ctx.parallel_index)
+
+    arrived = run(range(20), lambda stream: stream.keyby(lambda x: 0).rebalance().map(Where, parallelism=2), backend=backend)
+    assert sorted(arrived) == [0] * 10 + [1] * 10
+
+
+def test_a_name_is_seen_in_the_report(backend: Backends) -> None:
+    env = LocalEnvironment("test", backend=backend)
+    env.from_batch([1, 2], name="numbers").map(lambda x: x).name("same").sink(lambda x: None, name="end")
+    report = env.submit(autostop=True).report
+    assert report is not None
+    assert [operator.name for operator in report.operators] == ["numbers", "same", "end"]
+    assert report.operator("same").records_out == 2
+
+
+def test_generated_names_are_stable(backend: Backends) -> None:
+    def names() -> list[str]:
+        env = LocalEnvironment("test", backend=backend)
+        env.from_batch([1]).map(lambda x: x).map(lambda x: x).map(Times, 2).sink(lambda x: None)
+        report = env.submit(autostop=True).report
+        assert report is not None
+        return [operator.name for operator in report.operators]
+
+    assert names() == names()
+    assert len(set(names())) == 5
+    assert "Times" in names()
+
+
+def test_coroutine_functions_are_taken_everywhere(backend: Backends) -> None:
+    async def even(number: int) -> bool:
+        return number % 2 == 0
+
+    async def twice(number: int) -> list[int]:
+        await asyncio.sleep(0)
+        return [number, number]
+
+    class AsyncTimes(MapFunction):
+        async def open(self) -> None:  # type: ignore[override]
+            self._factor = 10
+
+        async def execute(self, data: int) -> int:
+            await asyncio.sleep(0)
+            return data * self._factor
+
+    seen: list[int] = []
+
+    async def keep(number: int) -> None:
+        seen.append(number)
+
+    async def add(left: int, right: int) -> int:
+        return left + right
+
+    arrived = run(
+        range(6),
+        lambda stream: stream.filter(even).flatmap(twice).map(AsyncTimes).sink(keep).keyby(double).reduce(add),
+        backend=backend,
+    )
+    assert arrived == [0, 0, 20, 40, 40, 80]
+    assert sorted(seen) == [0, 0, 20, 20, 40, 40]
+
+
+def test_an_error_of_a_coroutine_names_the_record(backend: Backends) -> None:
+    async def fail(number: int) -> int:
+        await asyncio.sleep(0)
+        raise LookupError("not there")
+
+    with pytest.raises(FunctionError, match='operator "fail" failed on record 1: LookupError: not there'):
+        run([1], lambda stream: stream.map(fail), backend=backend)
+
+
+def test_records_are_never_changed(backend: Backends) -> None:
+    records = [{"a": 1}, [1, 2], object()]
+    arrived = run(records, lambda stream: stream.map(lambda x: x).keyby(id).filter(lambda x: True), backend=backend)
+    assert all(before is after for before, after in zip(records, arrived, strict=True))
+    assert records[:2] == [{"a": 1}, [1, 2]]
+
+
+def test_a_plain_class_with_execute_is_a_function(backend: Backends) -> None:
+    class Plain:
+        def __init__(self, plus: int) -> None:
+            self._plus = plus
+
+        def execute(self, data: int) -> int:
+            return data + self._plus
+
+    assert run([1, 2], lambda stream: stream.map(Plain, 5), backend=backend) == [6, 7]
+
+
+def test_a_constructor_need_not_call_super(backend: Backends) -> None:
+    class Key(KeyByFunction):
+        def __init__(self, modulus: int) -> None:
+            self.modulus = modulus
+
+        def execute(self, data: int) -> int:
+            return data % self.modulus
+
+    assert run(range(4), lambda stream: stream.keyby(Key, 2).reduce(max), backend=backend) == [0, 1, 2, 3]
