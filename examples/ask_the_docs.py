@@ -80,7 +80,7 @@ class Fill(ProcessFunction):
 
 
 def split(folder: Path, file: Path) -> Iterator[Passage]:
-    """Yield the paragraphs of a file under their headings, short ones together."""
+    """Yield the prose of a file in passages: one under each heading, or several where there is much."""
     name, heading, in_code = str(file.relative_to(folder)), file.stem, False
     lines: list[str] = []
 
@@ -91,12 +91,15 @@ def split(folder: Path, file: Path) -> Iterator[Passage]:
             yield Passage(name, heading, text)
 
     for line in file.read_text(encoding="utf-8").splitlines():
-        in_code ^= line.lstrip().startswith("```")
-        match = None if in_code else HEADING.fullmatch(line)
+        if line.lstrip().startswith("```"):
+            in_code = not in_code
+            continue
+        if in_code:
+            continue
+        match = HEADING.fullmatch(line)
         # A long table or list has no empty line to be cut at.
         is_between = not line.strip() or line.startswith(("|", "- ", "* "))
-        is_full = is_between and sum(map(len, lines)) > PASSAGE_CHARACTERS_MAX
-        if match or is_full:
+        if match or (is_between and sum(map(len, lines)) > PASSAGE_CHARACTERS_MAX):
             yield from passage()
         if match:
             heading = match[1]
@@ -108,7 +111,7 @@ def split(folder: Path, file: Path) -> Iterator[Passage]:
 def show(answer: Answer) -> None:
     print(answer.question)
     for passage in answer.passages:
-        print(f"  {passage.file}, {passage.heading}:\n    {passage.text}")
+        print(f"  {passage.file}, {passage.heading}:\n    {passage.text.strip()}")
     if not answer.passages:
         print("  nothing found")
     print()

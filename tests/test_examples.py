@@ -91,7 +91,7 @@ class TestAskTheDocs:
             "Records of the same key go to the same task.",
             "When is the service cleaned?",
             "deep/guide.md, Services:",
-            "A service is stopped after the last call, and then it is cleaned up. ```python # This is no heading. ```",
+            "A service is stopped after the last call, and then it is cleaned up.",
             "What is it?",
             "nothing found",
         ]

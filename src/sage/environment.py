@@ -11,7 +11,7 @@ from sage._backends.threads import ThreadsBackend
 from sage._hosts.inline import InlineHost
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.planner import plan as make_plan
-from sage._plan.signature import source_spec
+from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.dispatcher import Dispatcher
 from sage._runtime.job import Job
 from sage._runtime.lifecycle import Limits
@@ -177,6 +177,7 @@ class Environment:
             raise hint(error, "Give the class and its arguments, not an instance, or a function that builds one.")
         if isinstance(cls, type) and issubclass(cls, BaseFunction):
             raise GraphError(f'service "{name}": {cls.__name__} is a function of a stream, not a service')
+        check_service_arguments(name, cls, args, kwargs)
         if name in self._services and not options.replace:
             error = DuplicateNameError(f'service "{name}" is registered twice')
             raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
@@ -249,10 +250,7 @@ class Environment:
         if Environment._instead_of_running is not None:
             return Environment._instead_of_running(self, graph, plan)
         self._spend(graph)
-        job = self._start(graph, plan, keep)
-        if autostop:
-            job.wait()
-        return job
+        return self._start(graph, plan, keep, autostop)
 
     def stop(self) -> None:
         """Stop the running job, draining what is in flight; services that are kept stay. Does nothing twice."""
@@ -329,7 +327,7 @@ class Environment:
             if node.kind is Kind.SOURCE and hasattr(target, "__next__"):
                 self._builder.set(node.id, spent=True)
 
-    def _start(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str]) -> Job:
+    def _start(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str], autostop: bool) -> Job:
         if self._job is not None:
             self.env_uuid = str(uuid.uuid4())
             JobManager().expect(self.env_uuid, self)
@@ -356,7 +354,10 @@ class Environment:
         job.when_sealed(sealed)
         self._job = job
         JobManager().register(job)
-        job.begin(dispatcher)
+        if autostop:
+            job.run(dispatcher)
+        else:
+            job.begin(dispatcher)
         return job
 
     def _open_log(self, job: Job) -> Any:

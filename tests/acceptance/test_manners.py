@@ -25,6 +25,7 @@ from sage import (
     FilterFunction,
     FlatMapFunction,
     JobError,
+    JobErrorGroup,
     KeyByFunction,
     LocalEnvironment,
     MapFunction,
@@ -52,17 +53,21 @@ def mark(line):
     with open("marks", "a") as marks:
         marks.write(line + "\\n")
 
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
 class Count(SourceFunction):
-    '''Gives `limit` records at once and then none for ever.'''
+    '''Gives `limit` records at once and then none for ever; tells when they are given and signals are minded.'''
     def __init__(self, limit):
-        self.limit, self.given = limit, 0
+        self.limit, self.given, self.told = limit, 0, False
     def execute(self):
-        if self.given == self.limit:
-            return None
-        self.given += 1
-        if self.given == self.limit:
+        if self.given < self.limit:
+            self.given += 1
+            return self.given
+        if not self.told and not any(now is before for now, before in zip(handlers(), handlers_before)):
+            self.told = True
             tell("given")
-        return self.given
+        return None
     def close(self):
         mark("source closed")
         tell("draining")
@@ -89,6 +94,8 @@ class Work(MapFunction):
         return self.call_service("store", data)
 
 def build(limit, work_s, **settings):
+    global handlers_before
+    handlers_before = handlers()
     env = LocalEnvironment("program", **settings)
     env.register_service("store", Store)
     # Two tasks for the work, so that the source is a task of its own and all its records are in flight at once.
@@ -188,6 +195,32 @@ def test_a_signal_drains_and_cleans(tmp_path: Path, way: str, signum: str, code:
     assert "Error" not in ended.errors
 
 
+@pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_the_start_cleans(tmp_path: Path, signum: str, code: int) -> None:
+    """Acceptance 42: what was built is cleaned, what was not is left, and no record flows."""
+    body = """
+    class Early:
+        def __init__(self):
+            tell("building")
+            time.sleep(0.3)
+        def cleanup(self):
+            mark("early cleaned")
+
+    env = LocalEnvironment("program")
+    env.register_service("early", Early)
+    env.register_service("store", Store, options=ServiceOptions(depends_on=["early"]))
+    env.from_batch([1]).sink(lambda record: mark("record"))
+    env.submit(autostop=True)
+    """
+    with program(tmp_path, body) as running:
+        running.wait_line("building")
+        running.send(signal.Signals[signum])
+        ended = running.finish()
+    assert shell_code(ended.code) == code
+    assert ended.code == code or signum == "SIGINT"
+    assert ended.marks == ["early cleaned"]
+
+
 def test_a_drain_after_ctrl_c_is_bounded(tmp_path: Path) -> None:
     """Acceptance 42: what is in flight drains within the bound; the rest is dropped, counted, and all is cleaned."""
     body = """
@@ -226,8 +259,8 @@ def test_a_second_ctrl_c_cancels_and_still_cleans(tmp_path: Path) -> None:
     assert ended.marks[2:] == ["cleaned"]
 
 
-def test_a_third_ctrl_c_leaves_what_hangs_and_still_reports(tmp_path: Path) -> None:
-    """Acceptance 42: a cleanup that hangs is given up at once, the next service is cleaned, the report is written."""
+def test_a_third_ctrl_c_gives_up_and_still_reports(tmp_path: Path) -> None:
+    """Acceptance 42: hooks that hang or have not run are given up at once, and the report that says so is written."""
     body = """
     class Hanging:
         def cleanup(self):
@@ -256,8 +289,9 @@ def test_a_third_ctrl_c_leaves_what_hangs_and_still_reports(tmp_path: Path) -> N
         ended = running.finish()
     assert time.monotonic() - began_at < 2
     assert shell_code(ended.code) == 130
-    assert ended.output.splitlines() == ["store stopped", "hanging abandoned", "cancelled dirty"]
-    assert ended.marks[-2:] == ["hanging", "cleaned"]
+    assert ended.output.splitlines() == ["store abandoned", "hanging abandoned", "cancelled dirty"]
+    assert len(ended.marks) == 3
+    assert ended.marks[-1] == "hanging"
 
 
 def test_a_second_ctrl_c_bounds_a_cleanup_that_hangs(tmp_path: Path) -> None:
@@ -281,7 +315,8 @@ def test_a_second_ctrl_c_bounds_a_cleanup_that_hangs(tmp_path: Path) -> None:
         ended = running.finish()
     assert time.monotonic() - began_at < 6.5
     assert shell_code(ended.code) == 130
-    assert ended.marks == ["source closed", "sink closed after 1", "cleaned"]
+    assert sorted(ended.marks[:2]) == ["sink closed after 1", "source closed"]
+    assert ended.marks[2:] == ["cleaned"]
 
 
 def test_a_repeated_sigterm_is_ignored(tmp_path: Path) -> None:
@@ -387,6 +422,7 @@ def test_a_job_prints_nothing(tmp_path: Path) -> None:
 def test_a_job_opens_no_port(tmp_path: Path) -> None:
     """Acceptance 43: while the job runs, no descriptor of the process is an internet socket."""
     body = """
+    import socket
     from pathlib import Path
 
     def ports(record):
@@ -395,9 +431,11 @@ def test_a_job_opens_no_port(tmp_path: Path) -> None:
             path = Path("/proc/net", table)
             if path.exists():
                 inodes |= {line.split()[9] for line in path.read_text().splitlines()[1:]}
-        return {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink() and file.exists()} & {
-            f"socket:[{inode}]" for inode in inodes
-        }
+        links = {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.exists()}
+        return links & {f"socket:[{inode}]" for inode in inodes}
+
+    with socket.create_server(("127.0.0.1", 0)):
+        assert ports(None), "a port that is open has to be seen"
 
     async def later(record):
         return record
@@ -420,9 +458,9 @@ def test_an_import_starts_nothing(tmp_path: Path) -> None:
 import os, signal, sys, threading, time
 before = [signal.getsignal(number) for number in signal.valid_signals()]
 files = len(os.listdir("/dev/fd"))
-began_at = time.perf_counter()
+began_at = time.process_time()
 import sage
-elapsed_s = time.perf_counter() - began_at
+elapsed_s = time.process_time() - began_at
 assert threading.active_count() == 1
 assert [signal.getsignal(number) for number in signal.valid_signals()] == before
 assert len(os.listdir("/dev/fd")) == files
@@ -435,7 +473,7 @@ print(elapsed_s)
             ended = running.finish()
         assert (ended.code, ended.errors) == (0, "")
         elapsed_s.append(float(ended.output))
-    # The best of three: the first import may have to compile, and the machine is shared.
+    # The best of three in processor time: the first import may have to compile, and the machine may be busy.
     assert min(elapsed_s) < 0.2
 
 
@@ -804,10 +842,12 @@ def test_the_bounds_of_an_environment_hold() -> None:
     environment = LocalEnvironment("bounds", close_timeout_s=0.2)
     environment.from_batch([1]).sink(Hang, name="hang")
     began_at = time.monotonic()
-    with pytest.raises(CleanupTimeoutError) as caught:
+    with pytest.raises(JobErrorGroup, match="COMPLETED and DIRTY") as caught:
         environment.submit(autostop=True)
     assert time.monotonic() - began_at < 1.2
-    assert "hang" in str(caught.value)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, CleanupTimeoutError)
+    assert "hang" in str(error)
     finish.set()
 
 
@@ -832,6 +872,7 @@ def test_a_job_that_runs_at_exit_is_stopped_and_cleaned(tmp_path: Path, ending: 
             return record
 
     running = threading.Event()
+    handlers_before = handlers()
     env = LocalEnvironment("forgotten")
     env.register_service("store", Ready)
     env.from_source(Count, 20).map(Work, 0.02).sink(Write)
@@ -853,17 +894,20 @@ def test_an_exit_is_bounded(tmp_path: Path) -> None:
     """Acceptance 46: a cleanup that hangs holds the exit up for its bound only, and the others are cleaned."""
     body = """
     class Hanging:
+        def start(self):
+            started.set()
         def cleanup(self):
             mark("hanging")
             time.sleep(60)
 
+    started = threading.Event()
     env = build(1, 0)
     env.register_service("hanging", Hanging, options=ServiceOptions(stop_timeout_s=1))
     env.submit()
+    assert started.wait(10)
     """
     with program(tmp_path, body) as running:
         began_at = time.monotonic()
-        running.wait_line("given")
         ended = running.finish()
     assert time.monotonic() - began_at < 5
     assert ended.code == 0
@@ -883,8 +927,9 @@ def test_kept_services_are_cleaned_at_exit(tmp_path: Path) -> None:
 
 def test_a_program_that_closes_gets_no_warning(tmp_path: Path) -> None:
     """Acceptance 46: after `env.close()` nothing is left for the exit to do."""
-    body = "with build(3, 0) as env:\n    env.submit()\n" + SMALL_JOB + "env.submit(autostop=True, keep_services=True)\n"
-    with program(tmp_path, body + "env.close()\n") as running:
+    first = "with build(3, 0) as env:\n    env.submit()\n"
+    second = SMALL_JOB + "env.submit(autostop=True, keep_services=True)\nenv.close()\n"
+    with program(tmp_path, first + second) as running:
         ended = running.finish()
     assert (ended.code, ended.errors) == (0, "")
     assert ended.marks.count("cleaned") == 2

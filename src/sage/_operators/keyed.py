@@ -9,6 +9,8 @@ from sage._operators.per_record import NOTHING, FlatMap, drop_requests
 from sage.records import Batch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sage._operators.operator import Surroundings
     from sage._plan.logical import Node
 
@@ -27,13 +29,19 @@ class Reduce(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return what was combined so far, after each record."""
-        combined, combine = self._combined, self._call
+        combined, combine, context = self._combined, self._call, self.context
+        keys = iter(batch.keys or ())
 
-        def step(value: Any, key: Any) -> Any:
-            result = combined[key] = combine(combined[key], value) if key in combined else value
-            return result
+        def loop(reading: Iterator[Any], results: list[Any]) -> None:
+            # A call for each record would cost more than what is done for it here.
+            for value, key in zip(reading, keys, strict=False):
+                context.key = key
+                if key in combined:
+                    value = combine(combined[key], value)
+                combined[key] = value
+                results.append(value)
 
-        done, results = self.apply(step, batch, with_key=True)
+        done, results = self.apply(combine, batch, loop)
         if self._emit_each:
             return done.replace(results)
         if done.requests is not None:

@@ -188,7 +188,8 @@ class GraphBuilder:
             DuplicateNameError: another node was given it.
         """
         if any(name == given for other, (_, given) in self._nodes.items() if other != id_):
-            raise DuplicateNameError(f'operator "{name}" is defined twice')
+            error = DuplicateNameError(f'operator "{name}" is defined twice')
+            raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")
         self._nodes[id_] = (replace(self._nodes[id_][0], name=name), name)
 
     def set(self, id_: int, **settings: Any) -> None:

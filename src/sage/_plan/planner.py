@@ -154,7 +154,9 @@ def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
     for handle, method in dict.fromkeys(used):
         service = known.get(handle._name)
         if service is None or service.handle is not handle:
-            yield unknown_service(f'operator "{node.name}"', handle._name, known)
+            if handle._name not in names:
+                names.append(handle._name)
+                yield unknown_service(f'operator "{node.name}"', handle._name, known)
         elif method is not None and isinstance(service.target, type):
             yield from _method(node, service, method)
 

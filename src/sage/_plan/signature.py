@@ -36,7 +36,7 @@ def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[s
         GraphError: it is no function, a function of another kind, or takes another number of records.
         TypeError: its constructor does not take these arguments, or it takes none.
     """
-    if isinstance(target, type) and _is_function_class(target):
+    if isinstance(target, type) and (_is_function_class(target) or issubclass(target, BaseService)):
         _check_kind(kind, target)
         _check_constructor(kind, target, args, kwargs)
         _check_records(kind, target, "execute", bound=False)
@@ -149,6 +149,21 @@ def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], input
     return FunctionSpec(target)
 
 
+def check_service_arguments(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check that what builds a service takes the arguments it was registered with.
+
+    Raises:
+        TypeError: it does not.
+    """
+    try:
+        inspect.signature(target).bind(*args, **kwargs)
+    except TypeError as error:
+        mended = TypeError(f'service "{name}": {_label(target)}: {error}')
+        raise hint(mended, f"What follows {_label(target)} in register_service(...) goes to it.") from None
+    except ValueError:
+        return  # What is written in C may not tell its signature.
+
+
 def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, bounded: bool) -> FunctionSpec:
     """Check what a source reads from: a function class or instance, a `Source`, an iterable, or a callable.
 
@@ -166,7 +181,8 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
         try:
             inspect.signature(target).bind(*args, **kwargs)
         except TypeError as refused:
-            mended = GraphError(f"{method}({_label(target)}): {refused}")
+            wrong = TypeError if args or kwargs else GraphError
+            mended = wrong(f"{method}({_label(target)}): {refused}")
             raise hint(mended, "A source calls its function without a record.") from None
         except ValueError:
             pass

@@ -78,6 +78,11 @@ class Job:
         self.dispatcher = dispatcher
         dispatcher.supervisor.begin()
 
+    def run(self, dispatcher: Dispatcher) -> None:
+        """Start the job and wait for it as `wait` does; no signal falls between the two."""
+        self.dispatcher = dispatcher
+        self._wait(None, dispatcher.supervisor.begin)
+
     def events(self) -> tuple[Event, ...]:
         """Return every change of state so far."""
         return tuple(self.dispatcher.supervisor.events)
@@ -103,9 +108,13 @@ class Job:
             KeyboardInterrupt: Ctrl-C stopped the job.
             SystemExit: SIGTERM stopped the job; the code is 143.
         """
+        return self._wait(timeout_s, lambda: None)
+
+    def _wait(self, timeout_s: float | None, begin: Callable[[], None]) -> JobReport:
         supervisor = self.dispatcher.supervisor
         interrupted: BaseException | None = None
         with Interrupts(self.interrupt) as interrupts:
+            begin()
             while True:
                 try:
                     is_over = supervisor.backend.wait(supervisor, timeout_s)

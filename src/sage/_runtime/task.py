@@ -11,7 +11,7 @@ from sage._operators.sources import Reader
 from sage._runtime.channel import ends
 from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened
 from sage._runtime.states import TaskState
-from sage.errors import FunctionError, describe
+from sage.errors import FunctionError, ServiceUnavailableError, describe
 from sage.records import BATCH_RECORDS_MAX, END_OF_STREAM, Batch, Span
 
 if TYPE_CHECKING:
@@ -467,5 +467,6 @@ def _blamed(operator: Operator, what: str, error: BaseException) -> FunctionErro
 
 
 def _is_cancellation(error: BaseException) -> bool:
-    """Return whether an error only says that a coroutine was cancelled, as a cancelled job does."""
-    return "CancelledError" in (type(error).__name__, type(error.__cause__).__name__)
+    """Return whether an error only says that a coroutine or a served pipeline was cancelled, as a cancelled job does."""
+    cause = error.__cause__ or error
+    return isinstance(cause, ServiceUnavailableError) or type(cause).__name__ == "CancelledError"

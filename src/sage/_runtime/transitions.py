@@ -418,7 +418,7 @@ class _Draft:
     def cancel_tasks(self) -> None:
         for name, record in list(self.tasks.items()):
             if record.state is TaskState.CREATED:
-                self.move_task(name, TaskState.SKIPPED)
+                self.move_task(name, TaskState.SKIPPED, due=None)
             elif record.state not in TASK_TERMINAL:
                 self.do(Do.CANCEL_TASK, name)
         self.tighten_tasks()
@@ -437,7 +437,7 @@ class _Draft:
             self.move_job(JobState.CANCELLING)
         for name, task in list(self.tasks.items()):
             if task.state is TaskState.CREATED:
-                self.move_task(name, TaskState.SKIPPED)
+                self.move_task(name, TaskState.SKIPPED, due=None)
             elif task.state not in TASK_TERMINAL:
                 self.abandon_task(name)
         for name, record in list(self.services.items()):

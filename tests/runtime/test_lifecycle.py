@@ -1,0 +1,701 @@
+"""The rules of the lifecycle one by one: every order, failure and time-out, with a clock of numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sage._runtime.lifecycle import (
+    Action,
+    Begin,
+    DependencySeen,
+    Do,
+    Failure,
+    HookEnded,
+    LifecycleEvent,
+    Limits,
+    ServicePlan,
+    StopRequested,
+    TaskClosing,
+    TaskEnded,
+    TaskFailed,
+    TaskOpened,
+    TaskPlan,
+    Tick,
+    Trouble,
+    Way,
+    begin,
+)
+from sage._runtime.states import JobState, ServiceState, TaskState
+from sage._runtime.transitions import step
+from sage.service import ServiceOptions
+
+ALL = frozenset({"setup", "start", "stop", "cleanup"})
+WATCHED = ALL | {"health"}
+BORING = (Do.NOTE, Do.ADMIT_CALLS, Do.REFUSE_CALLS)
+
+
+def service(
+    name: str, *requires: str, keep: bool = False, adopted: frozenset[str] | None = None, **options: Any
+) -> ServicePlan:
+    return ServicePlan(name, requires, ServiceOptions(**options), keep, adopted)
+
+
+class Job:
+    """A job on a clock of numbers: tells the lifecycle what happens and keeps what it wants done."""
+
+    def __init__(
+        self, *services: ServicePlan, tasks: tuple[TaskPlan, ...] = (TaskPlan("t", takes_stop=True),), **limits: float
+    ) -> None:
+        self.now = 0.0
+        self.state = begin(services, tasks, Limits(**limits))
+        self.actions: list[Action] = []
+        self.hooks: dict[str, frozenset[str]] = {plan.name: ALL for plan in services}
+
+    def post(self, *events: LifecycleEvent) -> list[str]:
+        """Let things happen and return what is to be done, as "verb target hook"."""
+        fresh: list[Action] = []
+        for event in events:
+            self.state, actions = step(self.state, event, self.now)
+            fresh += actions
+        self.actions += fresh
+        return [said(action) for action in fresh if action.do not in BORING]
+
+    def at(self, now: float) -> list[str]:
+        """Let time pass up to `now`, with a tick whenever one is due."""
+        done: list[str] = []
+        while (due := self.state.next_due) is not None and due <= now:
+            self.now = max(self.now, due)
+            done += self.post(Tick())
+        self.now = now
+        return done
+
+    def end(self, name: str, hook: str, value: Any = None, error: BaseException | None = None) -> list[str]:
+        """Let a hook return or raise."""
+        if hook == "build" and error is None:
+            value = self.hooks[name]
+        if hook == "drain" and value is None:
+            value = True
+        return self.post(HookEnded(name, self.state.services[name].incarnation, hook, value, error))
+
+    def ready(self, *names: str) -> list[str]:
+        """Let services start well."""
+        done: list[str] = []
+        for name in names:
+            done += self.end(name, "build")
+            while (hook := self.state.services[name].hook) not in (None, "health-pause"):
+                assert hook is not None
+                done += self.end(name, hook, True)
+        return done
+
+    def gone(self, *names: str) -> list[str]:
+        """Let services end well."""
+        done: list[str] = []
+        for name in names:
+            while (hook := self.state.services[name].hook) in ("drain", "stop", "cleanup"):
+                assert hook is not None
+                done += self.end(name, hook)
+        return done
+
+    def run(self) -> Job:
+        """Start everything there is, until the job runs."""
+        self.post(Begin())
+        while any(record.hook == "build" for record in self.state.services.values()):
+            self.ready(*(name for name, record in self.state.services.items() if record.hook == "build"))
+        for name in self.state.tasks:
+            self.post(TaskOpened(name))
+        assert self.state.job is JobState.RUNNING
+        return self
+
+    def stopping(self) -> Job:
+        """Run, and let the tasks end by themselves."""
+        self.run()
+        for name in self.state.tasks:
+            self.post(TaskEnded(name, TaskState.DONE))
+        return self
+
+    def service_states(self) -> dict[str, str]:
+        return {name: str(record.state) for name, record in self.state.services.items()}
+
+    def seen_failures(self) -> list[tuple[str, str, str]]:
+        return [(str(failure.trouble), failure.name, failure.hook) for failure in self.state.failures]
+
+    @property
+    def hook_order(self) -> list[str]:
+        return [f"{action.target}.{action.hook}" for action in self.actions if action.do is Do.RUN_HOOK]
+
+
+def said(action: Action) -> str:
+    return " ".join(filter(None, (action.do.value, action.target, action.hook)))
+
+
+# --- start ------------------------------------------------------------------------------------------------------------
+
+
+def test_services_start_before_tasks_in_order_of_dependency() -> None:
+    """Acceptance 3: what a service depends on is ready first; tasks come last, sinks before sources."""
+    job = Job(
+        service("a", "b"),
+        service("b"),
+        tasks=(TaskPlan("source", ("sink",), takes_stop=True), TaskPlan("sink")),
+    )
+    assert job.post(Begin()) == ["run_hook b build"]
+    assert job.end("b", "build") == ["run_hook b setup"]
+    assert job.end("b", "setup") == ["run_hook b start"]
+    assert job.end("b", "start") == ["run_hook a build"]
+    assert job.ready("a") == ["run_hook a setup", "run_hook a start", "open_task sink"]
+    assert job.post(TaskOpened("sink")) == ["open_task source"]
+    assert job.post(TaskOpened("source")) == ["run_task source", "run_task sink"]
+    assert job.state.job is JobState.RUNNING
+
+
+def test_independent_services_start_side_by_side() -> None:
+    """Acceptance 3: services that do not depend on each other do not wait for each other."""
+    job = Job(service("a"), service("b"))
+    assert job.post(Begin()) == ["run_hook a build", "run_hook b build"]
+
+
+def test_only_hooks_that_a_service_has_are_run() -> None:
+    """Acceptance 10: a class without hooks is ready once it is built, and its end is the drain alone."""
+    job = Job(service("a"))
+    job.hooks["a"] = frozenset()
+    job.post(Begin())
+    assert job.end("a", "build") == ["open_task t"]
+    job.post(TaskOpened("t"), TaskEnded("t", TaskState.DONE))
+    assert job.end("a", "drain") == ["seal"]
+    assert job.service_states() == {"a": "stopped"}
+
+
+def test_ready_is_asked_again_until_it_says_yes() -> None:
+    """Acceptance 7: no task opens before `ready` says yes, and what it says is asked for again after a pause."""
+    job = Job(service("a"))
+    job.hooks["a"] = frozenset({"ready"})
+    job.post(Begin())
+    assert job.end("a", "build") == ["run_hook a ready"]
+    assert job.end("a", "ready", False) == []
+    assert job.at(1.0) == ["run_hook a ready"]
+    assert job.end("a", "ready", True) == ["open_task t"]
+
+
+def test_a_service_that_never_gets_ready_fails_the_start() -> None:
+    """Acceptance 7: after `start_timeout_s` in all the job fails and what was built is cleaned."""
+    job = Job(service("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready", "stop", "cleanup"})
+    job.post(Begin())
+    job.end("a", "build")
+    while job.state.job is JobState.STARTING:
+        job.end("a", "ready", False)
+        assert job.state.next_due is not None
+        job.at(job.state.next_due)
+    assert 2.0 <= job.now <= 2.1
+    assert job.state.services["a"].hook == "cleanup"
+    job.end("a", "cleanup")
+    assert job.service_states() == {"a": "failed_start"}
+    assert job.seen_failures() == [("not_ready", "a", "ready")]
+    assert job.state.is_failed
+    assert job.state.job is JobState.SEALED
+
+
+@pytest.mark.parametrize(
+    ("hook", "follows"),
+    [
+        ("build", ["seal"]),
+        ("setup", ["run_hook a cleanup", "seal"]),
+        ("start", ["run_hook a cleanup", "seal"]),
+    ],
+)
+def test_a_failing_start_ends_the_job(hook: str, follows: list[str]) -> None:
+    """Acceptance 7: what was built is cleaned once, not stopped; a constructor that raised left nothing to clean."""
+    error = RuntimeError("no")
+    job = Job(service("a"))
+    job.post(Begin())
+    for earlier in ("build", "setup", "start"):
+        if earlier == hook:
+            break
+        job.end("a", earlier)
+    done = job.end("a", hook, error=error)
+    done += job.gone("a")
+    assert done == follows
+    assert job.state.failures == (Failure(Trouble.START, "a", hook, error),)
+    assert job.service_states() == {"a": "failed_start"}
+    assert job.state.tasks["t"].state is TaskState.SKIPPED
+    assert job.state.is_failed
+
+
+def test_a_failing_start_unwinds_what_is_up_and_builds_nothing_more() -> None:
+    """Acceptance 7: the others are stopped in reverse, and what waited for the failed one is never built."""
+    job = Job(service("a"), service("b", "a"), service("c", "b"))
+    job.post(Begin())
+    job.ready("a")
+    assert job.end("b", "build", error=ValueError("b")) == ["run_hook a drain"]
+    assert job.gone("a") == ["run_hook a stop", "run_hook a cleanup", "seal"]
+    assert job.service_states() == {"a": "stopped", "b": "failed_start", "c": "skipped"}
+
+
+def test_a_skipped_service_makes_room_for_one_that_was_registered_after_it() -> None:
+    """Acceptance 3: dependencies may point forwards; a service that never started holds up none that it needs."""
+    job = Job(service("a", "b", "c"), service("b"), service("c"))
+    job.post(Begin())
+    job.ready("b")
+    assert job.end("c", "build", error=ValueError("c")) == ["run_hook b drain"]
+    assert job.gone("b")[-1] == "seal"
+    assert job.service_states() == {"a": "skipped", "b": "stopped", "c": "failed_start"}
+
+
+def test_a_start_hook_that_hangs_is_abandoned_and_the_service_cleaned() -> None:
+    """Acceptance 6 and 7: the bound of the start holds for all its hooks together."""
+    job = Job(service("a", start_timeout_s=3.0))
+    job.post(Begin())
+    job.now = 2.0
+    job.end("a", "build")
+    assert job.at(2.9) == []
+    assert job.at(3.0) == ["abandon_hook a setup", "run_hook a cleanup"]
+    assert job.end("a", "cleanup") == ["seal"]
+    assert job.service_states() == {"a": "abandoned"}
+    assert job.state.is_failed
+
+
+def test_a_constructor_that_hangs_leaves_nothing_to_clean() -> None:
+    """Acceptance 6: there is no instance, so there is no hook to call; what it returns later counts for nothing."""
+    job = Job(service("a", start_timeout_s=3.0))
+    job.post(Begin())
+    assert job.at(3.0) == ["abandon_hook a build", "seal"]
+    assert job.service_states() == {"a": "abandoned"}
+    assert job.end("a", "build") == []
+
+
+# --- optional services, restarts, health ------------------------------------------------------------------------------
+
+
+def test_the_job_goes_on_without_an_optional_service() -> None:
+    """Acceptance 15: a service that is not required may fail its start; the job is not failed by it."""
+    job = Job(service("a", required=False), service("b", "a"))
+    job.post(Begin())
+    assert job.end("a", "build", error=ValueError("a")) == ["run_hook b build"]
+    assert job.ready("b")[-1] == "open_task t"
+    assert job.state.failures[0].counts is False
+    assert not job.state.is_failed
+    assert job.service_states() == {"a": "failed_start", "b": "ready"}
+
+
+def test_a_failing_start_is_tried_again_with_growing_pauses_up_to_the_limit() -> None:
+    """Acceptance 15: pauses double from the first to the longest; over the limit the service fails the job."""
+    job = Job(service("a", restart="on_failure", restarts_max=3, backoff_s=(1.0, 3.0)))
+    job.post(Begin())
+    begun = []
+    for _ in range(4):
+        begun.append(job.now)
+        job.end("a", "build", error=ValueError("a"))
+        job.at(job.now + 5.0 if job.state.next_due is None else job.state.next_due)
+    assert begun == [0.0, 1.0, 3.0, 6.0]
+    assert [failure.counts for failure in job.state.failures] == [False, False, False, True]
+    assert job.state.job is JobState.SEALED
+    assert job.state.is_failed
+
+
+def test_restarts_outside_the_window_are_forgotten() -> None:
+    """Acceptance 15: a service that fails once an hour is restarted for ever, and after the first pause."""
+    job = Job(service("a", restart="on_failure", restarts_max=1, restart_window_s=60.0, health_interval_s=1.0))
+    job.hooks["a"] = frozenset({"health"})
+    job.run()
+    for hour in range(1, 1200):
+        job.at(hour * 3600.0)
+        if job.state.services["a"].hook != "health":
+            job.at(job.now + 1.0)
+        job.end("a", "health", False)
+        job.end("a", "drain")
+        assert job.state.services["a"].due == pytest.approx(job.now + 0.1)
+        assert job.at(job.now + 0.2) == ["run_hook a build"]
+        job.ready("a")
+    assert job.service_states() == {"a": "ready"}
+
+
+def test_an_unhealthy_service_is_restarted_while_its_calls_wait() -> None:
+    """Acceptance 15: the old incarnation ends with stop and cleanup before the next one is built."""
+    job = Job(service("a", restart="on_failure", health_interval_s=5.0, backoff_s=(0.5, 1.0)))
+    job.hooks["a"] = WATCHED
+    job.run()
+    assert job.at(4.9) == []
+    assert job.at(5.0) == ["run_hook a health"]
+    assert job.end("a", "health", None) == [], "None is as good as True"
+    assert job.at(10.0) == ["run_hook a health"]
+    assert job.end("a", "health", False) == ["hold_calls a", "run_hook a drain"]
+    assert job.gone("a") == ["run_hook a stop", "run_hook a cleanup"]
+    assert job.service_states() == {"a": "backoff"}
+    assert job.at(10.5) == ["run_hook a build"]
+    job.ready("a")
+    assert job.state.services["a"].incarnation == 2
+    assert job.service_states() == {"a": "ready"}
+    assert not job.state.is_failed
+
+
+def test_an_unhealthy_service_without_restart_fails_the_job() -> None:
+    """Acceptance 15: with restart="never" tasks are cancelled, and the service gets its stop and cleanup last."""
+    job = Job(service("a", health_interval_s=5.0))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    assert job.end("a", "health", error=OSError("gone")) == ["cancel_task t"]
+    assert job.state.job is JobState.FAILING
+    assert job.service_states() == {"a": "degraded"}
+    assert job.post(TaskEnded("t", TaskState.CANCELLED)) == ["run_hook a drain"]
+    assert job.gone("a") == ["run_hook a stop", "run_hook a cleanup", "seal"]
+    assert job.state.is_failed
+
+
+def test_an_unhealthy_service_that_is_not_required_stays_down() -> None:
+    """Acceptance 15: its calls fail at once and the job goes on."""
+    job = Job(service("a", health_interval_s=5.0, required=False))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    assert job.end("a", "health", False) == ["run_hook a drain"]
+    assert Action(Do.REFUSE_CALLS, "a") in job.actions
+    job.gone("a")
+    assert job.service_states() == {"a": "failed"}
+    assert job.state.job is JobState.RUNNING
+
+
+def test_health_that_hangs_counts_as_unhealthy() -> None:
+    """Acceptance 15: the check is abandoned after its interval and the service is restarted."""
+    job = Job(service("a", health_interval_s=5.0, restart="always"))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    assert job.at(10.0) == ["abandon_hook a health", "hold_calls a", "run_hook a drain"]
+
+
+def test_health_that_hangs_while_the_job_stops_is_named_and_does_not_hold_it_up() -> None:
+    """Acceptance 6: a probe from before the stop is bounded like a hook of it, however long its own interval is."""
+    job = Job(service("a", health_interval_s=500.0))
+    job.hooks["a"] = WATCHED
+    job.run().at(500.0)
+    assert job.post(TaskEnded("t", TaskState.DONE)) == []
+    assert job.at(510.0) == ["abandon_hook a health", "run_hook a drain"]
+    job.gone("a")
+    assert job.service_states() == {"a": "abandoned"}
+    assert job.seen_failures() == [("late_hook", "a", "health")]
+    assert not job.state.is_failed
+
+
+def test_no_restart_begins_after_stopping_began() -> None:
+    """Acceptance 12: a service that waits for its restart stays down, and the calls that wait for it fail at once."""
+    job = Job(service("a", restart="on_failure", health_interval_s=5.0))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    job.end("a", "health", False)
+    job.gone("a")
+    before = len(job.actions)
+    assert job.post(StopRequested(Way.DRAIN)) == ["stop_task t"]
+    assert Action(Do.REFUSE_CALLS, "a") in job.actions[before:]
+    assert "run_hook a build" not in job.at(8.0)
+    assert job.post(TaskEnded("t", TaskState.DONE)) == ["seal"]
+    assert job.service_states() == {"a": "stopped"}
+
+
+def test_ready_is_not_asked_again_after_stopping_began() -> None:
+    """Acceptance 12: the second start of a service is given up when the job stops."""
+    job = Job(service("a", restart="on_failure", health_interval_s=5.0))
+    job.hooks["a"] = WATCHED | {"ready"}
+    job.run().at(5.0)
+    job.end("a", "health", False)
+    job.gone("a")
+    job.at(6.0)
+    for hook in ("build", "setup", "start"):
+        job.end("a", hook)
+    job.end("a", "ready", False)
+    job.post(StopRequested(Way.DRAIN))
+    assert job.at(8.0) == []
+    assert job.post(TaskEnded("t", TaskState.DONE)) == ["run_hook a cleanup"]
+
+
+# --- stop -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_the_sources_stops_services_in_strict_reverse() -> None:
+    """Acceptance 3 and 8: with no dependencies declared, the last registered ends first, one after the other."""
+    job = Job(service("a"), service("b")).stopping()
+    assert job.service_states() == {"a": "ready", "b": "draining"}
+    assert job.gone("b") == ["run_hook b stop", "run_hook b cleanup", "run_hook a drain"]
+    assert job.gone("a") == ["run_hook a stop", "run_hook a cleanup", "seal"]
+    assert job.state.ended_by is None
+    assert job.state.job is JobState.SEALED
+
+
+def test_with_dependencies_declared_services_of_one_level_stop_side_by_side() -> None:
+    """Acceptance 3: ten services that hang cost one bound and not ten; what they need waits for all of them."""
+    job = Job(service("base"), service("a", "base"), service("b", "base")).stopping()
+    assert job.service_states() == {"base": "ready", "a": "draining", "b": "draining"}
+    job.gone("a")
+    assert job.service_states()["base"] == "ready"
+    assert job.gone("b")[-1] == "run_hook base drain"
+
+
+def test_a_dependency_that_was_only_seen_counts_at_the_stop() -> None:
+    """Acceptance 38: the service that is called outlives its caller, though it was registered after it."""
+    job = Job(service("a"), service("b")).run()
+    job.post(DependencySeen("a", "b"), TaskEnded("t", TaskState.DONE))
+    assert job.service_states() == {"a": "draining", "b": "ready"}
+    assert job.gone("a")[-1] == "run_hook b drain"
+    assert job.gone("b")[-1] == "seal"
+
+
+def test_services_that_call_each_other_do_not_wait_for_each_other() -> None:
+    """Acceptance 38: a circle that is seen only while the job runs does not keep the stop from ending."""
+    job = Job(service("a"), service("b", "a")).run()
+    job.post(DependencySeen("a", "b"), DependencySeen("a", "a"), TaskEnded("t", TaskState.DONE))
+    assert job.gone("b", "a")[-1] == "seal"
+
+
+@pytest.mark.parametrize("hook", ["stop", "cleanup"])
+def test_a_hook_that_raises_keeps_nothing_else_from_being_cleaned(hook: str) -> None:
+    """Acceptance 5: cleanup follows a stop that raised, the others follow, and the job is not failed by it."""
+    error = SystemExit(3)
+    job = Job(service("a"), service("b")).stopping()
+    for each in ("drain", "stop", "cleanup"):
+        job.end("b", each, error=error if each == hook else None)
+    assert job.gone("a")[-1] == "seal"
+    assert job.service_states() == {"a": "stopped", "b": "cleanup_failed"}
+    assert job.state.failures == (Failure(Trouble.HOOK, "b", hook, error),)
+    assert not job.state.is_failed
+
+
+@pytest.mark.parametrize("hook", ["stop", "cleanup"])
+def test_a_hook_that_hangs_is_abandoned_after_its_bound(hook: str) -> None:
+    """Acceptance 6: the service is named, its cleanup is still tried, and the others are cleaned."""
+    job = Job(service("a"), service("b", stop_timeout_s=10.0)).stopping()
+    job.end("b", "drain")
+    if hook == "cleanup":
+        job.end("b", "stop")
+    assert job.at(9.9) == []
+    assert job.at(10.0)[0] == f"abandon_hook b {hook}"
+    job.gone("b")
+    assert job.gone("a")[-1] == "seal"
+    assert job.service_states() == {"a": "stopped", "b": "abandoned"}
+    assert job.seen_failures() == [("late_hook", "b", hook)]
+
+
+def test_calls_that_outlast_the_drain_are_named_and_stop_follows() -> None:
+    """Acceptance 3: `stop` waits for running calls, but not longer than `drain_timeout_s`."""
+    job = Job(service("a", drain_timeout_s=5.0)).stopping()
+    assert job.state.services["a"].due == 6.0
+    assert job.end("a", "drain", False) == ["run_hook a stop"]
+    assert job.seen_failures() == [("late_calls", "a", "drain")]
+
+
+def test_drain_lets_what_is_in_flight_arrive() -> None:
+    """Acceptance 12: only sources are told to stop, and pipelines that answer requests end after the others."""
+    tasks = (
+        TaskPlan("source", ("sink",), takes_stop=True),
+        TaskPlan("sink"),
+        TaskPlan("requests", takes_stop=True, serving=True),
+    )
+    job = Job(tasks=tasks).run()
+    assert job.post(StopRequested(Way.DRAIN)) == ["stop_task source"]
+    assert job.post(TaskEnded("source", TaskState.DONE)) == []
+    assert job.post(TaskEnded("sink", TaskState.DONE)) == ["stop_task requests"]
+    assert job.post(TaskEnded("requests", TaskState.DONE)) == ["seal"]
+    assert job.state.ended_by is Way.DRAIN
+
+
+def test_a_drain_that_takes_too_long_becomes_a_cancel_and_then_gives_up() -> None:
+    """Acceptance 12: draining is bounded, and so is the time that a task has to leave user code."""
+    job = Job(service("a")).run()
+    job.post(StopRequested(Way.DRAIN))
+    assert job.state.drain_due == 27.0
+    assert job.at(26.9) == []
+    assert job.at(27.0) == ["cancel_task t"]
+    assert job.at(36.0) == ["abandon_task t", "run_hook a drain"]
+    assert job.state.tasks["t"].state is TaskState.ABANDONED
+    assert job.seen_failures() == [("late_task", "t", "")]
+
+
+def test_services_have_their_reserve_of_the_budget() -> None:
+    """Acceptance 6: 40 % of the budget and at least 5 s are for services, also when every task hangs."""
+    for budget_s, tasks_s in [(60.0, 36.0), (25.0, 15.0), (10.0, 5.0), (3.0, 0.0)]:
+        job = Job(service("a")).run()
+        job.post(StopRequested(Way.CANCEL, budget_s))
+        assert (job.state.deadline, job.state.tasks_due) == (budget_s, tasks_s)
+    without = Job().run()
+    without.post(StopRequested(Way.CANCEL))
+    assert without.state.tasks_due == 60.0
+
+
+def test_many_services_that_hang_end_within_the_budget() -> None:
+    """Acceptance 6: each leaves something to those after it, so that every one gets its stop and its cleanup."""
+    job = Job(*(service(f"s{number}") for number in range(8))).run()
+    job.post(StopRequested(Way.CANCEL, 25.0), TaskEnded("t", TaskState.CANCELLED))
+    job.at(100.0)
+    assert job.state.job is JobState.SEALED
+    assert [hook for hook in job.hook_order if hook.endswith("cleanup")] == [f"s{n}.cleanup" for n in range(7, -1, -1)]
+    seals = [action for action in job.actions if action.do is Do.SEAL]
+    assert len(seals) == 1
+
+
+def test_the_deadline_only_moves_forward() -> None:
+    """Acceptance 42: a second request shortens the stop and never lengthens it; a weaker one changes nothing."""
+    job = Job(service("a")).run()
+    job.post(StopRequested(Way.DRAIN, 25.0))
+    job.now = 1.0
+    job.post(StopRequested(Way.CANCEL, 60.0))
+    assert job.state.deadline == 25.0
+    job.post(StopRequested(Way.DRAIN, 1.0))
+    assert (job.state.deadline, job.state.ended_by) == (25.0, Way.CANCEL)
+
+
+def test_an_impatient_stop_bounds_every_hook() -> None:
+    """Acceptance 42: after the second Ctrl-C each hook has `hook_cap_s`."""
+    job = Job(service("a", stop_timeout_s=50.0)).run()
+    job.post(StopRequested(Way.CANCEL, hook_cap_s=5.0), TaskEnded("t", TaskState.CANCELLED))
+    job.end("a", "drain")
+    assert job.at(5.0) == ["abandon_hook a stop", "run_hook a cleanup"]
+    assert job.at(10.0) == ["abandon_hook a cleanup", "seal"]
+
+
+def test_an_impatient_stop_during_the_start_skips_the_tasks_once() -> None:
+    """Acceptance 42: a task that was never opened is not waited for, let alone abandoned later."""
+    job = Job(service("a"))
+    job.post(Begin())
+    job.post(StopRequested(Way.CANCEL, hook_cap_s=5.0))
+    job.at(100.0)
+    assert job.state.tasks["t"].state is TaskState.SKIPPED
+    assert job.state.job is JobState.SEALED
+
+
+def test_kill_gives_up_on_everything_and_still_seals() -> None:
+    """Acceptance 42: the third Ctrl-C waits for nothing; the report names what was abandoned."""
+    job = Job(service("a"), service("b")).run()
+    done = job.post(StopRequested(Way.KILL))
+    assert done == ["abandon_task t", "abandon_hook a stop", "abandon_hook b stop", "seal"]
+    assert job.service_states() == {"a": "abandoned", "b": "abandoned"}
+
+
+@pytest.mark.parametrize("way", list(Way))
+@pytest.mark.parametrize("moment", ["new", "starting", "ready", "opening", "running", "draining", "services", "sealed"])
+def test_a_stop_is_right_at_any_moment(moment: str, way: Way) -> None:
+    """Acceptance 12: whenever it comes, the job ends, once, and later events change nothing."""
+    job = Job(service("a"), service("b", "a"))
+    moments: list[tuple[str, list[LifecycleEvent]]] = [("starting", [Begin()])]
+    if moment != "new":
+        job.post(*moments[0][1])
+    if moment not in ("new", "starting"):
+        job.ready("a", "b")
+    if moment not in ("new", "starting", "ready"):
+        job.post(TaskOpened("t") if moment != "opening" else Tick())
+    if moment == "draining":
+        job.post(StopRequested(Way.DRAIN))
+    if moment in ("services", "sealed"):
+        job.post(TaskEnded("t", TaskState.DONE))
+    if moment == "sealed":
+        job.gone("b", "a")
+    job.post(StopRequested(way))
+    job.post(Begin())
+    job.at(200.0)
+    assert job.state.job is JobState.SEALED
+    assert [action.do for action in job.actions].count(Do.SEAL) == 1
+    sealed = job.state
+    job.post(StopRequested(Way.KILL), Tick(), Begin(), HookEnded("a", 1, "stop"), TaskEnded("t", TaskState.DONE))
+    assert job.state is sealed
+
+
+def test_a_cancel_during_the_start_waits_for_the_hook_and_cleans() -> None:
+    """Acceptance 7: a hook that runs is let end, the next does not begin, and what was built gets its cleanup."""
+    job = Job(service("a"), service("b", "a"))
+    job.post(Begin())
+    job.end("a", "build")
+    assert job.post(StopRequested(Way.CANCEL)) == []
+    assert job.end("a", "setup") == ["run_hook a cleanup"]
+    assert job.end("a", "cleanup") == ["seal"]
+    assert job.service_states() == {"a": "stopped", "b": "skipped"}
+
+
+def test_a_start_hook_that_hangs_is_bounded_by_the_stop() -> None:
+    """Acceptance 6: a start that may take an hour does not make the stop take one."""
+    job = Job(service("a", start_timeout_s=3600.0, stop_timeout_s=10.0))
+    job.post(Begin())
+    job.post(StopRequested(Way.CANCEL))
+    assert job.at(10.0) == ["abandon_hook a build", "seal"]
+    assert not job.state.is_failed
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_task_cancels_the_others_and_then_services_end() -> None:
+    """Acceptance 16 and 23: the first failure cancels, a second one is kept beside it."""
+    job = Job(service("a"), tasks=(TaskPlan("t"), TaskPlan("u"))).run()
+    assert job.post(TaskFailed("t", ValueError("t"))) == ["cancel_task t", "cancel_task u"]
+    assert job.post(TaskFailed("u", KeyError("u")), TaskEnded("t", TaskState.FAILED)) == []
+    assert job.post(TaskEnded("u", TaskState.FAILED)) == ["run_hook a drain"]
+    assert job.gone("a")[-1] == "seal"
+    assert job.seen_failures() == [("task", "t", ""), ("task", "u", "")]
+
+
+def test_a_close_that_hangs_is_bounded_each() -> None:
+    """Acceptance 31: each function's `close` has its own bound, also when nothing else ends the job."""
+    job = Job(close_timeout_s=10.0).run()
+    job.post(TaskClosing("t"))
+    job.at(9.0)
+    job.post(TaskClosing("t"))
+    assert job.at(18.9) == []
+    assert job.at(19.0) == ["abandon_task t", "seal"]
+
+
+def test_a_failing_close_is_a_failure_of_its_own_kind() -> None:
+    """Acceptance 31: it fails the job and names the operator."""
+    job = Job().run()
+    job.post(TaskClosing("t"), TaskFailed("t", OSError("disk"), closing="sink"), TaskEnded("t", TaskState.FAILED))
+    assert job.seen_failures() == [("close", "t", "sink")]
+    assert job.state.is_failed
+
+
+def test_a_job_without_tasks_or_services_seals_at_once() -> None:
+    """Acceptance 29: nothing to wait for means not to wait."""
+    assert Job(tasks=()).post(Begin()) == ["seal"]
+
+
+# --- kept and adopted services ----------------------------------------------------------------------------------------
+
+
+def test_a_kept_service_is_left_as_it_is() -> None:
+    """Acceptance 9: no hook runs at the end of the job; the next job adopts it ready, without a second start."""
+    job = Job(service("a", keep=True), service("b"))
+    job.stopping()
+    assert job.gone("b")[-1] == "seal"
+    assert job.service_states() == {"a": "kept", "b": "stopped"}
+    next_job = Job(service("a", adopted=ALL))
+    assert next_job.post(Begin()) == ["open_task t"]
+    next_job.post(TaskOpened("t"), TaskEnded("t", TaskState.DONE))
+    assert next_job.gone("a") == ["run_hook a stop", "run_hook a cleanup", "seal"]
+
+
+def test_an_adopted_service_is_watched_and_restarted_like_others() -> None:
+    """Acceptance 9 and 15: its health is asked for in the new job, and a restart is its second incarnation."""
+    job = Job(service("a", adopted=WATCHED, restart="on_failure", health_interval_s=5.0, backoff_s=(0.1, 1.0)))
+    job.hooks["a"] = WATCHED
+    job.run()
+    assert job.at(5.0) == ["run_hook a health"]
+    job.end("a", "health", False)
+    job.gone("a")
+    assert job.at(6.0) == ["run_hook a build"]
+    assert job.state.services["a"].incarnation == 2
+
+
+def test_an_unhealthy_kept_service_is_cleaned_and_not_kept() -> None:
+    """Acceptance 9: what failed is not handed to the next job."""
+    job = Job(service("a", keep=True, health_interval_s=5.0))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    job.end("a", "health", False)
+    job.post(TaskEnded("t", TaskState.CANCELLED))
+    assert job.gone("a") == ["run_hook a stop", "run_hook a cleanup", "seal"]
+
+
+def test_what_an_abandoned_hook_says_later_counts_for_nothing() -> None:
+    """Acceptance 6: an answer belongs to one hook of one incarnation."""
+    job = Job(service("a")).stopping()
+    job.end("a", "drain")
+    job.at(10.0)
+    before = job.state
+    assert job.end("a", "stop") == []
+    assert job.post(HookEnded("a", 7, "cleanup")) == []
+    assert job.state.services == before.services
+    assert job.end("a", "cleanup") == ["seal"]

@@ -1,0 +1,389 @@
+"""Wrong programs: the error names the culprit and says what to do, and nothing was started."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from sage import (
+    BaseService,
+    BatchFunction,
+    DataStream,
+    DuplicateNameError,
+    FilterFunction,
+    GraphError,
+    LocalEnvironment,
+    MapFunction,
+    RemoteEnvironment,
+    ServiceOptions,
+    SinkFunction,
+    SourceFunction,
+    UnknownServiceError,
+    UnsupportedPlanError,
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_started() -> Iterator[None]:
+    """No test of this file leaves, or even starts, a thread."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def note_of(error: BaseException) -> str:
+    notes: list[str] = error.__notes__
+    return "\n".join(notes)
+
+
+class Memory(BaseService):
+    """A service that must not be built."""
+
+    def __init__(self) -> None:
+        raise AssertionError("it was built")
+
+    def recall(self, query: str) -> str:
+        return query
+
+
+class Plain:
+    """A class that is no function."""
+
+
+class Lower(MapFunction):
+    def __init__(self, plus: int) -> None:
+        self._plus = plus
+
+    def execute(self, data: int) -> int:
+        return data + self._plus
+
+
+class Twice(MapFunction):
+    def execute(self, left: int, right: int) -> int:  # type: ignore[override]
+        return left + right
+
+
+class NoExecute(MapFunction):
+    pass
+
+
+class Even(FilterFunction):
+    def execute(self, data: int) -> bool:
+        return data % 2 == 0
+
+
+class Ticks(SourceFunction):
+    def execute(self) -> int:
+        return 1
+
+
+class Show(SinkFunction):
+    def execute(self, data: Any) -> None:
+        pass
+
+
+Build = Callable[[DataStream], Any]
+
+
+@pytest.mark.parametrize(
+    ("build", "message", "note"),
+    [
+        (lambda s: s.map(Plain), "map(Plain): the class Plain is no function class", "Derive it from MapFunction"),
+        (lambda s: s.sink(Plain), "sink(Plain): the class Plain is no function class", "Derive it from SinkFunction"),
+        (lambda s: s.map(Even), "map(Even): Even is a FilterFunction", "map takes MapFunction"),
+        (lambda s: s.filter(Lower), "filter(Lower): Lower is a MapFunction", "filter takes FilterFunction"),
+        (lambda s: s.flatmap(Show()), "flatmap(Show): Show is a SinkFunction", "flatmap takes FlatMapFunction"),
+        (lambda s: s.map(NoExecute), "map(NoExecute): NoExecute does not define execute", "Write a method execute"),
+        (lambda s: s.map(Memory), "Memory", "egister"),
+        (lambda s: s.map(7), "map(7): int is not callable", "Give a function class"),
+        (lambda s: s.map(None), "map(None): NoneType is not callable", "Give a function class"),
+        (lambda s: s.map("upper"), "map('upper'): str is not callable", "Give a function class"),
+        (lambda s: s.map([len]), "list is not callable", "Give a function class"),
+        (lambda s: s.map(lambda: 1), "has the wrong arity", "map calls it with one record"),
+        (lambda s: s.map(lambda a, b: a), "has the wrong arity", "map calls it with one record"),
+        (lambda s: s.map(Twice), "Twice.execute", "map calls it with one record"),
+        (lambda s: s.filter(Twice()), "Twice", "filter takes FilterFunction"),
+        (lambda s: s.sink(lambda: None), "has the wrong arity", "sink calls it with one record"),
+        (lambda s: s.keyby(lambda a, b: a), "has the wrong arity", "keyby calls it with one record"),
+        (lambda s: s.keyby(lambda x: x).reduce(lambda a: a), "has the wrong arity", "reduce calls it with 2 arguments"),
+        (lambda s: s.keyby(lambda x: x, strategy="modulo"), "keyby: strategy is 'modulo'", "hash, broadcast, round_robin"),
+        (lambda s: s.keyby(lambda x: x).reduce(max, emit="all"), "reduce: emit is 'all'", 'It is "each" or "last"'),
+        (lambda s: s.fill_future(s), "is filled, but it is no future", "env.from_future(name)"),
+        (lambda s: s.connect(s).join(lambda p, k, t: []), "has no keys", "Call keyby(...)"),
+        (lambda s: s.map(len, on_error="retry"), "on_error is 'retry'", 'It is "fail", "skip"'),
+    ],
+)
+def test_a_wrong_function_is_told_while_the_graph_is_built(build: Build, message: str, note: str) -> None:
+    env = LocalEnvironment("test")
+    stream = env.from_batch([1])
+    with pytest.raises(GraphError) as caught:
+        build(stream)
+    assert message in str(caught.value)
+    assert note in note_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message", "note"),
+    [
+        (lambda s: s.map(Lower), "map(Lower, ...): the constructor of Lower: missing a required argument: 'plus'", "constructor"),
+        (lambda s: s.map(Lower, 1, 2), "the constructor of Lower: too many positional arguments", "constructor"),
+        (lambda s: s.map(Lower, minus=1), "the constructor of Lower", "constructor"),
+        (lambda s: s.map(lambda x: x, 5), "these arguments have no effect", "Only a function class takes arguments"),
+        (lambda s: s.map(Lower(1), 5), "these arguments have no effect", "Only a function class takes arguments"),
+        (lambda s: s.map(abs, paralelism=2), "paralelism=2", "Only a function class takes arguments"),
+        (lambda s: s.sink(print, colour="red"), "colour='red'", "Only a function class takes arguments"),
+        (lambda s: s.filter(Even, strict=True), "the constructor of Even", "constructor"),
+    ],
+)
+def test_arguments_without_effect_are_told_while_the_graph_is_built(build: Build, message: str, note: str) -> None:
+    env = LocalEnvironment("test")
+    stream = env.from_batch([1])
+    with pytest.raises(TypeError) as caught:
+        build(stream)
+    assert message in str(caught.value)
+    assert note in note_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda env: LocalEnvironment("test", workers=3),
+        lambda env: RemoteEnvironment("test", workers=3),
+        lambda env: env.submit(autostopp=True),
+        lambda env: env.from_batch([1], paralelism=2),
+        lambda env: env.from_source(Ticks, dealy=1.0),
+        lambda env: env.from_batch([1]).print(colour="red"),
+        lambda env: env.from_batch([1]).keyby(abs).reduce(max, emits="last"),
+        lambda env: env.register_service_factory("memory", Memory, option=1),
+        lambda env: ServiceOptions(concurency=3),
+    ],
+)
+def test_an_unknown_keyword_is_a_type_error(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(LocalEnvironment("test"))
+    assert any(
+        word in str(caught.value)
+        for word in ("workers", "autostopp", "paralelism", "dealy", "colour", "emits", "option", "concurency")
+    )
+
+
+@pytest.mark.parametrize("parallelism", [0, -1, 1.5, "2", True])
+def test_a_parallelism_that_is_no_positive_number_is_refused(parallelism: Any) -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError) as caught:
+        env.from_batch([1]).map(abs, parallelism=parallelism)
+    assert str(caught.value) == f'operator "abs" has parallelism {parallelism!r}, which is not a positive number'
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (7, "from_batch(7): int is no source"),
+        (None, "from_batch(None): NoneType is no source"),
+        (Plain, "Plain"),
+        (Plain(), "Plain is no source"),
+        (Lower, "source(Lower): Lower is a MapFunction"),
+        (Lower(1), "source(Lower): Lower is a MapFunction"),
+        (lambda number: [number], "missing a required argument: 'number'"),
+        (list, "list"),
+    ],
+)
+def test_a_batch_source_of_the_wrong_kind_is_refused(source: Any, message: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        LocalEnvironment("test").from_batch(source)
+    assert message in str(caught.value)
+    assert note_of(caught.value)
+
+
+@pytest.mark.parametrize("source", [[1, 2], 7, "text", Plain, Even, lambda number: number])
+def test_an_unbounded_source_of_the_wrong_kind_is_refused(source: Any) -> None:
+    with pytest.raises(GraphError) as caught:
+        LocalEnvironment("test").from_source(source)
+    assert note_of(caught.value)
+
+
+def test_arguments_of_a_source_without_effect_are_refused() -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(TypeError, match="2 have no effect") as caught:
+        env.from_batch([1], 2)
+    assert "Only a class takes arguments" in note_of(caught.value)
+
+    class Feed(BatchFunction):
+        def execute(self) -> None:
+            return None
+
+    with pytest.raises(TypeError, match="the constructor of Feed"):
+        env.from_batch(Feed, "address")
+
+
+def test_a_source_cannot_skip_its_failures() -> None:
+    with pytest.raises(GraphError, match="on_error cannot skip") as caught:
+        LocalEnvironment("test").from_source(Ticks, on_error="skip")
+    assert "on_error=Retry(...)" in note_of(caught.value)
+
+
+def test_a_source_that_cannot_be_split_is_refused_at_submit() -> None:
+    env = LocalEnvironment("test")
+    env.from_batch(iter([1, 2]), name="once", parallelism=2).sink(Show)
+    with pytest.raises(GraphError, match='source "once" has parallelism 2, but it cannot be split') as caught:
+        env.submit(autostop=True)
+    assert "Give a list" in note_of(caught.value)
+
+
+def test_an_empty_graph_is_refused() -> None:
+    env = LocalEnvironment("nothing")
+    for autostop in (False, True):
+        with pytest.raises(GraphError, match='environment "nothing" has no pipeline') as caught:
+            env.submit(autostop=autostop)
+        assert "env.from_batch" in note_of(caught.value)
+
+
+def test_an_operator_name_twice_is_refused() -> None:
+    env = LocalEnvironment("test")
+    stream = env.from_batch([1], name="same")
+    with pytest.raises(DuplicateNameError, match='operator "same" is defined twice') as caught:
+        stream.map(abs, name="same")
+    assert "choose another" in note_of(caught.value)
+    with pytest.raises(DuplicateNameError, match='operator "same" is defined twice') as caught:
+        stream.map(abs).name("same")
+    assert "choose another" in note_of(caught.value)
+
+
+def test_a_service_name_twice_is_refused() -> None:
+    env = LocalEnvironment("test")
+    env.register_service("memory", Memory)
+    with pytest.raises(DuplicateNameError, match='service "memory" is registered twice') as caught:
+        env.register_service("memory", Memory)
+    assert "replace=True" in note_of(caught.value)
+    env.register_service("memory", Memory, options=ServiceOptions(replace=True))
+
+
+def test_an_instance_is_no_service() -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match='service "memory": .* is not callable') as caught:
+        env.register_service("memory", Plain())  # type: ignore[arg-type]
+    assert "Give the class and its arguments" in note_of(caught.value)
+    with pytest.raises(GraphError, match="Lower is a function of a stream, not a service"):
+        env.register_service("lower", Lower)
+
+
+def test_an_unknown_service_is_refused_at_submit() -> None:
+    class Ask(MapFunction):
+        def execute(self, data: str) -> Any:
+            return self.service("memry").recall(data)
+
+    env = LocalEnvironment("test")
+    env.register_service("memory", Memory)
+    env.from_batch(["tea"]).map(Ask).sink(Show)
+    for autostop in (False, True):
+        with pytest.raises(UnknownServiceError, match='operator "Ask" uses service "memry"') as caught:
+            env.submit(autostop=autostop)
+        assert 'Registered: "memory".' in note_of(caught.value)
+
+
+def test_a_handle_of_another_environment_is_refused_at_submit() -> None:
+    memory = LocalEnvironment("other").register_service("memory", Memory)
+    env = LocalEnvironment("test")
+    env.from_batch(["tea"]).map(lambda query: memory.recall(query), name="ask").sink(Show)
+    with pytest.raises(UnknownServiceError, match='operator "ask" uses service "memory", which is not registered'):
+        env.submit(autostop=True)
+
+
+def test_an_unknown_dependency_is_refused_at_submit() -> None:
+    env = LocalEnvironment("test")
+    env.register_service("memory", Memory, options=ServiceOptions(depends_on=["disk"]))
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(UnknownServiceError, match='service "memory" uses service "disk", which is not registered'):
+        env.submit(autostop=True)
+
+
+def test_a_circle_of_dependencies_is_refused_with_its_path() -> None:
+    env = LocalEnvironment("test")
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        env.register_service(name, Memory, options=ServiceOptions(depends_on=[other]))
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(GraphError, match="services depend on each other in a circle: a -> b -> c -> a") as caught:
+        env.submit(autostop=True)
+    assert note_of(caught.value)
+
+
+def test_several_problems_are_told_at_once() -> None:
+    class Ask(MapFunction):
+        def execute(self, data: str) -> Any:
+            return self.call_service("memry", data)
+
+    env = LocalEnvironment("test")
+    env.register_service("memory", Memory, options=ServiceOptions(depends_on=["disk"]))
+    stream = env.from_batch(["tea"])
+    stream.map(Ask, name="ask").sink(Show)
+    stream.union(env.from_future("later"))
+    with pytest.raises(GraphError) as caught:
+        env.submit(autostop=True)
+    assert str(caught.value).startswith('3 problems in "test":')
+    texts = [str(problem) for problem in caught.value.problems]
+    assert len(texts) == 3
+    for text in (
+        'future "later" is never filled',
+        'service "memory" uses service "disk", which is not registered',
+        'operator "ask" uses service "memry", which is not registered',
+    ):
+        assert text in texts
+        assert f"\n  - {text}" in str(caught.value)
+    assert len(caught.value.__notes__) == 3
+
+
+def test_one_problem_is_raised_as_itself() -> None:
+    env = LocalEnvironment("test")
+    env.from_batch([1]).union(env.from_future("later"))
+    with pytest.raises(GraphError) as caught:
+        env.submit()
+    assert caught.value.problems == (caught.value,)
+
+
+def test_kept_services_that_are_unknown_are_refused() -> None:
+    env = LocalEnvironment("test")
+    env.register_service("memory", Memory)
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(GraphError, match="keep_services names memry, which is not registered") as caught:
+        env.submit(autostop=True, keep_services=["memry"])
+    assert "Registered: memory" in note_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depends_on": "disk"}, "depends_on is the string 'disk'"),
+        ({"restart": "sometimes"}, "restart is 'sometimes'"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"stop_timeout_s": -1}, "stop_timeout_s is -1"),
+    ],
+)
+def test_service_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        ServiceOptions(**options)
+    assert f"service option {message}" in str(caught.value)
+
+
+def test_a_remote_environment_refuses_to_submit() -> None:
+    env = RemoteEnvironment("far away")
+    env.register_service("memory", Memory)
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(UnsupportedPlanError, match='environment "far away" is to run on Ray') as caught:
+        env.submit(autostop=True)
+    assert "LocalEnvironment" in note_of(caught.value)
+
+
+def test_values_in_messages_are_short_and_their_repr_may_raise() -> None:
+    class Opaque:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match="its repr raised RuntimeError"):
+        env.from_batch([1]).map(Opaque())
+    with pytest.raises(GraphError) as caught:
+        env.from_batch([1]).map("x" * 10_000)
+    assert len(str(caught.value)) < 300
