@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 CHEAP_RECORDS = 10_000
 SLOW_AFTER_CHEAP_S = 0.2
+COMPILED = tempfile.TemporaryDirectory(prefix="sage-benchmarks-")
 
 
 class Idle(BaseService):
@@ -95,8 +98,11 @@ def stopping(scale: Scale) -> Iterator[Figure]:
 
 def _python(program: str) -> str:
     """Run a program in a fresh interpreter that finds the same modules, and return what it prints."""
-    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{program}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # Compiled modules are kept, as where the package is installed, even if the environment says otherwise.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": COMPILED.name}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def importing(scale: Scale) -> Iterator[Figure]:

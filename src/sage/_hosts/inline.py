@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend, Lane
     from sage._runtime.coroutines import CoroutineLoop
     from sage.service import ServiceContext
+
+log = logging.getLogger("sage.dispatcher")
 
 HOOKS = ("setup", "start", "ready", "health", "stop", "cleanup")
 STAND_INS = ("close", "shutdown")
@@ -74,11 +77,15 @@ class InlineHost:
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
         """Run a hook on the service's own thread and tell `done` what came of it."""
+        lane = self._lane
 
         def work() -> None:
             try:
                 if hook == "build":
                     value: Any = self._build()
+                    if self._lane is not lane:
+                        self._clean_late()
+                        return
                 elif hook == "drain":
                     value = self._drain(due)
                 else:
@@ -251,6 +258,12 @@ class InlineHost:
             elif _has(instance, "__enter__") and _has(instance, "__exit__"):
                 self._enter_at_setup(instance)
         return self.hooks
+
+    def _clean_late(self) -> None:
+        """Clean up an instance whose constructor returned after it had been given up; nobody else will."""
+        log.error("constructor returned after its bound, cleaning up service=%r", self.spec.name)
+        if "cleanup" in self._hooks:
+            self._settled(self._hooks["cleanup"]())
 
     def _enter_at_setup(self, manager: Any) -> None:
         """Use what a context manager gives, from `setup` on, and leave it as the cleanup."""

@@ -123,8 +123,6 @@ class JobManager:
         self._find(str(id_)).stop()
         return self.get_job_status(id_)
 
-    stop_job = pause_job
-
     def delete_job(self, id_: object, force: bool = False) -> dict[str, Any]:
         """Stop a job, or cancel it with `force`, and return its status; it stays known."""
         self._find(str(id_)).stop(drain=not force)

@@ -333,7 +333,9 @@ class Task:
                 out = operator.resume()
             else:
                 if len(batch) > limit:
-                    self._stash.append((place, batch.slice(limit), port))
+                    # In parts at once: a rest that is cut again at each step would be copied as often.
+                    for start in range(limit * ((len(batch) - 1) // limit), 0, -limit):
+                        self._stash.append((place, batch.slice(start, start + limit), port))
                     batch = batch.slice(0, limit)
                 out = operator.process(batch, port)
             if operator.rest is not None:
@@ -467,6 +469,6 @@ def _blamed(operator: Operator, what: str, error: BaseException) -> FunctionErro
 
 
 def _is_cancellation(error: BaseException) -> bool:
-    """Return whether an error only says that a coroutine or a served pipeline was cancelled, as a cancelled job does."""
+    """Return whether an error only says that a coroutine or a served pipeline was cancelled with its job."""
     cause = error.__cause__ or error
     return isinstance(cause, ServiceUnavailableError) or type(cause).__name__ == "CancelledError"
