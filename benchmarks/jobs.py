@@ -106,10 +106,13 @@ def _python(program: str) -> str:
 
 
 def importing(scale: Scale) -> Iterator[Figure]:
-    """`import sage` as a process, against an empty one."""
+    """The import as a process, against an empty one: of the package alone, and with what every program needs of it."""
     rounds = max(7, scale.short_rounds // 8)
-    taken = alternated(rounds, lambda: _python("pass"), lambda: _python("import sage"))
-    yield at_most("import sage", "times python -c pass", 4, [seconds[1] / seconds[0] for seconds in taken])
+    programs = ("pass", "import sage", "from sage import LocalEnvironment")
+    taken = alternated(rounds, *(lambda program=program: _python(program) for program in programs))
+    for place, program in enumerate(programs[1:], start=1):
+        ratios = [seconds[place] / seconds[0] for seconds in taken]
+        yield at_most(program, "times python -c pass", 4, ratios)
 
 
 # The high-water mark of the address space, where there is one: what getrusage tells of a process begins with the mark

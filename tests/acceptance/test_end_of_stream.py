@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sage._runtime.backend import Backend
+    from sage.stream import DataStream
 
     Backends = Callable[[], Backend]
 
@@ -137,7 +138,10 @@ def test_none_is_data_in_every_iterable(backend: Backends) -> None:
 
     assert run(some(), lambda stream: stream, backend=backend) == [1, None, 3]
     assert run([1], lambda stream: stream.flatmap(lambda x: [None, x, None]), backend=backend) == [None, 1, None]
-    assert run([1, 2], lambda stream: stream.keyby(lambda x: None).reduce(lambda a, b: None), backend=backend) == [1, None]
+    assert run([1, 2], lambda stream: stream.keyby(lambda x: None).reduce(lambda a, b: None), backend=backend) == [
+        1,
+        None,
+    ]
 
 
 def test_a_loop_whose_data_die_out_ends(backend: Backends) -> None:
@@ -183,7 +187,7 @@ class Cleaned:
         self._cleaned.append("closed")
 
 
-@pytest.mark.parametrize("records", [[], (), range(0), "", {}, iter([])], ids=repr)
+@pytest.mark.parametrize("records", [[], (), range(0), "", {}, iter([])], ids=lambda records: type(records).__name__)
 def test_an_empty_source_ends(backend: Backends, records: Any) -> None:
     """Acceptance 29: and its services are cleaned."""
     cleaned: list[str] = []
@@ -198,7 +202,11 @@ def test_an_empty_source_ends(backend: Backends, records: Any) -> None:
 
 def test_no_sink_and_a_source_only_end(backend: Backends) -> None:
     """Acceptance 29: the records are read all the same, and the services are cleaned."""
-    for build in (lambda stream: stream, lambda stream: stream.map(lambda x: x).filter(lambda x: True)):
+    builds: list[Callable[[DataStream], DataStream]] = [
+        lambda stream: stream,
+        lambda stream: stream.map(lambda x: x).filter(lambda x: True),
+    ]
+    for build in builds:
         cleaned: list[str] = []
         read: list[int] = []
 

@@ -459,7 +459,10 @@ def test_two_tasks_that_fail_at_once_are_both_reported() -> None:
     stream.map(right).sink(print_nothing)
     with pytest.raises(JobErrorGroup) as caught:
         env.submit(autostop=True)
-    assert {error.operator for error in caught.value.exceptions if isinstance(error, FunctionError)} == {"left", "right"}
+    assert {error.operator for error in caught.value.exceptions if isinstance(error, FunctionError)} == {
+        "left",
+        "right",
+    }
     assert {type(error.__cause__) for error in caught.value.exceptions} == {ValueError, KeyError}
     assert isinstance(caught.value, JobError)
 

@@ -23,7 +23,6 @@ from sage import (
     CleanupError,
     CleanupTimeoutError,
     FunctionError,
-    GraphError,
     JobError,
     JobErrorGroup,
     JobReport,
@@ -31,9 +30,7 @@ from sage import (
     MapFunction,
     Outcome,
     ServiceOptions,
-    ServiceStartError,
     SinkFunction,
-    UnknownServiceError,
 )
 
 if TYPE_CHECKING:
@@ -459,85 +456,6 @@ def test_a_hook_that_never_returns_is_abandoned(hook: str, released: threading.E
     assert "hang_here" in (report.service("b").stack or "")
     assert "DIRTY" in str(report)
     assert re.search(rf"{hook} [0-9.]+ m?s ABANDONED", str(report))
-
-
-# --- starts that go wrong ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hook", ["build", "setup", "start"])
-@pytest.mark.parametrize("chained", [True, False])
-def test_a_start_that_raises_is_unwound(backend: MakeBackend, hook: str, chained: bool) -> None:
-    """Acceptance 7, fault 16: the third of four services fails; what was built is cleaned, and no record flows."""
-    journal, records = list[str](), list[int]()
-    cause = OSError("no such model")
-    env = LocalEnvironment(backend=backend)
-    for place, name in enumerate("abcd"):
-        options = ServiceOptions(depends_on=["abcd"[place - 1]] if chained and place else [])
-        if name == "c":
-            env.register_service(name, Broken, journal, hook, cause, options=options)
-        else:
-            env.register_service(name, Recorded, journal, options=options)
-
-    def read() -> Iterator[int]:
-        records.append(1)
-        yield 1
-
-    env.from_batch(read).sink(records.append)
-    began_at = time.monotonic()
-    with pytest.raises(ServiceStartError, match='service "c" failed') as caught:
-        env.submit(autostop=True)
-    assert time.monotonic() - began_at < PROMPTLY_S
-    assert caught.value.__cause__ is cause
-    assert caught.value.service == "c"
-    assert records == []
-    built = {entry[0] for entry in journal if ".build" in entry} - ({"c"} if hook == "build" else set())
-    cleaned = [entry[0] for entry in journal if ".cleanup" in entry]
-    assert Counter(cleaned) == Counter(built)
-    if chained:
-        assert "d.build" not in journal
-        assert cleaned == (["b", "a"] if hook == "build" else ["c", "b", "a"])
-        assert report_of(env).service("d").state == "skipped"
-    assert "c.stop" not in journal
-    assert report_of(env).service("c").state == "failed_start"
-    assert (report_of(env).state, report_of(env).cleanliness) == (Outcome.FAILED, Cleanliness.CLEAN)
-
-
-def test_a_service_that_never_gets_ready(backend: MakeBackend) -> None:
-    """Acceptance 7, fault 18: the start ends at its bound, and what was started is unwound."""
-    journal, records = list[str](), list[int]()
-
-    class Never(Recorded):
-        def ready(self) -> bool:
-            return False
-
-    env = LocalEnvironment(backend=backend)
-    env.register_service("a", Recorded, journal)
-    env.register_service("b", Never, journal, options=ServiceOptions(start_timeout_s=0.2))
-    env.from_batch([1]).sink(records.append)
-    with pytest.raises(ServiceStartError, match='service "b" did not end its ready in time'):
-        env.submit(autostop=True)
-    assert records == []
-    assert Counter(entry for entry in journal if ".cleanup" in entry) == Counter(["a.cleanup", "b.cleanup"])
-    assert report_of(env).service("b").state == "failed_start"
-    assert report_of(env).state is Outcome.FAILED
-
-
-def test_services_that_require_each_other_are_refused(backend: MakeBackend) -> None:
-    """Acceptance 7, fault 20: a cycle or an unknown name is an error of the program, before anything is built."""
-    journal = list[str]()
-    env = LocalEnvironment(backend=backend)
-    env.register_service("a", Recorded, journal, options=ServiceOptions(depends_on=["b"]))
-    env.register_service("b", Recorded, journal, options=ServiceOptions(depends_on=["a"]))
-    env.from_batch([1]).sink(lambda data: None)
-    with pytest.raises(GraphError, match=r"a.*b|b.*a"):
-        env.submit(autostop=True)
-
-    other = LocalEnvironment(backend=backend)
-    other.register_service("a", Recorded, journal, options=ServiceOptions(depends_on=["nobody"]))
-    other.from_batch([1]).sink(lambda data: None)
-    with pytest.raises(UnknownServiceError, match="nobody"):
-        other.submit(autostop=True)
-    assert journal == []
 
 
 # --- which services there are -----------------------------------------------------------------------------------------

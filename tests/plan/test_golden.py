@@ -182,7 +182,9 @@ def test_without_fusion_every_operator_has_tasks_of_its_own() -> None:
             ["a", "b", "union -> show"],
             id="several inputs begin a chain",
         ),
-        pytest.param(fan_out, ["numbers", "left -> show-1", "right -> is_even -> show-2"], id="several outputs end one"),
+        pytest.param(
+            fan_out, ["numbers", "left -> show-1", "right -> is_even -> show-2"], id="several outputs end one"
+        ),
         pytest.param(
             dead_letters,
             ["source -> double -> show", "failed records -> letter box"],
@@ -243,5 +245,7 @@ def test_dead_letters_of_what_handles_dead_letters_are_refused() -> None:
     letters = env.dead_letters()
     letters.map(double, on_error=letters).sink(show)
     env.from_batch([1]).map(double, on_error=letters).sink(show)
-    with pytest.raises(GraphError, match='dead letters of "dead letters" are handled by an operator that sends its own'):
+    with pytest.raises(
+        GraphError, match='dead letters of "dead letters" are handled by an operator that sends its own'
+    ):
         env.explain()

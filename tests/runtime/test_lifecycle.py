@@ -27,7 +27,7 @@ from sage._runtime.lifecycle import (
     Way,
     begin,
 )
-from sage._runtime.states import JobState, ServiceState, TaskState
+from sage._runtime.states import JobState, TaskState
 from sage._runtime.transitions import step
 from sage.service import ServiceOptions
 

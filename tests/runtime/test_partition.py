@@ -83,9 +83,9 @@ class Point:
     x: int
     y: str
 keys = [
-    0, -1, 2**80, True, 1.5, 2 + 1j, decimal.Decimal("0.1"), fractions.Fraction(1, 3), "", "a", "stra\\u00dfe", "\\ud800",
-    b"", b"a", None, (), (1, "x"), ((1, None), "x"), frozenset({"a", "b", "c"}), Colour.RED, uuid.UUID(int=7),
-    datetime.date(2025, 2, 28), datetime.datetime(2025, 2, 28, 12, 30),
+    0, -1, 2**80, True, 1.5, 2 + 1j, decimal.Decimal("0.1"), fractions.Fraction(1, 3), "", "a", "stra\\u00dfe",
+    "\\ud800", b"", b"a", None, (), (1, "x"), ((1, None), "x"), frozenset({"a", "b", "c"}), Colour.RED,
+    uuid.UUID(int=7), datetime.date(2025, 2, 28), datetime.datetime(2025, 2, 28, 12, 30),
     datetime.datetime(2025, 2, 28, 12, 30, tzinfo=datetime.UTC), datetime.time(1, 2, 3),
     datetime.timedelta(days=1, microseconds=5), pathlib.PurePosixPath("a/b"), Point(1, "x"),
 ]

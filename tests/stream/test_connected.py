@@ -132,8 +132,10 @@ def test_join_gives_every_pair_of_one_key(backend: Backends, parallelism: int) -
     env = LocalEnvironment("test", backend=backend)
     users = env.from_batch([{"id": number, "name": f"user{number}"} for number in range(5)])
     orders = env.from_batch([{"user": number % 7, "cup": number} for number in range(40)])
-    joined = users.keyby(lambda user: user["id"]).connect(orders.keyby(lambda order: order["user"])).join(
-        Pairs, parallelism=parallelism
+    joined = (
+        users.keyby(lambda user: user["id"])
+        .connect(orders.keyby(lambda order: order["user"]))
+        .join(Pairs, parallelism=parallelism)
     )
     arrived = arriving(env, joined.map(lambda match: (match[0], match[1]["name"], match[2]["cup"])))
     assert sorted(arrived) == sorted(

@@ -41,14 +41,18 @@ def test_hash_sends_each_key_to_one_task(backend: Backends) -> None:
 
 def test_broadcast_sends_each_record_to_every_task(backend: Backends) -> None:
     arrived = run(
-        range(12), lambda stream: stream.keyby(Modulo, 6, strategy="broadcast").map(Where, parallelism=3), backend=backend
+        range(12),
+        lambda stream: stream.keyby(Modulo, 6, strategy="broadcast").map(Where, parallelism=3),
+        backend=backend,
     )
     assert sorted(arrived) == [(number, number % 6, task) for number in range(12) for task in range(3)]
 
 
 def test_round_robin_spreads_records_evenly(backend: Backends) -> None:
     arrived = run(
-        range(30), lambda stream: stream.key_by(lambda x: 0, strategy="round_robin").map(Where, parallelism=3), backend=backend
+        range(30),
+        lambda stream: stream.key_by(lambda x: 0, strategy="round_robin").map(Where, parallelism=3),
+        backend=backend,
     )
     assert sorted(number for number, _, _ in arrived) == list(range(30))
     assert {key for _, key, _ in arrived} == {0}
@@ -87,7 +91,7 @@ def test_a_stream_without_keys_has_none(backend: Backends) -> None:
 
 
 def test_reduce_emits_each_combined_value_or_only_the_last(backend: Backends) -> None:
-    words = "tea milk tea tea milk cup".split()
+    words = ["tea", "milk", "tea", "tea", "milk", "cup"]
 
     def pairs(emit: Any) -> list[Any]:
         return run(
@@ -115,7 +119,9 @@ def test_a_parallel_reduce_has_each_key_once(backend: Backends) -> None:
 
 def test_reduce_knows_falsy_values_and_keys(backend: Backends) -> None:
     arrived = run(
-        [0, None, 0, None], lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: [a, b], emit="last"), backend=backend
+        [0, None, 0, None],
+        lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: [a, b], emit="last"),
+        backend=backend,
     )
     assert arrived == [[0, 0], [None, None]]
 

@@ -292,7 +292,9 @@ def test_rebalance_spreads_a_keyed_stream(backend: Backends) -> None:
         def execute(self, data: int) -> int:
             return int(self.ctx.parallel_index)
 
-    arrived = run(range(20), lambda stream: stream.keyby(lambda x: 0).rebalance().map(Where, parallelism=2), backend=backend)
+    arrived = run(
+        range(20), lambda stream: stream.keyby(lambda x: 0).rebalance().map(Where, parallelism=2), backend=backend
+    )
     assert sorted(arrived) == [0] * 10 + [1] * 10
 
 

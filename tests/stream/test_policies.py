@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -94,9 +95,7 @@ def test_comap_and_join_skip_too(backend: Backends) -> None:
     both.comap(Sides, on_error="skip").sink(arrived.append)
     both.keyby(lambda x: x).join(Tagged, on_error="skip").sink(arrived.append)
     env.submit(autostop=True)
-    assert Counter(arrived) == Counter(
-        [0, 1, 2, 4, -2, -4, -5, (0, 0), (0, 1), (0, 2), (0, 4), (1, 2), (1, 4), (1, 5)]
-    )
+    assert Counter(arrived) == Counter([0, 1, 2, 4, -2, -4, -5, (0, 0), (0, 1), (0, 2), (0, 4), (1, 2), (1, 4), (1, 5)])
 
 
 def test_several_operators_share_dead_letters(backend: Backends) -> None:
@@ -210,7 +209,7 @@ def test_the_pauses_double_up_to_the_longest(seed: int) -> None:
 
     with pytest.raises(FunctionError, match="after 6 attempts"):
         run([1], lambda stream: stream.map(fail, on_error=Retry(6, (0.1, 1.0))), backend=lambda: step)
-    pauses_s = [later - sooner for sooner, later in zip(at_s, at_s[1:], strict=False)]
+    pauses_s = [later - sooner for sooner, later in pairwise(at_s)]
     assert pauses_s == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0])
 
 
@@ -226,9 +225,7 @@ def test_a_retried_record_keeps_its_key_and_its_place(backend: Backends) -> None
             return data, self.ctx.get_key()
 
     retry = Retry(2, QUICK)
-    arrived = run(
-        range(40), lambda stream: stream.keyby(lambda x: x % 5).map(Keyed, on_error=retry), backend=backend
-    )
+    arrived = run(range(40), lambda stream: stream.keyby(lambda x: x % 5).map(Keyed, on_error=retry), backend=backend)
     assert arrived == [(number, number % 5) for number in range(40)]
 
 
@@ -245,12 +242,17 @@ def test_a_job_that_is_stopped_during_a_pause_does_not_wait_for_it() -> None:
     assert job.report.duration_s < 10
 
 
-def test_a_generator_that_fails_in_the_middle_gives_nothing(backend: Backends) -> None:
+def test_a_generator_that_fails_in_the_middle_is_skipped_from_there_on(backend: Backends) -> None:
+    """What a generator gave before its reading was cut may have gone on; what a list would have held has not."""
+
     def half(number: int) -> Iterator[int]:
         yield number
         yield not_three(number)
 
-    assert run([2, 3, 4], lambda stream: stream.flatmap(half, on_error="skip"), backend=backend) == [2, 2, 4, 4]
+    arrived = run([2, 3, 4], lambda stream: stream.flatmap(half, on_error="skip"), backend=backend)
+    assert arrived in ([2, 2, 4, 4], [2, 2, 3, 4, 4])
+    arrived = run([2, 3, 4], lambda stream: stream.flatmap(lambda x: list(half(x)), on_error="skip"), backend=backend)
+    assert arrived == [2, 2, 4, 4]
 
 
 def test_an_interpreter_exit_in_a_function_is_never_skipped(backend: Backends) -> None:

@@ -111,8 +111,16 @@ def test_every_schedule_equals_threads_up_to_order(values: list[int], shape: lis
 
 
 @settings(max_examples=40, deadline=None)
-@given(records, st.lists(st.tuples(st.sampled_from(("map", "filter", "flatmap", "generator", "skip", "retry")),
-                                   st.integers(1, 4), st.just(1)), max_size=5), st.integers(0, 10_000))
+@given(
+    records,
+    st.lists(
+        st.tuples(
+            st.sampled_from(("map", "filter", "flatmap", "generator", "skip", "retry")), st.integers(1, 4), st.just(1)
+        ),
+        max_size=5,
+    ),
+    st.integers(0, 10_000),
+)
 def test_a_pipeline_without_parallel_tasks_keeps_the_order(values: list[int], shape: list[Step], seed: int) -> None:
     threads = result(values, shape, ThreadsBackend, serial=True)
     assert result(values, shape, lambda: StepBackend(seed), serial=True) == threads
@@ -132,8 +140,11 @@ def test_a_parallel_reduce_equals_a_serial_one(values: list[int], modulus: int, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.binary(), st.tuples(st.integers()))),
-       st.integers(1, 4), st.integers(0, 10_000))
+@given(
+    st.lists(st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.binary(), st.tuples(st.integers()))),
+    st.integers(1, 4),
+    st.integers(0, 10_000),
+)
 def test_any_values_go_through_and_any_key_finds_its_task(values: list[Any], parallelism: int, seed: int) -> None:
     env = LocalEnvironment("test", backend=lambda: StepBackend(seed))
     arrived: list[Any] = []

@@ -87,14 +87,16 @@ class ThreadsBackend(Backend):
         """Join the threads of tasks that have ended."""
         for task in tasks:
             if task in self._threads:
-                self._threads[task].join()
+                self._threads.pop(task).join()
 
     def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:
         """Wait for the one event that says that a job is sealed, then for the supervisor's thread."""
         if not self._sealed.wait(timeout_s):
             return False
-        if self._supervisor_thread is not None:
-            self._supervisor_thread.join()
+        thread = self._supervisor_thread
+        if thread is not None:
+            thread.join()
+            self._supervisor_thread = None
         return supervisor.is_sealed
 
     def _supervise(self, supervisor: Supervisor) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from sage._runtime.inside import carried
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class CallThreads:
             if self._closed:
                 raise ServiceUnavailableError(f'service "{self._service}" has stopped', service=self._service)
             self._open += 1
-            self._queue.put((future, function))
+            self._queue.put((future, carried(function)))
             if self._waiting < self._queue.qsize() and len(self._threads) < self._threads_max:
                 name = f"{self._service}-call-{len(self._threads)}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)

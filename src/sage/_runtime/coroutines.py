@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from sage._runtime.inside import carried
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
@@ -28,7 +30,8 @@ class CoroutineLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name=f"{self._name}-loop", daemon=True)
+                work = carried(self._loop.run_forever)
+                self._thread = threading.Thread(target=work, name=f"{self._name}-loop", daemon=True)
                 self._thread.start()
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         self._running.add(future)
@@ -61,3 +64,4 @@ class CoroutineLoop:
         loop.call_soon_threadsafe(loop.create_task, end())
         thread.join()
         loop.close()
+        self._thread = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sage._runtime.supervisor import Supervisor
+
+T = TypeVar("T")
 
 _here = threading.local()
 
@@ -23,6 +25,17 @@ def inside(supervisor: Supervisor | None) -> Iterator[None]:
         yield
     finally:
         _here.supervisor = before
+
+
+def carried(function: Callable[[], T]) -> Callable[[], T]:
+    """Return `function` as one that belongs to the current thread's job on whatever thread it runs."""
+    supervisor = getattr(_here, "supervisor", None)
+
+    def work() -> T:
+        with inside(supervisor):
+            return function()
+
+    return work
 
 
 def is_inside(supervisor: Supervisor) -> bool:

@@ -1,0 +1,160 @@
+"""Starts of services that go wrong: no record flows, and what was built is cleaned."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sage import (
+    BaseService,
+    Cleanliness,
+    GraphError,
+    JobReport,
+    LocalEnvironment,
+    Outcome,
+    ServiceOptions,
+    ServiceStartError,
+    UnknownServiceError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sage._runtime.backend import Backend
+
+    MakeBackend = Callable[[], Backend]
+
+PROMPTLY_S = 0.5
+
+
+class Recorded(BaseService):
+    """Writes its hooks into a list, and says so if one of them runs during a call."""
+
+    def __init__(self, journal: list[str], *others: Any) -> None:
+        self.journal = journal
+        self.calls_running = 0
+        self.note("build")
+
+    def note(self, hook: str) -> None:
+        self.journal.append(f"{self.name}.{hook}" + (" during a call" if self.calls_running else ""))
+
+    def setup(self) -> None:
+        self.note("setup")
+
+    def start(self) -> None:
+        self.note("start")
+
+    def stop(self) -> None:
+        self.note("stop")
+
+    def cleanup(self) -> None:
+        self.note("cleanup")
+
+    def process(self, data: Any) -> Any:
+        self.calls_running += 1
+        try:
+            return data
+        finally:
+            self.calls_running -= 1
+
+
+class Broken(Recorded):
+    """Raises in one of its hooks."""
+
+    def __init__(self, journal: list[str], hook: str, error: BaseException) -> None:
+        self.hook, self.error = hook, error
+        super().__init__(journal)
+
+    def note(self, hook: str) -> None:
+        super().note(hook)
+        if hook == self.hook:
+            raise self.error
+
+
+def report_of(env: LocalEnvironment) -> JobReport:
+    """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert isinstance(report, JobReport)
+    return report
+
+
+# --- starts that go wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["build", "setup", "start"])
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_start_that_raises_is_unwound(backend: MakeBackend, hook: str, chained: bool) -> None:
+    """Acceptance 7, fault 16: the third of four services fails; what was built is cleaned, and no record flows."""
+    journal, records = list[str](), list[int]()
+    cause = OSError("no such model")
+    env = LocalEnvironment(backend=backend)
+    for place, name in enumerate("abcd"):
+        options = ServiceOptions(depends_on=["abcd"[place - 1]] if chained and place else [])
+        if name == "c":
+            env.register_service(name, Broken, journal, hook, cause, options=options)
+        else:
+            env.register_service(name, Recorded, journal, options=options)
+
+    def read() -> Iterator[int]:
+        records.append(1)
+        yield 1
+
+    env.from_batch(read).sink(records.append)
+    began_at = time.monotonic()
+    with pytest.raises(ServiceStartError, match='service "c" failed') as caught:
+        env.submit(autostop=True)
+    assert time.monotonic() - began_at < PROMPTLY_S
+    assert caught.value.__cause__ is cause
+    assert caught.value.service == "c"
+    assert records == []
+    built = {entry[0] for entry in journal if ".build" in entry} - ({"c"} if hook == "build" else set())
+    cleaned = [entry[0] for entry in journal if ".cleanup" in entry]
+    assert Counter(cleaned) == Counter(built)
+    if chained:
+        assert "d.build" not in journal
+        assert cleaned == (["b", "a"] if hook == "build" else ["c", "b", "a"])
+        assert report_of(env).service("d").state == "skipped"
+    assert "c.stop" not in journal
+    assert report_of(env).service("c").state == "failed_start"
+    assert (report_of(env).state, report_of(env).cleanliness) == (Outcome.FAILED, Cleanliness.CLEAN)
+
+
+def test_a_service_that_never_gets_ready(backend: MakeBackend) -> None:
+    """Acceptance 7, fault 18: the start ends at its bound, and what was started is unwound."""
+    journal, records = list[str](), list[int]()
+
+    class Never(Recorded):
+        def ready(self) -> bool:
+            return False
+
+    env = LocalEnvironment(backend=backend)
+    env.register_service("a", Recorded, journal)
+    env.register_service("b", Never, journal, options=ServiceOptions(start_timeout_s=0.2))
+    env.from_batch([1]).sink(records.append)
+    with pytest.raises(ServiceStartError, match='service "b" did not end its ready in time'):
+        env.submit(autostop=True)
+    assert records == []
+    assert Counter(entry for entry in journal if ".cleanup" in entry) == Counter(["a.cleanup", "b.cleanup"])
+    assert report_of(env).service("b").state == "failed_start"
+    assert report_of(env).state is Outcome.FAILED
+
+
+def test_services_that_require_each_other_are_refused(backend: MakeBackend) -> None:
+    """Acceptance 7, fault 20: a cycle or an unknown name is an error of the program, before anything is built."""
+    journal = list[str]()
+    env = LocalEnvironment(backend=backend)
+    env.register_service("a", Recorded, journal, options=ServiceOptions(depends_on=["b"]))
+    env.register_service("b", Recorded, journal, options=ServiceOptions(depends_on=["a"]))
+    env.from_batch([1]).sink(lambda data: None)
+    with pytest.raises(GraphError, match=r"a.*b|b.*a"):
+        env.submit(autostop=True)
+
+    other = LocalEnvironment(backend=backend)
+    other.register_service("a", Recorded, journal, options=ServiceOptions(depends_on=["nobody"]))
+    other.from_batch([1]).sink(lambda data: None)
+    with pytest.raises(UnknownServiceError, match="nobody"):
+        other.submit(autostop=True)
+    assert journal == []

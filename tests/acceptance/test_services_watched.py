@@ -1,0 +1,227 @@
+"""Services under watch: what a monitor sees of them, and what follows when their health check fails."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sage import (
+    BaseService,
+    Cleanliness,
+    FunctionError,
+    JobReport,
+    LocalEnvironment,
+    MapFunction,
+    Outcome,
+    ServiceError,
+    ServiceOptions,
+    ServiceTimeoutError,
+    ServiceUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sage._runtime.backend import Backend
+
+    MakeBackend = Callable[[], Backend]
+
+SOON_S = 10.0
+"""Bound of every wait for something that happens at once on an idle machine."""
+
+
+class Recorded(BaseService):
+    """Writes its hooks into a list, with the number of the instance."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.number = 1 + sum(entry.startswith(f"{self.name}.build") for entry in journal)
+        self.note("build")
+
+    def note(self, hook: str) -> None:
+        self.journal.append(f"{self.name}.{hook} {self.number}")
+
+    def stop(self) -> None:
+        self.note("stop")
+
+    def cleanup(self) -> None:
+        self.note("cleanup")
+
+    def process(self, data: Any) -> Any:
+        return data
+
+
+def report_of(env: LocalEnvironment) -> JobReport:
+    """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert isinstance(report, JobReport)
+    return report
+
+
+# --- a monitor --------------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """Reads what an environment shows of its job every few milliseconds, as a dashboard would."""
+
+    def __init__(self, env: LocalEnvironment, pause_s: float = 0.005) -> None:
+        self.env = env
+        self.pause_s = pause_s
+        self.seen: list[tuple[bool, int, int]] = []
+        self.errors: list[BaseException] = []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self.pause_s):
+            try:
+                dispatcher = self.env.jobmanager.jobs[self.env.env_uuid].dispatcher
+                # What ends last is read first: whatever has ended then stays ended for the reads that follow.
+                self.seen.append((dispatcher.is_running, len(dispatcher.services), len(dispatcher.tasks)))
+            except BaseException as error:
+                self.errors.append(error)
+
+
+@pytest.mark.parametrize("pause_s", [0.005, 0.0])
+def test_a_monitor_sees_tasks_end_before_services(pause_s: float) -> None:
+    """Acceptance 14: over several jobs no read fails, and what it shows is true at every moment."""
+    env = LocalEnvironment()
+    seen_in_cleanup = list[tuple[int, int, bool]]()
+
+    class Slow(BaseService):
+        def stop(self) -> None:
+            dispatcher = env.jobmanager.jobs[env.env_uuid].dispatcher
+            seen_in_cleanup.append((len(dispatcher.tasks), len(dispatcher.services), dispatcher.is_running))
+            threading.Event().wait(0.03)
+
+    for name in "abc":
+        env.register_service(name, Slow)
+    env.from_batch(range(30)).map(lambda data: threading.Event().wait(0.001)).sink(lambda data: None)
+    with Monitor(env, pause_s) as monitor:
+        for _ in range(5):
+            env.submit(autostop=True)
+    assert monitor.errors == []
+    running = [(services, tasks) for is_running, services, tasks in monitor.seen if is_running]
+    assert running
+    assert all((services, tasks) == (0, 0) for is_running, services, tasks in monitor.seen if not is_running)
+    assert all(tasks == 0 for services, tasks in running if services == 0)
+    assert any(services and tasks for services, tasks in running)
+    assert any(services and not tasks for services, tasks in running)
+    assert seen_in_cleanup == [(0, services, True) for services in (3, 2, 1)] * 5
+
+
+# --- services that fail -----------------------------------------------------------------------------------------------
+
+
+class Fragile(Recorded):
+    """The first instances get sick by the third call, and their health check says so."""
+
+    def __init__(self, journal: list[str], sick_count: int, *, raises: bool = False) -> None:
+        super().__init__(journal)
+        self.is_sick_one = self.number <= sick_count
+        self.raises = raises
+        self.calls_seen = 0
+
+    def process(self, data: Any) -> int:
+        self.calls_seen += 1
+        return self.number
+
+    def health(self) -> bool:
+        is_sick = self.is_sick_one and self.calls_seen >= 3
+        if is_sick and self.raises:
+            raise ConnectionError("the index is gone")
+        return not is_sick
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_sick_service_is_restarted_and_its_callers_wait(raises: bool) -> None:
+    """Acceptance 15: calls go on with the second instance, and none is lost."""
+    journal, answers = list[str](), list[int]()
+    env = LocalEnvironment()
+    options = ServiceOptions(restart="on_failure", backoff_s=(0.05, 0.1), health_interval_s=0.02)
+    fragile = env.register_service("memory", Fragile, journal, 1, raises=raises, options=options)
+
+    def take(answer: int) -> None:
+        answers.append(answer)
+        if answer == 2:
+            env.stop()
+
+    env.from_source(lambda: 1, delay=0.001).map(fragile).sink(take)
+    report = env.submit().wait(SOON_S)
+    assert answers == sorted(answers)
+    assert set(answers) == {1, 2}
+    assert journal == [f"memory.{hook} {number}" for number in (1, 2) for hook in ("build", "stop", "cleanup")]
+    assert (report.state, report.cleanliness) == (Outcome.STOPPED, Cleanliness.CLEAN)
+    assert report.service("memory").restarts == 1
+    assert report.operator("map").failed == 0
+    builds = [(hook.hook, hook.incarnation) for hook in report.service("memory").hooks if hook.hook != "drain"]
+    in_order = [(hook, number) for number in (1, 2) for hook in ("build", "stop", "cleanup")]
+    assert [entry for entry in builds if entry[0] != "health"] == in_order
+
+
+def test_a_call_waits_for_a_restart_only_up_to_its_time_out() -> None:
+    """Acceptance 15: the pause before the restart is longer than the call may take."""
+    journal = list[str]()
+    env = LocalEnvironment()
+    options = ServiceOptions(
+        restart="on_failure", backoff_s=(SOON_S, SOON_S), health_interval_s=0.02, call_timeout_s=0.2
+    )
+    fragile = env.register_service("memory", Fragile, journal, 1, options=options)
+    env.from_source(lambda: 1, delay=0.001).map(fragile).sink(lambda answer: None)
+    with pytest.raises(FunctionError) as caught:
+        env.submit().wait(SOON_S)
+    assert isinstance(caught.value.__cause__, ServiceTimeoutError)
+    assert caught.value.__cause__.service == "memory"
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert report_of(env).state is Outcome.FAILED
+
+
+def test_a_service_that_fails_again_and_again_fails_the_job() -> None:
+    """Acceptance 15: after as many restarts as are allowed the job ends; every instance was cleaned once."""
+    journal = list[str]()
+    env = LocalEnvironment()
+    options = ServiceOptions(restart="on_failure", restarts_max=2, backoff_s=(0.01, 0.01), health_interval_s=0.02)
+    fragile = env.register_service("memory", Fragile, journal, 99, options=options)
+    env.from_source(lambda: 1, delay=0.001).map(fragile).sink(lambda answer: None)
+    with pytest.raises(ServiceError, match='service "memory" failed: its health check failed') as caught:
+        env.submit().wait(SOON_S)
+    assert caught.value.service == "memory"
+    assert journal == [f"memory.{hook} {number}" for number in (1, 2, 3) for hook in ("build", "stop", "cleanup")]
+    report = report_of(env)
+    assert (report.state, report.cleanliness) == (Outcome.FAILED, Cleanliness.CLEAN)
+    assert report.service("memory").restarts == 2
+
+
+def test_calls_of_a_service_that_may_be_absent_fail_at_once() -> None:
+    """Acceptance 15: nothing restarts it, and the job goes on; each call says that the service is down."""
+    journal, failed = list[str](), list[str]()
+    env = LocalEnvironment()
+    options = ServiceOptions(restart="never", required=False, health_interval_s=0.02)
+    env.register_service("memory", Fragile, journal, 1, options=options)
+
+    class Ask(MapFunction):
+        def execute(self, data: int) -> int:
+            try:
+                return int(self.call_service("memory", data))
+            except ServiceUnavailableError as error:
+                failed.append(str(error))
+                env.stop()
+                return 0
+
+    env.from_source(lambda: 1, delay=0.001).map(Ask).sink(lambda answer: None)
+    report = env.submit().wait(SOON_S)
+    assert set(failed) == {'service "memory" has stopped and takes no more calls'}
+    assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
+    assert report.state is Outcome.STOPPED
+    assert report.service("memory").state == "failed"
+    assert [str(error) for error in report.errors] == ['service "memory" failed: its health check failed']
