@@ -52,9 +52,7 @@ FORBIDDEN_WORD = re.compile(
 )
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 UNFINISHED = re.compile(r"\b(?:TODO|FIXME|XXX)\b")
-REGISTRY = re.compile(
-    r"\b(?:pypi|pythonhosted|npmjs|yarnpkg)\.(?:com|io|org)\b|--(extra-)?index-url\b"
-)
+REGISTRY = re.compile(r"\b(?:pypi|pythonhosted|npmjs|yarnpkg)\.(?:com|io|org)\b|--(extra-)?index-url\b")
 # A checkout right under the root has a name, such as /build, that can mean something else.
 HERE = rf"|{re.escape(str(ROOT))}\b" if len(ROOT.parts) > 2 else ""
 MACHINE_PATH = re.compile(rf"(?<![\w.$}}])(?:/(?:home|root|mnt|Users)/\w{HERE})")
@@ -172,9 +170,7 @@ def test_broad_handlers_stand_where_a_failure_is_owned() -> None:
 
 @pytest.mark.skipif(not SOURCES, reason="there is no source yet")
 @pytest.mark.parametrize(("table", "needs"), [(BROAD_HANDLERS, catches_all), (PRINTING, prints)])
-def test_the_tables_hold_only_what_is_needed(
-    table: dict[str, str], needs: Callable[[ast.AST], bool]
-) -> None:
+def test_the_tables_hold_only_what_is_needed(table: dict[str, str], needs: Callable[[ast.AST], bool]) -> None:
     paths = {path for path, node in nodes(SOURCES) if needs(node)}
     unused = [place for place in table if not any(inside(path, [place]) for path in paths)]
     assert not unused
@@ -306,9 +302,7 @@ def test_files_name_no_machine_and_no_registry() -> None:
         complaint(path, number, f"names a machine's path or a registry: {match.group()}")
         for name in filter(None, listing.stdout.split("\0"))
         if (path := ROOT / name).is_file()
-        for number, line in enumerate(
-            path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
-        )
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
         if (match := REGISTRY.search(line) or MACHINE_PATH.search(line))
     )
 

@@ -329,11 +329,14 @@ class Environment:
 
     def _start(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str], autostop: bool) -> Job:
         if self._job is not None:
-            self.env_uuid = str(uuid.uuid4())
-            JobManager().expect(self.env_uuid, self)
+            next_id = str(uuid.uuid4())
+            JobManager().expect(next_id, self)  # before anyone can ask for it
+            self.env_uuid = next_id
+        if any(self._services[name] is not host.spec for name, host in self._kept.items()):
+            self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = Job(self.env_uuid, graph, _interrupt_timeout_s())
         services = graph.services
-        adopted = {name: host for name, host in self._kept.items() if self._services[name] is host.spec}
+        adopted = dict(self._kept)
         handler = self._open_log(job)
         dispatcher = Dispatcher(
             plan, services, self._backend(), InlineHost, self.limits, job.seal, keep=keep, adopted=adopted
@@ -352,6 +355,7 @@ class Environment:
                 SessionLogs.open(self.log_dir or "").close_job(handler)
 
         job.when_sealed(sealed)
+        job.dispatcher = dispatcher
         self._job = job
         JobManager().register(job)
         if autostop:

@@ -99,7 +99,9 @@ class SessionLogs:
 
     def open_job(self, name: str, id_: str) -> logging.Handler:
         """Begin the file of one job; the caller gives the handler to `close_job`."""
-        return self._attach(f"sage.job.{id_}", f"{_file_name(name)}_{id_[:8]}.log", logging.INFO)
+        handler = self._attach("sage.job", f"{_file_name(name)}_{id_[:8]}.log", logging.INFO)
+        handler.addFilter(lambda record: getattr(record, "job", None) == id_)
+        return handler
 
     def close_job(self, handler: logging.Handler) -> None:
         """Close the file of a job."""

@@ -471,3 +471,24 @@ def test_a_service_that_has_stopped_refuses_the_calls_of_one_that_is_stopped_lat
     env.submit(autostop=True)
     assert refused == ['service "memory" has stopped and takes no more calls']
     assert journal[2:] == ["memory.stop 1", "memory.cleanup 1", "late.stop 1", "late.cleanup 1"]
+
+
+def test_a_kept_service_that_is_replaced_is_cleaned(backend: Callable[[], Backend]) -> None:
+    """Acceptance 9: what was kept ends when another takes its place."""
+    cleaned: list[str] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            cleaned.append(self.name)
+
+    with sage.LocalEnvironment("keeps", backend=backend) as env:
+        env.register_service("any", Named, "first")
+        env.from_batch([1]).sink(lambda x: None)
+        env.submit(autostop=True, keep_services=True)
+        env.register_service("any", Named, "second", options=sage.ServiceOptions(replace=True))
+        env.submit(autostop=True)
+        assert cleaned[0] == "first"
+    assert cleaned == ["first", "second"]

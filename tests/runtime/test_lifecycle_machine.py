@@ -150,7 +150,6 @@ class LifecycleMachine(RuleBasedStateMachine):
         for name, task in self.state.tasks.items():
             self.noted[name] = task.state
             self.task_phase[name] = "created"
-        self.all_deadlines: list[float] = []
         if started:
             self.post(Begin())
 

@@ -97,8 +97,7 @@ class Dispatcher:
         """Let go of users' functions, services and data; a job that has ended is remembered for long."""
         if self.plan is not None:
             self.plan = self.plan.outline()
-        self.supervisor.tasks = {}
-        self.supervisor.hosts = {}
+        self.supervisor.forget()
 
     def _report(self, event: Any) -> None:
         self.supervisor.post(event)

@@ -49,7 +49,8 @@ class Job:
         self._signals: list[int] = []
         self._error: Exception | None = None
         self._is_told = False
-        self._log = logging.getLogger(f"sage.job.{id_}")
+        # One logger for all jobs, as loggers are never freed; the file of a job takes in what bears its id.
+        self._log = logging.LoggerAdapter(logging.getLogger("sage.job"), {"job": id_})
         self._when_sealed: list[Callable[[Ended], None]] = []
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sage._runtime.lifecycle import Begin, DependencySeen, Do, HookEnded, Tick
@@ -109,6 +109,13 @@ class Supervisor:
             started_at = task.span.started_at
             if started_at is not None and now - started_at > CUT_AFTER_S:
                 task.span.cut()
+
+    def forget(self) -> None:
+        """Let go of tasks and hosts, and of everything that users gave for them."""
+        self.tasks = {}
+        self.hosts = {}
+        self._hooks = {}
+        self.state = replace(self.state, service_plans={}, task_plans={}, failures=())
 
     def _carry_out(self, action: Action) -> None:
         target = action.target
