@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
-from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 from sage import functions
@@ -22,7 +20,6 @@ from sage.stream import ConnectedStreams, DataStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import ModuleType
 
 # --- functions around callables ---
 
@@ -301,25 +298,3 @@ for _folder in ("sage.core.api.function", "sage.kernel.api.function", "sage.comm
 
 PACKAGES = {path.rsplit(".", count)[0] for path in OLD_PATHS for count in range(1, path.count("."))}
 """Every folder of the old paths."""
-
-
-class OldPaths:
-    """Finds the modules of the table when a program imports one; until then there are none."""
-
-    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
-        """Return how to make the module, or None if it is not in the table."""
-        if fullname not in OLD_PATHS and fullname not in PACKAGES:
-            return None
-        # Not derived from Loader: importlib.abc imports much that most programs never need.
-        loader: Any = self
-        return ModuleSpec(fullname, loader, is_package=fullname in PACKAGES)
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """Leave it to the import system to make the module."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Put the names into the module."""
-        vars(module).update(OLD_PATHS.get(module.__name__, {}))
-
-
-sys.meta_path.append(OldPaths())
