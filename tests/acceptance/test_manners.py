@@ -46,6 +46,11 @@ PRELUDE = """
 import os, signal, sys, threading, time
 from sage import *
 
+# As a shell in the foreground starts a program; under nohup, or behind an ampersand, some are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 def tell(line):
     print(line, flush=True)
 
