@@ -28,6 +28,7 @@ BROAD_HANDLERS = {
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
     "_operators/per_record.py": "an unusable result of a user's function is put right or raised",
     "_operators/sources.py": "a source raised: the records before it go on first",
+    "_backends/threads.py": "a bug in the supervision must not leave anyone waiting",
     "_hosts/call_threads.py": "the caller of a service owns what its call raised, through the future",
     "_hosts/inline.py": "the lifecycle of a service owns what its hooks raise",
     "_runtime/job.py": "a handler of the program's own raised: the job ends first, then it goes on",

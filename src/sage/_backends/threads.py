@@ -100,6 +100,14 @@ class ThreadsBackend(Backend):
         return supervisor.is_sealed
 
     def _supervise(self, supervisor: Supervisor) -> None:
+        try:
+            self._handle_events(supervisor)
+        except BaseException as error:  # a bug of ours, which must not leave anyone waiting
+            supervisor.crash(error)
+        finally:
+            self._sealed.set()
+
+    def _handle_events(self, supervisor: Supervisor) -> None:
         with inside(supervisor):
             while not supervisor.is_sealed:
                 due = supervisor.next_due
@@ -112,7 +120,6 @@ class ThreadsBackend(Backend):
                         supervisor.tick()
                 else:
                     supervisor.handle(event)
-        self._sealed.set()
 
     def _run_task(self, supervisor: Supervisor, task: Task, doorbell: Doorbell) -> None:
         with inside(supervisor):

@@ -43,7 +43,7 @@ class InlineHost:
         self._hooks: dict[str, Callable[[], Any]] = {}
         self._gate: Gate = self._new_gate()
         self._earlier: list[Gate] = []
-        self._held = False
+        self._held = True  # a call that comes before the service is ready waits for it
         self._refused = False
         self._changed = threading.Condition()
 

@@ -13,7 +13,7 @@ from sage._runtime.interrupts import Interrupts
 from sage._runtime.lifecycle import StopRequested, Way
 from sage._runtime.outcome import operator_reports, seal, to_raise
 from sage._runtime.states import JobState
-from sage.errors import describe
+from sage.errors import InternalError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +126,8 @@ class Job:
                     timeout_s = None
         if interrupted is not None:
             raise interrupted
+        if is_over and self.report is None:
+            raise InternalError(f'job "{self.name}" ended without a report')
         if not is_over or self.report is None:
             raise TimeoutError(f'job "{self.name}" is not over after {timeout_s} s')
         self._is_told = True

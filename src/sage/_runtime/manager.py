@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 JOBS_MAX = 1_000
 """How many ended jobs are remembered; the oldest are forgotten first."""
 
+EXIT_GRACE_S = 5.0
+"""How much longer than the budget of its stop the interpreter's exit waits for a job, in seconds."""
+
 log = logging.getLogger("sage.manager")
 
 
@@ -157,8 +160,8 @@ class JobManager:
             job.request(Way.DRAIN, "the interpreter exits", job._interrupt_timeout_s)
         for job in running:
             try:
-                job.wait()
-            except SageError as error:
+                job.wait(job._interrupt_timeout_s + EXIT_GRACE_S)
+            except (SageError, TimeoutError) as error:
                 log.error("job failed at exit name=%r", job.name, exc_info=error)
         for environment in tuple(self._keeping):
             environment._close_at_exit()

@@ -9,6 +9,7 @@ from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble, Way
 from sage.errors import (
     CleanupError,
     CleanupTimeoutError,
+    InternalError,
     JobError,
     JobErrorGroup,
     ServiceError,
@@ -83,8 +84,15 @@ def seal(
     state = ended.state
     errors = tuple(error_of(failure, graph.name, ended.stacks.get(failure.name)) for failure in state.failures)
     outcome = _outcome(state)
-    dirty = any(failure.trouble in UNCLEAN for failure in state.failures) or any(
-        record.state == "abandoned" for record in state.services.values()
+    if ended.crash is not None:
+        crash = InternalError(f'the supervision of job "{graph.name}" failed: {describe(ended.crash)}')
+        crash.__cause__ = ended.crash
+        errors = (hint(crash, "This is a bug of SAGE. Please report it with the traceback."), *errors)
+        outcome = Outcome.FAILED
+    dirty = (
+        ended.crash is not None
+        or any(failure.trouble in UNCLEAN for failure in state.failures)
+        or any(record.state == "abandoned" for record in state.services.values())
     )
     return JobReport(
         id=id_,
@@ -126,10 +134,15 @@ def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[Opera
 
 def to_raise(report: JobReport, failures: Iterable[Failure]) -> Exception | None:
     """Return what a waiting caller gets: nothing, the one error of a clean job, or all of them as a group."""
+    failures = tuple(failures)
+    crashes = report.errors[: len(report.errors) - len(failures)]
     counting = [
-        error
-        for error, failure in zip(report.errors, failures, strict=True)
-        if failure.counts or failure.trouble not in FAILS_JOB
+        *crashes,
+        *(
+            error
+            for error, failure in zip(report.errors[len(crashes) :], failures, strict=True)
+            if failure.counts or failure.trouble not in FAILS_JOB
+        ),
     ]
     if not counting:
         return None

@@ -30,11 +30,12 @@ log = logging.getLogger("sage.dispatcher")
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What the supervisor hands over when a job is sealed."""
+    """What the supervisor hands over when a job is sealed; `crash` is a bug of its own, or None."""
 
     state: State
     hooks: Mapping[str, tuple[HookReport, ...]]
     stacks: Mapping[str, str]
+    crash: BaseException | None = None
 
 
 class Supervisor:
@@ -101,6 +102,17 @@ class Supervisor:
         self.state, actions = step(self.state, event, self.backend.now())
         for action in actions:
             self._carry_out(action)
+
+    def crash(self, error: BaseException) -> None:
+        """Give up after a bug in the supervision itself: whoever waits must be told, and not wait for ever."""
+        log.critical("supervisor crashed", exc_info=error)
+        self.is_sealed = True
+        for task in self.tasks.values():
+            task.request_cancel()
+        for host in self.hosts.values():
+            host.refuse()
+        hooks = {name: tuple(reports) for name, reports in self._hooks.items()}
+        self._on_sealed(Ended(self.state, hooks, self._stacks, error))
 
     def watch(self) -> None:
         """Cut short what takes long, so that what is done goes on."""
