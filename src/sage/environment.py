@@ -249,7 +249,6 @@ class Environment:
             raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
         if Environment._instead_of_running is not None:
             return Environment._instead_of_running(self, graph, plan)
-        self._spend(graph)
         return self._start(graph, plan, keep, autostop)
 
     def stop(self) -> None:
@@ -332,15 +331,15 @@ class Environment:
             next_id = str(uuid.uuid4())
             JobManager().expect(next_id, self)  # before anyone can ask for it
             self.env_uuid = next_id
+        backend = self._backend()  # refused here if it cannot be had, before anything is opened
+        self._spend(graph)
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = Job(self.env_uuid, graph, _interrupt_timeout_s())
         services = graph.services
         adopted = dict(self._kept)
         handler = self._open_log(job)
-        dispatcher = Dispatcher(
-            plan, services, self._backend(), InlineHost, self.limits, job.seal, keep=keep, adopted=adopted
-        )
+        dispatcher = Dispatcher(plan, services, backend, InlineHost, self.limits, job.seal, keep=keep, adopted=adopted)
 
         def sealed(ended: Ended) -> None:
             self._kept = {}

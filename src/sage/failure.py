@@ -51,7 +51,7 @@ class Retry:
     def pause_s(self, attempt: int) -> float:
         """Return the pause after the failed `attempt`, counted from 1, in seconds."""
         first, longest = self.backoff_s
-        return min(first * 2.0 ** (attempt - 1), longest)
+        return min(first * 2.0 ** min(attempt - 1, 64), longest)  # a larger power overflows
 
 
 @dataclass(frozen=True, slots=True)

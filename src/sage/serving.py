@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sage.connector import Source
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError
 from sage.functions import StopSignal
 from sage.service import BaseService
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _UNANSWERED = object()
 
@@ -24,8 +27,9 @@ class Request:
         payload: what was asked.
     """
 
-    def __init__(self, payload: Any) -> None:
+    def __init__(self, payload: Any, on_done: Callable[[Request], None] | None = None) -> None:
         self.payload = payload
+        self._on_done = on_done
         self._records = 1
         self._answer: Any = _UNANSWERED
         self._error: BaseException | None = None
@@ -47,21 +51,21 @@ class Request:
             self._records -= 1
             if self._records == 0 and not self._is_done:
                 self._answer = None
-                self._condition.notify_all()
+                self._done()
 
     def put(self, answer: Any) -> None:
         """Give the answer; only the first one counts."""
         with self._condition:
             if not self._is_done:
                 self._answer = answer
-                self._condition.notify_all()
+                self._done()
 
     def fail(self, error: BaseException) -> None:
         """Give an error instead of an answer."""
         with self._condition:
             if not self._is_done:
                 self._error = error
-                self._condition.notify_all()
+                self._done()
 
     def get(self, timeout: float | None = None) -> Any:
         """Wait for the answer and return it, or raise what failed.
@@ -75,6 +79,11 @@ class Request:
         if self._error is not None:
             raise self._error
         return self._answer
+
+    def _done(self) -> None:
+        self._condition.notify_all()
+        if self._on_done is not None:
+            self._on_done(self)
 
     @property
     def _is_done(self) -> bool:
@@ -110,7 +119,7 @@ class PipelineBridge:
         Raises:
             ServiceUnavailableError: the pipeline has ended.
         """
-        request = Request(payload)
+        request = Request(payload, self._open.discard)
         with self._lock:
             if self._closed:
                 raise ServiceUnavailableError("the pipeline behind this service has ended")
@@ -137,11 +146,6 @@ class PipelineBridge:
             return list(taken)
         return [*taken, *[None] * count][:count]
 
-    def settle(self, request: Request) -> None:
-        """Forget a request that was answered."""
-        with self._lock:
-            self._open.discard(request)
-
     def close(self) -> None:
         """Take no more requests; those on their way are still answered."""
         with self._lock:
@@ -152,9 +156,8 @@ class PipelineBridge:
     def abort(self) -> None:
         """Fail every request that has no answer; nothing will give one any more."""
         self.close()
-        with self._lock:
-            left, self._open = self._open, set()
-        for request in left:
+        # Each request leaves the set when it fails, as when it is answered.
+        for request in tuple(self._open):
             request.fail(ServiceUnavailableError("the pipeline behind this service has ended"))
 
 
@@ -170,11 +173,7 @@ class PipelineService(BaseService):
         if isinstance(message, dict) and message.get("command") == "shutdown":
             self._bridge.close()
             return {"status": "shutdown_ack"}
-        request = self._bridge.submit(message)
-        try:
-            return request.get(self._request_timeout)
-        finally:
-            self._bridge.settle(request)
+        return self._bridge.submit(message).get(self._request_timeout)
 
     def stop(self) -> None:
         """Take no more requests."""

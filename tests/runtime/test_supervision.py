@@ -54,3 +54,73 @@ def test_a_call_before_the_service_is_ready_waits_for_it() -> None:
         may_start.set()
         caller.join(10)
         assert answers == [2]
+
+
+def test_an_asynchronous_call_before_the_service_is_ready_waits_for_it() -> None:
+    may_build = threading.Event()
+    asked = threading.Event()
+    answers: list[int] = []
+
+    class Late:
+        def __init__(self) -> None:
+            assert may_build.wait(10)
+
+        def process(self, value: int) -> int:
+            return value + 1
+
+    class Early(sage.BaseService):
+        def setup(self) -> None:
+            answer = self.call_service_async("late", 1)
+            asked.set()
+            may_build.set()
+            answers.append(answer.result(10))
+
+    env = sage.LocalEnvironment("early")
+    env.register_service("late", Late)
+    env.register_service("early", Early)
+    env.from_batch([1]).sink(lambda _: None)
+    env.submit(autostop=True)
+    assert asked.is_set()
+    assert answers == [2]
+
+
+def test_a_constructor_that_returns_too_late_is_cleaned_up_after() -> None:
+    """Acceptance 7: whatever was built is cleaned exactly once."""
+    may_return, cleaned = threading.Event(), threading.Semaphore(0)
+
+    class Late:
+        def __init__(self) -> None:
+            assert may_return.wait(10)
+
+        def cleanup(self) -> None:
+            cleaned.release()
+            raise RuntimeError("only the log hears of this")
+
+    env = sage.LocalEnvironment("late")
+    env.register_service("late", Late, options=sage.ServiceOptions(start_timeout_s=0.05))
+    env.from_batch([1]).sink(lambda _: None)
+    with pytest.raises(sage.JobErrorGroup, match="did not end its build in time"):
+        env.submit(autostop=True)
+    may_return.set()
+    assert cleaned.acquire(timeout=10)
+    assert not cleaned.acquire(blocking=False)
+
+
+def test_a_request_that_is_broadcast_is_answered_by_the_first_copy() -> None:
+    """Acceptance 39: each copy of a record counts until its request is answered."""
+    env = sage.LocalEnvironment("copies")
+    handle = env.serve(
+        "copied", lambda requests: requests.broadcast().map(lambda x: x + 1, parallelism=3).filter(lambda x: x > 0)
+    )
+    answers: list[int] = []
+    env.from_batch(range(50)).map(handle.process).sink(answers.append)
+    env.submit(autostop=True)
+    assert answers == list(range(1, 51))
+
+
+def test_a_refused_environment_leaves_an_iterator_as_it_was() -> None:
+    env = sage.RemoteEnvironment("elsewhere")
+    env.from_batch(iter([1, 2])).sink(lambda _: None)
+    for _ in range(2):
+        with pytest.raises(sage.UnsupportedPlanError, match="is to run on Ray"):
+            env.submit()

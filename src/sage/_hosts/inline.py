@@ -43,6 +43,8 @@ class InlineHost:
         self._hooks: dict[str, Callable[[], Any]] = {}
         self._gate: Gate = self._new_gate()
         self._earlier: list[Gate] = []
+        self._is_building = False
+        self._is_built = False
         self._held = True  # a call that comes before the service is ready waits for it
         self._refused = False
         self._changed = threading.Condition()
@@ -78,12 +80,16 @@ class InlineHost:
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
         """Run a hook on the service's own thread and tell `done` what came of it."""
         lane = self._lane
+        self._is_building = hook == "build"
+        self._is_built = False
 
         def work() -> None:
             try:
                 if hook == "build":
                     value: Any = self._build()
-                    if self._lane is not lane:
+                    with self._changed:
+                        self._is_built = self._lane is lane
+                    if not self._is_built:
                         self._clean_late()
                         return
                 elif hook == "drain":
@@ -122,7 +128,12 @@ class InlineHost:
         """Leave the thread that hangs behind, and go on with a new one."""
         stack = self._lane.where()
         self._lane.close(wait=False)
-        self._lane = self._backend.lane(self.spec.name)
+        with self._changed:
+            self._lane = self._backend.lane(self.spec.name)
+            came_back = self._is_building and self._is_built
+        if came_back:
+            # The constructor returned, but too late for anyone to have heard of it.
+            self._lane.run(self._clean_late)
         return stack
 
     def release(self) -> None:
@@ -182,6 +193,8 @@ class InlineHost:
 
     def _admitted(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that was taken in while the service ran; the drain waits for it, so the gate may be closed."""
+        if self._instance is None:
+            return self._later(name, args, kwargs)
         attribute = getattr(self._instance, name)
 
         def call() -> Any:
@@ -262,8 +275,11 @@ class InlineHost:
     def _clean_late(self) -> None:
         """Clean up an instance whose constructor returned after it had been given up; nobody else will."""
         log.error("constructor returned after its bound, cleaning up service=%r", self.spec.name)
-        if "cleanup" in self._hooks:
-            self._settled(self._hooks["cleanup"]())
+        try:
+            if "cleanup" in self._hooks:
+                self._settled(self._hooks["cleanup"]())
+        except BaseException as error:  # the job may be over, so the log is the only place left for it
+            log.error("cleanup failed service=%r", self.spec.name, exc_info=error)
 
     def _enter_at_setup(self, manager: Any) -> None:
         """Use what a context manager gives, from `setup` on, and leave it as the cleanup."""

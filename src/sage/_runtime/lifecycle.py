@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sage.service import ServiceOptions
 
 START_HOOKS = ("build", "setup", "start", "ready")
+PAUSES = ("ready-pause", "health-pause", "backoff")
+"""What stands for a hook while a service only waits until it is due."""
+
 READY_PAUSE_S = 0.05
 """How long after a `ready()` that said no it is asked again."""
 

@@ -77,6 +77,11 @@ class Partitioner:
         self._next = index % targets
         self._known: dict[Any, int] = {}
 
+    @property
+    def copies(self) -> int:
+        """How many tasks get each record."""
+        return self._targets if self._route is Route.BROADCAST else 1
+
     def split(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
         """Yield the parts of a batch with the task that each belongs to."""
         if self._targets == 1:

@@ -365,9 +365,10 @@ class Task:
     def _emit(self, place: int, batch: Batch, *, letters: bool) -> None:
         """Queue a batch for the consumers of the operator at `place`."""
         outputs = [output for output in self.outputs.get(place, ()) if output.letters is letters]
-        if batch.requests is not None and len(outputs) != 1:
-            for request in filter(None, batch.requests):
-                request.add(len(outputs))
+        if batch.requests is not None:
+            copies = sum(output.partitioner.copies for output in outputs)
+            for request in filter(None, batch.requests if copies != 1 else ()):
+                request.add(copies)
                 request.drop()
         for output in outputs:
             for target, part in output.partitioner.split(batch):

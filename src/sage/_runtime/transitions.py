@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sage._runtime.lifecycle import (
     BEST_GUARD_S,
     DRAIN_NET_S,
+    PAUSES,
     READY_PAUSE_S,
     START_HOOKS,
     STOP_STATES,
@@ -444,7 +445,7 @@ class _Draft:
             if record.state is ServiceState.REGISTERED:
                 self.move_service(name, ServiceState.SKIPPED)
             elif record.state not in SERVICE_TERMINAL:
-                hook = record.hook or "stop"
+                hook = "stop" if record.hook in (None, *PAUSES) else record.hook
                 self.fail(Trouble.LATE_HOOK, name, hook)
                 self.do(Do.REFUSE_CALLS, name)
                 self.do(Do.ABANDON_HOOK, name, hook=hook)
