@@ -106,12 +106,18 @@ def test_a_constructor_that_returns_too_late_is_cleaned_up_after() -> None:
     assert not cleaned.acquire(blocking=False)
 
 
-def test_a_request_that_is_broadcast_is_answered_by_the_first_copy() -> None:
-    """Acceptance 39: each copy of a record counts until its request is answered."""
+class KeptByTheLast(sage.MapFunction):
+    """Drops every copy of a record but that of the last parallel task."""
+
+    def execute(self, data: int) -> int | None:
+        """Return the record in the last task only."""
+        return data + 1 if self.ctx.parallel_index == 2 else None
+
+
+def test_a_request_that_is_broadcast_is_answered_by_the_copy_that_is_left() -> None:
+    """Acceptance 39: each copy of a record counts, so that those that are dropped first do not answer."""
     env = sage.LocalEnvironment("copies")
-    handle = env.serve(
-        "copied", lambda requests: requests.broadcast().map(lambda x: x + 1, parallelism=3).filter(lambda x: x > 0)
-    )
+    handle = env.serve("copied", lambda requests: requests.broadcast().map(KeptByTheLast, parallelism=3))
     answers: list[int] = []
     env.from_batch(range(50)).map(handle.process).sink(answers.append)
     env.submit(autostop=True)
