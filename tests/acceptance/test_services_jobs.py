@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recorded import Numbered, report_of
 
 import sage
 from sage import (
     BaseService,
     Cleanliness,
     GraphError,
-    JobReport,
     LocalEnvironment,
     MapFunction,
     Outcome,
@@ -37,34 +37,6 @@ if TYPE_CHECKING:
 
 SOON_S = 10.0
 """Bound of every wait for something that happens at once on an idle machine."""
-
-
-class Recorded(BaseService):
-    """Writes its hooks into a list, with the number of the instance."""
-
-    def __init__(self, journal: list[str]) -> None:
-        self.journal = journal
-        self.number = 1 + sum(entry.startswith(f"{self.name}.build") for entry in journal)
-        self.note("build")
-
-    def note(self, hook: str) -> None:
-        self.journal.append(f"{self.name}.{hook} {self.number}")
-
-    def stop(self) -> None:
-        self.note("stop")
-
-    def cleanup(self) -> None:
-        self.note("cleanup")
-
-    def process(self, data: Any) -> Any:
-        return data
-
-
-def report_of(env: LocalEnvironment) -> JobReport:
-    """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
-    report = env.jobmanager.jobs[env.env_uuid].report
-    assert isinstance(report, JobReport)
-    return report
 
 
 def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
@@ -89,7 +61,7 @@ def endless(env: LocalEnvironment, journal: list[str]) -> threading.Event:
         def close(self) -> None:
             journal.append("sink closed")
 
-    env.register_service("memory", Recorded, journal)
+    env.register_service("memory", Numbered, journal)
     env.from_source(lambda: 1, delay=0.001).sink(Store)
     return flows
 
@@ -103,7 +75,7 @@ def test_a_batch_without_autostop_is_cleaned_when_it_ends(backend: MakeBackend) 
     """Acceptance 11: the services end with the batch, and `job.wait()` reports it."""
     journal, arrived = list[str](), list[int]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Recorded, journal)
+    env.register_service("memory", Numbered, journal)
     env.from_batch([1, 2, 3]).sink(arrived.append)
     report = env.submit().wait()
     assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
@@ -173,7 +145,7 @@ def test_stopping_before_submit_and_after_the_end_does_nothing(backend: MakeBack
     """Acceptance 12, fault 116: there is nothing to stop, and a submit afterwards works."""
     journal, arrived = list[str](), list[int]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Recorded, journal)
+    env.register_service("memory", Numbered, journal)
     env.from_batch([1]).sink(arrived.append)
     env.stop()
     env.close()
@@ -193,7 +165,7 @@ def test_a_service_of_the_job_may_stop_it(call: str, place: str) -> None:
     journal = list[str]()
     env = LocalEnvironment()
 
-    class Stopping(Recorded):
+    class Stopping(Numbered):
         def process(self, data: int) -> int:
             if place.startswith("call"):
                 getattr(env, call)()
@@ -237,7 +209,7 @@ def test_the_functions_of_an_empty_source_are_finished_and_closed_once(backend: 
             journal.append("close")
 
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Recorded, journal)
+    env.register_service("memory", Numbered, journal)
     env.from_batch([]).process(Window).sink(arrived.append)
     env.submit(autostop=True)
     assert journal == ["memory.build 1", "open", "finish", "close", "memory.stop 1", "memory.cleanup 1"]
@@ -251,7 +223,7 @@ def test_the_end_of_a_job_leaves_another_alone() -> None:
     with stream:
         flows = endless(stream, running)
         stream.submit()
-        batch.register_service("memory", Recorded, ended)
+        batch.register_service("memory", Numbered, ended)
         batch.from_batch([1]).sink(lambda data: None)
         batch.submit(autostop=True)
         assert ended == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
@@ -269,7 +241,7 @@ def test_a_second_submit_is_a_new_run(backend: MakeBackend) -> None:
     journal, arrived = list[str](), list[int]()
     refused = list[str]()
     env = LocalEnvironment("twice", backend=backend)
-    env.register_service("memory", Recorded, journal)
+    env.register_service("memory", Numbered, journal)
 
     def again(data: int) -> int:
         with pytest.raises(GraphError) as caught:
@@ -292,8 +264,8 @@ def test_kept_services_serve_the_next_job(backend: MakeBackend, way: str) -> Non
     """Acceptance 9, fault 118: no second start, and one cleanup by `close()` or by leaving `with env:`."""
     journal, arrived = list[str](), list[int]()
     env = LocalEnvironment(backend=backend)
-    memory = env.register_service("memory", Recorded, journal)
-    env.register_service("index", Recorded, journal)
+    memory = env.register_service("memory", Numbered, journal)
+    env.register_service("index", Numbered, journal)
     env.from_batch([1, 2]).map(memory).sink(arrived.append)
 
     def run_twice() -> None:
@@ -325,9 +297,9 @@ def test_only_the_named_services_are_kept(backend: MakeBackend) -> None:
     """Acceptance 9: the others end with their job, and a kept one keeps what it requires."""
     journal = list[str]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("store", Recorded, journal)
-    env.register_service("memory", Recorded, journal, options=ServiceOptions(depends_on=["store"]))
-    env.register_service("index", Recorded, journal)
+    env.register_service("store", Numbered, journal)
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(depends_on=["store"]))
+    env.register_service("index", Numbered, journal)
     env.from_batch([1]).sink(lambda data: None)
     env.submit(autostop=True, keep_services=["memory"])
     assert [service.state for service in report_of(env).services] == ["kept", "kept", "stopped"]
@@ -424,7 +396,7 @@ def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend) -> 
     """Acceptance 41: by the handle, by a method taken from it while the job ran, and from a function that is left."""
     journal, functions = list[str](), list[MapFunction]()
     env = LocalEnvironment(backend=backend)
-    memory = env.register_service("memory", Recorded, journal)
+    memory = env.register_service("memory", Numbered, journal)
     methods = list[Any]()
 
     class Ask(MapFunction):
@@ -452,7 +424,7 @@ def test_a_service_that_has_stopped_refuses_the_calls_of_one_that_is_stopped_lat
     """Acceptance 41: what was registered first ends last, and is told at once that the other is down."""
     journal, refused = list[str](), list[str]()
 
-    class Late(Recorded):
+    class Late(Numbered):
         def __init__(self, journal: list[str], other: list[Any]) -> None:
             super().__init__(journal)
             self.other = other
@@ -466,7 +438,7 @@ def test_a_service_that_has_stopped_refuses_the_calls_of_one_that_is_stopped_lat
     env = LocalEnvironment(backend=backend)
     handles = list[Any]()
     env.register_service("late", Late, journal, handles)
-    handles.append(env.register_service("memory", Recorded, journal))
+    handles.append(env.register_service("memory", Numbered, journal))
     env.from_batch([1]).sink(lambda data: None)
     env.submit(autostop=True)
     assert refused == ['service "memory" has stopped and takes no more calls']

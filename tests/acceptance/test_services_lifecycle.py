@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recorded import Broken, Recorded, report_of
 
 import sage
 from sage import (
@@ -25,7 +26,6 @@ from sage import (
     FunctionError,
     JobError,
     JobErrorGroup,
-    JobReport,
     LocalEnvironment,
     MapFunction,
     Outcome,
@@ -41,57 +41,6 @@ if TYPE_CHECKING:
     MakeBackend = Callable[[], Backend]
 
 PROMPTLY_S = 0.5
-
-
-class Recorded(BaseService):
-    """Writes its hooks into a list, and says so if one of them runs during a call."""
-
-    def __init__(self, journal: list[str], *others: Any) -> None:
-        self.journal = journal
-        self.calls_running = 0
-        self.note("build")
-
-    def note(self, hook: str) -> None:
-        self.journal.append(f"{self.name}.{hook}" + (" during a call" if self.calls_running else ""))
-
-    def setup(self) -> None:
-        self.note("setup")
-
-    def start(self) -> None:
-        self.note("start")
-
-    def stop(self) -> None:
-        self.note("stop")
-
-    def cleanup(self) -> None:
-        self.note("cleanup")
-
-    def process(self, data: Any) -> Any:
-        self.calls_running += 1
-        try:
-            return data
-        finally:
-            self.calls_running -= 1
-
-
-class Broken(Recorded):
-    """Raises in one of its hooks."""
-
-    def __init__(self, journal: list[str], hook: str, error: BaseException) -> None:
-        self.hook, self.error = hook, error
-        super().__init__(journal)
-
-    def note(self, hook: str) -> None:
-        super().note(hook)
-        if hook == self.hook:
-            raise self.error
-
-
-def report_of(env: LocalEnvironment) -> JobReport:
-    """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
-    report = env.jobmanager.jobs[env.env_uuid].report
-    assert isinstance(report, JobReport)
-    return report
 
 
 def ends(journal: list[str]) -> list[str]:

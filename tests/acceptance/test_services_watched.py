@@ -6,12 +6,12 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recorded import Numbered, report_of
 
 from sage import (
     BaseService,
     Cleanliness,
     FunctionError,
-    JobReport,
     LocalEnvironment,
     MapFunction,
     Outcome,
@@ -30,34 +30,6 @@ if TYPE_CHECKING:
 
 SOON_S = 10.0
 """Bound of every wait for something that happens at once on an idle machine."""
-
-
-class Recorded(BaseService):
-    """Writes its hooks into a list, with the number of the instance."""
-
-    def __init__(self, journal: list[str]) -> None:
-        self.journal = journal
-        self.number = 1 + sum(entry.startswith(f"{self.name}.build") for entry in journal)
-        self.note("build")
-
-    def note(self, hook: str) -> None:
-        self.journal.append(f"{self.name}.{hook} {self.number}")
-
-    def stop(self) -> None:
-        self.note("stop")
-
-    def cleanup(self) -> None:
-        self.note("cleanup")
-
-    def process(self, data: Any) -> Any:
-        return data
-
-
-def report_of(env: LocalEnvironment) -> JobReport:
-    """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
-    report = env.jobmanager.jobs[env.env_uuid].report
-    assert isinstance(report, JobReport)
-    return report
 
 
 # --- a monitor --------------------------------------------------------------------------------------------------------
@@ -123,7 +95,7 @@ def test_a_monitor_sees_tasks_end_before_services(pause_s: float) -> None:
 # --- services that fail -----------------------------------------------------------------------------------------------
 
 
-class Fragile(Recorded):
+class Fragile(Numbered):
     """The first instances get sick by the third call, and their health check says so."""
 
     def __init__(self, journal: list[str], sick_count: int, *, raises: bool = False) -> None:

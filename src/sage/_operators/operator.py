@@ -30,14 +30,14 @@ class Surroundings:
         span: where the operator says which list it works through.
         now: the monotonic clock of the backend, in seconds.
         run_coroutine: runs a coroutine on the job's event loop and returns its result.
-        shares_instance: whether an instance that the user gave serves this task alone.
+        is_alone: whether no other task runs the operator, so that an instance that the user gave serves it as it is.
     """
 
     context: TaskContext
     span: Span
     now: Callable[[], float]
     run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any]
-    shares_instance: bool = False
+    is_alone: bool = False
 
 
 class _Dropped:
@@ -217,7 +217,7 @@ class Operator:
         assert spec is not None
         if spec.is_class:
             target = target(*spec.args, **spec.kwargs)
-        elif isinstance(target, BaseFunction) and not self._surroundings.shares_instance:
+        elif isinstance(target, BaseFunction) and not self._surroundings.is_alone:
             target = _copy(target, self.node.name)
         if isinstance(target, BaseFunction):
             target.ctx = self.context
