@@ -26,7 +26,6 @@ FILE_LINES_MAX = 600
 BROAD_HANDLERS = {
     "_control/program.py": "the top of the command line: what a program raised decides about the exit code",
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
-    "_operators/per_record.py": "an unusable result of a user's function is put right or raised",
     "_operators/sources.py": "a source raised: the records before it go on first",
     "_backends/threads.py": "a bug in the supervision must not leave anyone waiting",
     "_hosts/call_threads.py": "the caller of a service owns what its call raised, through the future",

@@ -238,7 +238,8 @@ class ServiceUser:
             ServiceUnavailableError: the service has stopped or failed.
             Exception: whatever the method raises.
         """
-        handle = self.service(name)
+        ctx = self.ctx  # not by way of `service`, as this is called for each record
+        handle: ServiceHandle[Any] = ctx.service(name) if ctx is not None else self.service(name)
         if timeout is None:
             return getattr(handle, method or DEFAULT_METHOD)(*args, **kwargs)
         return handle._require().call(method or DEFAULT_METHOD, args, kwargs, timeout)

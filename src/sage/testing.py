@@ -13,7 +13,7 @@ from sage.errors import InternalError
 from sage.records import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
@@ -86,12 +86,15 @@ class SeededSpan(Span):
         super().__init__()
         self._random = random_
 
-    def begin(self, work: list[Any]) -> None:
+    def begin(self, values: list[Any]) -> Iterator[Any]:
         """Shorten the list at a place drawn from the seed, but leave something to do."""
-        super().begin(work)
-        if len(work) > 1 and self._random.random() < 0.2:
-            del work[self._random.randrange(1, len(work)) :]
+        reading = super().begin(values)
+        if len(values) > 1 and self._random.random() < 0.2 and not self.is_cut:
+            place = self._random.randrange(1, len(values))
+            reading = iter(values[:place])
+            self._work = (reading, values[place:])
             self.is_cut = True
+        return reading
 
 
 class StepLane:
