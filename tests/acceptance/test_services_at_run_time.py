@@ -75,17 +75,17 @@ class Call(MapFunction):
 
 
 @pytest.mark.parametrize(
-    ("concurrency", "least_s", "most_s", "at_once"),
-    [(4, 1.0, 1.5, 4), (None, 1.0, 1.5, 4), (2, 2.0, 2.5, 2), (1, 4.0, 4.5, 1)],
+    ("concurrency", "call_s", "least_s", "most_s", "at_once"),
+    [(4, 0.5, 1.0, 1.5, 4), (None, 0.25, 0.5, 1.0, 4), (2, 0.25, 1.0, 1.5, 2), (1, 0.5, 4.0, 4.5, 1)],
 )
 def test_four_callers_share_a_service(
-    concurrency: int | None, least_s: float, most_s: float, at_once: int, clock: FairClock
+    concurrency: int | None, call_s: float, least_s: float, most_s: float, at_once: int, clock: FairClock
 ) -> None:
-    """Acceptance 35: 8 calls of 0.5 s by four callers take as long as the declared concurrency allows."""
+    """Acceptance 35: 8 calls by four callers take as long as the declared concurrency allows."""
     crowds: list[Crowd] = []
 
     def build() -> Crowd:
-        crowds.append(Crowd(0.5))
+        crowds.append(Crowd(call_s))
         return crowds[0]
 
     env = LocalEnvironment("crowd")
@@ -115,16 +115,19 @@ def test_a_service_is_serial_unless_it_is_declared_otherwise() -> None:
 
 
 class Slow:
-    """Answers with what it was asked, "slow" only after 3 s."""
+    """Answers with what it was asked, "slow" only after a while."""
+
+    def __init__(self, slow_s: float) -> None:
+        self.slow_s = slow_s
 
     def process(self, record: str) -> str:
         if record == "slow":
-            time.sleep(3)
+            time.sleep(self.slow_s)
         return f"answer to {record}"
 
 
-@pytest.mark.parametrize("concurrency", [1, 2])
-def test_a_call_that_is_too_slow_times_out(concurrency: int, clock: FairClock) -> None:
+@pytest.mark.parametrize(("concurrency", "slow_s"), [(1, 3.0), (2, 1.5)])
+def test_a_call_that_is_too_slow_times_out(concurrency: int, slow_s: float, clock: FairClock) -> None:
     """Acceptance 36: the time-out is kept, the late answer goes nowhere, and later calls get their own answers."""
     errors: list[BaseException] = []
     waited_s: list[float] = []
@@ -143,7 +146,7 @@ def test_a_call_that_is_too_slow_times_out(concurrency: int, clock: FairClock) -
             return answer
 
     env = LocalEnvironment("slow")
-    env.register_service("slow", Slow, options=ServiceOptions(concurrency=concurrency))
+    env.register_service("slow", Slow, slow_s, options=ServiceOptions(concurrency=concurrency))
     arrived: list[str] = []
     env.from_batch(["a", "slow", "b", "c"]).map(Ask).sink(arrived.append)
     job = env.submit(autostop=True)
@@ -161,7 +164,7 @@ def test_a_call_that_is_too_slow_times_out(concurrency: int, clock: FairClock) -
 def test_the_option_bounds_every_call() -> None:
     """Acceptance 36: `call_timeout_s` holds for calls of a handle, and an error that nobody catches fails the job."""
     env = LocalEnvironment("slow")
-    slow = env.register_service("slow", Slow, options=ServiceOptions(call_timeout_s=0.2))
+    slow = env.register_service("slow", Slow, 0.5, options=ServiceOptions(call_timeout_s=0.2))
     env.from_batch(["slow"]).map(slow.process, name="ask").sink(lambda record: None)
     with pytest.raises(JobError) as caught:
         env.submit(autostop=True)

@@ -50,7 +50,7 @@ SERVICE = """
     import itertools, signal, sys, threading, time
     from sage import LocalEnvironment
 
-    DEFAULT = signal.getsignal(signal.SIGTERM)
+    DEFAULT = signal.getsignal(signal.SIGHUP)
 
     class Store:
         def keep(self, record):
@@ -63,8 +63,8 @@ SERVICE = """
 
     def show(record):
         if record == 0:
-            # The job's own handlers are there as soon as somebody waits for it.
-            while "work" not in sys.argv and signal.getsignal(signal.SIGTERM) is DEFAULT:
+            # The job's own handlers are there as soon as somebody waits for it; this one is set last.
+            while "work" not in sys.argv and signal.getsignal(signal.SIGHUP) is DEFAULT:
                 time.sleep(0.001)
             print("first record", flush=True)
 
