@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -194,10 +195,10 @@ def test_a_function_that_cannot_start_is_told_promptly(function: type[MapFunctio
     """Acceptance 18: nobody waits for the source, which has no end."""
     env = LocalEnvironment("test")
     env.from_source(Ticks).map(function, name="model").sink(print_nothing)
-    began_at = clock()
+    began_at = time.monotonic()
     with pytest.raises(FunctionError, match="no model on disk"):
         env.submit(autostop=True)
-    assert clock() - began_at < PROMPTLY_S
+    assert clock.elapsed_s(began_at) < PROMPTLY_S
 
 
 class Broken(BatchFunction):

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -118,9 +119,9 @@ def test_pipeline_as_service_of_own_classes() -> None:
 
 def test_an_error_in_the_pipeline_reaches_the_caller(clock: FairClock) -> None:
     """Acceptance 39: promptly, as the error that it is; the source's poll interval of 5 s delays no answer."""
-    began_at = clock()
+    began_at = time.monotonic()
     outcomes = run("failing_pipeline_service")
-    assert clock() - began_at < 2.0
+    assert clock.elapsed_s(began_at) < 2.0
     assert outcomes == [
         {"quotient": 4},
         "ZeroDivisionError: integer division or modulo by zero",
