@@ -6,12 +6,13 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from fair_clock import FairClock
 
 from sage._backends.threads import ThreadsBackend
 from sage.testing import StepBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sage._runtime.backend import Backend
 
@@ -41,3 +42,10 @@ def backend(request: pytest.FixtureRequest) -> Callable[[], Backend]:
         return ThreadsBackend
     seed = int(name.removeprefix("step-"))
     return lambda: StepBackend(seed)
+
+
+@pytest.fixture
+def clock() -> Iterator[FairClock]:
+    """Return a clock for upper bounds on real time, which leaves out what the machine took."""
+    with FairClock() as fair:
+        yield fair
