@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 DEFAULT_METHOD = "process"
 
+logging.getLogger("sage").addHandler(logging.NullHandler())
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:

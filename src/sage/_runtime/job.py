@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sage._plan.logical import LogicalGraph
 from sage._runtime.inside import is_inside
 from sage._runtime.interrupts import Interrupts
-from sage._runtime.lifecycle import StopRequested, Way
+from sage._runtime.lifecycle import StopRequested
 from sage._runtime.outcome import operator_reports, seal, to_raise
-from sage._runtime.states import JobState
+from sage._runtime.states import JobState, Way
 from sage.errors import InternalError, describe
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.lifecycle import Way
+from sage._runtime.states import Way
 from sage.errors import JobNotFoundError, SageError, hint
 
 if TYPE_CHECKING:
