@@ -204,6 +204,18 @@ class ServiceUser:
 
     ctx: Any = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take whatever a subclass hands up, as programs of 2025 do by `super().__init__(config)`, and keep nothing.
+
+        Raises:
+            TypeError: arguments for a class without a constructor of its own, on which they would have no effect.
+        """
+        following = super().__init__
+        if getattr(following, "__objclass__", None) is not object:
+            following(*args, **kwargs)  # The class derives from another one beside this, which is next in line.
+        elif type(self).__init__ is ServiceUser.__init__ and (args or kwargs):
+            raise TypeError(f"{type(self).__name__}() takes no arguments")
+
     @property
     def name(self) -> str:
         """The name of the operator or service, or of the class while no job runs it."""
