@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 STEPS_MAX = 5_000_000
 """How many steps one job may take before it counts as one that never ends."""
 
+STEP_S = 0.001
+"""How much virtual time a step of a task takes, in seconds: little, but bounds come true while tasks have work."""
+
 LIMITS = (1, 2, 3, 7, 64, 1024)
 CAPACITIES = (1, 2, 5, 100, 4096)
 
@@ -119,10 +122,10 @@ class StepLane:
 class StepBackend(Backend):
     """Runs a whole job on the calling thread: one step of a task, a hook, or one event at a time, drawn from a seed.
 
-    Time is virtual: it moves to the next moment that somebody waits for when there is nothing else to do. Sizes of
-    batches, cuts and capacities are drawn too, so thousands of seeds see thousands of schedules, and each seed sees the
-    same one every time. The job runs while somebody waits for it: in `submit(autostop=True)`, `job.wait()`,
-    `env.stop()` or `env.close()`.
+    Time is virtual: each step of a task takes `STEP_S`, and when there is nothing to do, time moves to the next moment
+    that somebody waits for. Sizes of batches, cuts and capacities are drawn too, so thousands of seeds see thousands of
+    schedules, and each seed sees the same one every time. The job runs while somebody waits for it: in
+    `submit(autostop=True)`, `job.wait()`, `env.stop()` or `env.close()`.
 
     Args:
         seed: what everything is drawn from.
@@ -205,6 +208,8 @@ class StepBackend(Backend):
             chosen.waiting.pop(0)()
         else:
             self._step(chosen)
+            self.clock.advance(STEP_S)
+            self._ring(supervisor)
 
     def _step(self, task: Task) -> None:
         self._ready.discard(task)
@@ -222,5 +227,11 @@ class StepBackend(Backend):
             states = {task.name: task.phase for task in self._tasks}
             raise InternalError(f"seed {self.seed}: nothing can go on; {supervisor.state.job}, {states}")
         self.clock.now_s = max(self.clock.now_s, min(dues))
-        self._ready.update(task for task in self._tasks if task.wake_at is not None)
-        supervisor.tick()
+        self._ring(supervisor)
+
+    def _ring(self, supervisor: Supervisor) -> None:
+        """Wake everybody whose moment has come."""
+        now_s = self.now()
+        self._ready.update(task for task in self._tasks if task.wake_at is not None and task.wake_at <= now_s)
+        if supervisor.next_due is not None and supervisor.next_due <= now_s:
+            supervisor.tick()

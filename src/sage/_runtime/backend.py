@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sage._plan.logical import ServiceSpec
     from sage._runtime.coroutines import CoroutineLoop
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
@@ -30,6 +31,10 @@ class Lane(Protocol):
 
 class Host(Protocol):
     """Where one service runs."""
+
+    @property
+    def spec(self) -> ServiceSpec:
+        """What was registered."""
 
     @property
     def calls(self) -> ServiceCalls:

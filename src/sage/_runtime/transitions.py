@@ -33,7 +33,6 @@ from sage._runtime.lifecycle import (
     TaskRecord,
     Tick,
     Trouble,
-    Way,
 )
 from sage._runtime.states import (
     JOB_NEXT,
@@ -44,6 +43,7 @@ from sage._runtime.states import (
     JobState,
     ServiceState,
     TaskState,
+    Way,
 )
 
 if TYPE_CHECKING:
