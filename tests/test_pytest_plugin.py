@@ -42,12 +42,11 @@ def outcomes(
         capture_output=True,
         text=True,
     )
-    assert done.stderr == ""
     found: dict[str, list[str]] = {}
     for name, outcome in re.findall(r"^test_them\.py::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", done.stdout, re.MULTILINE):
         found.setdefault(name, []).append(outcome)
-    assert found, done.stdout
-    return found, done.stdout
+    assert found or done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout
+    return found, done.stdout + done.stderr
 
 
 LOADED = ("-p", "sage.pytest_plugin")
@@ -118,6 +117,20 @@ def test_is_not_watched():
     }
     assert 'left behind after 0 s:\n  thread "late", at ' in output
     assert "left behind after 0.02 s" in output
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        "class Those(unittest.TestCase):\n    @pytest.mark.sage_clean\n    def test_it(self): pass",
+        '@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.sage_clean)])\ndef test_it(n): pass',
+    ],
+    ids=["unittest", "parameters"],
+)
+def test_a_marker_that_cannot_work_is_refused(tmp_path: Path, marked: str) -> None:
+    found, output = outcomes(tmp_path, f"{marked}\n", *LOADED)
+    assert found == {}
+    assert 'the marker sage_clean does not work here; use @pytest.mark.usefixtures("sage_clean")' in output
 
 
 def test_the_option_switches_it_on_for_all_tests(tmp_path: Path) -> None:

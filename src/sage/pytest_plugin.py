@@ -43,9 +43,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
     """Have tests that carry the marker use the fixture."""
     if not isinstance(obj, type) and collector.istestfunction(obj, name):
-        own = [mark.name for mark in getattr(obj, "pytestmark", [])]
+        marks = getattr(obj, "pytestmark", None)
+        own = [mark.name for mark in marks] if isinstance(marks, list) else []
         if "sage_clean" in own or collector.get_closest_marker("sage_clean"):
             pytest.mark.usefixtures("sage_clean")(obj)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Refuse a marker that has come too late for the fixture, rather than not to watch the test.
+
+    Raises:
+        UsageError: the marker belongs to one set of parameters, or to a test of unittest.
+    """
+    if item.get_closest_marker("sage_clean"):
+        fixtures: list[str] = getattr(item, "fixturenames", [])
+        if not {"sage_clean", "_sage_clean_everywhere"} & {*fixtures}:
+            raise pytest.UsageError(
+                f"{item.nodeid}: the marker sage_clean does not work here; "
+                'use @pytest.mark.usefixtures("sage_clean") on the function or class'
+            )
 
 
 @pytest.fixture
@@ -57,8 +73,10 @@ def sage_clean(request: pytest.FixtureRequest) -> Iterator[None]:
     settings = {"within_s": float(request.config.getini("sage_clean_within_s")), **(marker.kwargs if marker else {})}
     ignore = settings.pop("ignore", ())
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    patterns += [IGNORED, *request.config.getini("sage_clean_ignore")]
     try:
-        with assert_clean(ignore=[IGNORED, *request.config.getini("sage_clean_ignore"), *patterns], **settings):
+        # What the marker has by position is refused like an unknown name.
+        with assert_clean(*(marker.args if marker else ()), ignore=patterns, **settings):
             yield
     except AssertionError as error:
         # No line of this file says anything about the test.
