@@ -451,11 +451,12 @@ def test_a_limit_below_zero_is_refused() -> None:
 # --- whose processes --------------------------------------------------------------------------------------------------
 
 
-def add_process(proc: Path, pid: int, parent: int, *, cookie: bool = False) -> None:
+def add_process(proc: Path, pid: int, parent: int, *, cookie: bool = False, block: str = "") -> None:
     folder = proc / str(pid)
     folder.mkdir(parents=True)
     (folder / "stat").write_text(f"{pid} (odd) name) S {parent} " + "0 " * 17 + f"{pid}00 0")
-    (folder / "environ").write_bytes(b"SAGE_COOKIE=ab\0" if cookie else b"PATH=/bin\0")
+    variables = ["PATH=/bin", *["SAGE_COOKIE=ab"] * cookie, *[f"SAGE_CLEAN_BLOCK={block}"] * bool(block)]
+    (folder / "environ").write_text("\0".join(variables))
     (folder / "cmdline").write_bytes(b"serve\0")
 
 
@@ -478,6 +479,28 @@ def test_processes_of_programs_beside_this_one_are_not_ours(tmp_path: Path) -> N
         f"process {below_orphan}, serve, child of {orphan}, carries SAGE_COOKIE",
         f"process {here + 6}, serve, child of this process",
     ]
+
+
+def test_processes_of_blocks_beside_this_one_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have lost their parents, and tell by their environment where they were started."""
+    monkeypatch.setenv("SAGE_CLEAN_BLOCK", "outer:this")
+    add_process(tmp_path, 1, 0)
+    add_process(tmp_path, os.getpid(), 1)
+    for place, block in enumerate(["outer:this", "outer:this:inner", "outer", "other:thistle", ""]):
+        add_process(tmp_path, os.getpid() + 1 + place, 1, cookie=True, block=block)
+    found = [thing.line.split(",")[0] for thing in processes(tmp_path).values()]
+    assert found == [f"process {os.getpid() + 1 + place}" for place in (0, 1, 4)]
+
+
+def test_the_environment_is_as_before() -> None:
+    before = dict(os.environ)
+    with assert_clean(0.0, ELSEWHERE):
+        with assert_clean(0.0, ELSEWHERE):
+            pass
+        with pytest.raises(KeyboardInterrupt), assert_clean(0.0, ELSEWHERE):
+            raise KeyboardInterrupt
+        assert len(os.environ) == len(before) + ("SAGE_CLEAN_BLOCK" not in before)
+    assert dict(os.environ) == before
 
 
 def test_addresses_are_read_in_the_order_of_the_machine() -> None:

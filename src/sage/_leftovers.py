@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sage._runtime.cookie import COOKIE_VARIABLE, PROC, command_of, processes_with
+from sage._runtime.cookie import COOKIE_VARIABLE, PROC, command_of, processes_with, variable_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 PAUSE_MIN_S = 0.005
 PAUSE_MAX_S = 0.05
 """How long to wait between two looks: short at first, because most things end at once."""
+
+BLOCK_VARIABLE = "SAGE_CLEAN_BLOCK"
+"""The environment variable that names the blocks, from outer to inner, in which a process was started."""
 
 COMMAND_CHARACTERS_MAX = 200
 SHARED_MEMORY = Path("/dev/shm")
@@ -129,6 +133,7 @@ def family(proc: Path, table: dict[int, Process]) -> tuple[set[int], set[int]]:
 
     Who loses its parent goes to one of our own ancestors, or stays below us. So a process whose parent is neither
     belongs to another program, for instance to tests that run beside these, unless that parent carries a cookie too.
+    And one that was started in somebody else's block comes from there.
     """
     here = os.getpid()
     above = lineage(table, here)
@@ -137,9 +142,18 @@ def family(proc: Path, table: dict[int, Process]) -> tuple[set[int], set[int]]:
     ours: set[int] = set()
     for carrier in carriers:
         owner = next((pid for pid in lineage(table, carrier) if pid not in carriers), None)
-        if owner is None or owner in above or owner in below:
+        if (owner is None or owner in above or owner in below) and is_of_this_block(carrier, proc):
             ours.add(carrier)
     return below, ours
+
+
+def is_of_this_block(pid: int, proc: Path) -> bool:
+    """Return whether a process may have been started in the innermost block that is open."""
+    block = os.environ.get(BLOCK_VARIABLE, "").rpartition(":")[2]
+    with suppress(OSError):
+        started_in = variable_of(pid, BLOCK_VARIABLE, proc)
+        return started_in is None or not block or block in started_in.split(":")
+    return False
 
 
 def processes(proc: Path) -> dict[Hashable, Leftover]:
@@ -320,6 +334,7 @@ class CleanBlock:
         self._proc = proc
         self._before = Snapshot({}, {})
         self._left: list[Leftover] = []
+        self._outer: str | None = None
 
     def __enter__(self) -> None:
         """Note what is there already, and warn of what cannot be compared here."""
@@ -327,14 +342,20 @@ class CleanBlock:
         if self._before.unknown:
             reasons = "; ".join(f"{kind} ({reason})" for kind, reason in self._before.unknown.items())
             warnings.warn(f"assert_clean cannot compare {reasons}", stacklevel=2)
+        self._outer = os.environ.get(BLOCK_VARIABLE)
+        block = secrets.token_hex(8)
+        os.environ[BLOCK_VARIABLE] = f"{self._outer}:{block}" if self._outer else block
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Wait until nothing is left, and raise if something is when the time is over."""
-        if error is None or isinstance(error, Exception):
-            __tracebackhide__ = True
-            for pause_s in self._pauses():
-                threading.Event().wait(pause_s)
-            self._judge(error)
+        __tracebackhide__ = True
+        try:
+            if error is None or isinstance(error, Exception):
+                for pause_s in self._pauses():
+                    threading.Event().wait(pause_s)
+        finally:
+            self._close()
+        self._judge(error)
 
     async def __aenter__(self) -> None:
         """Do the same as `__enter__`."""
@@ -344,11 +365,14 @@ class CleanBlock:
         """Do the same as `__exit__`, but let the event loop run while it waits."""
         from asyncio import sleep
 
-        if error is None or isinstance(error, Exception):
-            __tracebackhide__ = True
-            for pause_s in self._pauses():
-                await sleep(pause_s)
-            self._judge(error)
+        __tracebackhide__ = True
+        try:
+            if error is None or isinstance(error, Exception):
+                for pause_s in self._pauses():
+                    await sleep(pause_s)
+        finally:
+            self._close()
+        self._judge(error)
 
     def _pauses(self) -> Iterator[float]:
         """Look, and yield how long to wait before the next look, until nothing is left or the time is over."""
@@ -373,7 +397,12 @@ class CleanBlock:
             if not any(thing.matches(pattern) for pattern in self._ignore)
         ]
 
-    def _judge(self, error: Exception | None) -> None:
+    def _close(self) -> None:
+        os.environ.pop(BLOCK_VARIABLE, None)
+        if self._outer is not None:
+            os.environ[BLOCK_VARIABLE] = self._outer
+
+    def _judge(self, error: BaseException | None) -> None:
         __tracebackhide__ = True
         if not self._left:
             return

@@ -75,8 +75,7 @@ def sage_clean(request: pytest.FixtureRequest) -> Iterator[None]:
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     patterns += [IGNORED, *request.config.getini("sage_clean_ignore")]
     try:
-        # What the marker has by position is refused like an unknown name.
-        with assert_clean(*(marker.args if marker else ()), ignore=patterns, **settings):
+        with assert_clean(ignore=patterns, **settings):
             yield
     except AssertionError as error:
         # No line of this file says anything about the test.

@@ -22,16 +22,28 @@ def processes_with(cookie: str | None, proc: Path = PROC) -> dict[int, str]:
     Raises:
         FileNotFoundError: this platform has no /proc.
     """
-    begin = f"{COOKIE_VARIABLE}=".encode()
     found: dict[int, str] = {}
     for name in os.listdir(proc):
         if not name.isdecimal():
             continue
         with suppress(OSError):
-            for variable in (proc / name / "environ").read_bytes().split(b"\0"):
-                if variable.startswith(begin) and cookie in (None, os.fsdecode(variable[len(begin) :])):
-                    found[int(name)] = command_of(int(name), proc)
+            value = variable_of(int(name), COOKIE_VARIABLE, proc)
+            if value is not None and cookie in (None, value):
+                found[int(name)] = command_of(int(name), proc)
     return found
+
+
+def variable_of(pid: int, name: str, proc: Path = PROC) -> str | None:
+    """Return a variable of the environment that the program of a process began with, or None if it had none.
+
+    Raises:
+        OSError: the process has vanished, or may not be read.
+    """
+    begin = f"{name}=".encode()
+    for variable in (proc / str(pid) / "environ").read_bytes().split(b"\0"):
+        if variable.startswith(begin):
+            return os.fsdecode(variable[len(begin) :])
+    return None
 
 
 def command_of(pid: int, proc: Path = PROC) -> str:
