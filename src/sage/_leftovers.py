@@ -133,7 +133,7 @@ def family(proc: Path, table: dict[int, Process]) -> tuple[set[int], set[int]]:
 
     Who loses its parent goes to one of our own ancestors, or stays below us. So a process whose parent is neither
     belongs to another program, for instance to tests that run beside these, unless that parent carries a cookie too.
-    And one that was started in somebody else's block comes from there.
+    Who lost its parent and does not name this block in its environment comes from other programs as well.
     """
     here = os.getpid()
     above = lineage(table, here)
@@ -148,11 +148,11 @@ def family(proc: Path, table: dict[int, Process]) -> tuple[set[int], set[int]]:
 
 
 def is_of_this_block(pid: int, proc: Path) -> bool:
-    """Return whether a process may have been started in the innermost block that is open."""
+    """Return whether a process was started in the innermost block that is open; without a block, all are."""
     block = os.environ.get(BLOCK_VARIABLE, "").rpartition(":")[2]
     with suppress(OSError):
         started_in = variable_of(pid, BLOCK_VARIABLE, proc)
-        return started_in is None or not block or block in started_in.split(":")
+        return not block or block in (started_in or "").split(":")
     return False
 
 
