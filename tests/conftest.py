@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend
 
 
+# The entry point of an installed SAGE names the same module, and then it is loaded once all the same.
+pytest_plugins = ["sage.pytest_plugin"]
+
 # A shell that starts the tests in the background has them ignore SIGINT, and what the tests start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

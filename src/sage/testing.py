@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+from sage._leftovers import assert_clean
 from sage._runtime.backend import Backend
 from sage._runtime.inside import inside
 from sage._runtime.task import Step
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
     from sage.stream import DataStream
+
+__all__ = ["ManualClock", "StepBackend", "assert_clean", "run"]
 
 STEPS_MAX = 5_000_000
 """How many steps one job may take before it counts as one that never ends."""
