@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -218,9 +218,11 @@ class JobReport:
                 "tasks": tuple(_read(TaskReport, one) for one in saved["tasks"]),
                 "errors": tuple(_error(one) for one in saved["errors"]),
             }
-            return cls(**(plain | parts))
+            report = cls(**(plain | parts))
+            str(report)  # numbers that are none are found by it
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a report of a job: {describe(error)}") from error
+        return report
 
     def __str__(self) -> str:
         lines = [
@@ -303,7 +305,7 @@ def hook_lines(hooks: tuple[HookReport, ...]) -> list[str]:
     return shown or [""]
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return a table of text: columns that begin with a number in the first row are set to the right."""
     if not rows:
         return []
@@ -369,8 +371,8 @@ def _stack_lines(stack: str | None) -> list[str]:
 
 
 def _error_lines(error: Exception, *, is_stack_shown: bool) -> list[str]:
-    first, *others = describe(error).splitlines()
-    notes = [note for note in map(str, getattr(error, "__notes__", ()))]
+    first, *others = describe(error).splitlines() or [""]
+    notes = list(map(str, getattr(error, "__notes__", ())))
     if is_stack_shown:
         notes = [note for note in notes if not note.startswith(STANDS_HERE)]
     return [
