@@ -127,12 +127,10 @@ def report(file: Path, html: Path | None, svg: Path | None) -> None:
         raise click.ClickException(f"{file} cannot be read: {error.strerror or error}") from error
     if not saved.jobs:
         raise click.ClickException(f"{file} tells of no job")
-    for path, draw in ((html, lambda: timeline.page(saved)), (svg, lambda: timeline.svg(saved.jobs))):
-        if path is not None:
-            try:
-                path.write_text(draw(), encoding="utf-8")
-            except OSError as error:
-                raise click.ClickException(f"{path} cannot be written: {error.strerror or error}") from error
+    if html is not None:
+        _write(html, timeline.page(saved))
+    if svg is not None:
+        _write(svg, timeline.svg(saved.jobs))
     if html is None and svg is None:
         for job in saved.jobs:
             click.secho(job.text(), fg=_colour(job.report))
@@ -187,6 +185,13 @@ def _empty(report: Path) -> None:
     except OSError as error:
         text = f"{report} cannot be written: {error.strerror or error}"
         raise click.BadParameter(text, param_hint="--report") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _colour(report: JobReport | None) -> str | None:

@@ -218,12 +218,12 @@ def _row(row: Row, top: int, scale: Scale, *, has_ended: bool) -> list[str]:
     if row.states:
         at, state = row.states[-1]
         is_bad = state in FAILURES or (not has_ended and state not in ENDS)
-        text = state if state in ENDS else f"{state} ..."
+        text = state if state in ENDS else f"{state}..."
         x = scale.x(at) if state in ENDS else LABEL_WIDTH + PLOT_WIDTH
         if state in FAILURES:
             parts.append(_cross(x, middle))
         place = f'x="{LABEL_WIDTH + PLOT_WIDTH + 12}" y="{middle + 4}"'
-        parts.append(f"<text {place}{_bad(is_bad)}>{_text(_short(text, 18))}</text>")
+        parts.append(f"<text {place}{_bad(is_bad)}>{_text(_short(text, 22))}</text>")
     return parts + _hooks(row, top + 5 + BAR_HEIGHT, scale)
 
 
@@ -247,7 +247,7 @@ def _hooks(row: Row, top: int, scale: Scale) -> list[str]:
         )
         width = len(text) * LETTER_WIDTH * 0.9
         place = min(max(free, x - width / 2), LABEL_WIDTH + PLOT_WIDTH + END_WIDTH - width)
-        if place >= free and place <= x + 40:
+        if free <= place <= x + 40:
             parts.append(
                 f'<text class="small{" bad" if is_bad else ""}" x="{place:.1f}" y="{top + 17}">{_text(text)}</text>'
             )
@@ -271,7 +271,11 @@ def _bad(is_bad: bool) -> str:
 
 
 def _short(text: str, letters_max: int) -> str:
-    return text if len(text) <= letters_max else text[: letters_max - 3] + "..."
+    """Leave out the middle of a long text: what tells names apart is often their end."""
+    if len(text) <= letters_max:
+        return text
+    half = (letters_max - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 def _text(text: str) -> str:
