@@ -46,6 +46,7 @@ class Environment:
         self.env_uuid = str(uuid.uuid4())
         self._limits: dict[str, float] = {}
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
+        self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder()
         self._services: dict[str, ServiceSpec] = {}
         self._job: Job | None = None
@@ -324,12 +325,19 @@ class Environment:
         )
         return job
 
-    def _open_log(self, job: Job, log_dir: str | os.PathLike[str]) -> None:
-        from sage.observability import SessionLogs
+    def _open_files(self, job: Job, *, must_open: bool = True) -> None:
+        log_dir = self.log_dir if must_open else None  # nothing may keep a cleanup from running
+        if not log_dir and not self.report_file:
+            return
+        from sage.observability import ReportFile, SessionLogs
 
-        session = SessionLogs.open(log_dir)
-        handler = session.open_job(self.name, job.id)
-        job.when_sealed(lambda _: session.close_job(handler))
+        session = SessionLogs.open(log_dir) if log_dir else None
+        if self.report_file:
+            job.report_file = ReportFile.open(self.report_file, job.id, job.name, must_open=must_open)
+            job.dispatcher.supervisor.listeners.append(job.report_file.note)
+        if session is not None:
+            handler = session.open_job(self.name, job.id)
+            job.when_sealed(lambda _: session.close_job(handler))
 
     def _show_log(self, level: str) -> None:
         from sage.observability import console_level
@@ -370,10 +378,11 @@ class Environment:
             JobManager().expect(next_id, self)  # before anyone can ask for it
             self.env_uuid = next_id
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
-        self._spend(graph)
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
+        self._open_files(job)
+        self._spend(graph)
 
         def sealed(ended: Ended) -> None:
             self._kept = {}
@@ -386,8 +395,6 @@ class Environment:
             JobManager().hold(self, keeps=bool(self._kept))
 
         job.when_sealed(sealed)
-        if self.log_dir:
-            self._open_log(job, self.log_dir)
         self._job = job
         JobManager().register(job)
         if autostop:
@@ -409,6 +416,7 @@ class Environment:
                 spec.handle._connect(None)
 
         job.when_sealed(sealed)
+        self._open_files(job, must_open=False)
         JobManager().hold(self, keeps=False)
         JobManager().register(job)
         job.begin(job.dispatcher)
@@ -432,6 +440,8 @@ class LocalEnvironment(Environment):
         name: the environment's name, seen in reports and logs.
         config: the environment's own settings, kept for the program.
         log_dir: where log files go; none are written without it or `SAGE_LOG_DIR`.
+        report_file: where events and reports of jobs are appended as JSON Lines while they run; nowhere without it or
+            `SAGE_REPORT_FILE`.
         stop_timeout_s: budget of a whole stop, in seconds.
         drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
@@ -444,6 +454,7 @@ class LocalEnvironment(Environment):
         config: dict[str, Any] | None = None,
         *,
         log_dir: str | os.PathLike[str] | None = None,
+        report_file: str | os.PathLike[str] | None = None,
         stop_timeout_s: float | None = None,
         drain_timeout_s: float | None = None,
         close_timeout_s: float | None = None,
@@ -460,6 +471,8 @@ class LocalEnvironment(Environment):
         self._limits = {name: seconds for name, seconds in given.items() if seconds is not None}
         if log_dir is not None:
             self.log_dir = log_dir
+        if report_file is not None:
+            self.report_file = report_file
         self._make_backend = backend
 
     def _backend(self) -> Backend:
