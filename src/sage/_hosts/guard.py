@@ -1,0 +1,394 @@
+"""The driver's side of the guardian: one for all jobs of this process, as long as one of them needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sage._hosts import guardian
+from sage._hosts.reaping import checked, reap
+from sage._runtime.journal import Journal, encode, make_private, replay
+from sage._runtime.processes import process
+from sage.errors import ServiceError
+
+if TYPE_CHECKING:
+    from sage._hosts.stop_order import Key
+    from sage._plan.logical import ServiceSpec
+    from sage._runtime.journal import Entry
+    from sage.observability import Event
+
+log = logging.getLogger("sage.dispatcher")
+
+GUARDIANS_MAX = 5
+"""How many times in a row a guardian may end at once; after that the driver goes on without."""
+
+GUARDIAN_LIFE_MIN_S = 10.0
+"""One that lived as long has not ended at once."""
+
+END_TIMEOUT_S = 5.0
+COOKIE_BYTES = 8
+
+
+def runs_folder() -> str:
+    """Return the folder of the folders of this user's runs; it need not exist."""
+    return os.path.join(os.path.realpath(tempfile.gettempdir()), f"sage-{os.geteuid()}")
+
+
+def state_folder() -> str:
+    """Return the folder of what outlives a run: `SAGE_STATE_DIR`, else `sage` in the user's folder for state."""
+    chosen = os.environ.get("SAGE_STATE_DIR")
+    if chosen:
+        return os.path.abspath(chosen)
+    root = os.environ.get("XDG_STATE_HOME")
+    return os.path.join(root if root and os.path.isabs(root) else os.path.expanduser("~/.local/state"), "sage")
+
+
+class Guard:
+    """Keeps a guardian beside this process, and tells it of everything before it is made.
+
+    If the guardian dies, a new one is started at once and is given everything again. A child that is forked from this
+    process has no guard of its own until it asks for one, and does not hold the lease.
+
+    Attributes:
+        cookie: what every process that is started for a job carries.
+        folder: the run's folder, with the journal; temporary files may be put there.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _current: ClassVar[Guard | None] = None
+
+    def __init__(self) -> None:
+        self.cookie = secrets.token_hex(COOKIE_BYTES)
+        self.folder = _make_folder(self.cookie)
+        self._users_count = 1
+        self._journal = Journal(self.folder)
+        self._lines: list[bytes] = []
+        self._unwritten: list[Entry] = []
+        self._given: dict[Key, int] = {}
+        self._lock_of_run = threading.Lock()
+        self._is_over = False
+        self._short_lives = 0
+        self._write(_run_entry(self.cookie))
+        self._lease, self._guardian = self._start()
+        self._watcher = threading.Thread(target=self._watch, name="sage-guard", daemon=True)
+        self._watcher.start()
+
+    @classmethod
+    def acquire(cls) -> Guard:
+        """Return the guard of this process, a new one if there is none; the caller releases it once.
+
+        Raises:
+            ServiceError: the run's folder cannot be made, or is not safe from others.
+        """
+        with cls._lock:
+            if cls._current is None:
+                cls._current = cls()
+            else:
+                cls._current._users_count += 1
+            return cls._current
+
+    def release(self) -> None:
+        """Give back what `acquire` gave; the last one ends the guardian and removes the run's folder."""
+        with Guard._lock:
+            self._users_count -= 1
+            if self._users_count or Guard._current is not self:
+                return
+            Guard._current = None
+        with self._lock_of_run:
+            self._is_over = True
+            guardian_process = self._guardian
+            self._send({"do": "done"})
+        try:
+            guardian_process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            log.error("guardian did not end and is killed pid=%d", guardian_process.pid)
+            guardian_process.kill()
+        self._watcher.join()
+        self._close()
+        # The guardian removes the folder as its last act, so that a driver that dies just now leaves none behind.
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def guardian_pid(self) -> int:
+        """The process id of the guardian that lives now."""
+        with self._lock_of_run:
+            return self._guardian.pid
+
+    def note(self, entry: Entry) -> None:
+        """Write an entry into the journal, before the thing that it names is made."""
+        with self._lock_of_run:
+            self._write(entry)
+            if self._unwritten and self._unwritten[-1] is entry:
+                self._send({"do": "note", "entry": entry})
+
+    def process(self, job: str, service: str, incarnation: int, pid: int, stop_signal: int | None = None) -> None:
+        """Note the process of a service right after it was started; a command names the signal that ends it."""
+        found = process(pid)
+        if found is not None:
+            key = {"job": job, "service": service, "incarnation": incarnation}
+            self.note({"entry": "process", **key, **found._asdict(), "stop_signal": stop_signal})
+
+    def give(self, job: str, service: str, incarnation: int, descriptor: int) -> None:
+        """Hand the guardian's end of a service's guard socket over; the guard closes it.
+
+        The driver keeps its own copy for the next guardian, so that a service sees end-of-file only when both are gone.
+        """
+        with self._lock_of_run:
+            self._given[job, service, incarnation] = descriptor
+            self._hand_over((job, service, incarnation), descriptor)
+
+    def take_back(self, job: str, service: str, incarnation: int) -> None:
+        """Close what `give` was given, after the process has ended. Does nothing twice."""
+        key = (job, service, incarnation)
+        with self._lock_of_run:
+            descriptor = self._given.pop(key, None)
+            if descriptor is not None:
+                os.close(descriptor)
+                self._send({"do": "take", "key": key})
+
+    def reap(self, job: str, service: str | None = None) -> list[str]:
+        """Act on the claims that are due of a job's services, or of one of them, and return what went wrong."""
+        with self._lock_of_run:
+            run = replay(self._lines)
+        errors: list[str] = []
+        for line in reversed(list(run.job(job).services.values())):
+            if line.claims_due() and service in (None, line.name):
+                errors += reap(run, line)
+                key = {"job": job, "service": line.name, "incarnation": line.incarnation}
+                self.note({"entry": "reaped", **key})
+        for error in errors:
+            log.error("reap action failed %s", error)
+        return errors
+
+    # --- behind it; the caller holds the lock of the run ---
+
+    def _write(self, entry: Entry) -> None:
+        line = encode(entry)
+        self._lines.append(line)
+        try:
+            self._journal.write(line)
+        except OSError as error:
+            # The guardian learns of it by the lease; only the death of both would forget it.
+            log.error("journal cannot be written folder=%s error=%s", self.folder, error)
+            self._unwritten.append(entry)
+
+    def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        lease, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = {name: value for name, value in os.environ.items() if name != "SAGE_COOKIE"}
+        with other, _log_file(self.folder) as log_file:
+            command = [sys.executable, "-I", "-S", guardian.__file__, self.folder, str(other.fileno())]
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log_file,
+                pass_fds=[other.fileno()],
+                start_new_session=True,
+            )
+        return lease, process
+
+    def _send(self, word: dict[str, Any], *descriptors: int) -> None:
+        try:
+            socket.send_fds(self._lease, [json.dumps(word).encode()], list(descriptors), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            # It has not read for long, as if stopped, and would not act either; the next one is told everything.
+            self._guardian.kill()
+        except OSError:
+            pass  # It has died; whoever watches the lease starts the next one and tells it everything.
+
+    def _hand_over(self, key: Key, descriptor: int) -> None:
+        self._send({"do": "give", "key": key}, descriptor)
+
+    def _watch(self) -> None:
+        """Wait for the death of the guardian, which ends the lease, and start the next one."""
+        began_at = time.monotonic()
+        while True:
+            with suppress(OSError):
+                self._lease.recv(1)
+            self._guardian.wait()
+            lived_s = time.monotonic() - began_at
+            with self._lock_of_run:
+                if self._is_over:
+                    return
+                self._short_lives = 0 if lived_s >= GUARDIAN_LIFE_MIN_S else self._short_lives + 1
+                if self._short_lives >= GUARDIANS_MAX:
+                    log.error("guardian ends again and again, going on without folder=%s", self.folder)
+                    return
+                log.error("guardian died and is replaced pid=%d", self._guardian.pid)
+                began_at = time.monotonic()
+                self._lease.close()
+                self._lease, self._guardian = self._start()
+                for entry in self._unwritten:
+                    self._send({"do": "note", "entry": entry})
+                for key, descriptor in self._given.items():
+                    self._hand_over(key, descriptor)
+
+    def _close(self) -> None:
+        self._lease.close()
+        self._journal.close()
+        for descriptor in self._given.values():
+            os.close(descriptor)
+        self._given.clear()
+
+    @classmethod
+    def _before_fork(cls) -> None:
+        cls._lock.acquire()
+        if cls._current is not None:
+            cls._current._lock_of_run.acquire()
+
+    @classmethod
+    def _after_fork_in_parent(cls) -> None:
+        if cls._current is not None:
+            cls._current._lock_of_run.release()
+        cls._lock.release()
+
+    @classmethod
+    def _after_fork_in_child(cls) -> None:
+        """Let go of the lease: it has to end with the driver, also if this child lives on."""
+        inherited, cls._current = cls._current, None
+        cls._lock = threading.Lock()
+        if inherited is not None:
+            inherited._lock_of_run = threading.Lock()
+            inherited._close()
+            inherited._guardian.returncode = 0  # it is no child of this process, which is not to wait for it
+
+
+os.register_at_fork(
+    before=Guard._before_fork,
+    after_in_parent=Guard._after_fork_in_parent,
+    after_in_child=Guard._after_fork_in_child,
+)
+
+
+class JobGuard:
+    """What one job tells the guardian: nothing, until it has a process or a claim.
+
+    Args:
+        id_: the job's id.
+        name: its name.
+        report: the file of its report, or None.
+        services: its services, in the order of registration.
+    """
+
+    def __init__(self, id_: str, name: str, report: str | None, services: tuple[ServiceSpec, ...]) -> None:
+        self._id = id_
+        self._name = name
+        self._report = report
+        self._services = services
+        self._began_at = time.time()
+        self._guard: Guard | None = None
+        self._states: dict[str, str] = {}
+        self._is_sealed = False
+        self._lock = threading.Lock()
+
+    def guard(self) -> Guard:
+        """Return the guard of this process, which from now on knows the job.
+
+        Raises:
+            ServiceError: the run's folder cannot be made, or is not safe from others; or the job is over.
+        """
+        with self._lock:
+            if self._guard is None:
+                if self._is_sealed:
+                    raise ServiceError(f'job "{self._name}" is over')
+                self._guard = Guard.acquire()
+                self._introduce(self._guard)
+            return self._guard
+
+    def claim(self, service: str, entry: Entry) -> None:
+        """Write down what a service is about to make, or to let go.
+
+        Raises:
+            ValueError: it cannot be carried out, or would take away what belongs to others.
+        """
+        self.guard().note({"entry": "claim", "job": self._id, "service": service, **checked(entry)})
+
+    def adopt(self, service: str, from_job: str) -> None:
+        """Take over a service that another job kept."""
+        self.guard().note({"entry": "adopted", "job": self._id, "from": from_job, "service": service})
+
+    def note(self, event: Event) -> None:
+        """Take in a change of state."""
+        if event.subject != "service":
+            return
+        with self._lock:
+            self._states[event.name] = event.after
+            guard = self._guard
+        if guard is not None:
+            guard.note(self._state(event.name, event.after))
+
+    def sealed(self) -> None:
+        """End it: what is due of claims is done, and nothing of the job is the guardian's matter any more."""
+        with self._lock:
+            self._is_sealed = True
+            guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.reap(self._id)
+            guard.note({"entry": "sealed", "job": self._id})
+            guard.release()
+
+    def _introduce(self, guard: Guard) -> None:
+        guard.note(
+            {
+                "entry": "job",
+                "job": self._id,
+                "name": self._name,
+                "report": self._report,
+                "began_at": self._began_at,
+            }
+        )
+        for spec in self._services:
+            key = {"job": self._id, "service": spec.name, "incarnation": 1}
+            guard.note({"entry": "service", **key, "host": "inline", "requires": list(spec.requires), "token": None})
+        for name, state in self._states.items():
+            guard.note(self._state(name, state))
+
+    def _state(self, name: str, state: str) -> Entry:
+        return {"entry": "state", "job": self._id, "service": name, "state": str(state)}
+
+
+def _run_entry(cookie: str) -> Entry:
+    own = process(os.getpid())
+    return {
+        "entry": "run",
+        "cookie": cookie,
+        "pid": os.getpid(),
+        "started": own.started if own is not None else 0,
+        "python": sys.executable,
+        "path": [os.path.abspath(place) for place in sys.path],
+        "folder": os.getcwd(),
+        "reports": os.path.join(state_folder(), "reports"),
+    }
+
+
+def _make_folder(cookie: str) -> str:
+    folder = os.path.join(runs_folder(), cookie)
+    try:
+        make_private(os.path.dirname(folder))
+        make_private(folder)
+    except OSError as error:
+        refused = ServiceError(f"the journal of a run cannot be kept: {error}", fault="external")
+        for note in getattr(error, "__notes__", ["Let TMPDIR name another folder for temporary files."]):
+            refused.add_note(note)
+        raise refused from error
+    return folder
+
+
+def _log_file(folder: str) -> Any:
+    try:
+        return open(os.path.join(folder, "guardian.log"), "ab")
+    except OSError:
+        return open(os.devnull, "wb")
