@@ -72,7 +72,7 @@ class Guard:
         self.cookie = secrets.token_hex(COOKIE_BYTES)
         self.folder = _make_folder(self.cookie)
         self._users_count = 1
-        self._journal = Journal(self.folder)
+        self._journal: Journal | None = None
         self._lines: list[bytes] = []
         self._unwritten: list[Entry] = []
         self._given: dict[Key, int] = {}
@@ -80,7 +80,14 @@ class Guard:
         self._is_over = False
         self._short_lives = 0
         self._write(_run_entry(self.cookie))
-        self._lease, self._guardian = self._start()
+        try:
+            self._lease, self._guardian = self._start()
+        except OSError as error:
+            self._close_journal()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise ServiceError(f"the guardian cannot be started: {error}", fault="external") from error
+        for entry in self._unwritten:
+            self._send({"do": "note", "entry": entry})
         self._watcher = threading.Thread(target=self._watch, name="sage-guard", daemon=True)
         self._watcher.start()
 
@@ -128,8 +135,7 @@ class Guard:
     def note(self, entry: Entry) -> None:
         """Write an entry into the journal, before the thing that it names is made."""
         with self._lock_of_run:
-            self._write(entry)
-            if self._unwritten and self._unwritten[-1] is entry:
+            if not self._write(entry):
                 self._send({"do": "note", "entry": entry})
 
     def process(self, job: str, service: str, incarnation: int, pid: int, stop_signal: int | None = None) -> None:
@@ -173,15 +179,19 @@ class Guard:
 
     # --- behind it; the caller holds the lock of the run ---
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: Entry) -> bool:
         line = encode(entry)
         self._lines.append(line)
         try:
+            if self._journal is None:
+                self._journal = Journal(self.folder)
             self._journal.write(line)
         except OSError as error:
             # The guardian learns of it by the lease; only the death of both would forget it.
             log.error("journal cannot be written folder=%s error=%s", self.folder, error)
             self._unwritten.append(entry)
+            return False
+        return True
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         lease, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -229,8 +239,13 @@ class Guard:
                     return
                 log.error("guardian died and is replaced pid=%d", self._guardian.pid)
                 began_at = time.monotonic()
+                try:
+                    lease, self._guardian = self._start()
+                except OSError as error:
+                    log.error("guardian cannot be replaced, going on without folder=%s error=%s", self.folder, error)
+                    return
                 self._lease.close()
-                self._lease, self._guardian = self._start()
+                self._lease = lease
                 for entry in self._unwritten:
                     self._send({"do": "note", "entry": entry})
                 for key, descriptor in self._given.items():
@@ -238,10 +253,14 @@ class Guard:
 
     def _close(self) -> None:
         self._lease.close()
-        self._journal.close()
+        self._close_journal()
         for descriptor in self._given.values():
             os.close(descriptor)
         self._given.clear()
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
 
     @classmethod
     def _before_fork(cls) -> None:

@@ -20,7 +20,7 @@ ON_LOST_TIMEOUT_S = 10.0
 OUTPUT_CHARS_MAX = 2_000
 
 SHARED = ("/var/tmp", "/dev/shm", "/run")
-"""Folders that, like the user's home and the one for temporary files, belong to no service, and no folder above them."""
+"""Like the user's home and the folder of temporary files, these and all above them belong to no service."""
 
 # The fresh process finds modules where the driver found them; its own path would be that of an isolated interpreter.
 ON_LOST = """\

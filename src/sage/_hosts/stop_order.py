@@ -177,11 +177,13 @@ class StopOrder:
     def _wait(self) -> None:
         nearest = min(running.due for running in self._running.values())
         for descriptor, _ in self._poll.poll(max(nearest - time.monotonic(), 0.0) * 1000):
-            key = self._by_descriptor[descriptor]
-            running = self._running.get(key)
-            if running is not None and descriptor == running.pidfd:
+            key = self._by_descriptor.get(descriptor)
+            if key is None:
+                continue  # An event of the same moment was the end of its service.
+            running = self._running[key]
+            if descriptor == running.pidfd:
                 self._over(key, running)
-            elif running is not None:
+            else:
                 self._read(key, running, descriptor)
         now = time.monotonic()
         for key, running in list(self._running.items()):

@@ -52,8 +52,8 @@ def take_over(
     # Reap actions may have started processes.
     errors["" if not jobs else jobs[0].id] += _left(end_all(lambda: _of_run(run)).left)
     for job in jobs:
-        for error in errors[job.id]:
-            log(f"job {job.id}: {error}")
+        for problem in errors[job.id]:
+            log(f"job {job.id}: {problem}")
         _write_report(run, job, lost_report(run, job, ends, errors[job.id]), log)
 
 

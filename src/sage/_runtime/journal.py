@@ -1,4 +1,4 @@
-"""The journal of a driver: what it is about to make, one JSON line each, so that whoever takes over knows every name."""
+"""The journal of a driver: what it is about to make, in lines of JSON, so that whoever takes over knows every name."""
 
 from __future__ import annotations
 
