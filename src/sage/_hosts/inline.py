@@ -28,8 +28,15 @@ STAND_INS = ("close", "shutdown")
 class InlineHost(GatedHost):
     """Runs one service in this process."""
 
-    def __init__(self, spec: ServiceSpec, context: ServiceContext, backend: Backend, loop: CoroutineLoop) -> None:
-        super().__init__(spec, context, backend, loop)
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        context: ServiceContext,
+        backend: Backend,
+        loop: CoroutineLoop,
+        on_died: Callable[[int, str], None],
+    ) -> None:
+        super().__init__(spec, context, backend, loop, on_died)
         self._instance: Any = None
         self._hooks: dict[str, Callable[[], Any]] = {}
 
