@@ -304,6 +304,12 @@ class ServiceContext(UserContext):
         """Return the context of another incarnation. Hosts call this before they build an instance."""
         return ServiceContext(self.name, self._services, self._note, self._supervision, self._claims, incarnation)
 
+    def follow(self, other: ServiceContext) -> None:
+        """Ask the job of another context from now on; the instance that has this one was kept for that job."""
+        self.incarnation = 1
+        self._services, self._note = other._services, other._note
+        self._supervision, self._claims = other._supervision, other._claims
+
     @property
     def has_deferred(self) -> bool:
         """Whether callbacks wait to be called."""

@@ -77,12 +77,15 @@ class GatedHost(ABC):
         """The names of the hooks that the host has whatever the service is."""
         return frozenset()
 
-    def adopt(self, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]) -> None:
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
         """Let another job run the hooks of an instance that is kept."""
         self._backend = backend
         self._loop = loop
         self._on_died = on_died
-        self._incarnation = self._context.incarnation = 1
+        self._incarnation = 1
+        self._context.follow(context)
         self._lane = backend.lane(self.spec.name)
 
     # --- what the supervisor asks for ---
@@ -118,7 +121,8 @@ class GatedHost(ABC):
         self._lane.run(work)
 
     def hurry(self, due: float) -> None:
-        """Move the `due` of an "exit" that runs forward; without a process of its own, a host has none."""
+        """Move the `due` of an "exit" that runs forward."""
+        raise NotImplementedError("a host without a process of its own has no exit")
 
     def facts(self) -> HostFacts:
         """Return what the report says of the host."""

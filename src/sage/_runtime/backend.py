@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
     from sage.records import Span
-    from sage.service import ServiceCalls
+    from sage.service import ServiceCalls, ServiceContext
 
 
 class Lane(Protocol):
@@ -75,8 +75,13 @@ class Host(Protocol):
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
 
-    def adopt(self, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]) -> None:
-        """Let another job run the hooks of an instance that was kept; if it is dead, `on_died` is called now."""
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
+        """Let another job run the hooks of an instance that was kept; if it is dead, `on_died` is called now.
+
+        The instance has a context already, which from now on does what `context` does (`ServiceContext.follow`).
+        """
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
         """Run a hook apart from the caller and tell `done` what came of it.

@@ -70,10 +70,10 @@ class Dispatcher:
         state = begin(service_plans, task_plans, limits)
         self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
         self._dependencies.tell = self.supervisor.note_dependency
-        for name, host in adopted.items():
-            if name in hosts:
-                host.adopt(backend, self._loop, self._death_of(name))
         for service in services:
+            if service.name in adopted:
+                host = adopted[service.name]
+                host.adopt(self._context(service), backend, self._loop, self._death_of(service.name))
             service.handle._connect(hosts[service.name].calls)
 
     @property
@@ -124,10 +124,13 @@ class Dispatcher:
             if service.name in adopted:
                 hosts[service.name] = adopted[service.name]
                 continue
-            noted = self._dependencies.noted_by(service)
-            context = ServiceContext(service.name, self._handles, noted, self, self._claims)
-            hosts[service.name] = make_host(service, context, backend, self._loop, self._death_of(service.name))
+            died = self._death_of(service.name)
+            hosts[service.name] = make_host(service, self._context(service), backend, self._loop, died)
         return hosts
+
+    def _context(self, service: ServiceSpec) -> ServiceContext:
+        noted = self._dependencies.noted_by(service)
+        return ServiceContext(service.name, self._handles, noted, self, self._claims)
 
     def _death_of(self, service: str) -> Callable[[int, str], None]:
         return lambda incarnation, text: self.supervisor.post(ServiceDied(service, incarnation, text))
