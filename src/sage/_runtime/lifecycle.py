@@ -30,6 +30,9 @@ BEST_GUARD_S = 1.0
 DRAIN_NET_S = 1.0
 """How long after its bound a drain or an exit, which the host bounds by itself, is given up."""
 
+HEALTH_LEAST_S = 1.0
+"""The least time that a `health` has; more where the pause between two of them is longer."""
+
 EXTENSION_MAX_S = 60.0
 """How much longer one hook may ask to take, in all."""
 
@@ -193,6 +196,8 @@ class State:
         service_plans: what is known of the services beforehand.
         task_plans: what is known of the tasks beforehand.
         limits: the bounds of the stop.
+        until_asked: whether the job, although it has no tasks, goes on until somebody asks for its end.
+        early: deaths of services that the job took over, from before it began.
         job: the state of the job.
         way: the strongest way in which an end was asked for.
         ended_by: the way that really ended the job, or None if it ended by itself.
@@ -210,6 +215,8 @@ class State:
     service_plans: Mapping[str, ServicePlan]
     task_plans: Mapping[str, TaskPlan]
     limits: Limits
+    until_asked: bool = False
+    early: tuple[ServiceDied, ...] = ()
     job: JobState = JobState.NEW
     way: Way | None = None
     ended_by: Way | None = None
@@ -398,17 +405,20 @@ class Action:
     after: str = ""
 
 
-def begin(services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits: Limits) -> State:
+def begin(
+    services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits: Limits, *, until_asked: bool = False
+) -> State:
     """Return the state of a job that was not started yet."""
     return State(
         services={
             plan.name: ServiceRecord()
             if plan.adopted is None
-            else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted)
+            else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted | plan.own_hooks)
             for plan in services
         },
         tasks={plan.name: TaskRecord() for plan in tasks},
         service_plans={plan.name: plan for plan in services},
         task_plans={plan.name: plan for plan in tasks},
         limits=limits,
+        until_asked=until_asked,
     )

@@ -91,6 +91,6 @@ SERVICE_NEXT: dict[ServiceState, frozenset[ServiceState]] = {
     S.DRAINING: frozenset({S.STOPPING, S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
     S.STOPPING: frozenset({S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
     S.CLEANING: frozenset({S.BACKOFF}) | _SERVICE_ENDS,
-    S.BACKOFF: frozenset({S.STARTING, S.STOPPED}),
+    S.BACKOFF: frozenset({S.STARTING, S.STOPPED, S.CLEANUP_FAILED, S.KILLED, S.LOST}),
     **{state: frozenset() for state in SERVICE_TERMINAL},
 }
