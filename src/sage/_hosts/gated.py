@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.gate import SerialGate, SharedGate
+from sage._runtime.backend import HostFacts
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
@@ -27,9 +28,18 @@ class GatedHost(ABC):
     A host that is derived from it says how an instance is built, how its hooks run and how its attributes are reached.
     """
 
-    def __init__(self, spec: ServiceSpec, context: ServiceContext, backend: Backend, loop: CoroutineLoop) -> None:
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        context: ServiceContext,
+        backend: Backend,
+        loop: CoroutineLoop,
+        on_died: Callable[[int, str], None],
+    ) -> None:
         self.spec = spec
         self._context = context
+        self._incarnation = 0
+        self._on_died = on_died
         self._backend = backend
         self._loop = loop
         self._lane: Lane = backend.lane(spec.name)
@@ -62,10 +72,20 @@ class GatedHost(ABC):
     def hooks(self) -> frozenset[str]:
         """The names of the hooks that the instance has."""
 
-    def adopt(self, backend: Backend, loop: CoroutineLoop) -> None:
+    @property
+    def own_hooks(self) -> frozenset[str]:
+        """The names of the hooks that the host has whatever the service is."""
+        return frozenset()
+
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
         """Let another job run the hooks of an instance that is kept."""
         self._backend = backend
         self._loop = loop
+        self._on_died = on_died
+        self._incarnation = 1
+        self._context.follow(context)
         self._lane = backend.lane(self.spec.name)
 
     # --- what the supervisor asks for ---
@@ -79,6 +99,8 @@ class GatedHost(ABC):
         def work() -> None:
             try:
                 if hook == "build":
+                    self._incarnation += 1
+                    self._context = self._context.fresh(self._incarnation)
                     self._earlier.append(self._gate)
                     self._gate = self._new_gate()
                     value: Any = self._build()
@@ -97,6 +119,14 @@ class GatedHost(ABC):
                 done(value, None)
 
         self._lane.run(work)
+
+    def hurry(self, due: float) -> None:
+        """Move the `due` of an "exit" that runs forward."""
+        raise NotImplementedError("a host without a process of its own has no exit")
+
+    def facts(self) -> HostFacts:
+        """Return what the report says of the host."""
+        return HostFacts()
 
     def admit(self) -> None:
         """Let calls through."""

@@ -9,6 +9,8 @@ from sage._hosts.gated import GatedHost
 from sage._hosts.instance import Instance
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sage._plan.logical import ServiceSpec
     from sage._runtime.backend import Backend
     from sage._runtime.coroutines import CoroutineLoop
@@ -20,8 +22,15 @@ log = logging.getLogger("sage.dispatcher")
 class InlineHost(GatedHost):
     """Runs one service in this process."""
 
-    def __init__(self, spec: ServiceSpec, context: ServiceContext, backend: Backend, loop: CoroutineLoop) -> None:
-        super().__init__(spec, context, backend, loop)
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        context: ServiceContext,
+        backend: Backend,
+        loop: CoroutineLoop,
+        on_died: Callable[[int, str], None],
+    ) -> None:
+        super().__init__(spec, context, backend, loop, on_died)
         self._instance: Instance | None = None
 
     @property
@@ -29,9 +38,11 @@ class InlineHost(GatedHost):
         """The names of the hooks that the instance has."""
         return self._instance.hooks if self._instance is not None else frozenset()
 
-    def adopt(self, backend: Backend, loop: CoroutineLoop) -> None:
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
         """Let another job run the hooks of an instance that is kept."""
-        super().adopt(backend, loop)
+        super().adopt(context, backend, loop, on_died)
         if self._instance is not None:
             self._instance.loop = loop
 
