@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
 
 T = TypeVar("T")
@@ -132,6 +132,10 @@ class ServiceHandle(Generic[T]):
     def __deepcopy__(self, memo: object) -> ServiceHandle[T]:
         return self
 
+    def __reduce__(self) -> tuple[Callable[[str], ServiceHandle[Any]], tuple[str]]:
+        # In another process it leads to the same service by another way.
+        return handle_of, (self._name,)
+
     def _connect(self, calls: ServiceCalls | None) -> None:
         """Lead calls to a host, or to nowhere with None. The engine calls this, before and after a job."""
         self._calls = calls
@@ -143,6 +147,20 @@ class ServiceHandle(Generic[T]):
             error = ServiceUnavailableError(f'service "{self._name}" is not running', service=self._name)
             raise hint(error, "Services run from env.submit() until the job ends; keep_services=True keeps them.")
         return self._calls
+
+
+_nearby = threading.local()
+
+
+def resolve_handles(handles: Mapping[str, ServiceHandle[Any]]) -> None:
+    """Say what the handles stand for that are unpickled on this thread from now on."""
+    _nearby.handles = handles
+
+
+def handle_of(name: str) -> ServiceHandle[Any]:
+    """Return the handle of a service by the name that was pickled for it."""
+    handles: Mapping[str, ServiceHandle[Any]] = getattr(_nearby, "handles", {})
+    return handles[name] if name in handles else ServiceHandle(name, None)
 
 
 class ServiceMethod:
