@@ -30,9 +30,10 @@ class HookReport:
     """One call of a hook of a service.
 
     Attributes:
-        hook: its name; "build" is the constructor, "drain" the wait for running calls.
+        hook: its name; "build" is the constructor, "drain" the wait for running calls, "exit" the end of the process.
         incarnation: which instance of the service it was called on, from 1.
-        outcome: "ok", "error" or "abandoned".
+        outcome: "ok", "error", "abandoned" if it was late, "lost" if the process died while it ran, "killed" for an
+            "exit" that needed force.
         duration_s: how long it took, in seconds.
         error: type and text of what it raised, or None.
     """
@@ -56,6 +57,10 @@ class ServiceReport:
         errors: how many of them raised.
         restarts: how often it was restarted.
         stack: where its thread stood when it was abandoned, or None.
+        host: where it ran: "inline", "process" or "command".
+        pid: its last process, or None for one that had none of its own.
+        exit_code: how that process ended; negative for a signal, None where it is not known.
+        output: the last lines that it wrote.
     """
 
     name: str
@@ -65,6 +70,10 @@ class ServiceReport:
     errors: int
     restarts: int
     stack: str | None = None
+    host: str = "inline"
+    pid: int | None = None
+    exit_code: int | None = None
+    output: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
