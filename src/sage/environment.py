@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._backends.threads import ThreadsBackend
 from sage._hosts.inline import InlineHost
+from sage._hosts.job_guard import JobGuard
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.planner import plan as make_plan
 from sage._plan.signature import check_service_arguments, source_spec
@@ -56,6 +57,7 @@ class Environment:
         self._services: dict[str, ServiceSpec] = {}
         self._job: Job | None = None
         self._kept: dict[str, Any] = {}
+        self._guard: JobGuard | None = None
         JobManager().expect(self.env_uuid, self)
 
     # --- sources ---
@@ -339,9 +341,22 @@ class Environment:
         services = graph.services
         adopted = dict(self._kept)
         handler = self._open_log(job)
-        dispatcher = Dispatcher(plan, services, backend, InlineHost, self.limits, job.seal, keep=keep, adopted=adopted)
+        guard = self._guard_of(job, services)
+        dispatcher = Dispatcher(
+            plan,
+            services,
+            backend,
+            InlineHost,
+            self.limits,
+            job.seal,
+            keep=keep,
+            adopted=adopted,
+            claims=guard,
+            on_event=guard.note,
+        )
 
         def sealed(ended: Ended) -> None:
+            guard.sealed()
             self._kept = {}
             for service in services:
                 host = dispatcher.supervisor.hosts[service.name]
@@ -363,6 +378,10 @@ class Environment:
             job.begin(dispatcher)
         return job
 
+    def _guard_of(self, job: Job, services: tuple[ServiceSpec, ...]) -> JobGuard:
+        self._guard = JobGuard(job.id, self.name, None, services, before=self._guard)
+        return self._guard
+
     def _open_log(self, job: Job) -> Any:
         return SessionLogs.open(self.log_dir).open_job(self.name, job.id) if self.log_dir else None
 
@@ -373,9 +392,21 @@ class Environment:
         kept, self._kept = self._kept, {}
         specs = tuple(host.spec for host in kept.values())
         job = Job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), _interrupt_timeout_s())
-        dispatcher = Dispatcher(None, specs, self._backend(), InlineHost, self.limits, job.seal, adopted=kept)
+        guard = self._guard_of(job, specs)
+        dispatcher = Dispatcher(
+            None,
+            specs,
+            self._backend(),
+            InlineHost,
+            self.limits,
+            job.seal,
+            adopted=kept,
+            claims=guard,
+            on_event=guard.note,
+        )
 
         def sealed(_: Ended) -> None:
+            guard.sealed()
             for spec in specs:
                 spec.handle._connect(None)
 

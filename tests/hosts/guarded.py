@@ -17,7 +17,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from sage._hosts.guard import Guard, JobGuard
+from sage._hosts.guard import Guard
+from sage._hosts.job_guard import JobGuard
 from sage._runtime.processes import COOKIE_VARIABLE
 from sage.observability import Event
 
@@ -81,25 +82,21 @@ CHILDREN = {
 }
 
 
-def start_service(guard: Guard, job: str, spec: dict[str, Any], marks: str) -> tuple[subprocess.Popen[str], list[int]]:
+def start_service(job: JobGuard, spec: dict[str, Any], marks: str) -> tuple[subprocess.Popen[str], list[int]]:
     """Start one service as its host would, and return it with the process ids that it tells of."""
-    name, token = spec["name"], f"{guard.cookie}-{spec['name']}"
-    key = {"job": job, "service": name, "incarnation": 1}
-    guard.note({"entry": "service", **key, "host": "process", "requires": spec.get("requires", []), "token": token})
+    cookie = job.announce(spec["name"], 1, "process", spec.get("requires", []))
     own, theirs = socket.socketpair()
-    chain = ":".join(filter(None, [os.environ.get(COOKIE_VARIABLE), guard.cookie, token]))
     program = textwrap.dedent(CHILDREN[spec["kind"]])
     child = subprocess.Popen(
-        [sys.executable, "-c", program, str(theirs.fileno()), marks, name],
-        env={**os.environ, COOKIE_VARIABLE: chain},
+        [sys.executable, "-c", program, str(theirs.fileno()), marks, spec["name"]],
+        env={**os.environ, COOKIE_VARIABLE: cookie},
         pass_fds=[theirs.fileno()],
         start_new_session=True,
         stdout=subprocess.PIPE,
         text=True,
     )
     theirs.close()
-    guard.process(job, name, 1, child.pid)
-    guard.give(job, name, 1, own.detach())
+    job.started(spec["name"], 1, child.pid, own.detach())
     assert child.stdout is not None
     return child, [int(word) for word in child.stdout.readline().split()[1:]]
 
@@ -115,7 +112,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     order = json.loads(sys.argv[1])
     job = JobGuard("job-1", "demo", order.get("report"), ())
-    guard = job.guard()
+    guard = Guard.acquire()
     pids, children = [], []
     for spec in order["services"]:
         if spec["kind"] == "full":
@@ -123,7 +120,7 @@ def main() -> None:
             for _ in range(10):  # the journal's last page on the disk has room
                 guard.note({"entry": "sealed", "job": "another", "padding": "x" * 500})
             continue
-        child, others = start_service(guard, "job-1", spec, order["marks"])
+        child, others = start_service(job, spec, order["marks"])
         children.append(child)
         pids += [child.pid, *others]
         job.note(Event(0.0, "service", spec["name"], "starting", "ready"))
@@ -149,7 +146,9 @@ def main() -> None:
                 child.wait()
                 assert child.stdout is not None
                 child.stdout.close()
+                job.ended(order["services"][children.index(child)]["name"], 1)
             job.sealed()
+            guard.release()
             print(json.dumps({"ended": threading.active_count()}), flush=True)
 
 

@@ -210,7 +210,7 @@ def test_a_service_that_died_before_the_driver_is_lost(driver: Driver) -> None:
 
 def test_a_released_process_is_left_alone_and_listed(driver: Driver) -> None:
     """Fault 86."""
-    running = driver([{"name": "a", "kind": "family"}], [["a", {"claim": "release_process", "pid": "last pid"}]])
+    running = driver([{"name": "a", "kind": "family"}], [["a", {"claim": "release", "pid": "last pid"}]])
     running.kill_and_wait()
     assert running.alive() == [running.pids[-1]]
     assert running.report()["released"] == [running.pids[-1]]
@@ -218,7 +218,7 @@ def test_a_released_process_is_left_alone_and_listed(driver: Driver) -> None:
 
 def test_a_process_outside_of_the_run_is_ended_if_it_is_owned(driver: Driver) -> None:
     outside = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-    running = driver([{"name": "a", "kind": "hangs"}], [["a", {"claim": "own_process", "pid": outside.pid}]])
+    running = driver([{"name": "a", "kind": "hangs"}], [["a", {"claim": "process", "pid": outside.pid}]])
     send(running.processes[0], signal.SIGKILL)
     running.kill_and_wait()
     assert outside.wait(WAIT_S) == -signal.SIGTERM
@@ -250,9 +250,7 @@ def test_paths_are_removed_and_links_are_not_followed(driver: Driver, tmp_path: 
     shared_memory = Path(f"/dev/shm/sage_test_{os.getpid()}")
     shared_memory.write_bytes(b"x")
     paths = [folder, link, moved / "file", shared_memory, tmp_path / "never made"]
-    running = driver(
-        [{"name": "a", "kind": "hangs"}], [["a", {"claim": "own_path", "path": str(path)}] for path in paths]
-    )
+    running = driver([{"name": "a", "kind": "hangs"}], [["a", {"claim": "path", "path": str(path)}] for path in paths])
     moved.rmdir()
     moved.symlink_to(kept)
     send(running.processes[0], signal.SIGKILL)
@@ -269,7 +267,7 @@ def test_paths_are_removed_and_links_are_not_followed(driver: Driver, tmp_path: 
 def test_paths_of_a_service_that_stopped_are_its_own_matter(driver: Driver, tmp_path: Path) -> None:
     result = tmp_path / "result"
     result.touch()
-    running = driver([{"name": "a", "kind": "good"}], [["a", {"claim": "own_path", "path": str(result)}]])
+    running = driver([{"name": "a", "kind": "good"}], [["a", {"claim": "path", "path": str(result)}]])
     running.kill_and_wait()
     assert result.exists()
 
@@ -287,8 +285,8 @@ def test_reap_actions_run_in_a_fresh_process(driver: Driver, tmp_path: Path) -> 
     running = driver(
         [{"name": "a", "kind": "hangs"}],
         [
-            ["a", {"claim": "on_lost", "function": "actions_of_test:mark", "args": [str(marker), "table"]}],
-            ["a", {"claim": "on_lost", "function": "actions_of_test:fail", "args": {}}],
+            ["a", {"claim": "call", "function": "actions_of_test:mark", "args": [str(marker), "table"]}],
+            ["a", {"claim": "call", "function": "actions_of_test:fail", "args": []}],
         ],
     )
     send(running.processes[0], signal.SIGKILL)
@@ -447,7 +445,7 @@ def test_a_full_disk_keeps_nothing_alive(driver: Driver, tmp_path: Path) -> None
             [{"name": "full disk", "kind": "full", "path": str(tiny / "full")}, *CHAIN],
             environment={"TMPDIR": str(tiny), "SAGE_STATE_DIR": str(tiny / "state")},
         )
-        assert b'"name":"demo"' in (running.folder / "journal.jsonl").read_bytes()
+        assert b'"entry":"run"' in (running.folder / "journal.jsonl").read_bytes()
         assert b'"process"' not in (running.folder / "journal.jsonl").read_bytes()
         running.kill_and_wait()
         assert running.marks.read_text().split("\n") == ["a stop", "b stop", "c stop", ""]

@@ -32,8 +32,8 @@ ENTRIES: list[dict[str, Any]] = [
     {"entry": "service", **A, "host": "process", "requires": [], "token": "ta"},
     {"entry": "service", **B, "host": "process", "requires": ["a"], "token": "tb"},
     {"entry": "process", **A, "pid": 8, "started": 80, "stop_signal": None},
-    {"entry": "claim", "job": "j1", "service": "a", "claim": "own_path", "path": "/dev/shm/segment"},
-    {"entry": "claim", "job": "j1", "service": "a", "claim": "release_process", "pid": 9, "started": 90},
+    {"entry": "claim", "job": "j1", "service": "a", "claim": "path", "path": "/dev/shm/segment"},
+    {"entry": "claim", "job": "j1", "service": "a", "claim": "release", "pid": 9, "started": 90},
     {"entry": "state", "job": "j1", "service": "a", "state": "ready"},
     {"entry": "state", "job": "j1", "service": "b", "state": "stopped"},
     {"entry": "sealed", "job": "j1"},
@@ -92,16 +92,18 @@ def test_a_restart_is_a_new_incarnation_and_the_claims_of_the_old_one_stay_due()
 @pytest.mark.parametrize(
     ("state", "due"),
     [
-        ("ready", ["on_lost", "own_path"]),
-        ("killed", ["on_lost", "own_path"]),
-        ("lost", ["on_lost", "own_path"]),
-        ("cleanup_failed", ["own_path"]),
-        ("failed_start", ["own_path"]),
+        ("ready", ["call", "path"]),
+        ("killed", ["call", "path"]),
+        ("lost", ["call", "path"]),
+        ("cleanup_failed", ["path"]),
+        ("failed_start", ["path"]),
+        ("failed", ["path"]),
+        ("abandoned", ["path"]),
         ("stopped", []),
     ],
 )
 def test_which_claims_are_due(state: str, due: list[str]) -> None:
-    on_lost = {"entry": "claim", "job": "j1", "service": "a", "claim": "on_lost", "function": "m:f", "args": []}
+    on_lost = {"entry": "claim", "job": "j1", "service": "a", "claim": "call", "function": "m:f", "args": []}
     ended = {"entry": "state", "job": "j1", "service": "a", "state": state}
     reaped = {"entry": "reaped", **A}
     run = replay(map(encode, [ENTRIES[2], ENTRIES[5], on_lost, ended]))
@@ -115,7 +117,7 @@ def test_a_kept_service_belongs_to_the_job_that_uses_it_next() -> None:
     adopted = {"entry": "adopted", "job": "j2", "from": "j1", "service": "a"}
     run = replay(map(encode, [*ENTRIES[:6], kept, ENTRIES[9]]))
     assert not run.jobs["j1"].is_over
-    run = replay(map(encode, [*ENTRIES[:6], kept, ENTRIES[9], adopted]))
+    run = replay(map(encode, [*ENTRIES[:3], {**ENTRIES[4], "incarnation": 2}, ENTRIES[5], kept, ENTRIES[9], adopted]))
     assert run.jobs["j1"].is_over
     assert run.jobs["j2"].services["a", 1].process == Process(8, 80)
     assert run.jobs["j2"].services["a", 1].job == "j2"
@@ -162,18 +164,19 @@ def test_a_link_in_the_place_of_the_journal_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/", "/etc", "/tmp/..", "/dev/shm", "/var/tmp", "~", "~/.."])
 def test_nobody_owns_what_is_shared(path: str) -> None:
     with pytest.raises(ValueError, match="cannot belong to one service"):
-        checked({"claim": "own_path", "path": os.path.expanduser(path)})
+        checked({"claim": "path", "path": os.path.expanduser(path)})
 
 
 def test_claims_that_cannot_be_carried_out_are_refused_at_once() -> None:
-    for entry, text in [
-        ({"claim": "own_process", "pid": 1}, "not one that a service started"),
-        ({"claim": "release_process", "pid": 2**22}, "there is no process"),
-        ({"claim": "on_lost", "function": "no_colon", "args": []}, "module:function"),
-        ({"claim": "on_lost", "function": "__main__:f", "args": []}, "no other process can import"),
-        ({"claim": "on_lost", "function": "m:f", "args": [object()]}, "ready for JSON"),
-        ({"claim": "on_lost", "function": "m:f", "args": "x"}, "a list or a dict"),
-        ({"claim": "own_soul"}, "own_soul"),
-    ]:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"claim": "process", "pid": 1}, "not one that a service started"),
+        ({"claim": "release", "pid": 2**22}, "there is no process"),
+        ({"claim": "call", "function": "no_colon", "args": []}, "module:function"),
+        ({"claim": "call", "function": "__main__:f", "args": []}, "no other process can import"),
+        ({"claim": "call", "function": "m:f", "args": [object()]}, "ready for JSON"),
+        ({"claim": "call", "function": "m:f", "args": "x"}, "a list, not str"),
+        ({"claim": "soul"}, "not 'soul'"),
+    ]
+    for entry, text in refused:
         with pytest.raises(ValueError, match=text):
             checked(entry)

@@ -17,16 +17,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._hosts import guardian
-from sage._hosts.reaping import checked, reap
+from sage._hosts.reaping import reap
 from sage._runtime.journal import Journal, encode, make_private, replay
-from sage._runtime.processes import process
+from sage._runtime.processes import COOKIE_VARIABLE, process
 from sage.errors import ServiceError
 
 if TYPE_CHECKING:
     from sage._hosts.stop_order import Key
-    from sage._plan.logical import ServiceSpec
     from sage._runtime.journal import Entry
-    from sage.observability import Event
 
 log = logging.getLogger("sage.dispatcher")
 
@@ -138,30 +136,35 @@ class Guard:
             if not self._write(entry):
                 self._send({"do": "note", "entry": entry})
 
-    def process(self, job: str, service: str, incarnation: int, pid: int, stop_signal: int | None = None) -> None:
-        """Note the process of a service right after it was started; a command names the signal that ends it."""
-        found = process(pid)
-        if found is not None:
-            key = {"job": job, "service": service, "incarnation": incarnation}
-            self.note({"entry": "process", **key, **found._asdict(), "stop_signal": stop_signal})
-
-    def give(self, job: str, service: str, incarnation: int, descriptor: int) -> None:
+    def give(self, key: Key, descriptor: int) -> None:
         """Hand the guardian's end of a service's guard socket over; the guard closes it.
 
         The driver keeps its own copy for the next guardian, so that a service sees end-of-file only when both are gone.
         """
         with self._lock_of_run:
-            self._given[job, service, incarnation] = descriptor
-            self._hand_over((job, service, incarnation), descriptor)
+            self._given[key] = descriptor
+            self._hand_over(key, descriptor)
 
-    def take_back(self, job: str, service: str, incarnation: int) -> None:
+    def rename(self, key: Key, new: Key) -> None:
+        """Know a service by another key: its job kept it, and the next one takes it over."""
+        with self._lock_of_run:
+            descriptor = self._given.pop(key, None)
+            if descriptor is not None:
+                self._given[new] = descriptor
+                self._hand_over(new, descriptor)
+                self._send({"do": "take", "key": key})
+
+    def take_back(self, key: Key) -> None:
         """Close what `give` was given, after the process has ended. Does nothing twice."""
-        key = (job, service, incarnation)
         with self._lock_of_run:
             descriptor = self._given.pop(key, None)
             if descriptor is not None:
                 os.close(descriptor)
                 self._send({"do": "take", "key": key})
+
+    def new_token(self) -> str:
+        """Return what one incarnation of a service carries in its cookie, behind the one of the run."""
+        return secrets.token_hex(COOKIE_BYTES)
 
     def reap(self, job: str, service: str | None = None) -> list[str]:
         """Act on the claims that are due of a job's services, or of one of them, and return what went wrong."""
@@ -169,10 +172,9 @@ class Guard:
             run = replay(self._lines)
         errors: list[str] = []
         for line in reversed(list(run.job(job).services.values())):
-            if line.claims_due() and service in (None, line.name):
+            if line.claims_due() and line.state != "kept" and service in (None, line.name):
                 errors += reap(run, line)
-                key = {"job": job, "service": line.name, "incarnation": line.incarnation}
-                self.note({"entry": "reaped", **key})
+                self.note({"entry": "reaped", "job": job, "service": line.name, "incarnation": line.incarnation})
         for error in errors:
             log.error("reap action failed %s", error)
         return errors
@@ -195,7 +197,7 @@ class Guard:
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         lease, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {name: value for name, value in os.environ.items() if name != "SAGE_COOKIE"}
+        environment = {name: value for name, value in os.environ.items() if name != COOKIE_VARIABLE}
         with other, _log_file(self.folder) as log_file:
             command = [sys.executable, "-I", "-S", guardian.__file__, self.folder, str(other.fileno())]
             process = subprocess.Popen(
@@ -290,93 +292,6 @@ os.register_at_fork(
     after_in_parent=Guard._after_fork_in_parent,
     after_in_child=Guard._after_fork_in_child,
 )
-
-
-class JobGuard:
-    """What one job tells the guardian: nothing, until it has a process or a claim.
-
-    Args:
-        id_: the job's id.
-        name: its name.
-        report: the file of its report, or None.
-        services: its services, in the order of registration.
-    """
-
-    def __init__(self, id_: str, name: str, report: str | None, services: tuple[ServiceSpec, ...]) -> None:
-        self._id = id_
-        self._name = name
-        self._report = report
-        self._services = services
-        self._began_at = time.time()
-        self._guard: Guard | None = None
-        self._states: dict[str, str] = {}
-        self._is_sealed = False
-        self._lock = threading.Lock()
-
-    def guard(self) -> Guard:
-        """Return the guard of this process, which from now on knows the job.
-
-        Raises:
-            ServiceError: the run's folder cannot be made, or is not safe from others; or the job is over.
-        """
-        with self._lock:
-            if self._guard is None:
-                if self._is_sealed:
-                    raise ServiceError(f'job "{self._name}" is over')
-                self._guard = Guard.acquire()
-                self._introduce(self._guard)
-            return self._guard
-
-    def claim(self, service: str, entry: Entry) -> None:
-        """Write down what a service is about to make, or to let go.
-
-        Raises:
-            ValueError: it cannot be carried out, or would take away what belongs to others.
-        """
-        self.guard().note({"entry": "claim", "job": self._id, "service": service, **checked(entry)})
-
-    def adopt(self, service: str, from_job: str) -> None:
-        """Take over a service that another job kept."""
-        self.guard().note({"entry": "adopted", "job": self._id, "from": from_job, "service": service})
-
-    def note(self, event: Event) -> None:
-        """Take in a change of state."""
-        if event.subject != "service":
-            return
-        with self._lock:
-            self._states[event.name] = event.after
-            guard = self._guard
-        if guard is not None:
-            guard.note(self._state(event.name, event.after))
-
-    def sealed(self) -> None:
-        """End it: what is due of claims is done, and nothing of the job is the guardian's matter any more."""
-        with self._lock:
-            self._is_sealed = True
-            guard, self._guard = self._guard, None
-        if guard is not None:
-            guard.reap(self._id)
-            guard.note({"entry": "sealed", "job": self._id})
-            guard.release()
-
-    def _introduce(self, guard: Guard) -> None:
-        guard.note(
-            {
-                "entry": "job",
-                "job": self._id,
-                "name": self._name,
-                "report": self._report,
-                "began_at": self._began_at,
-            }
-        )
-        for spec in self._services:
-            key = {"job": self._id, "service": spec.name, "incarnation": 1}
-            guard.note({"entry": "service", **key, "host": "inline", "requires": list(spec.requires), "token": None})
-        for name, state in self._states.items():
-            guard.note(self._state(name, state))
-
-    def _state(self, name: str, state: str) -> Entry:
-        return {"entry": "state", "job": self._id, "service": name, "state": str(state)}
 
 
 def _run_entry(cookie: str) -> Entry:

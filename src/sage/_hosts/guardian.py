@@ -44,10 +44,10 @@ def main() -> None:
         reap_folder(folder)
         return
     lock = locked(folder)
-    guardian = Guardian(folder, socket.socket(fileno=int(sys.argv[2])))
-    guardian.run()
+    Guardian(folder, socket.socket(fileno=int(sys.argv[2]))).run()
     if lock is not None:
         os.close(lock)
+    os._exit(0)  # the driver waits, and there is nothing left to tidy up
 
 
 class Guardian:

@@ -31,8 +31,7 @@ module, _, name = order["function"].partition(":")
 target = importlib.import_module(module)
 for part in name.split("."):
     target = getattr(target, part)
-args = order["args"]
-target(**args) if isinstance(args, dict) else target(*args)
+target(*order["args"])
 """
 
 
@@ -43,22 +42,22 @@ def checked(entry: Entry) -> Entry:
         ValueError: it could never be carried out, or would take away what belongs to others.
     """
     match entry["claim"]:
-        case "own_path":
+        case "path":
             path = os.path.abspath(os.fspath(entry["path"]))
             path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             _refuse_wide(path)
             return {**entry, "path": path}
-        case "own_process" | "release_process":
+        case "process" | "release":
             if entry["pid"] in (1, os.getpid(), os.getppid()):
                 raise ValueError(f"process {entry['pid']} is not one that a service started")
             found = process(entry["pid"])
             if found is None:
                 raise ValueError(f"there is no process {entry['pid']}, so it can be neither owned nor released")
             return {**entry, "started": found.started}
-        case "on_lost":
+        case "call":
             return {**entry, "args": _checked_args(entry["function"], entry["args"])}
         case other:
-            raise ValueError(f"a claim is own_path, own_process, on_lost or release_process, not {other!r}")
+            raise ValueError(f"a claim is a path, process, call or release, not {other!r}")
 
 
 def reap(run: Run, service: ServiceLine) -> list[str]:
@@ -76,7 +75,7 @@ def reap(run: Run, service: ServiceLine) -> list[str]:
 
 def owned_processes(services: Iterable[ServiceLine]) -> set[Process]:
     """Return the processes that services own by a claim that is due, and that still run."""
-    claims = (claim for service in services for claim in service.claims_due() if claim["claim"] == "own_process")
+    claims = (claim for service in services for claim in service.claims_due() if claim["claim"] == "process")
     owned = {Process(claim["pid"], claim["started"]) for claim in claims}
     return {one for one in owned if is_alive(one)}
 
@@ -133,13 +132,13 @@ def run_on_lost(run: Run, function: str, args: Any) -> None:
 def _carry_out(run: Run, claim: Entry) -> str | None:
     try:
         match claim["claim"]:
-            case "own_path":
+            case "path":
                 remove(claim["path"])
-            case "own_process":
+            case "process":
                 one = Process(claim["pid"], claim["started"])
                 if end_all(lambda: {one} if is_alive(one) else set()).left:
                     return f"process {one.pid} cannot be ended"
-            case "on_lost":
+            case "call":
                 run_on_lost(run, claim["function"], claim["args"])
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
@@ -163,8 +162,8 @@ def _checked_args(function: str, args: Any) -> Any:
         error = ValueError(f"on_lost cannot call {name} of the program that is run, which no other process can import")
         error.add_note("Put the function into a module of its own.")
         raise error
-    if not isinstance(args, list | tuple | dict):
-        raise ValueError(f"the arguments for {function} are a list or a dict, not {type(args).__name__}")
+    if not isinstance(args, list | tuple):
+        raise ValueError(f"the arguments for {function} are a list, not {type(args).__name__}")
     try:
         return json.loads(json.dumps(args))
     except TypeError as error:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 JOURNAL = "journal.jsonl"
 
 CLEAN_ENDS = frozenset({"stopped", "skipped"})
-CLEANED_ENDS = CLEAN_ENDS | {"cleanup_failed", "failed_start"}
+CLEANED_ENDS = CLEAN_ENDS | {"cleanup_failed", "failed_start", "failed", "abandoned"}
 """States after which the hooks for the end were called, whatever came of them."""
 
-ENDED = CLEANED_ENDS | {"killed", "lost", "abandoned"}
+ENDED = CLEANED_ENDS | {"killed", "lost"}
 
 Entry = dict[str, Any]
 
@@ -62,11 +62,11 @@ class ServiceLine:
     def claims_due(self) -> list[Entry]:
         """Return the claims that nobody has seen to, the last declared first.
 
-        After a cleanup that raised, only what it owned is taken away: `on_lost` stands for cleanups that never ran.
+        After a cleanup that raised, only what it owned is taken away: the calls stand for cleanups that never ran.
         """
         if self.is_reaped or self.state in CLEAN_ENDS:
             return []
-        kinds = {"own_path", "own_process"} if self.state in CLEANED_ENDS else {"own_path", "own_process", "on_lost"}
+        kinds = {"path", "process"} if self.state in CLEANED_ENDS else {"path", "process", "call"}
         return [claim for claim in reversed(self.claims) if claim["claim"] in kinds]
 
 
@@ -201,11 +201,11 @@ def _take(run: Run, entry: Entry) -> None:
 def _take_service(run: Run, entry: Entry) -> None:
     job, name = run.job(entry["job"]), entry["service"]
     if entry["entry"] == "adopted":
-        # A kept service goes over to the job that uses it next.
-        for key, service in list(run.job(entry["from"]).services.items()):
-            if key[0] == name:
-                job.services[key] = run.job(entry["from"]).services.pop(key)
-                service.job = job.id
+        # A kept service goes over to the job that uses it next, where its instance is the first.
+        service = run.job(entry["from"]).latest(name)
+        del run.job(entry["from"]).services[name, service.incarnation]
+        service.job, service.incarnation = job.id, 1
+        job.services[name, 1] = service
         return
     if "incarnation" in entry:
         key = (name, entry["incarnation"])
@@ -223,7 +223,7 @@ def _take_service(run: Run, entry: Entry) -> None:
         case "reaped":
             service.is_reaped = True
         case "claim":
-            if entry["claim"] == "release_process":
+            if entry["claim"] == "release":
                 run.released.append(Process(entry["pid"], entry["started"]))
             service.claims.append(entry)
         case other:

@@ -57,6 +57,7 @@ class Supervisor:
         backend: Backend,
         loop: CoroutineLoop,
         on_sealed: Callable[[Ended], None],
+        on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self.state = state
         self.tasks = tasks
@@ -66,6 +67,7 @@ class Supervisor:
         self.is_sealed = False
         self._loop = loop
         self._on_sealed = on_sealed
+        self._on_event = on_event
         self._hooks: dict[str, list[HookReport]] = {name: [] for name in hosts}
         self._hook_began: dict[str, tuple[str, int, float]] = {}
         self._stacks: dict[str, str] = {}
@@ -170,6 +172,7 @@ class Supervisor:
     def _note(self, action: Action) -> None:
         event = Event(time.time(), action.hook, action.target, action.before, action.after)
         self.events.append(event)
+        self._on_event(event)
         log.info("%s", event)
 
     def _run_hook(self, action: Action) -> None:
