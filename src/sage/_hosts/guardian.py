@@ -16,7 +16,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 if __name__ == "__main__":
     # An isolated interpreter knows the standard library only; what is beside this file comes last.
@@ -41,7 +43,7 @@ def main() -> None:
         signal.signal(signum, lambda *_: None)
     folder = sys.argv[1]
     if len(sys.argv) == 2:
-        reap_folder(folder)
+        reap_folder(folder, log)
         return
     lock = locked(folder)
     Guardian(folder, socket.socket(fileno=int(sys.argv[2]))).run()
@@ -188,21 +190,25 @@ def _is_stale(folder: str) -> bool:
     return not is_alive(driver)
 
 
-def reap_folder(folder: str) -> bool:
-    """See to what is left of a run whose driver and guardian have died; return False if its guardian lives."""
+def reap_folder(folder: str, log: Callable[[str], None]) -> list[dict[str, Any]] | None:
+    """See to what is left of a run whose driver has died, and return the reports of its jobs.
+
+    None stands for a run that has a guardian, which does the same, or whose driver lives.
+    """
     lock = locked(folder)
     if lock is None and os.path.exists(os.path.join(folder, LOCK)):
-        return False
+        return None
     run = Run()
     with suppress(OSError):
         run = replay(read_lines(folder))
+    reports = None
     if run.driver is None or not is_alive(run.driver):
         run.cookie = run.cookie or os.path.basename(folder)
-        take_over(run, {}, log)
+        reports = take_over(run, {}, log)
         shutil.rmtree(folder, ignore_errors=True)
     if lock is not None:
         os.close(lock)
-    return True
+    return reports
 
 
 def log(text: str) -> None:

@@ -125,6 +125,7 @@ class JobGuard:
 
         Services that are kept stay its matter until the next job takes them over.
         """
+        self._services = ()
         guard = self._guard
         if guard is None:
             self._is_over = True

@@ -28,8 +28,10 @@ def take_over(
     lines: Mapping[Key, socket.socket],
     log: Callable[[str], None],
     timeout_s: float = STOP_TIMEOUT_S,
-) -> None:
-    """End everything that is left of a run, then write the reports of its jobs. Nothing is written before.
+) -> list[dict[str, Any]]:
+    """End everything that is left of a run, then write the reports of its jobs and return them.
+
+    Nothing is written before: a disk that is full must not keep anything alive.
 
     Args:
         run: what its journal tells.
@@ -51,10 +53,14 @@ def take_over(
         errors[service.job] += reap(run, service)
     # Reap actions may have started processes.
     errors["" if not jobs else jobs[0].id] += _left(end_all(lambda: _of_run(run)).left)
+    reports = []
     for job in jobs:
         for problem in errors[job.id]:
             log(f"job {job.id}: {problem}")
-        _write_report(run, job, lost_report(run, job, ends, errors[job.id]), log)
+        report = lost_report(run, job, ends, errors[job.id])
+        _write_report(run, job, report, log)
+        reports.append(report)
+    return reports
 
 
 def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:
