@@ -416,6 +416,10 @@ class Environment:
         job.begin(dispatcher)
         job.wait()
 
+    def _after_fork_in_child(self) -> None:
+        """Forget the job and the kept services, which belong to the process that this one was forked from."""
+        self._job, self._guard, self._kept = None, None, {}
+
     def _close_at_exit(self) -> None:
         if self._kept:
             names = ", ".join(self._kept)
