@@ -1,0 +1,184 @@
+"""The driver is killed: what its services leave behind is taken away, and a report says LOST."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sage import BaseService, Cleanliness, JobErrorGroup, LocalEnvironment
+from sage._hosts.guard import Guard, runs_folder
+
+SOURCES = Path(__file__).parents[2] / "src"
+WAIT_S = 30.0
+
+ACTIONS = """
+    import pathlib
+
+    def drop_table(marks, name):
+        with open(marks, "a") as file:
+            file.write(f"dropped {name}\\n")
+"""
+
+INLINE = """
+    import os, sys, threading
+    from multiprocessing import resource_tracker
+    from multiprocessing.shared_memory import SharedMemory
+    from sage import BaseService, LocalEnvironment
+
+    folder = sys.argv[1]
+
+    class Store(BaseService):
+        def setup(self):
+            self.ctx.own_path(f"/dev/shm/{self.segment}")
+            self.memory = SharedMemory(self.segment, create=True, size=100)
+            # The tracker of the standard library would unlink it too, where it outlives its parent.
+            resource_tracker.unregister(self.memory._name, "shared_memory")
+            self.ctx.own_path(f"{folder}/spill")
+            os.makedirs(f"{folder}/spill/deep")
+            self.ctx.on_lost("actions_of_test:drop_table", [f"{folder}/marks", self.name])
+
+        def __init__(self, segment):
+            self.segment = segment
+
+        def cleanup(self):
+            self.memory.unlink()
+
+    env = LocalEnvironment("nightly")
+    env.register_service("store", Store, sys.argv[2])
+    env.from_batch([1]).sink(lambda _: (print("up", os.getpid(), flush=True), threading.Event().wait()))
+    env.submit(autostop=True)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Return what starts a program and waits for its first line, "up"."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "actions_of_test.py").write_text(textwrap.dedent(ACTIONS))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (SOURCES, tmp_path))),
+        "TMPDIR": str(tmp_path / "temporary"),
+        "SAGE_STATE_DIR": str(tmp_path / "state"),
+    }
+    programs: list[subprocess.Popen[str]] = []
+
+    def started(text: str, *words: str) -> subprocess.Popen[str]:
+        file = tmp_path / "program.py"
+        file.write_text(textwrap.dedent(text))
+        program = subprocess.Popen(
+            [sys.executable, str(file), str(tmp_path), *words], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        programs.append(program)
+        assert program.stdout is not None
+        assert program.stdout.readline().startswith("up")
+        return program
+
+    yield started
+    for program in programs:
+        program.kill()
+        program.wait()
+        assert program.stdout is not None
+        program.stdout.close()
+
+
+def wait_report(folder: Path) -> dict[str, Any]:
+    """Wait until the guardian has removed the folder of the run, which is its last act, and return the report."""
+    (runs,) = (folder / "temporary").iterdir()
+    due = time.monotonic() + WAIT_S
+    while list(runs.iterdir()):
+        assert time.monotonic() < due, "the guardian has not ended"
+        time.sleep(0.01)
+    (report,) = (folder / "state" / "reports").iterdir()
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def test_what_a_service_in_the_killed_driver_declared_is_taken_away(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Faults 69, 84 and 85."""
+    segment = f"sage_death_{os.getpid()}"
+    program = start(INLINE, segment)
+    assert Path(f"/dev/shm/{segment}").exists()
+    assert (tmp_path / "spill" / "deep").exists()
+    program.kill()
+    program.wait()
+    report = wait_report(tmp_path)
+    assert (report["name"], report["state"], report["cleanliness"]) == ("nightly", "lost", "dirty")
+    assert [(service["name"], service["state"]) for service in report["services"]] == [("store", "lost")]
+    assert report["errors"] == []
+    assert not Path(f"/dev/shm/{segment}").exists()
+    assert not (tmp_path / "spill").exists()
+    assert (tmp_path / "marks").read_text() == "dropped store\n"
+
+
+class Spilling(BaseService):
+    """Owns a folder and a segment, and may fail to clean them up."""
+
+    def __init__(self, folder: Path, fails: bool) -> None:
+        self.folder, self.fails = folder, fails
+
+    def setup(self) -> None:
+        self.ctx.own_path(self.folder)
+        self.folder.mkdir()
+        self.ctx.on_lost("no_such_module:function")
+
+    def cleanup(self) -> None:
+        if self.fails:
+            raise OSError("disk full")
+        self.folder.rmdir()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_service_declared_is_gone_at_the_end_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    env = LocalEnvironment("demo")
+    env.register_service("spill", Spilling, tmp_path / "spilled", fails)
+    seen: list[object] = []
+    env.from_batch([1]).sink(lambda _: seen.append((tmp_path / "spilled").exists()))
+    job = env.submit()
+    if fails:
+        with pytest.raises(JobErrorGroup, match="disk full"):
+            job.wait()
+    else:
+        assert job.wait().cleanliness is Cleanliness.CLEAN
+    assert seen == [True]
+    assert not (tmp_path / "spilled").exists()
+    assert list(Path(runs_folder()).iterdir()) == []
+    assert Guard._current is None
+
+
+def test_a_kept_service_stays_under_guard_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    env = LocalEnvironment("demo")
+    env.register_service("spill", Spilling, tmp_path / "spilled", False)
+    env.from_batch([1]).sink(lambda _: None)
+    env.submit(autostop=True, keep_services=True)
+    guard = Guard._current
+    assert guard is not None
+    env.submit(autostop=True)
+    assert Guard._current is guard
+    assert (tmp_path / "spilled").exists()
+    env.close()
+    assert Guard._current is None
+    assert not (tmp_path / "spilled").exists()
+
+
+def test_a_job_without_claims_has_no_guardian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    env = LocalEnvironment("demo")
+    env.from_batch([1]).sink(lambda _: None)
+    env.submit(autostop=True)
+    assert not Path(runs_folder()).exists()
