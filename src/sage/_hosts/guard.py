@@ -7,13 +7,14 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._hosts import guardian
@@ -23,6 +24,8 @@ from sage._runtime.processes import COOKIE_VARIABLE, process
 from sage.errors import ServiceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sage._hosts.stop_order import Key
     from sage._runtime.journal import Entry
 
@@ -34,7 +37,6 @@ GUARDIANS_MAX = 5
 GUARDIAN_LIFE_MIN_S = 10.0
 """One that lived as long has not ended at once."""
 
-END_TIMEOUT_S = 5.0
 COOKIE_BYTES = 8
 
 
@@ -110,18 +112,12 @@ class Guard:
             if self._users_count or Guard._current is not self:
                 return
             Guard._current = None
+        # Everything is over, so that there is nothing to tell it, and it need not even have begun.
         with self._lock_of_run:
             self._is_over = True
-            guardian_process = self._guardian
-            self._send({"do": "done"})
-        try:
-            guardian_process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            log.error("guardian did not end and is killed pid=%d", guardian_process.pid)
-            guardian_process.kill()
+            self._guardian.kill()
         self._watcher.join()
         self._close()
-        # The guardian removes the folder as its last act, so that a driver that dies just now leaves none behind.
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -184,21 +180,22 @@ class Guard:
     def _write(self, entry: Entry) -> bool:
         line = encode(entry)
         self._lines.append(line)
-        try:
-            if self._journal is None:
-                self._journal = Journal(self.folder)
-            self._journal.write(line)
-        except OSError as error:
-            # The guardian learns of it by the lease; only the death of both would forget it.
-            log.error("journal cannot be written folder=%s error=%s", self.folder, error)
-            self._unwritten.append(entry)
-            return False
-        return True
+        if not self._unwritten:
+            try:
+                if self._journal is None:
+                    self._journal = Journal(self.folder)
+                self._journal.write(line)
+                return True
+            except OSError as error:
+                log.error("journal cannot be written folder=%s error=%s", self.folder, error)
+        # From now on the guardian learns everything by the lease, in order; only the death of both would forget it.
+        self._unwritten.append(entry)
+        return False
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         lease, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: value for name, value in os.environ.items() if name != COOKIE_VARIABLE}
-        with other, _log_file(self.folder) as log_file:
+        with other, _log_file(self.folder) as log_file, _blocked(guardian.IGNORED):
             command = [sys.executable, "-I", "-S", guardian.__file__, self.folder, str(other.fileno())]
             process = subprocess.Popen(
                 command,
@@ -319,6 +316,16 @@ def _make_folder(cookie: str) -> str:
             refused.add_note(note)
         raise refused from error
     return folder
+
+
+@contextmanager
+def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Let what is started meanwhile begin with the signals blocked, so that they cannot end it before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _log_file(folder: str) -> Any:

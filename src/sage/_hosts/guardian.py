@@ -30,6 +30,7 @@ from sage._runtime.journal import Run, check_private, encode, read_lines, replay
 from sage._runtime.processes import is_alive
 
 LOCK = "lock"
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 MESSAGE_BYTES_MAX = 65_536
 DESCRIPTORS_MAX = 8
 EMPTY_AGE_MIN_S = 60.0
@@ -37,10 +38,11 @@ EMPTY_AGE_MIN_S = 60.0
 
 
 def main() -> None:
-    """Guard a run until its driver ends it or dies, or see to what is left of an old one."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    """Guard a run until its driver dies, or see to what is left of an old one; without need, the driver kills it."""
+    for signum in IGNORED:
         # Not SIG_IGN, which what is started from here would inherit.
         signal.signal(signum, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     folder = sys.argv[1]
     if len(sys.argv) == 2:
         reap_folder(folder, log)
@@ -49,7 +51,6 @@ def main() -> None:
     Guardian(folder, socket.socket(fileno=int(sys.argv[2]))).run()
     if lock is not None:
         os.close(lock)
-    os._exit(0)  # the driver waits, and there is nothing left to tidy up
 
 
 class Guardian:
@@ -65,49 +66,51 @@ class Guardian:
         self._poll = select.poll()
 
     def run(self) -> None:
-        """Wait for the end of the lease, and take over unless the driver said that all is done."""
+        """Wait for the end of the lease, and take over."""
         self._poll.register(self._lease, select.POLLIN)
         for stale in stale_folders(os.path.dirname(self._folder), besides=self._folder):
             self._start_reaper(stale)
-        while True:
-            for descriptor, _ in self._poll.poll():
-                if descriptor == self._lease.fileno():
-                    word = self._read_lease()
-                    if word is not None:
-                        self._finish(take_over_first=word == "died")
-                        return
-                elif descriptor in self._reapers:
-                    self._poll.unregister(descriptor)
-                    self._reapers.pop(descriptor).wait()
-                    os.close(descriptor)
-                else:
-                    self._hear(descriptor)
+        while self._listen():
+            pass
+        run = self._run()
+        log(f"the driver died, {len(run.jobs)} jobs are known")
+        take_over(run, self._lines, log)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _read_lease(self) -> str | None:
-        """Take in one message; return "died" at end-of-file, "done" if the driver says so, else None."""
+    def _listen(self) -> bool:
+        """Wait for something to happen, and return whether the driver lives."""
+        for descriptor, _ in self._poll.poll():
+            if descriptor == self._lease.fileno():
+                if not self._read_lease():
+                    return False
+            elif descriptor in self._reapers:
+                self._poll.unregister(descriptor)
+                self._reapers.pop(descriptor).wait()
+                os.close(descriptor)
+            elif descriptor in self._keys:
+                self._hear(descriptor)
+        return True
+
+    def _read_lease(self) -> bool:
+        """Take in one message, and return False at end-of-file."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._lease, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX)
         except OSError:
-            return "died"
+            return False
         if not data:
-            return "died"
+            return False
         word = json.loads(data)
-        match word["do"]:
-            case "done":
-                return "done"
-            case "give":
-                job, name, incarnation = word["key"]
-                self._drop((job, name, incarnation))
-                line = socket.socket(fileno=descriptors[0])
-                self._lines[job, name, incarnation] = line
-                self._keys[line.fileno()] = (job, name, incarnation)
-                self._poll.register(line, select.POLLIN)
-            case "take":
-                job, name, incarnation = word["key"]
-                self._drop((job, name, incarnation))
-            case "note":
-                self._unwritten.append(encode(word["entry"]))
-        return None
+        if word["do"] == "note":
+            self._unwritten.append(encode(word["entry"]))
+            return True
+        job, name, incarnation = word["key"]
+        self._drop((job, name, incarnation))
+        if word["do"] == "give":
+            line = socket.socket(fileno=descriptors[0])
+            self._lines[job, name, incarnation] = line
+            self._keys[line.fileno()] = (job, name, incarnation)
+            self._poll.register(line, select.POLLIN)
+        return True
 
     def _hear(self, descriptor: int) -> None:
         """Read what nobody asked for, or the end of a service."""
@@ -125,13 +128,6 @@ class Guardian:
             self._poll.unregister(line)
             del self._keys[line.fileno()]
             line.close()
-
-    def _finish(self, *, take_over_first: bool) -> None:
-        if take_over_first:
-            run = self._run()
-            log(f"the driver died, {len(run.jobs)} jobs are known")
-            take_over(run, self._lines, log)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _run(self) -> Run:
         lines: list[bytes] = []

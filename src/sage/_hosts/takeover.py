@@ -53,10 +53,10 @@ def take_over(
         errors[service.job] += reap(run, service)
     # Reap actions may have started processes.
     errors["" if not jobs else jobs[0].id] += _left(end_all(lambda: _of_run(run)).left)
+    for problem in (problem for problems in errors.values() for problem in problems):
+        log(problem)
     reports = []
     for job in jobs:
-        for problem in errors[job.id]:
-            log(f"job {job.id}: {problem}")
         report = lost_report(run, job, ends, errors[job.id])
         _write_report(run, job, report, log)
         reports.append(report)

@@ -202,6 +202,8 @@ def _take_service(run: Run, entry: Entry) -> None:
     job, name = run.job(entry["job"]), entry["service"]
     if entry["entry"] == "adopted":
         # A kept service goes over to the job that uses it next, where its instance is the first.
+        if not any(other == name for other, _ in run.job(entry["from"]).services):
+            return
         service = run.job(entry["from"]).latest(name)
         del run.job(entry["from"]).services[name, service.incarnation]
         service.job, service.incarnation = job.id, 1
