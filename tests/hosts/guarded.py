@@ -34,6 +34,16 @@ CHILDREN = {
         if data:
             line.send(json.dumps({"stopped": True, "errors": []}).encode() + b"\\n")
     """,
+    "meets": """
+        import json, os, socket, sys
+        line = socket.socket(fileno=int(sys.argv[1]))
+        print("up", flush=True)
+        line.recv(1000)
+        # Opening a pipe by name waits for the other one, which must have been asked to stop too.
+        with open(sys.argv[2] + ".pipe", "w" if sys.argv[3] == "writer" else "r"):
+            pass
+        line.send(json.dumps({"stopped": True, "errors": []}).encode() + b"\\n")
+    """,
     "raises": """
         import json, os, socket, sys
         line = socket.socket(fileno=int(sys.argv[1]))

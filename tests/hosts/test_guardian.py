@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sage._hosts import guardian
 from sage._hosts.guard import Guard, runs_folder
-from sage._hosts.stop_order import followers
+from sage._hosts.stop_order import StopOrder, followers
 from sage._runtime.journal import ServiceLine
 from sage._runtime.processes import Process, is_alive, process, send, watch
 from sage.errors import ServiceError
@@ -157,6 +159,19 @@ def test_without_dependencies_the_last_one_stops_first(driver: Driver) -> None:
     running = driver([{"name": name, "kind": "good"} for name in ("first", "second", "third")])
     running.kill_and_wait()
     assert running.marks.read_text().split("\n") == ["third stop", "second stop", "first stop", ""]
+
+
+def test_services_of_one_level_stop_side_by_side(driver: Driver, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "marks.pipe")
+    running = driver(
+        [
+            {"name": "below", "kind": "good"},
+            {"name": "writer", "kind": "meets", "requires": ["below"]},
+            {"name": "reader", "kind": "meets", "requires": ["below"]},
+        ]
+    )
+    running.kill_and_wait()
+    assert running.ends() == {"below": "stopped", "writer": "stopped", "reader": "stopped"}
 
 
 @pytest.mark.slow
@@ -477,6 +492,37 @@ def test_which_services_wait_for_which() -> None:
     before = followers(lines(("c", ()), ("b", ()), ("a", ())))
     named = {key[1]: {other[1] for other in others} for key, others in before.items()}
     assert named == {"c": {"a", "b"}, "b": {"a"}, "a": set()}
+
+
+@given(st.lists(st.sets(st.integers(0, 11)), max_size=12), st.booleans())
+def test_every_service_gets_its_turn(requirements: list[set[int]], has_circles: bool) -> None:
+    """Whatever a journal says, the order comes to its end; those that depend on a service are before it."""
+    specs = [
+        (str(place), tuple(str(other) for other in others if has_circles or other < place))
+        for place, others in enumerate(requirements)
+    ]
+    services = lines(*specs)
+    before = followers(services)
+    ends = StopOrder(services, {}).run()
+    assert {key: end.state for key, end in ends.items()} == {key: "lost" for key in before}
+    if not has_circles:
+        places = {key: place for place, key in enumerate(ends)}
+        assert all(places[other] < places[key] for key, others in before.items() for other in others)
+
+
+def test_a_guard_is_counted(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
+    first, second = Guard.acquire(), Guard.acquire()
+    assert first is second
+    pid = known(first.guardian_pid)
+    first.release()
+    assert is_alive(pid)
+    second.release()
+    assert not is_alive(pid)
+    assert os.listdir(runs_folder()) == []
+    third = Guard.acquire()
+    assert third.cookie != first.cookie
+    third.release()
 
 
 def test_the_guardian_needs_only_the_standard_library(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def _make_folder(cookie: str) -> str:
 
 @contextmanager
 def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Let what is started meanwhile begin with the signals blocked, so that they cannot end it before it ignores them."""
+    """Let what is started meanwhile begin with the signals blocked: it ignores them only once it has got that far."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
