@@ -19,7 +19,7 @@ from sage._runtime.lifecycle import Limits
 from sage._runtime.manager import JobManager
 from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
 from sage.functions import BaseFunction
-from sage.observability import SessionLogs, console_level
+from sage.observability import ReportFile, SessionLogs, console_level
 from sage.service import ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
 from sage.stream import DataStream, error_policy
@@ -53,6 +53,7 @@ class Environment:
         self.env_uuid = str(uuid.uuid4())
         self.limits = Limits()
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
+        self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder()
         self._services: dict[str, ServiceSpec] = {}
         self._job: Job | None = None
@@ -334,26 +335,20 @@ class Environment:
             JobManager().expect(next_id, self)  # before anyone can ask for it
             self.env_uuid = next_id
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
-        self._spend(graph)
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = Job(self.env_uuid, graph, _interrupt_timeout_s())
         services = graph.services
         adopted = dict(self._kept)
         handler = self._open_log(job)
+        if self.report_file:
+            job.report_file = ReportFile.open(self.report_file, job.id, job.name)
+        self._spend(graph)
         guard = self._guard_of(job, services)
         dispatcher = Dispatcher(
-            plan,
-            services,
-            backend,
-            InlineHost,
-            self.limits,
-            job.seal,
-            keep=keep,
-            adopted=adopted,
-            claims=guard,
-            on_event=guard.note,
+            plan, services, backend, InlineHost, self.limits, job.seal, keep=keep, adopted=adopted, claims=guard
         )
+        dispatcher.supervisor.listeners.append(guard.note)
 
         def sealed(ended: Ended) -> None:
             guard.sealed()
@@ -369,6 +364,8 @@ class Environment:
                 SessionLogs.open(self.log_dir or "").close_job(handler)
 
         job.when_sealed(sealed)
+        if job.report_file is not None:
+            dispatcher.supervisor.listeners.append(job.report_file.note)
         job.dispatcher = dispatcher
         self._job = job
         JobManager().register(job)
@@ -379,7 +376,8 @@ class Environment:
         return job
 
     def _guard_of(self, job: Job, services: tuple[ServiceSpec, ...]) -> JobGuard:
-        self._guard = JobGuard(job.id, self.name, None, services, before=self._guard)
+        report = os.path.abspath(self.report_file) if self.report_file else None
+        self._guard = JobGuard(job.id, self.name, report, services, before=self._guard)
         return self._guard
 
     def _open_log(self, job: Job) -> Any:
@@ -394,16 +392,9 @@ class Environment:
         job = Job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), _interrupt_timeout_s())
         guard = self._guard_of(job, specs)
         dispatcher = Dispatcher(
-            None,
-            specs,
-            self._backend(),
-            InlineHost,
-            self.limits,
-            job.seal,
-            adopted=kept,
-            claims=guard,
-            on_event=guard.note,
+            None, specs, self._backend(), InlineHost, self.limits, job.seal, adopted=kept, claims=guard
         )
+        dispatcher.supervisor.listeners.append(guard.note)
 
         def sealed(_: Ended) -> None:
             guard.sealed()
@@ -411,6 +402,9 @@ class Environment:
                 spec.handle._connect(None)
 
         job.when_sealed(sealed)
+        if self.report_file:
+            job.report_file = ReportFile.open(self.report_file, job.id, job.name, must_open=False)
+            dispatcher.supervisor.listeners.append(job.report_file.note)
         JobManager().hold(self, keeps=False)
         JobManager().register(job)
         job.begin(dispatcher)
@@ -438,6 +432,8 @@ class LocalEnvironment(Environment):
         name: the environment's name, seen in reports and logs.
         config: the environment's own settings, kept for the program.
         log_dir: where log files go; none are written without it or `SAGE_LOG_DIR`.
+        report_file: where events and reports of jobs are appended as JSON Lines while they run; nowhere without it or
+            `SAGE_REPORT_FILE`.
         stop_timeout_s: budget of a whole stop, in seconds.
         drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
@@ -450,6 +446,7 @@ class LocalEnvironment(Environment):
         config: dict[str, Any] | None = None,
         *,
         log_dir: str | os.PathLike[str] | None = None,
+        report_file: str | os.PathLike[str] | None = None,
         stop_timeout_s: float | None = None,
         drain_timeout_s: float | None = None,
         close_timeout_s: float | None = None,
@@ -466,6 +463,8 @@ class LocalEnvironment(Environment):
         )
         if log_dir is not None:
             self.log_dir = log_dir
+        if report_file is not None:
+            self.report_file = report_file
         self._make_backend: Callable[[], Backend] = backend or ThreadsBackend
 
     def _backend(self) -> Backend:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sage import BaseService, Cleanliness, JobErrorGroup, LocalEnvironment
+from sage import BaseService, Cleanliness, JobErrorGroup, JobReport, LocalEnvironment
 from sage._hosts.guard import Guard, runs_folder
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -91,13 +91,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         program.stdout.close()
 
 
-def wait_report(folder: Path) -> dict[str, Any]:
-    """Wait until the guardian has removed the folder of the run, which is its last act, and return the report."""
+def wait_gone(folder: Path) -> None:
+    """Wait until the guardian has removed the folder of the run, which is its last act."""
     (runs,) = (folder / "temporary").iterdir()
     due = time.monotonic() + WAIT_S
     while list(runs.iterdir()):
         assert time.monotonic() < due, "the guardian has not ended"
         time.sleep(0.01)
+
+
+def wait_report(folder: Path) -> dict[str, Any]:
+    """Wait for the guardian, and return the report that it wrote."""
+    wait_gone(folder)
     (report,) = (folder / "state" / "reports").iterdir()
     found: dict[str, Any] = json.loads(report.read_text())
     return found
@@ -117,9 +122,25 @@ def test_what_a_service_in_the_killed_driver_declared_is_taken_away(
     assert (report["name"], report["state"], report["cleanliness"]) == ("nightly", "lost", "dirty")
     assert [(service["name"], service["state"]) for service in report["services"]] == [("store", "lost")]
     assert report["errors"] == []
+    assert "not cleaned:\n" in str(JobReport.from_dict(report))
     assert not Path(f"/dev/shm/{segment}").exists()
     assert not (tmp_path / "spill").exists()
     assert (tmp_path / "marks").read_text() == "dropped store\n"
+
+
+def test_the_report_is_the_last_line_of_the_report_file(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    text = INLINE.replace('LocalEnvironment("nightly")', 'LocalEnvironment("nightly", report_file=f"{folder}/report")')
+    program = start(text, f"sage_death_{os.getpid()}")
+    program.kill()
+    program.wait()
+    wait_gone(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
+    assert [line["type"] for line in lines][:2] == ["job", "event"]
+    assert (lines[-1]["type"], lines[-1]["state"]) == ("report", "lost")
+    assert len({line["job"] for line in lines}) == 1
+    assert not (tmp_path / "state").exists()
 
 
 class Spilling(BaseService):

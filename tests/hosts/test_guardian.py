@@ -23,6 +23,7 @@ from sage._hosts.stop_order import StopOrder, followers
 from sage._runtime.journal import ServiceLine
 from sage._runtime.processes import Process, is_alive, process, send, watch
 from sage.errors import ServiceError
+from sage.report import JobReport, Outcome
 
 PROGRAM = Path(__file__).with_name("guarded.py")
 WAIT_S = 30.0
@@ -203,7 +204,7 @@ def test_an_error_of_a_cleanup_is_in_the_report(driver: Driver) -> None:
     running = driver([{"name": "a", "kind": "raises"}])
     running.kill_and_wait()
     assert running.ends() == {"a": "cleanup_failed"}
-    assert [error["text"] for error in running.report()["errors"]] == ['service "a": OSError: disk full']
+    assert [error["text"] for error in running.report()["errors"]] == ['CleanupError: service "a": OSError: disk full']
 
 
 def test_nothing_that_a_service_started_is_left(driver: Driver) -> None:
@@ -322,7 +323,10 @@ def test_the_report_goes_to_the_file_of_the_job(driver: Driver, tmp_path: Path) 
     lines = report.read_text().splitlines()
     assert lines[:2] == ['{"type": "event"}', '{"type": "ev']
     last = json.loads(lines[2])
-    assert (last["type"], last["state"]) == ("report", "lost")
+    assert (last["type"], last["job"], last["state"]) == ("report", "job-1", "lost")
+    read = JobReport.from_dict(last)
+    assert (read.state, read.service("a").state, read.service("a").host) == (Outcome.LOST, "stopped", "process")
+    assert 'job "demo": LOST and CLEAN' in str(read)
     assert not running.state.exists()
 
 

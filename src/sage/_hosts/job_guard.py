@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sage._runtime.processes import COOKIE_VARIABLE, process
 from sage.errors import ServiceError
+from sage.observability import Event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from sage._hosts.guard import Guard
     from sage._plan.logical import ServiceSpec
     from sage._runtime.journal import Entry
-    from sage.observability import Event
+    from sage.observability import HookEvent
 
 
 class JobGuard:
@@ -112,9 +113,9 @@ class JobGuard:
 
     # --- what the job asks for ---
 
-    def note(self, event: Event) -> None:
-        """Take in a change of state."""
-        if event.subject == "service":
+    def note(self, event: Event | HookEvent) -> None:
+        """Take in a change of state; the supervisor tells everything."""
+        if isinstance(event, Event) and event.subject == "service":
             with self._lock:
                 self._states[event.name] = event.after
                 if self._guard is not None:

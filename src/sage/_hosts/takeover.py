@@ -103,6 +103,7 @@ def lost_report(run: Run, job: JobLine, ends: Mapping[Key, End], errors: list[st
     released = [process.pid for process in run.released if is_alive(process)]
     return {
         "type": "report",
+        "job": job.id,
         "id": job.id,
         "name": job.name,
         "why": f"its driver, process {run.driver.pid if run.driver is not None else 'unknown'}, died",
@@ -115,7 +116,7 @@ def lost_report(run: Run, job: JobLine, ends: Mapping[Key, End], errors: list[st
         "operators": [],
         "services": services,
         "tasks": [],
-        "errors": [{"type": "CleanupError", "text": error, "cause": None, "notes": []} for error in errors],
+        "errors": [_error(error) for error in errors],
         "released": released,
     }
 
@@ -135,7 +136,15 @@ def _service(service: ServiceLine, end: End) -> dict[str, Any]:
         "errors": 0,
         "restarts": service.incarnation - 1,
         "stack": None,
+        "host": service.host,
+        "pid": service.process.pid if service.process is not None else None,
+        "exit_code": None,
+        "output": [],
     }
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"type": "CleanupError", "text": f"CleanupError: {text}", "cause": None, "notes": []}
 
 
 def _write_report(run: Run, job: JobLine, report: dict[str, Any], log: Callable[[str], None]) -> None:

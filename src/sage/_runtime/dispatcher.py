@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend, Host
     from sage._runtime.lifecycle import Limits
     from sage._runtime.supervisor import Ended
-    from sage.observability import Event
     from sage.service import Claims, ServiceHandle
 
 
@@ -47,7 +46,6 @@ class Dispatcher:
         keep: frozenset[str] = frozenset(),
         adopted: Mapping[str, Host] = MappingProxyType({}),
         claims: Claims | None = None,
-        on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self.plan = plan
         self._claims = claims
@@ -70,7 +68,7 @@ class Dispatcher:
             for service in services
         )
         state = begin(service_plans, task_plans, limits)
-        self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed, on_event)
+        self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
         self._dependencies.tell = self.supervisor.note_dependency
         for service in services:
             if service.name in adopted:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sage._runtime.dispatcher import Dispatcher
     from sage._runtime.supervisor import Ended
-    from sage.observability import Event
+    from sage.observability import Event, ReportFile
     from sage.report import JobReport, OperatorReport, Outcome
 
 IMPATIENT_HOOK_S = 5.0
@@ -36,12 +36,14 @@ class Job:
         name: the environment's name.
         plan: the physical plan, whose `text()` and `mermaid()` show it.
         report: what happened; None until everything has ended.
+        report_file: where its events and its report are written, or None.
     """
 
     def __init__(self, id_: str, graph: LogicalGraph, interrupt_timeout_s: float) -> None:
         self.id = id_
         self.name = graph.name
         self.report: JobReport | None = None
+        self.report_file: ReportFile | None = None
         self.dispatcher: Dispatcher
         self._graph = graph
         self._pid = os.getpid()
@@ -190,6 +192,8 @@ class Job:
         for error in report.errors:
             self._log.error("%s", describe(error), exc_info=error)
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
+        if self.report_file is not None:
+            self.report_file.end(report)  # before the guardian is told that all is over, which else writes one
         for action in self._when_sealed:
             action(ended)
         self._when_sealed.clear()

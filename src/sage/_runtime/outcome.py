@@ -17,7 +17,7 @@ from sage.errors import (
     describe,
     hint,
 )
-from sage.report import Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
+from sage.report import STANDS_HERE, Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +85,7 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
             error = CleanupTimeoutError(f'task "{name}" did not end in time and was abandoned', job=job)
     error.__cause__ = cause
     if stack:
-        hint(error, f"It stands here:\n{stack}")
+        hint(error, f"{STANDS_HERE}\n{stack}")
     return error
 
 
