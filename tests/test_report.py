@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sage import GraphError, JobErrorGroup, JobReport, LocalEnvironment, Outcome, ServiceOptions
+from sage import FunctionError, GraphError, JobErrorGroup, JobReport, LocalEnvironment, Outcome, ServiceOptions
 from sage._control import timeline
 from sage._control.saved import read
 from sage.observability import ReportFile
@@ -102,6 +102,38 @@ def test_the_file_tells_events_hooks_and_the_report(tmp_path: Path) -> None:
     after = [line["after"] for line in lines if line["type"] == "event" and line["subject"] == "job"]
     assert after == ["starting", "running", "failing", "stopping_services", "sealed"]
     assert str(read(path).jobs[0].report) == str(report)
+
+
+def test_the_environment_of_the_process_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_REPORT_FILE", str(tmp_path / "jobs.jsonl"))
+    report = dirty_report()
+    assert [job.id for job in read(tmp_path / "jobs.jsonl").jobs] == [report.id]
+
+
+def test_odd_notes_do_not_keep_a_job_from_its_report(tmp_path: Path) -> None:
+    def fails(record: int) -> int:
+        error = ValueError("no")
+        error.__notes__ = 3  # type: ignore[assignment]
+        raise error
+
+    env = LocalEnvironment("odd", report_file=tmp_path / "jobs.jsonl")
+    env.from_batch([1]).map(fails).sink(lambda n: None)
+    with pytest.raises(FunctionError):
+        env.submit(autostop=True)
+    assert read(tmp_path / "jobs.jsonl").jobs[0].text().startswith('job "odd": FAILED and CLEAN')
+
+
+@pytest.mark.parametrize("at", ["NaN", "1e400", '"soon"', "null", "[]", "1e300"])
+def test_damaged_lines_are_counted(tmp_path: Path, at: str) -> None:
+    path = tmp_path / "jobs.jsonl"
+    dirty_report(path)
+    with path.open("a", encoding="utf-8") as file:
+        changed = '"subject": "a", "name": "b", "before": "", "after": ""'
+        file.write(f'{{"type": "event", "job": "x", "at": {at}, {changed}}}')
+            f'{{"type": "event", "job": "x", "at": {at}, "subject": "a", "name": "b", "before": "", "after": ""}}'
+        )
+    saved = read(path)
+    assert (len(saved.jobs), saved.unread_count) == (1, 1)
 
 
 def test_a_second_job_is_appended_behind_a_torn_line(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class JobReport:
                     "type": type(error).__name__,
                     "text": describe(error),
                     "cause": describe(cause) if cause is not None else None,
-                    "notes": list(getattr(error, "__notes__", ())),
+                    "notes": _notes(error),
                 }
             )
         plain = {
@@ -373,13 +373,19 @@ def _stack_lines(stack: str | None) -> list[str]:
 
 def _error_lines(error: Exception, *, is_stack_shown: bool) -> list[str]:
     first, *others = describe(error).splitlines() or [""]
-    notes = list(map(str, getattr(error, "__notes__", ())))
+    notes = _notes(error)
     if is_stack_shown:
         notes = [note for note in notes if not note.startswith(STANDS_HERE)]
     return [
         f"  {first}",
         *(f"      {line}" for line in (*others, *(line for note in notes for line in note.splitlines()))),
     ]
+
+
+def _notes(error: Exception) -> list[str]:
+    # A program may have put anything there, and a report has to be made all the same.
+    notes = getattr(error, "__notes__", None)
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
 
 
 Part = TypeVar("Part", HookReport, OperatorReport, ServiceReport, TaskReport)

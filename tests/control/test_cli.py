@@ -342,7 +342,7 @@ class TestReport:
         assert (tmp_path / "out.svg").read_text(encoding="utf-8").startswith("<svg ")
 
     def test_a_killed_run_leaves_what_had_happened(self, tmp_path: Path) -> None:
-        command = [SAGE, "run", "--report", "out.jsonl", write(tmp_path, SERVICE), "--", "wait"]
+        command = [str(SAGE), "run", "--report", "out.jsonl", write(tmp_path, SERVICE), "--", "wait"]
         with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "first record\n"
