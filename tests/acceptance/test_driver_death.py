@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from sage import BaseService, Cleanliness, JobErrorGroup, JobReport, LocalEnvironment
 from sage._hosts.guard import Guard, runs_folder
+from sage._runtime.processes import is_alive, process
 
 SOURCES = Path(__file__).parents[2] / "src"
 WAIT_S = 30.0
@@ -203,3 +205,69 @@ def test_a_job_without_claims_has_no_guardian(tmp_path: Path, monkeypatch: pytes
     env.from_batch([1]).sink(lambda _: None)
     env.submit(autostop=True)
     assert not Path(runs_folder()).exists()
+
+
+CHAIN = """
+    import os, signal, subprocess, sys, threading
+    from sage import BaseService, LocalEnvironment, ServiceOptions
+
+    folder = sys.argv[1]
+
+    class Link(BaseService):
+        def __init__(self, *others):
+            pass
+
+        def setup(self):
+            self.ctx.own_path(f"{folder}/{self.name}.spill")
+            open(f"{folder}/{self.name}.spill", "w").close()
+            sleeper = [sys.executable, "-c", "import signal; signal.pause()"]
+            children = [subprocess.Popen(sleeper), subprocess.Popen(sleeper, start_new_session=True)]
+            ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+            children.append(subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE))
+            children[-1].stdout.readline()
+            os.kill(children[0].pid, signal.SIGSTOP)
+            self.children = children
+            self.mark("pids " + " ".join(str(child.pid) for child in (*children,)) + f" {os.getpid()}")
+
+        def mark(self, text):
+            with open(f"{folder}/marks", "a") as file:
+                file.write(f"{self.name} {text}\\n")
+
+        def stop(self):
+            self.mark("stop")
+
+        def cleanup(self):
+            self.mark("cleanup")
+
+        def process(self, record):
+            return record
+
+    env = LocalEnvironment("nightly")
+    options = ServiceOptions(host="process")
+    c = env.register_service("c", Link, options=options)
+    b = env.register_service("b", Link, c, options=options)
+    a = env.register_service("a", Link, b, options=options)
+    env.from_batch([1]).map(a.process).sink(lambda _: (print("up", flush=True), threading.Event().wait()))
+    env.submit(autostop=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("sage._hosts.process") is None, reason="there is no host for processes yet")
+def test_services_in_processes_stop_in_reverse_and_nothing_is_left(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Acceptance 47: SIGKILL of the driver (fault 70), with children in their own sessions, stopped, and stubborn."""
+    program = start(CHAIN)
+    words = [line.split() for line in (tmp_path / "marks").read_text().splitlines()]
+    assert [name for name, *_ in words] == ["c", "b", "a"]
+    left = {one for _, _, *pids in words for pid in pids if (one := process(int(pid))) is not None}
+    assert len(left) == 12
+    program.kill()
+    program.wait()
+    report = wait_report(tmp_path)
+    marks = (tmp_path / "marks").read_text().splitlines()[3:]
+    assert marks == ["a stop", "a cleanup", "b stop", "b cleanup", "c stop", "c cleanup"]
+    assert {one for one in left if is_alive(one)} == set()
+    assert (report["state"], report["cleanliness"]) == ("lost", "clean")
+    assert {service["name"]: service["state"] for service in report["services"]} == dict.fromkeys("abc", "stopped")
