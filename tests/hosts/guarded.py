@@ -92,9 +92,24 @@ CHILDREN = {
 }
 
 
-def start_service(job: JobGuard, spec: dict[str, Any], marks: str) -> tuple[subprocess.Popen[str], list[int]]:
+class Doom:
+    """Kills this process as the step of the given number is reached, counted from 1; 0 stands for never."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_service(
+    job: JobGuard, spec: dict[str, Any], marks: str, doom: Doom
+) -> tuple[subprocess.Popen[str], list[int]]:
     """Start one service as its host would, and return it with the process ids that it tells of."""
     cookie = job.announce(spec["name"], 1, "process", spec.get("requires", []))
+    doom.step()
     own, theirs = socket.socketpair()
     program = textwrap.dedent(CHILDREN[spec["kind"]])
     child = subprocess.Popen(
@@ -106,7 +121,9 @@ def start_service(job: JobGuard, spec: dict[str, Any], marks: str) -> tuple[subp
         text=True,
     )
     theirs.close()
+    doom.step()
     job.started(spec["name"], 1, child.pid, own.detach())
+    doom.step()
     assert child.stdout is not None
     return child, [int(word) for word in child.stdout.readline().split()[1:]]
 
@@ -123,6 +140,10 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     job = JobGuard("job-1", "demo", order.get("report"), ())
     guard = Guard.acquire()
+    doom = Doom(order.get("dies_at", 0))
+    if doom.left:
+        print(json.dumps({"cookie": guard.cookie, "folder": guard.folder}), flush=True)
+    doom.step()
     pids, children = [], []
     for spec in order["services"]:
         if spec["kind"] == "full":
@@ -130,7 +151,7 @@ def main() -> None:
             for _ in range(10):  # the journal's last page on the disk has room
                 guard.note({"entry": "sealed", "job": "another", "padding": "x" * 500})
             continue
-        child, others = start_service(job, spec, order["marks"])
+        child, others = start_service(job, spec, order["marks"], doom)
         children.append(child)
         pids += [child.pid, *others]
         job.note(Event(0.0, "service", spec["name"], "starting", "ready"))

@@ -21,7 +21,7 @@ from sage._hosts import guardian
 from sage._hosts.guard import Guard, runs_folder
 from sage._hosts.stop_order import StopOrder, followers
 from sage._runtime.journal import ServiceLine
-from sage._runtime.processes import Process, is_alive, process, send, watch
+from sage._runtime.processes import Process, carriers, is_alive, process, send, watch
 from sage.errors import ServiceError
 from sage.report import JobReport, Outcome
 
@@ -412,6 +412,24 @@ def test_after_the_end_of_the_last_job_nothing_is_there(driver: Driver) -> None:
     assert not running.folder.exists()
     assert list(running.folder.parent.iterdir()) == []
     assert not running.state.exists()
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_driver_that_is_killed_at_any_step_of_a_start_leaves_nothing(
+    environment: dict[str, str], tmp_path: Path, step: int
+) -> None:
+    """Fault 23: before and after each line of the journal, and between the start of a process and its line."""
+    (tmp_path / "marks").touch()
+    order = {"services": CHAIN[:2], "marks": str(tmp_path / "marks"), "dies_at": step}
+    done = subprocess.run([sys.executable, str(PROGRAM), json.dumps(order)], env=environment, stdout=subprocess.PIPE)
+    assert done.returncode == -signal.SIGKILL
+    told = json.loads(done.stdout)
+    wait_gone(Path(told["folder"]))
+    assert carriers(told["cookie"]) == set()
+    reports = tmp_path / "state" / "reports"
+    assert reports.exists() == (step > 1)
+    if step > 1:
+        assert json.loads((reports / "job-1.json").read_text())["state"] == "lost"
 
 
 def stale(running: Running) -> None:
