@@ -130,8 +130,6 @@ def test_damaged_lines_are_counted(tmp_path: Path, at: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         changed = '"subject": "a", "name": "b", "before": "", "after": ""'
         file.write(f'{{"type": "event", "job": "x", "at": {at}, {changed}}}')
-            f'{{"type": "event", "job": "x", "at": {at}, "subject": "a", "name": "b", "before": "", "after": ""}}'
-        )
     saved = read(path)
     assert (len(saved.jobs), saved.unread_count) == (1, 1)
 
