@@ -31,10 +31,12 @@ BROAD_HANDLERS = {
     "_backends/threads.py": "a bug in the supervision must not leave anyone waiting",
     "_hosts/call_threads.py": "the caller of a service owns what its call raised, through the future",
     "_hosts/gated.py": "the lifecycle of a service owns what its hooks raise",
+    "_hosts/instance.py": "a cleanup that raised does not keep what was deferred from being called",
     "_hosts/inline.py": "a constructor that returned too late is cleaned up, and the log is the only place for errors",
     "_hosts/takeover.py": "whatever goes wrong with asking for an end, the killing comes after it",
     "_runtime/job.py": "a handler of the program's own raised: the job ends first, then it goes on",
     "_runtime/task.py": "a task owns whatever its operators raise",
+    "service.py": "a deferred callback that raised does not keep the others from being called",
     "environment.py": "the error that ended a with block must not be hidden by the end of the job",
     "errors.py": "a value whose repr or str raises must not hide the error that names it",
 }

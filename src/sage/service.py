@@ -333,24 +333,21 @@ class ServiceContext(UserContext):
         """Whether callbacks wait to be called."""
         return bool(self._deferred)
 
-    def run_deferred(self) -> None:
-        """Call what was deferred, the last first, and raise what failed once all were called.
+    def run_deferred(self, settle: Callable[[object], object]) -> list[BaseException]:
+        """Call what was deferred, the last first, and return what failed.
 
         Hosts call this at the end of "cleanup", also where the class has none or was not built; a second call finds
-        nothing to do.
+        nothing to do. `settle` waits for a coroutine.
         """
         errors: list[BaseException] = []
         while self._deferred:
             with self._lock:
                 callback = self._deferred.pop()
             try:
-                callback()
-            except BaseException as error:  # owned by the cleanup, which goes on to the next
+                settle(callback())
+            except BaseException as error:  # the host raises it when all were called
                 errors.append(error)
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise BaseExceptionGroup(f'{len(errors)} deferred callbacks of service "{self.name}" failed', errors)
+        return errors
 
     def _claim(self, **entry: Any) -> None:
         if self._claims is None:
@@ -434,7 +431,9 @@ class BaseService(ServiceUser):
     and no `stop` begins while a call is running, unless that call outlasts the service's `drain_timeout_s`. `stop`
     follows only a successful start; `cleanup` runs exactly once for every instance that was built, also when `setup`,
     `start` or `stop` failed. `ready()` and `health()` return whether the service can be used; both are polled where
-    they exist. The hooks of one service run one after another on a thread of its own.
+    they exist. A `drain` that takes no arguments is called when no further call comes, before `stop`, to end work that
+    the service took in and still has in hand; a `drain` with arguments is a method like others. The hooks of one
+    service run one after another on a thread of its own.
 
     Attributes:
         ctx: the service's context, set before the constructor runs.

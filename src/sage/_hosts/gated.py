@@ -111,6 +111,8 @@ class GatedHost(ABC):
                         return
                 elif hook == "drain":
                     value = self._drain(due)
+                    if "drain" in self.hooks:
+                        self._run_hook(hook, due)
                 else:
                     value = self._run_hook(hook, due)
             except BaseException as error:  # the lifecycle of a service owns what its hooks raise

@@ -32,19 +32,20 @@ class InlineHost(GatedHost):
     ) -> None:
         super().__init__(spec, context, backend, loop, on_died)
         self._instance: Instance | None = None
+        # The one whose hooks run: its constructor may have raised after it had deferred something.
+        self._latest = Instance(spec.name, loop)
 
     @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks that the instance has."""
-        return self._instance.hooks if self._instance is not None else frozenset()
+        return self._latest.hooks
 
     def adopt(
         self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
     ) -> None:
         """Let another job run the hooks of an instance that is kept."""
         super().adopt(context, backend, loop, on_died)
-        if self._instance is not None:
-            self._instance.loop = loop
+        self._latest.loop = loop
 
     @property
     def _is_there(self) -> bool:
@@ -55,14 +56,13 @@ class InlineHost(GatedHost):
         return self._instance.attribute(name)
 
     def _build(self) -> frozenset[str]:
-        instance = Instance(self.spec.name, self._loop)
+        instance = self._latest = Instance(self.spec.name, self._loop)
         instance.build(self.spec.target, self.spec.args, self.spec.kwargs, self._context)
         self._instance = instance
-        return self.hooks
+        return instance.hooks
 
     def _run_hook(self, hook: str, due: float | None) -> Any:  # noqa: ARG002
-        assert self._instance is not None
-        return self._instance.run_hook(hook)
+        return self._latest.run_hook(hook)
 
     def _clean_late(self) -> None:
         log.error("constructor returned after its bound, cleaning up service=%r", self.spec.name)

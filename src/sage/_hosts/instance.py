@@ -31,17 +31,20 @@ class Instance:
         self.name = name
         self.loop = loop
         self._target: Any = None
+        self._context: ServiceContext | None = None
         self._hooks: dict[str, Callable[[], Any]] = {}
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The names of the hooks that it has."""
-        return frozenset(self._hooks)
+        """The names of the hooks that it has; with something deferred, that is its cleanup."""
+        has_deferred = self._context is not None and self._context.has_deferred
+        return frozenset(self._hooks) | ({"cleanup"} if has_deferred else set())
 
     def build(
         self, make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: ServiceContext
     ) -> None:
-        """Call the constructor, and look for hooks."""
+        """Call the constructor, and look for hooks. If it raises, "cleanup" still does what was deferred."""
+        self._context = context
         if isinstance(make, type) and issubclass(make, ServiceUser):
             # The context is there before the constructor runs, whether or not that calls its base's.
             target: Any = make.__new__(make, *args, **kwargs)
@@ -53,6 +56,8 @@ class Instance:
                 target.ctx = context
         self._target = target
         self._hooks = {hook: method for hook in HOOKS if (method := _hook(target, hook)) is not None}
+        if isinstance(target, ServiceUser) and (drain := _drain_of(target)) is not None:
+            self._hooks["drain"] = drain
         if "cleanup" not in self._hooks:
             stand_in = next((method for name in STAND_INS if (method := _hook(target, name)) is not None), None)
             if stand_in is not None:
@@ -62,8 +67,9 @@ class Instance:
 
     def run_hook(self, hook: str) -> Any:
         """Run a hook to its end, a coroutine too, and return its value."""
-        result = self._hooks[hook]()
-        return self.loop.run(result) if inspect.iscoroutine(result) else result
+        if hook == "cleanup":
+            return self._clean()
+        return self._settled(self._hooks[hook]())
 
     def attribute(self, name: str) -> Any:
         """Return an attribute; a method is returned as a plain function, coroutine functions too.
@@ -78,6 +84,25 @@ class Instance:
         if not inspect.iscoroutinefunction(attribute):
             return attribute
         return lambda *args, **kwargs: self.loop.run(attribute(*args, **kwargs))
+
+    def _clean(self) -> None:
+        """Call the cleanup, at most once, whoever asks for it, and what was deferred."""
+        errors: list[BaseException] = []
+        cleanup = self._hooks.pop("cleanup", None)
+        try:
+            if cleanup is not None:
+                self._settled(cleanup())
+        except BaseException as error:  # what was deferred is called all the same
+            errors.append(error)
+        if self._context is not None:
+            errors += self._context.run_deferred(self._settled)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise BaseExceptionGroup(f'the cleanup of service "{self.name}" failed in {len(errors)} places', errors)
+
+    def _settled(self, result: Any) -> Any:
+        return self.loop.run(result) if inspect.iscoroutine(result) else result
 
     def _unknown(self, name: str) -> UnknownServiceError:
         known = [other for other in dir(self._target) if not other.startswith("_")]
@@ -104,6 +129,22 @@ class Instance:
 def _has(instance: Any, name: str) -> bool:
     # A class that answers to every name, such as a remote proxy, has no hooks because of that.
     return inspect.getattr_static(instance, name, None) is not None
+
+
+def _drain_of(service: ServiceUser) -> Callable[[], Any] | None:
+    """Return the `drain` of a service of ours, if it can be called without arguments.
+
+    One that takes arguments, or that belongs to another class, is a method like others: the name is too common.
+    """
+    if not _has(service, "drain"):
+        return None
+    method: Any = getattr(service, "drain")  # noqa: B009
+    try:
+        inspect.signature(method).bind()
+    except (TypeError, ValueError):
+        return None
+    found: Callable[[], Any] = method
+    return found
 
 
 def _hook(instance: Any, name: str) -> Callable[[], Any] | None:

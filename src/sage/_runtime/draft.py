@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.lifecycle import DRAIN_NET_S, STOP_STATES, Action, Do, Failure, ServiceRecord, State, TaskRecord
+from sage._runtime.lifecycle import (
+    DRAIN_NET_S,
+    STOP_STATES,
+    Action,
+    Do,
+    Failure,
+    ServiceRecord,
+    State,
+    TaskRecord,
+    Trouble,
+)
 from sage._runtime.states import (
     JOB_NEXT,
     SERVICE_NEXT,
@@ -20,7 +30,7 @@ from sage._runtime.states import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sage._runtime.lifecycle import TaskPlan, Trouble
+    from sage._runtime.lifecycle import TaskPlan
 
 
 @dataclass(slots=True)
