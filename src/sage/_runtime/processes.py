@@ -19,8 +19,14 @@ TERM_GRACE_S = 2.0
 KILL_BOUND_S = 5.0
 """How long a kill may take to be seen; only a process that the kernel itself holds takes longer."""
 
-_STATE, _PARENT, _STARTED = 0, 1, 19
-"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4 and 22 of proc(5))."""
+LOADING_BOUND_S = 0.5
+LOADING_PAUSE_S = 0.005
+"""How long a process may take to load its program, and how often that is looked at."""
+
+KERNEL_THREAD = 0x00200000
+
+_STATE, _PARENT, _FLAGS, _STARTED = 0, 1, 6, 19
+"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 9 and 22 of proc(5))."""
 
 
 class Process(NamedTuple):
@@ -57,19 +63,43 @@ def parent_of(pid: int) -> int | None:
 
 
 def carriers(token: str) -> set[Process]:
-    """Return the processes whose cookie holds `token`; those that may not be read and this one are left out."""
-    found = set()
+    """Return the processes whose cookie holds `token`; those that may not be read and this one are left out.
+
+    A process whose program is just being loaded shows no environment; for it, the search is made again.
+    """
+    due = time.monotonic() + LOADING_BOUND_S
+    found, is_loading = _carriers(token)
+    while is_loading and time.monotonic() < due:
+        pause(LOADING_PAUSE_S)
+        found, is_loading = _carriers(token)
+    return found
+
+
+def pause(seconds: float) -> None:
+    """Let time pass, where the kernel tells of nothing that could be waited for."""
+    select.poll().poll(seconds * 1000)
+
+
+def _carriers(token: str) -> tuple[set[Process], bool]:
+    """Return the carriers that can be seen, and whether there is a process that shows nothing yet."""
+    found, is_loading = set(), False
     begin, wanted = f"{COOKIE_VARIABLE}=".encode(), token.encode()
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) == os.getpid():
             continue
         # The moment of start is read first: if the pid changes hands in between, nobody has both.
         carrier = process(int(name))
-        with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-            for variable in file.read().split(b"\0"):
-                if variable.startswith(begin) and wanted in variable[len(begin) :].split(b":") and carrier is not None:
-                    found.add(carrier)
-    return found
+        if carrier is None:
+            continue
+        with suppress(OSError):
+            variables = _read(f"/proc/{name}/environ").split(b"\0")
+            chains = [variable[len(begin) :] for variable in variables if variable.startswith(begin)]
+            if any(wanted in chain.split(b":") for chain in chains):
+                found.add(carrier)
+            elif variables == [b""] and not _read(f"/proc/{name}/cmdline"):
+                fields = _stat(carrier.pid)
+                is_loading |= fields is not None and fields[_STATE] != b"Z" and not int(fields[_FLAGS]) & KERNEL_THREAD
+    return found, is_loading
 
 
 def with_descendants(roots: Iterable[Process], among: Iterable[Process]) -> set[Process]:
@@ -160,8 +190,12 @@ def end_all(find: Callable[[], set[Process]], grace_s: float = TERM_GRACE_S, kil
 
 def _stat(pid: int) -> list[bytes] | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name of the program stands in parentheses and may hold spaces and parentheses of its own.
-            return file.read().rpartition(b")")[2].split()
+        # The name of the program stands in parentheses and may hold spaces and parentheses of its own.
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
         return None
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
