@@ -19,6 +19,7 @@ from sage.stream import DataStream, error_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from sage._hosts.job_guard import JobGuard
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend
     from sage._runtime.job import Job
@@ -51,6 +52,7 @@ class Environment:
         self._services: dict[str, ServiceSpec] = {}
         self._job: Job | None = None
         self._kept: dict[str, Any] = {}
+        self._guard: JobGuard | None = None
         JobManager().expect(self.env_uuid, self)
 
     # --- sources ---
@@ -314,15 +316,25 @@ class Environment:
         keep: frozenset[str] = frozenset(),
     ) -> Job:
         from sage._hosts.inline import InlineHost
+        from sage._hosts.job_guard import JobGuard
         from sage._runtime.dispatcher import Dispatcher
         from sage._runtime.job import Job
         from sage._runtime.lifecycle import Limits
 
         job = Job(id_, graph, _interrupt_timeout_s())
         limits = Limits(**self._limits)
+        report = os.path.abspath(self.report_file) if self.report_file else None
+        guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
         job.dispatcher = Dispatcher(
-            plan, graph.services, backend, InlineHost, limits, job.seal, keep=keep, adopted=adopted
+            plan, graph.services, backend, InlineHost, limits, job.seal, keep=keep, adopted=adopted, claims=guard
         )
+        job.dispatcher.supervisor.listeners.append(guard.note)
+
+        def sealed(_: Ended) -> None:
+            guard.sealed()
+            self._guard = guard
+
+        job.when_sealed(sealed)
         return job
 
     def _open_files(self, job: Job, *, must_open: bool = True) -> None:
@@ -421,6 +433,10 @@ class Environment:
         JobManager().register(job)
         job.begin(job.dispatcher)
         job.wait()
+
+    def _after_fork_in_child(self) -> None:
+        """Forget the job and the kept services, which belong to the process that this one was forked from."""
+        self._job, self._guard, self._kept = None, None, {}
 
     def _close_at_exit(self) -> None:
         if self._kept:

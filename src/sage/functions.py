@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sage.service import ServiceContext, ServiceUser
+from sage.service import ServiceUser, UserContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +29,7 @@ class StopSignal:
         return f"<StopSignal {self.message}>"
 
 
-class TaskContext(ServiceContext):
+class TaskContext(UserContext):
     """What a function may know of the task that runs it.
 
     Attributes:

@@ -44,9 +44,10 @@ class HookReport:
     """One call of a hook of a service.
 
     Attributes:
-        hook: its name; "build" is the constructor, "drain" the wait for running calls.
+        hook: its name; "build" is the constructor, "drain" the wait for running calls, "exit" the end of the process.
         incarnation: which instance of the service it was called on, from 1.
-        outcome: "ok", "error" or "abandoned".
+        outcome: "ok", "error", "abandoned" if it was late, "lost" if the process died while it ran, "killed" for an
+            "exit" that needed force.
         duration_s: how long it took, in seconds.
         error: type and text of what it raised, or None.
     """
@@ -71,9 +72,9 @@ class ServiceReport:
         restarts: how often it was restarted.
         stack: where its thread stood when it was abandoned, or None.
         host: where it ran: "inline", "process" or "command".
-        pid: the id of its process, or None without one of its own.
-        exit_code: the exit code of that process, negative for a signal, or None.
-        output: the last lines that the process wrote.
+        pid: its last process, or None for one that had none of its own.
+        exit_code: how that process ended; negative for a signal, None where it is not known.
+        output: the last lines that it wrote.
     """
 
     name: str

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import threading
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
-from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, hint
+from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
 
 T = TypeVar("T")
@@ -38,6 +41,9 @@ class ServiceOptions:
         required: whether the job fails with the service; if not, calls fail at once and the job goes on.
         health_interval_s: pause between two calls of `health`, where the service has one, in seconds.
         replace: whether registering takes the place of an earlier service of the same name.
+        host: where it runs: "inline" in this process, "process" in one of its own, which can be killed.
+        kill_grace_s: how long a process may take to end after its cleanup before it is killed, in seconds.
+        shared: whether the environments of this process share one instance, which the last of them cleans up.
     """
 
     depends_on: tuple[str, ...] | list[str] = ()
@@ -53,6 +59,9 @@ class ServiceOptions:
     required: bool = True
     health_interval_s: float = 5.0
     replace: bool = False
+    host: Literal["inline", "process"] = "inline"
+    kill_grace_s: float = 5.0
+    shared: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the option."""
@@ -62,6 +71,8 @@ class ServiceOptions:
         if self.restart not in ("never", "on_failure", "always"):
             error = GraphError(f"service option restart is {self.restart!r}")
             raise hint(error, 'It is "never", "on_failure" or "always".')
+        if self.host not in ("inline", "process"):
+            raise hint(GraphError(f"service option host is {self.host!r}"), 'It is "inline" or "process".')
         if self.concurrency is not None and self.concurrency < 1:
             raise GraphError(f"service option concurrency is {self.concurrency}, but at least 1 call must be allowed")
         for field in fields(self):
@@ -127,6 +138,7 @@ class ServiceHandle(Generic[T]):
         return self
 
     def __reduce__(self) -> tuple[Callable[[str], ServiceHandle[Any]], tuple[str]]:
+        # In another process it leads to the same service by another way.
         return handle_of, (self._name,)
 
     def _connect(self, calls: ServiceCalls | None) -> None:
@@ -149,13 +161,22 @@ class ServiceHandle(Generic[T]):
 resolve: Callable[[str], ServiceHandle[Any] | None] | None = None
 """Finds the handle of a service by name, in the job that the current thread belongs to; set by what runs jobs here."""
 
+_nearby = threading.local()
+
+
+def resolve_handles(handles: Mapping[str, ServiceHandle[Any]]) -> None:
+    """Say what the handles stand for that are unpickled on this thread from now on."""
+    _nearby.handles = handles
+
 
 def handle_of(name: str) -> ServiceHandle[Any]:
     """Return what a pickled handle becomes: the one of the same name in the job around.
 
     Where there is no such job, calls of the handle raise `ServiceUnavailableError`.
     """
-    found = resolve(name) if resolve is not None else None
+    found = getattr(_nearby, "handles", {}).get(name)
+    if found is None and resolve is not None:
+        found = resolve(name)
     return ServiceHandle(name, None) if found is None else found
 
 
@@ -189,7 +210,28 @@ class ServiceMethod:
         return method
 
 
-class ServiceContext:
+class Supervision(Protocol):
+    """What a service's context tells the supervision of its job; any thread may call it."""
+
+    def deferred(self, service: str, incarnation: int) -> None:
+        """Say that this incarnation has something to clean up from now on, whatever becomes of its constructor."""
+
+    def extend(self, service: str, incarnation: int, seconds: float) -> None:
+        """Ask for more time for the hook that runs."""
+
+
+class Claims(Protocol):
+    """Where is written what has to be reaped if the process that made it is lost."""
+
+    def claim(self, service: str, entry: dict[str, Any]) -> None:
+        """Write an entry, and return when it is safe on disk.
+
+        An entry is one of `{"claim": "path", "path": str}`, `{"claim": "process", "pid": int}`,
+        `{"claim": "call", "function": "module:function", "args": list}` and `{"claim": "release", "pid": int}`.
+        """
+
+
+class UserContext:
     """What a function or a service may ask of the job around it.
 
     Attributes:
@@ -216,6 +258,125 @@ class ServiceContext:
         if self._note is not None:
             self._note(name)
         return handle
+
+
+class ServiceContext(UserContext):
+    """What a service may ask of the job around it, and what it may leave to it to clean up.
+
+    Each incarnation has a context of its own. Any thread may use it.
+
+    Attributes:
+        name: the name of the service.
+        incarnation: how many times the service was built in this job, this time included; 0 before the first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        services: dict[str, ServiceHandle[Any]],
+        note: Callable[[str], None] | None = None,
+        supervision: Supervision | None = None,
+        claims: Claims | None = None,
+        incarnation: int = 0,
+    ) -> None:
+        super().__init__(name, services, note)
+        self.incarnation = incarnation
+        self._supervision = supervision
+        self._claims = claims
+        self._deferred: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+
+    def defer(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called at the end of the service's teardown, after `cleanup`, the last given first.
+
+        It is called once, also if the constructor, `setup` or `start` raised after this, and on the thread of the
+        hooks, within the bound of `cleanup`. What it raises counts as an error of the cleanup; the others are still
+        called.
+        """
+        with self._lock:
+            self._deferred.append(callback)
+            is_first = len(self._deferred) == 1
+        if is_first and self._supervision is not None:
+            self._supervision.deferred(self.name, self.incarnation)
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Give the hook that runs more time, up to 60 s in all, and never beyond the budget of the job's stop.
+
+        Raises:
+            ValueError: `seconds` is negative.
+        """
+        if seconds < 0:
+            raise ValueError(f"a time-out is extended by {seconds} s, a negative number of seconds")
+        if self._supervision is not None:
+            self._supervision.extend(self.name, self.incarnation, seconds)
+
+    def own_path(self, path: str | os.PathLike[str]) -> None:
+        """Declare a file or folder that is to be removed if the service is lost; call this before you make it."""
+        self._claim(claim="path", path=os.path.abspath(os.fspath(path)))
+
+    def own_process(self, pid: int) -> None:
+        """Declare a process that is to be ended if the service is lost."""
+        self._claim(claim="process", pid=pid)
+
+    def on_lost(self, function: str, args: Sequence[Any] = ()) -> None:
+        """Declare what is to be called, in a fresh process, at least once, if the service is lost.
+
+        Args:
+            function: "module:function".
+            args: its arguments, of the kinds that JSON has.
+
+        Raises:
+            ValueError: `function` names no function, or `args` cannot be written as JSON.
+        """
+        module, colon, name = function.partition(":")
+        if not (module and colon and name):
+            raise ValueError(f'on_lost takes "module:function", not {function!r}')
+        try:
+            json.dumps(list(args))
+        except TypeError as error:
+            raise ValueError(f"on_lost({function!r}): the arguments cannot be written as JSON: {error}") from None
+        self._claim(claim="call", function=function, args=list(args))
+
+    def release_process(self, pid: int) -> None:
+        """Let a child process live on after the service; it is listed, and not ended with it."""
+        self._claim(claim="release", pid=pid)
+
+    def fresh(self, incarnation: int) -> ServiceContext:
+        """Return the context of another incarnation. Hosts call this before they build an instance."""
+        return ServiceContext(self.name, self._services, self._note, self._supervision, self._claims, incarnation)
+
+    def follow(self, other: ServiceContext) -> None:
+        """Ask the job of another context from now on; the instance that has this one was kept for that job."""
+        self.incarnation = 1
+        self._services, self._note = other._services, other._note
+        self._supervision, self._claims = other._supervision, other._claims
+
+    @property
+    def has_deferred(self) -> bool:
+        """Whether callbacks wait to be called."""
+        return bool(self._deferred)
+
+    def run_deferred(self, settle: Callable[[object], object]) -> list[BaseException]:
+        """Call what was deferred, the last first, and return what failed.
+
+        Hosts call this at the end of "cleanup", also where the class has none or was not built; a second call finds
+        nothing to do. `settle` waits for a coroutine.
+        """
+        errors: list[BaseException] = []
+        while self._deferred:
+            with self._lock:
+                callback = self._deferred.pop()
+            try:
+                settle(callback())
+            except BaseException as error:  # the host raises it when all were called
+                errors.append(error)
+        return errors
+
+    def _claim(self, **entry: Any) -> None:
+        if self._claims is None:
+            error = UnsupportedPlanError(f'service "{self.name}" claims {entry}, but this job keeps no journal')
+            raise hint(error, "Jobs of a LocalEnvironment keep one.")
+        self._claims.claim(self.name, entry)
 
 
 def unknown_service(user: str, name: str, known: Iterable[str]) -> UnknownServiceError:
@@ -306,7 +467,9 @@ class BaseService(ServiceUser):
     and no `stop` begins while a call is running, unless that call outlasts the service's `drain_timeout_s`. `stop`
     follows only a successful start; `cleanup` runs exactly once for every instance that was built, also when `setup`,
     `start` or `stop` failed. `ready()` and `health()` return whether the service can be used; both are polled where
-    they exist. The hooks of one service run one after another on a thread of its own.
+    they exist. A `drain` that takes no arguments is called when no further call comes, before `stop`, to end work that
+    the service took in and still has in hand; a `drain` with arguments is a method like others. The hooks of one
+    service run one after another on a thread of its own.
 
     Attributes:
         ctx: the service's context, set before the constructor runs.

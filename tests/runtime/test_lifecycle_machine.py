@@ -15,11 +15,15 @@ from sage._runtime.lifecycle import (
     DRAIN_NET_S,
     Action,
     Begin,
+    CleanupDeferred,
     DependencySeen,
     Do,
+    Exit,
+    ExtendTimeout,
     HookEnded,
     LifecycleEvent,
     Limits,
+    ServiceDied,
     ServicePlan,
     State,
     StopRequested,
@@ -46,12 +50,16 @@ from sage._runtime.transitions import step
 from sage.service import ServiceOptions
 
 BEFORE_STOP = (JobState.NEW, JobState.STARTING, JobState.RUNNING)
-HOOKS = ("setup", "start", "ready", "health", "stop", "cleanup")
+HOOKS = ("setup", "start", "ready", "health", "drain", "stop", "cleanup")
+EXIT = frozenset({"exit"})
 START_ACTIONS = ("build", "setup", "start", "ready", "health")
 SLACK_S = 1e-6
 
 hook_sets = st.frozensets(st.sampled_from(HOOKS)) | st.just(frozenset(HOOKS))
 pauses = st.sampled_from([0.0, 0.0, 0.01, 0.05, 1.0, 5.0, 100.0])
+
+
+EXITS = (Exit(0), Exit(-9, was_killed=True), Exit(0, left=("pid 7",)))
 
 
 @dataclass
@@ -75,6 +83,7 @@ def options(draw: st.DrawFn) -> ServiceOptions:
         backoff_s=draw(st.sampled_from([(0.1, 10.0), (0.0, 0.0)])),
         required=draw(st.booleans()),
         health_interval_s=draw(st.sampled_from([0.5, 200.0])),
+        kill_grace_s=draw(st.sampled_from([0.0, 5.0, 100.0])),
     )
 
 
@@ -96,7 +105,12 @@ def graphs(draw: st.DrawFn) -> Graph:
     hooks = {name: draw(hook_sets) for name in names}
     services = tuple(
         ServicePlan(
-            name, tuple(requires[name]), draw(options()), name in kept, hooks[name] if name in adopted else None
+            name,
+            tuple(requires[name]),
+            draw(options()),
+            name in kept,
+            hooks[name] if name in adopted else None,
+            EXIT if draw(st.booleans()) else frozenset(),
         )
         for name in names
     )
@@ -132,21 +146,25 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.running: dict[str, tuple[str, int]] = {}
         self.abandoned: list[tuple[str, str, int]] = []
         self.built: set[tuple[str, int]] = set()
+        self.begun: set[tuple[str, int]] = set()
+        self.dead: set[tuple[str, int]] = set()
+        self.owed: set[tuple[str, int]] = set()
         self.runs: dict[tuple[str, int, str], int] = {}
         self.task_phase: dict[str, str] = {}
         self.told: set[str] = set()
 
-    @initialize(graph=graphs(), started=st.sampled_from([True, True, True, True, False]))
-    def prepare(self, graph: Graph, started: bool) -> None:
+    @initialize(graph=graphs(), started=st.sampled_from([True, True, True, True, False]), until_asked=st.booleans())
+    def prepare(self, graph: Graph, started: bool, until_asked: bool) -> None:
         self.graph = graph
         self.plans = {plan.name: plan for plan in graph.services}
         limits = Limits(stop_timeout_s=60.0, drain_timeout_s=30.0, close_timeout_s=10.0)
-        self.state: State = begin(graph.services, graph.tasks, limits)
+        self.state: State = begin(graph.services, graph.tasks, limits, until_asked=until_asked)
         self.noted: dict[str, str] = {"": self.state.job}
         for name, service in self.state.services.items():
             self.noted[name] = service.state
             if service.incarnation:
                 self.built.add((name, service.incarnation))
+                self.begun.add((name, service.incarnation))
         for name, task in self.state.tasks.items():
             self.noted[name] = task.state
             self.task_phase[name] = "created"
@@ -178,10 +196,16 @@ class LifecycleMachine(RuleBasedStateMachine):
                 self.check_note(action)
             case Do.RUN_HOOK:
                 self.check_hook(action)
-            case Do.ABANDON_HOOK:
+            case Do.ABANDON_HOOK | Do.LOSE_HOOK:
+                if action.do is Do.LOSE_HOOK:
+                    assert self.running[action.target][0] == action.hook
                 if action.target in self.running:
                     hook, incarnation = self.running.pop(action.target)
                     self.abandoned.append((action.target, hook, incarnation))
+            case Do.HURRY_EXIT:
+                assert self.running[action.target][0] == "exit"
+                assert action.due is not None
+                assert action.due >= self.now or action.due >= self.state.deadline  # type: ignore[operator]
             case Do.OPEN_TASK:
                 self.check_open(action.target)
             case Do.RUN_TASK:
@@ -230,9 +254,17 @@ class LifecycleMachine(RuleBasedStateMachine):
             assert (name, action.incarnation, "cleanup") not in self.runs
         if hook == "drain" and not before_stop:
             self.check_order(name)
-        if hook not in ("build", "drain"):
-            assert hook in self.graph.hooks[name], f"{name} has no {hook}"
-            assert (name, action.incarnation) in self.built, f"{hook} of {name}, which was never built"
+        one = (name, action.incarnation)
+        assert (*one, "exit") not in self.runs or hook == "exit", f"{hook} of {name} after its exit"
+        if hook == "build":
+            self.begun.add(one)
+        elif hook == "exit":
+            assert self.plans[name].own_hooks == EXIT, f"{name} has no process to end"
+            assert one in self.begun
+        else:
+            assert one not in self.dead, f"{hook} of {name} after its death"
+            assert hook == "drain" or hook in self.graph.hooks[name] or (hook == "cleanup" and one in self.owed)
+            assert one in self.built or (hook == "cleanup" and one in self.owed), f"{name} was never built"
         self.running[name] = (hook, action.incarnation)
 
     def check_order(self, name: str) -> None:
@@ -259,14 +291,26 @@ class LifecycleMachine(RuleBasedStateMachine):
         assert all(self.noted[name] in SERVICE_TERMINAL for name in self.state.services)
         assert all(self.noted[name] in TASK_TERMINAL for name in self.state.tasks)
         assert not self.running, "a hook runs on after the seal"
-        for name, incarnation in self.built:
+        for name, incarnation in self.begun:
             is_last = incarnation == self.state.services[name].incarnation
             kept = is_last and self.noted[name] == ServiceState.KEPT
-            count = self.runs.get((name, incarnation, "cleanup"), 0)
-            if "cleanup" not in self.graph.hooks[name] or kept:
-                assert count == 0
-            elif not (self.killed and is_last):
-                assert count == 1, f"incarnation {incarnation} of {name} has {count} cleanups"
+            self.check_end(name, incarnation, kept, killed=self.killed and is_last)
+
+    def check_end(self, name: str, incarnation: int, kept: bool, killed: bool) -> None:
+        one = (name, incarnation)
+        exits, cleanups = self.runs.get((*one, "exit"), 0), self.runs.get((*one, "cleanup"), 0)
+        has_exit = self.plans[name].own_hooks == EXIT
+        assert exits == (has_exit and not kept), f"incarnation {incarnation} of {name} has {exits} exits"
+        has_cleanup = one in self.owed or (one in self.built and "cleanup" in self.graph.hooks[name])
+        if kept or not has_cleanup:
+            assert cleanups == 0
+        elif not killed and one not in self.dead:
+            assert cleanups == 1, f"incarnation {incarnation} of {name} has {cleanups} cleanups"
+        if incarnation == self.state.services[name].incarnation:
+            if one in self.dead:
+                assert self.noted[name] in (ServiceState.LOST, ServiceState.ABANDONED, ServiceState.KILLED)
+            if self.noted[name] == ServiceState.KILLED:
+                assert has_exit
 
     def check_states_are_noted(self) -> None:
         assert self.state.job == self.noted[""]
@@ -297,7 +341,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         for name, (hook, _) in self.running.items():
             due = self.state.services[name].due
             assert due is not None
-            assert due <= latest + (DRAIN_NET_S if hook == "drain" else 0.0) + SLACK_S
+            assert due <= latest + (DRAIN_NET_S if hook in ("drain", "exit") else 0.0) + SLACK_S
 
     # --- what can happen ---
 
@@ -349,7 +393,9 @@ class LifecycleMachine(RuleBasedStateMachine):
             return
         if hook == "build":
             self.built.add((name, incarnation))
-            self.post(HookEnded(name, incarnation, hook, self.graph.hooks[name]))
+            self.post(HookEnded(name, incarnation, hook, self.graph.hooks[name] | self.plans[name].own_hooks))
+        elif hook == "exit":
+            self.post(HookEnded(name, incarnation, hook, EXITS[len(self.runs) % len(EXITS)]))
         else:
             self.post(HookEnded(name, incarnation, hook, good))
 
@@ -369,6 +415,57 @@ class LifecycleMachine(RuleBasedStateMachine):
     def see_dependency(self, data: st.DataObject) -> None:
         name, _ = data.draw(st.sampled_from(sorted(self.built)))
         self.post(DependencySeen(name, data.draw(st.sampled_from(sorted(self.plans)))))
+
+    def alive(self) -> list[str]:
+        """Return the services that have an instance, or are to have one, and a process that can end."""
+        return sorted(
+            name
+            for name, incarnation in self.begun
+            if incarnation == self.state.services[name].incarnation
+            and (name, incarnation) not in self.dead
+            and self.noted[name] not in SERVICE_TERMINAL | {ServiceState.BACKOFF}
+            and self.state.services[name].hook != "exit"
+        )
+
+    @rule(data=st.data(), weight=st.integers(0, 2))
+    def die(self, data: st.DataObject, weight: int) -> None:
+        """The process of a service ends by itself, whatever it is doing."""
+        if self.is_sealed() or weight or not (alive := self.alive()):
+            return
+        name = data.draw(st.sampled_from(alive))
+        incarnation = self.state.services[name].incarnation
+        self.dead.add((name, incarnation))
+        self.post(ServiceDied(name, incarnation, "exit code 1"))
+
+    @precondition(lambda self: self.is_open() and self.begun)
+    @rule(data=st.data())
+    def die_too_late(self, data: st.DataObject) -> None:
+        name, incarnation = data.draw(st.sampled_from(sorted(self.begun)))
+        if name in self.alive() and self.state.services[name].incarnation == incarnation:
+            return
+        self.post(ServiceDied(name, incarnation, "long ago"))
+        assert all(failure.text != "long ago" for failure in self.state.failures)
+
+    @rule(data=st.data())
+    def defer(self, data: st.DataObject) -> None:
+        """A service asks for something to be done at its end."""
+        names = [name for name in self.alive() if self.noted[name] != ServiceState.CLEANING]
+        if self.is_sealed() or not names:
+            return
+        name = data.draw(st.sampled_from(names))
+        self.owed.add((name, self.state.services[name].incarnation))
+        self.post(CleanupDeferred(name, self.state.services[name].incarnation))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), seconds=st.sampled_from([0.0, 1.0, 30.0, 1000.0]))
+    def extend(self, data: st.DataObject, seconds: float) -> None:
+        name = data.draw(st.sampled_from(sorted(self.running)))
+        before = self.state.services[name]
+        self.post(ExtendTimeout(name, before.incarnation, seconds))
+        after = self.state.services[name]
+        if after.hook == before.hook and after.incarnation == before.incarnation and before.due and after.due:
+            assert after.due >= before.due, "more time is less"
+            assert after.extended_s <= 60.0
 
     @rule(
         way=st.sampled_from([Way.DRAIN, Way.DRAIN, Way.CANCEL, Way.CANCEL, Way.KILL]),

@@ -17,6 +17,8 @@ from sage._control import timeline
 from sage._control.explanation import explaining
 from sage._control.program import Program
 from sage._control.saved import read
+from sage._hosts.guard import runs_folder
+from sage._hosts.guardian import reap_folder, stale_folders
 from sage.environment import Environment
 from sage.errors import GraphError
 from sage.observability import append_to
@@ -156,6 +158,26 @@ def doctor(log_dir: Path) -> None:
         mark = click.style("ok   ", fg="green") if check.is_good else click.style("WRONG", fg="red")
         click.echo(f"{mark}  {check.name}: {check.detail}")
     sys.exit(0 if all_good else 1)
+
+
+@main.command()
+def gc() -> None:
+    """End what killed programs left on this machine: processes, files, and what their services declared.
+
+    That is the matter of a program's guardian; this finds what is left where both were killed.
+    """
+    try:
+        folders = stale_folders(runs_folder())
+    except PermissionError as error:
+        click.echo("\n".join([str(error), *getattr(error, "__notes__", ())]), err=True)
+        sys.exit(1)
+    found = [reap_folder(folder, lambda text: click.echo(text, err=True)) for folder in folders]
+    for reports in found:
+        for report in reports or ():
+            ends = ", ".join(f"{service['name']} {service['state']}" for service in report["services"])
+            click.echo(f'job "{report["name"]}": LOST and {report["cleanliness"].upper()}; {ends or "no services"}')
+    runs_count = sum(reports is not None for reports in found)
+    click.echo(f"{runs_count} runs were left" if runs_count else "nothing is left")
 
 
 def _live(program: Program) -> AbstractContextManager[object]:

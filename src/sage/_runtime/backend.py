@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
     from sage.records import Span
-    from sage.service import ServiceCalls
+    from sage.service import ServiceCalls, ServiceContext
 
 
 class Lane(Protocol):
@@ -29,8 +30,31 @@ class Lane(Protocol):
         """Take nothing more and end; wait for that, unless the lane is abandoned."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a report says of the place where a service ran.
+
+    Attributes:
+        host: what kind of place: "inline", "process" or "command".
+        pid: the process of the last incarnation, or None for one that was never started.
+        exit_code: how that process ended; negative for a signal, None while it runs or where it is not known.
+        output: the last lines that it wrote.
+    """
+
+    host: str = "inline"
+    pid: int | None = None
+    exit_code: int | None = None
+    output: tuple[str, ...] = ()
+
+
 class Host(Protocol):
-    """Where one service runs."""
+    """Where one service runs.
+
+    It is made as `make_host(spec, context, backend, loop, on_died)`. A host whose service has a process of its own
+    calls `on_died(incarnation, text)` when that process ended by itself, which is at any time but while "exit" runs,
+    and does so before it says how a hook that was cut off by it ended. Incarnations are counted from 1 by each "build",
+    and anew in each job: an instance that is adopted is number 1.
+    """
 
     @property
     def spec(self) -> ServiceSpec:
@@ -49,18 +73,38 @@ class Host(Protocol):
         """How many of them raised."""
 
     @property
+    def own_hooks(self) -> frozenset[str]:
+        """The names of the hooks that the host has whatever the service is: "exit", if it has a process to end."""
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
 
-    def adopt(self, backend: Backend, loop: CoroutineLoop) -> None:
-        """Let another job run the hooks of an instance that was kept."""
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
+        """Let another job run the hooks of an instance that was kept; if it is dead, `on_died` is called now.
+
+        The instance has a context already, which from now on does what `context` does (`ServiceContext.follow`).
+        """
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
         """Run a hook apart from the caller and tell `done` what came of it.
 
-        "build" makes an instance and gives the names of its hooks; "drain" waits until no call runs and gives whether
-        that was so by `due`; the others are methods of the service.
+        "build" makes an instance and gives the names of its hooks. "drain" waits until no call runs, then calls the
+        service's `drain`, where it has one, and gives whether no call ran by `due`. "cleanup" ends with what the
+        service deferred (`ServiceContext.run_deferred`); the lifecycle also asks for it if the class has none, or its
+        constructor raised, once something was deferred. "exit" ends the process, by force if it has not ended by `due`,
+        makes sure that it and what it left are gone, and gives an `Exit`; it is asked for once for each "build",
+        however that ended. The others are methods of the service. No hook but "drain" and "exit" is bounded by the
+        host: it runs until it ends, or `abandon` is called.
         """
+
+    def hurry(self, due: float) -> None:
+        """Move the `due` of the "exit" that runs forward."""
+
+    def facts(self) -> HostFacts:
+        """Return what the report says of the host; also after `close`."""
 
     def admit(self) -> None:
         """Let calls through."""

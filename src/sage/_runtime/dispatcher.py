@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._runtime.coroutines import CoroutineLoop
 from sage._runtime.deployment import deploy
-from sage._runtime.lifecycle import ServicePlan, begin
+from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServicePlan, begin
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
 from sage._runtime.supervisor import Supervisor
 from sage.errors import ServiceError, hint
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend, Host
     from sage._runtime.lifecycle import Limits
     from sage._runtime.supervisor import Ended
-    from sage.service import ServiceHandle
+    from sage.service import Claims, ServiceHandle
 
 
 class Dispatcher:
@@ -45,8 +45,10 @@ class Dispatcher:
         *,
         keep: frozenset[str] = frozenset(),
         adopted: Mapping[str, Host] = MappingProxyType({}),
+        claims: Claims | None = None,
     ) -> None:
         self.plan = plan
+        self._claims = claims
         self._loop = CoroutineLoop(plan.name if plan is not None else "sage")
         self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
         self._dependencies = Dependencies()
@@ -61,6 +63,7 @@ class Dispatcher:
                 service.options,
                 keep=service.name in keep,
                 adopted=hosts[service.name].hooks if service.name in adopted else None,
+                own_hooks=hosts[service.name].own_hooks,
             )
             for service in services
         )
@@ -68,6 +71,9 @@ class Dispatcher:
         self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
         self._dependencies.tell = self.supervisor.note_dependency
         for service in services:
+            if service.name in adopted:
+                host = adopted[service.name]
+                host.adopt(self._context(service), backend, self._loop, self._death_of(service.name))
             service.handle._connect(hosts[service.name].calls)
 
     @property
@@ -93,6 +99,14 @@ class Dispatcher:
         """Whether anything of the job has not ended."""
         return not self.supervisor.is_sealed
 
+    def deferred(self, service: str, incarnation: int) -> None:
+        """Let the lifecycle know that a service has something to clean up; its context calls this."""
+        self.supervisor.post(CleanupDeferred(service, incarnation))
+
+    def extend(self, service: str, incarnation: int, seconds: float) -> None:
+        """Give the hook of a service that runs more time; its context calls this."""
+        self.supervisor.post(ExtendTimeout(service, incarnation, seconds))
+
     def forget(self) -> None:
         """Let go of users' functions, services and data; a job that has ended is remembered for long."""
         if self.plan is not None:
@@ -109,11 +123,17 @@ class Dispatcher:
         for service in services:
             if service.name in adopted:
                 hosts[service.name] = adopted[service.name]
-                hosts[service.name].adopt(backend, self._loop)
                 continue
-            context = ServiceContext(service.name, self._handles, self._dependencies.noted_by(service))
-            hosts[service.name] = make_host(service, context, backend, self._loop)
+            died = self._death_of(service.name)
+            hosts[service.name] = make_host(service, self._context(service), backend, self._loop, died)
         return hosts
+
+    def _context(self, service: ServiceSpec) -> ServiceContext:
+        noted = self._dependencies.noted_by(service)
+        return ServiceContext(service.name, self._handles, noted, self, self._claims)
+
+    def _death_of(self, service: str) -> Callable[[int, str], None]:
+        return lambda incarnation, text: self.supervisor.post(ServiceDied(service, incarnation, text))
 
 
 def _untold(service: str, requires: str) -> None:

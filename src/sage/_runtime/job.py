@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from sage._runtime.interrupts import Interrupts
 from sage._runtime.lifecycle import StopRequested
 from sage._runtime.outcome import operator_reports, seal, to_raise
 from sage._runtime.states import JobState, Way
-from sage.errors import InternalError, describe
+from sage.errors import InternalError, JobError, describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +46,7 @@ class Job:
         self.report_file: ReportFile | None = None
         self.dispatcher: Dispatcher
         self._graph = graph
+        self._pid = os.getpid()
         self._interrupt_timeout_s = interrupt_timeout_s
         self._started = (time.time(), time.monotonic())
         self._reason = ""
@@ -73,8 +75,8 @@ class Job:
 
     @property
     def is_running(self) -> bool:
-        """Whether anything of it has not ended."""
-        return self.report is None
+        """Whether anything of it has not ended; a process that was forked from its own has no part in it."""
+        return self.report is None and self._pid == os.getpid()
 
     def begin(self, dispatcher: Dispatcher) -> None:
         """Start the job on a dispatcher."""
@@ -115,6 +117,9 @@ class Job:
 
     def _wait(self, timeout_s: float | None, begin: Callable[[], None]) -> JobReport:
         supervisor = self.dispatcher.supervisor
+        if self._pid != os.getpid():
+            error = JobError(f'job "{self.name}" runs in process {self._pid}, from which this one was forked')
+            raise hint(error, "Only the process that submitted a job can wait for it.")
         interrupted: BaseException | None = None
         with Interrupts(self.interrupt) as interrupts:
             begin()
@@ -161,14 +166,14 @@ class Job:
 
     def finish_up(self, timeout_s: float | None = None) -> None:
         """Wait for the end, and raise what failed if nobody was told yet."""
-        if is_inside(self.dispatcher.supervisor):
+        if is_inside(self.dispatcher.supervisor) or self._pid != os.getpid():
             return
         if not self._is_told:
             self.wait(timeout_s)
 
     def request(self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None) -> None:
         """Ask for the end without waiting for it; any thread may."""
-        if self.report is None:
+        if self.is_running:
             self._reason = self._reason or reason
             self.dispatcher.supervisor.post(StopRequested(way, budget_s, hook_cap_s))
 
@@ -195,11 +200,11 @@ class Job:
         for error in report.errors:
             self._log.error("%s", describe(error), exc_info=error)
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
+        if self.report_file is not None:
+            self.report_file.end(report)  # before the guardian is told that all is over, which else writes one
         for action in self._when_sealed:
             action(ended)
         self._when_sealed.clear()
-        if self.report_file is not None:
-            self.report_file.end(report)
         self.report = report
         self.dispatcher.forget()
         self._graph = LogicalGraph(self.name, {})

@@ -28,7 +28,16 @@ BEST_GUARD_S = 1.0
 
 
 DRAIN_NET_S = 1.0
-"""How long after its bound a drain that did not end is given up."""
+"""How long after its bound a drain or an exit, which the host bounds by itself, is given up."""
+
+HEALTH_LEAST_S = 1.0
+"""The least time that a `health` has; more where the pause between two of them is longer."""
+
+EXTENSION_MAX_S = 60.0
+"""How much longer one hook may ask to take, in all."""
+
+KILL_EXIT_S = 2.0
+"""Bound of "exit" when everything is given up."""
 
 STOP_STATES = frozenset({ServiceState.DRAINING, ServiceState.STOPPING, ServiceState.CLEANING})
 
@@ -62,6 +71,7 @@ class ServicePlan:
         options: its bounds and policies.
         keep: whether it outlives the job.
         adopted: the hooks of an instance that an earlier job kept, or None if it has to be built.
+        own_hooks: the hooks that its host has whatever the service is: "exit", if there is a process to end.
     """
 
     name: str
@@ -69,6 +79,7 @@ class ServicePlan:
     options: ServiceOptions
     keep: bool = False
     adopted: frozenset[str] | None = None
+    own_hooks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +111,9 @@ class ServiceRecord:
         due: when the hook that runs is late, or what waits is due; None for never.
         start_due: when the start as a whole is late.
         restarts: when it was restarted.
-        goal: the state that its teardown leads to.
+        again: whether its teardown leads to a restart, unless stopping begins before.
+        goal: the state that its teardown leads to otherwise.
+        extended_s: how much longer the hook that runs was allowed to take.
     """
 
     state: ServiceState = ServiceState.REGISTERED
@@ -110,7 +123,9 @@ class ServiceRecord:
     due: float | None = None
     start_due: float = 0.0
     restarts: tuple[float, ...] = ()
+    again: bool = False
     goal: ServiceState = ServiceState.STOPPED
+    extended_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +145,16 @@ class Trouble(StrEnum):
     START = "start"
     NOT_READY = "not_ready"
     UNHEALTHY = "unhealthy"
+    DIED = "died"
+    LOST = "lost"
+    KILLED = "killed"
     HOOK = "hook"
     LATE_HOOK = "late_hook"
     LATE_CALLS = "late_calls"
     LATE_TASK = "late_task"
 
 
-FAILS_JOB = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.START, Trouble.NOT_READY, Trouble.UNHEALTHY})
+FAILS_JOB = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.START, Trouble.NOT_READY, Trouble.UNHEALTHY, Trouble.DIED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +167,7 @@ class Failure:
         hook: the hook or operator, or "".
         error: what was raised, or None for what took too long.
         counts: whether it fails the job; a service that may be absent or restarted does not.
+        text: what else is known of it, in words.
     """
 
     trouble: Trouble
@@ -156,6 +175,7 @@ class Failure:
     hook: str = ""
     error: BaseException | None = None
     counts: bool = True
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +188,8 @@ class State:
         service_plans: what is known of the services beforehand.
         task_plans: what is known of the tasks beforehand.
         limits: the bounds of the stop.
+        until_asked: whether the job, although it has no tasks, goes on until somebody asks for its end.
+        early: deaths of services that the job took over, from before it began.
         job: the state of the job.
         way: the strongest way in which an end was asked for.
         ended_by: the way that really ended the job, or None if it ended by itself.
@@ -185,6 +207,8 @@ class State:
     service_plans: Mapping[str, ServicePlan]
     task_plans: Mapping[str, TaskPlan]
     limits: Limits
+    until_asked: bool = False
+    early: tuple[ServiceDied, ...] = ()
     job: JobState = JobState.NEW
     way: Way | None = None
     ended_by: Way | None = None
@@ -245,6 +269,47 @@ class HookEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Exit:
+    """What the hook "exit" returns.
+
+    Attributes:
+        code: how the process ended; negative for a signal, None where it is not known.
+        was_killed: whether it had to be killed.
+        left: what it had left behind that had to be killed, in words, one for each.
+    """
+
+    code: int | None
+    was_killed: bool = False
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceDied:
+    """The process of a service ended by itself, outside of "exit"; `text` says how."""
+
+    service: str
+    incarnation: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupDeferred:
+    """A service gave something to be called at its end, so that it has a cleanup from now on."""
+
+    service: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendTimeout:
+    """The hook of a service that runs wants more time."""
+
+    service: str
+    incarnation: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class DependencySeen:
     """A service was seen to call another."""
 
@@ -284,7 +349,8 @@ class TaskEnded:
 
 
 TaskEvent = TaskOpened | TaskFailed | TaskClosing | TaskEnded
-LifecycleEvent = Begin | Tick | StopRequested | HookEnded | DependencySeen | TaskEvent
+ServiceEvent = HookEnded | ServiceDied | CleanupDeferred | ExtendTimeout | DependencySeen
+LifecycleEvent = Begin | Tick | StopRequested | ServiceEvent | TaskEvent
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
@@ -299,6 +365,8 @@ class Do(Enum):
     ABANDON_TASK = "abandon_task"
     RUN_HOOK = "run_hook"
     ABANDON_HOOK = "abandon_hook"
+    LOSE_HOOK = "lose_hook"
+    HURRY_EXIT = "hurry_exit"
     ADMIT_CALLS = "admit_calls"
     HOLD_CALLS = "hold_calls"
     REFUSE_CALLS = "refuse_calls"
@@ -329,17 +397,20 @@ class Action:
     after: str = ""
 
 
-def begin(services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits: Limits) -> State:
+def begin(
+    services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits: Limits, *, until_asked: bool = False
+) -> State:
     """Return the state of a job that was not started yet."""
     return State(
         services={
             plan.name: ServiceRecord()
             if plan.adopted is None
-            else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted)
+            else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted | plan.own_hooks)
             for plan in services
         },
         tasks={plan.name: TaskRecord() for plan in tasks},
         service_plans={plan.name: plan for plan in services},
         task_plans={plan.name: plan for plan in tasks},
         limits=limits,
+        until_asked=until_asked,
     )

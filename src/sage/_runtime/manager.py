@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
 import warnings
@@ -144,6 +145,16 @@ class JobManager:
                 job.stop(timeout_s=None if due is None else max(0.0, due - time.monotonic()))
         return self.list_jobs()
 
+    @classmethod
+    def _after_fork_in_child(cls) -> None:
+        """Forget everything: the jobs belong to the process that this one was forked from, with all their threads."""
+        cls._lock = threading.Lock()
+        if cls._instance is not None:
+            cls._instance._jobs.clear()
+            cls._instance._keeping.clear()
+            for environment in tuple(cls._instance._environments.values()):
+                environment._after_fork_in_child()
+
     def _find(self, id_: str) -> Any:
         job = self._jobs.get(id_)
         if job is not None:
@@ -171,6 +182,9 @@ class JobManager:
                 log.error("job failed at exit name=%r", job.name, exc_info=error)
         for environment in tuple(self._keeping):
             environment._close_at_exit()
+
+
+os.register_at_fork(after_in_child=JobManager._after_fork_in_child)
 
 
 def _at_exit(end: Any) -> None:

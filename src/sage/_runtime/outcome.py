@@ -28,13 +28,24 @@ if TYPE_CHECKING:
     from sage._runtime.lifecycle import State
     from sage._runtime.supervisor import Ended
 
-UNCLEAN = frozenset({Trouble.CLOSE, Trouble.HOOK, Trouble.LATE_HOOK, Trouble.LATE_CALLS, Trouble.LATE_TASK})
+UNCLEAN = frozenset(
+    {
+        Trouble.CLOSE,
+        Trouble.HOOK,
+        Trouble.LATE_HOOK,
+        Trouble.LATE_CALLS,
+        Trouble.LATE_TASK,
+        Trouble.DIED,
+        Trouble.LOST,
+        Trouble.KILLED,
+    }
+)
 
 
 def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
     """Return the error that tells a user of a failure."""
     name, hook, cause = failure.name, failure.hook, failure.error
-    text = describe(cause) if cause is not None else ""
+    text = describe(cause) if cause is not None else failure.text
     error: JobError
     match failure.trouble:
         case Trouble.TASK | Trouble.CLOSE:
@@ -51,11 +62,21 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
         case Trouble.UNHEALTHY:
             said = f"its health check raised {text}" if cause is not None else "its health check failed"
             error = ServiceError(f'service "{name}" failed: {said}', job=job, service=name)
+        case Trouble.DIED:
+            error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
+            hint(error, "Its stop and cleanup could not run any more.")
+        case Trouble.LOST:
+            text = f'service "{name}" ended by itself before it was cleaned up: {text}'
+            error = CleanupError(text, job=job, service=name)
+        case Trouble.KILLED:
+            what = f"left behind what had to be killed: {text}" if text else "did not exit in time and was killed"
+            error = CleanupTimeoutError(f'service "{name}" {what}', job=job, service=name)
         case Trouble.HOOK:
             error = CleanupError(f'service "{name}" failed in {hook}: {text}', job=job, service=name)
         case Trouble.LATE_HOOK:
+            then = text or "was abandoned"
             error = CleanupTimeoutError(
-                f'service "{name}" did not end its {hook} in time and was abandoned', job=job, service=name
+                f'service "{name}" did not end its {hook} in time and {then}', job=job, service=name
             )
         case Trouble.LATE_CALLS:
             error = CleanupTimeoutError(
@@ -93,7 +114,7 @@ def seal(
     dirty = (
         ended.crash is not None
         or any(failure.trouble in UNCLEAN for failure in state.failures)
-        or any(record.state == "abandoned" for record in state.services.values())
+        or any(record.state in ("abandoned", "killed", "lost") for record in state.services.values())
     )
     return JobReport(
         id=id_,
@@ -170,16 +191,23 @@ def _why(outcome: Outcome, errors: tuple[Exception, ...], reason: str) -> str:
 
 
 def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]:
-    hosts = dispatcher.supervisor.hosts
-    return tuple(
-        ServiceReport(
-            name,
-            str(record.state),
-            ended.hooks[name],
-            hosts[name].call_count,
-            hosts[name].error_count,
-            len(record.restarts),
-            ended.stacks.get(name),
+    reports = []
+    for name, record in ended.state.services.items():
+        host = dispatcher.supervisor.hosts[name]
+        facts = host.facts()
+        reports.append(
+            ServiceReport(
+                name,
+                str(record.state),
+                ended.hooks[name],
+                host.call_count,
+                host.error_count,
+                len(record.restarts),
+                ended.stacks.get(name),
+                facts.host,
+                facts.pid,
+                facts.exit_code,
+                facts.output,
+            )
         )
-        for name, record in ended.state.services.items()
-    )
+    return tuple(reports)

@@ -54,6 +54,8 @@ class ServiceState(StrEnum):
     STOPPED = "stopped"
     CLEANUP_FAILED = "cleanup_failed"
     ABANDONED = "abandoned"
+    KILLED = "killed"
+    LOST = "lost"
     FAILED_START = "failed_start"
     FAILED = "failed"
     SKIPPED = "skipped"
@@ -84,17 +86,19 @@ TASK_NEXT: dict[TaskState, frozenset[TaskState]] = {
     **{state: frozenset() for state in TASK_TERMINAL},
 }
 
-SERVICE_TERMINAL = frozenset({S.STOPPED, S.CLEANUP_FAILED, S.ABANDONED, S.FAILED_START, S.FAILED, S.SKIPPED, S.KEPT})
+SERVICE_TERMINAL = frozenset(
+    {S.STOPPED, S.CLEANUP_FAILED, S.ABANDONED, S.KILLED, S.LOST, S.FAILED_START, S.FAILED, S.SKIPPED, S.KEPT}
+)
 _SERVICE_ENDS = SERVICE_TERMINAL - {S.SKIPPED, S.KEPT}
 
 SERVICE_NEXT: dict[ServiceState, frozenset[ServiceState]] = {
     S.REGISTERED: frozenset({S.STARTING, S.SKIPPED}),
     S.STARTING: frozenset({S.READY, S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
-    S.READY: frozenset({S.DEGRADED, S.DRAINING, S.KEPT, S.ABANDONED}),
-    S.DEGRADED: frozenset({S.DRAINING, S.ABANDONED}),
+    S.READY: frozenset({S.DEGRADED, S.DRAINING, S.CLEANING, S.KEPT, S.ABANDONED}),
+    S.DEGRADED: frozenset({S.DRAINING, S.CLEANING, S.ABANDONED}),
     S.DRAINING: frozenset({S.STOPPING, S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
     S.STOPPING: frozenset({S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
     S.CLEANING: frozenset({S.BACKOFF}) | _SERVICE_ENDS,
-    S.BACKOFF: frozenset({S.STARTING, S.STOPPED, S.ABANDONED}),
+    S.BACKOFF: frozenset({S.STARTING, S.STOPPED, S.CLEANUP_FAILED, S.KILLED, S.LOST}),
     **{state: frozenset() for state in SERVICE_TERMINAL},
 }

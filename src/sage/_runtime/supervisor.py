@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.lifecycle import Begin, DependencySeen, Do, HookEnded, Tick
+from sage._runtime.lifecycle import Begin, DependencySeen, Do, Exit, HookEnded, Tick
 from sage._runtime.states import ServiceState
 from sage._runtime.transitions import step
 from sage.errors import describe
@@ -141,6 +141,11 @@ class Supervisor:
                 self._run_hook(action)
             case Do.ABANDON_HOOK:
                 self._abandon_hook(action)
+            case Do.LOSE_HOOK:
+                self._lose_hook(action)
+            case Do.HURRY_EXIT:
+                assert action.due is not None
+                self.hosts[target].hurry(action.due)
             case Do.ADMIT_CALLS:
                 self.hosts[target].admit()
             case Do.HOLD_CALLS:
@@ -188,6 +193,8 @@ class Supervisor:
         del self._hook_began[event.service]
         late = event.hook == "drain" and event.value is False
         outcome = "error" if event.error is not None else "abandoned" if late else "ok"
+        if isinstance(event.value, Exit) and event.value.was_killed:
+            outcome = "killed"
         if event.hook in ("health", "ready") and outcome == "ok":
             return  # Polled: only what they cause is worth a line.
         text = describe(event.error) if event.error is not None else None
@@ -212,6 +219,14 @@ class Supervisor:
         hook, incarnation, began_at = began
         self._stacks[name] = self.hosts[name].abandon()
         self._add_hook(name, hook, incarnation, began_at, "abandoned")
+
+    def _lose_hook(self, action: Action) -> None:
+        """Note that the process of a service died while a hook ran; nothing of the hook is waited for."""
+        began = self._hook_began.pop(action.target, None)
+        self.hosts[action.target].abandon()
+        if began is not None:
+            hook, incarnation, began_at = began
+            self._add_hook(action.target, hook, incarnation, began_at, "lost")
 
     def _seal(self) -> None:
         """Free what is left of threads, and hand over."""

@@ -1,0 +1,167 @@
+"""One instance of a service: how it is built, which hooks it has, and how its attributes are reached."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from sage.errors import UnknownServiceError, hint
+from sage.service import ServiceUser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sage._runtime.coroutines import CoroutineLoop
+    from sage.service import ServiceContext
+
+HOOKS = ("setup", "start", "ready", "health", "stop", "cleanup")
+STAND_INS = ("close", "shutdown")
+"""What is called instead of `cleanup` on a class that has none; leaving a context comes last."""
+
+
+class Instance:
+    """What a user's class or callable gave, in the process in which it was built.
+
+    Attributes:
+        name: the service's name.
+        loop: where its coroutines run; another job that takes a kept service over sets its own.
+    """
+
+    def __init__(self, name: str, loop: CoroutineLoop) -> None:
+        self.name = name
+        self.loop = loop
+        self._target: Any = None
+        self._context: ServiceContext | None = None
+        self._hooks: dict[str, Callable[[], Any]] = {}
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The names of the hooks that it has; with something deferred, that is its cleanup."""
+        has_deferred = self._context is not None and self._context.has_deferred
+        return frozenset(self._hooks) | ({"cleanup"} if has_deferred else set())
+
+    def build(
+        self, make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: ServiceContext
+    ) -> None:
+        """Call the constructor, and look for hooks. If it raises, "cleanup" still does what was deferred."""
+        self._context = context
+        if isinstance(make, type) and issubclass(make, ServiceUser):
+            # The context is there before the constructor runs, whether or not that calls its base's.
+            target: Any = make.__new__(make, *args, **kwargs)
+            target.ctx = context
+            target.__init__(*args, **kwargs)
+        else:
+            target = make(*args, **kwargs)
+            if isinstance(target, ServiceUser):
+                target.ctx = context
+        self._target = target
+        self._hooks = {hook: method for hook in HOOKS if (method := _hook(target, hook)) is not None}
+        if isinstance(target, ServiceUser) and (drain := _drain_of(target)) is not None:
+            self._hooks["drain"] = drain
+        if "cleanup" not in self._hooks:
+            stand_in = next((method for name in STAND_INS if (method := _hook(target, name)) is not None), None)
+            if stand_in is not None:
+                self._hooks["cleanup"] = stand_in
+            elif _has(target, "__enter__") and _has(target, "__exit__"):
+                self._enter_at_setup(target)
+
+    def run_hook(self, hook: str) -> Any:
+        """Run a hook to its end, a coroutine too, and return its value."""
+        if hook == "cleanup":
+            return self._clean()
+        return self._settled(self._hooks[hook]())
+
+    def attribute(self, name: str) -> Any:
+        """Return an attribute; a method is returned as a plain function, coroutine functions too.
+
+        Raises:
+            UnknownServiceError: there is none of this name; the methods are listed.
+        """
+        try:
+            attribute = getattr(self._target, name)
+        except AttributeError:
+            raise self._unknown(name) from None
+        if not inspect.iscoroutinefunction(attribute):
+            return attribute
+        return lambda *args, **kwargs: self.loop.run(attribute(*args, **kwargs))
+
+    def _clean(self) -> None:
+        """Call the cleanup, at most once, whoever asks for it, and what was deferred."""
+        errors: list[BaseException] = []
+        cleanup = self._hooks.pop("cleanup", None)
+        try:
+            if cleanup is not None:
+                self._settled(cleanup())
+        except BaseException as error:  # what was deferred is called all the same
+            errors.append(error)
+        if self._context is not None:
+            errors += self._context.run_deferred(self._settled)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise BaseExceptionGroup(f'the cleanup of service "{self.name}" failed in {len(errors)} places', errors)
+
+    def _settled(self, result: Any) -> Any:
+        return self.loop.run(result) if inspect.iscoroutine(result) else result
+
+    def _unknown(self, name: str) -> UnknownServiceError:
+        known = [other for other in dir(self._target) if not other.startswith("_")]
+        listed = ", ".join(other for other in known if callable(getattr(self._target, other, None)))
+        error = UnknownServiceError(f'service "{self.name}" has no method "{name}"')
+        return hint(error, f"{type(self._target).__name__} has: {listed or 'no methods'}.")
+
+    def _enter_at_setup(self, manager: Any) -> None:
+        """Use what a context manager gives, from `setup` on, and leave it as the cleanup."""
+        setup = self._hooks.get("setup")
+
+        def enter() -> None:
+            if setup is not None:
+                setup()
+            entered = manager.__enter__()
+            self._hooks["cleanup"] = lambda: manager.__exit__(None, None, None)
+            if entered is not None:
+                self._target = entered
+
+        self._hooks["setup"] = enter
+        self._hooks["cleanup"] = lambda: None
+
+
+def _has(instance: Any, name: str) -> bool:
+    # A class that answers to every name, such as a remote proxy, has no hooks because of that.
+    return inspect.getattr_static(instance, name, None) is not None
+
+
+def _drain_of(service: ServiceUser) -> Callable[[], Any] | None:
+    """Return the `drain` of a service of ours, if it can be called without arguments.
+
+    One that takes arguments, or that belongs to another class, is a method like others: the name is too common.
+    """
+    if not _has(service, "drain"):
+        return None
+    method: Any = getattr(service, "drain")  # noqa: B009
+    try:
+        inspect.signature(method).bind()
+    except (TypeError, ValueError):
+        return None
+    found: Callable[[], Any] = method
+    return found
+
+
+def _hook(instance: Any, name: str) -> Callable[[], Any] | None:
+    if not _has(instance, name):
+        return None
+    method = getattr(instance, name)
+    if not callable(method):
+        return None
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        if isinstance(instance, ServiceUser):
+            raise hint(
+                TypeError(f"{type(instance).__name__}.{name} must take no arguments"), "The engine calls hooks without."
+            ) from None
+        return None  # A method of the class's own that only happens to have this name.
+    except ValueError:
+        pass  # Some methods written in C do not tell their signature.
+    hook: Callable[[], Any] = method
+    return hook

@@ -1,0 +1,231 @@
+"""A link between two processes: a socket pair over which either side hands connections to the other."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from sage._hosts.wire import Connection, encode
+from sage._runtime.inside import carried
+from sage.errors import ServiceError, describe, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sage._hosts.wire import Frame
+    from sage.service import ServiceHandle
+
+IDLE_MAX = 32
+"""How many connections are kept for later requests."""
+
+SILENT = object()
+"""What an answer is that is not sent, as nobody waits for it."""
+
+
+class LinkClosedError(Exception):
+    """The other side is gone."""
+
+
+class Link:
+    """Asks the other side, and answers it.
+
+    A request is a tuple. Each one has a connection to itself until it is answered, and is answered on a thread of that
+    connection, so that requests never wait for one another; which of them may run at once is not decided here.
+
+    Args:
+        end: one end of a stream socket pair, which the link owns from now on.
+        answer: called with the parts of each request; what it returns or raises goes back.
+        handles: what handles of services among the received values stand for.
+        name: what the threads are named after.
+        on_closed: called when the other side is gone.
+    """
+
+    def __init__(
+        self,
+        end: socket.socket,
+        answer: Callable[..., Any],
+        handles: Mapping[str, ServiceHandle[Any]],
+        name: str,
+        on_closed: Callable[[], None],
+    ) -> None:
+        self._socket = end
+        self._answer = answer
+        self._handles = handles
+        self._name = name
+        self._on_closed = on_closed
+        self._lock = threading.Lock()
+        self._idle: list[Connection] = []
+        self._all: set[Connection] = set()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        self._start_thread(self._accept)
+
+    def ask(self, *request: Any, timeout_s: float | None = None) -> Any:
+        """Send a request and return its answer, or raise what was raised for it.
+
+        Raises:
+            LinkClosedError: the other side is gone, or went before it had answered.
+            TimeoutError: no answer came within `timeout_s` seconds.
+        """
+        frame = encode(request)
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self.connect()
+        try:
+            if timeout_s is not None:
+                connection.bound(timeout_s)
+            connection.send(frame)
+            answer = connection.take()
+        except TimeoutError:
+            self._drop(connection)
+            raise
+        except (OSError, EOFError):
+            self._drop(connection)
+            raise LinkClosedError("the other side is gone") from None
+        except BaseException:
+            self._drop(connection)
+            raise
+        try:
+            value, error, where = connection.decode(*answer)
+        except Exception as error:
+            raise _not_sent(error, "the answer cannot be unpickled here") from error
+        finally:
+            self._keep(connection, timeout_s)
+        if error is not None:
+            raise hint(error, where)
+        return value
+
+    def connect(self) -> Connection:
+        """Open a connection and hand its other end over.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+        """
+        here, there = socket.socketpair()
+        connection = Connection(here, self._handles)
+        try:
+            with self._lock:
+                if self._closed:
+                    raise LinkClosedError("the link is closed")
+                self._all.add(connection)
+                socket.send_fds(self._socket, [b"c"], [there.fileno()])
+        except OSError:
+            self._drop(connection)
+            raise LinkClosedError("the other side is gone") from None
+        except BaseException:
+            self._drop(connection)
+            raise
+        finally:
+            there.close()
+        return connection
+
+    def shut(self) -> None:
+        """Let every request end at once, here and there."""
+        with self._lock:
+            self._closed = True
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            for connection in self._all:
+                connection.shut()
+
+    def close(self, timeout_s: float) -> None:
+        """Shut the link and free what it has; what still answers a request after `timeout_s` is left behind."""
+        self.shut()
+        while self._idle:
+            self._drop(self._idle.pop())
+        for thread in tuple(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+
+    def _keep(self, connection: Connection, timeout_s: float | None) -> None:
+        """Put a connection back for the next request, if there may be one."""
+        with self._lock:
+            if timeout_s is None and not self._closed and len(self._idle) < IDLE_MAX:
+                self._idle.append(connection)
+                return
+        self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        with self._lock:
+            self._all.discard(connection)
+        connection.close()
+
+    def _start_thread(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            finally:
+                self._threads.discard(thread)
+
+        thread = threading.Thread(target=carried(run), name=f"{self._name}-link", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        """Take connections that the other side hands over, until it is gone."""
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            except OSError:
+                break
+            for descriptor in descriptors:
+                connection = Connection(socket.socket(fileno=descriptor), self._handles)
+                with self._lock:
+                    self._all.add(connection)
+                    if self._closed:
+                        connection.shut()
+                self._start_thread(lambda connection=connection: self._serve(connection))  # type: ignore[misc]
+            if not data:
+                break
+        with self._lock:
+            self._closed = True
+            self._socket.close()
+        self._on_closed()
+
+    def _serve(self, connection: Connection) -> None:
+        """Answer the requests of one connection."""
+        try:
+            while True:
+                frame = self._answered(connection)
+                if frame is not None:
+                    connection.send(frame)
+        except (OSError, EOFError):
+            return
+        finally:
+            self._drop(connection)
+
+    def _answered(self, connection: Connection) -> Frame | None:
+        received = connection.take()
+        try:
+            value = self._answer(*connection.decode(*received))
+        except BaseException as error:  # whoever asked owns it
+            return _error_frame(error)
+        if value is SILENT:
+            return None
+        try:
+            return encode((value, None, ""))
+        except Exception as error:
+            return _error_frame(_not_sent(error, f"an answer of type {type(value).__name__} cannot be pickled"))
+
+
+def _error_frame(error: BaseException) -> Frame:
+    """Return the frame for an error; one that the other side could not rebuild goes as its text."""
+    where = f"In the process {threading.current_thread().name.removesuffix('-link')}:\n"
+    where += "".join(traceback.format_exception(error)).rstrip()
+    try:
+        frame = encode((None, error, where))
+        _, rebuilt, _ = pickle.loads(frame[0], buffers=frame[1])
+        if type(rebuilt) is type(error) and str(rebuilt) == str(error):
+            return frame
+    except Exception as reason:
+        where += f"\nIt came as its text, because it cannot be pickled: {describe(reason)}"
+    return encode((None, ServiceError(describe(error), fault="user"), where))
+
+
+def _not_sent(error: BaseException, text: str) -> ServiceError:
+    return ServiceError(f"{text}: {describe(error)}")
