@@ -406,6 +406,8 @@ class LocalEnvironment(Environment):
         stop_timeout_s: budget of a whole stop, in seconds.
         drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
+        services_share: the part of the budget of a stop that is reserved for services.
+        services_reserve_s: the least that is reserved for them, in seconds.
         backend: where tasks run; `sage.testing.StepBackend` runs them one step at a time, from a seed.
     """
 
@@ -418,6 +420,8 @@ class LocalEnvironment(Environment):
         stop_timeout_s: float | None = None,
         drain_timeout_s: float | None = None,
         close_timeout_s: float | None = None,
+        services_share: float = 0.4,
+        services_reserve_s: float = 5.0,
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
@@ -428,6 +432,8 @@ class LocalEnvironment(Environment):
             else stop_timeout_s,
             drain_timeout_s=default.drain_timeout_s if drain_timeout_s is None else drain_timeout_s,
             close_timeout_s=default.close_timeout_s if close_timeout_s is None else close_timeout_s,
+            services_share=services_share,
+            services_reserve_s=services_reserve_s,
         )
         if log_dir is not None:
             self.log_dir = log_dir
