@@ -325,8 +325,16 @@ class Environment:
         limits = Limits(**self._limits)
         report = os.path.abspath(self.report_file) if self.report_file else None
         guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
+
+        def host_of(spec: ServiceSpec, *surroundings: Any) -> Any:
+            if spec.options.host == "inline":
+                return InlineHost(spec, *surroundings)
+            from sage._hosts.process import ProcessHost
+
+            return ProcessHost(spec, *surroundings)
+
         job.dispatcher = Dispatcher(
-            plan, graph.services, backend, InlineHost, limits, job.seal, keep=keep, adopted=adopted, claims=guard
+            plan, graph.services, backend, host_of, limits, job.seal, keep=keep, adopted=adopted, claims=guard
         )
         job.dispatcher.supervisor.listeners.append(guard.note)
 
@@ -461,6 +469,8 @@ class LocalEnvironment(Environment):
         stop_timeout_s: budget of a whole stop, in seconds.
         drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
+        services_share: the part of the budget of a stop that is reserved for services; 0.4 by default.
+        services_reserve_s: the least that is reserved for them, in seconds; 5 by default.
         backend: where tasks run; `sage.testing.StepBackend` runs them one step at a time, from a seed.
     """
 
@@ -474,6 +484,8 @@ class LocalEnvironment(Environment):
         stop_timeout_s: float | None = None,
         drain_timeout_s: float | None = None,
         close_timeout_s: float | None = None,
+        services_share: float | None = None,
+        services_reserve_s: float | None = None,
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
@@ -483,6 +495,8 @@ class LocalEnvironment(Environment):
             "stop_timeout_s": stop_timeout_s,
             "drain_timeout_s": drain_timeout_s,
             "close_timeout_s": close_timeout_s,
+            "services_share": services_share,
+            "services_reserve_s": services_reserve_s,
         }
         self._limits = {name: seconds for name, seconds in given.items() if seconds is not None}
         if log_dir is not None:
