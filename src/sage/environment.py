@@ -172,6 +172,9 @@ class Environment:
         options = options or ServiceOptions()
         if not name or not isinstance(name, str):
             raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
+        if options.shared:
+            error = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
+            raise hint(error, "Register it in one environment and keep it with submit(keep_services=True).")
         if not callable(cls):
             error = GraphError(f'service "{name}": {short(cls)} is not callable')
             raise hint(error, "Give the class and its arguments, not an instance, or a function that builds one.")
