@@ -7,18 +7,11 @@ import uuid
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sage._backends.threads import ThreadsBackend
-from sage._hosts.inline import InlineHost
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
-from sage._plan.planner import plan as make_plan
 from sage._plan.signature import check_service_arguments, source_spec
-from sage._runtime.dispatcher import Dispatcher
-from sage._runtime.job import Job
-from sage._runtime.lifecycle import Limits
 from sage._runtime.manager import JobManager
 from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
 from sage.functions import BaseFunction
-from sage.observability import SessionLogs, console_level
 from sage.service import ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
 from sage.stream import DataStream, error_policy
@@ -26,8 +19,10 @@ from sage.stream import DataStream, error_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from sage._hosts.job_guard import JobGuard
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend
+    from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
 
 CONSOLE_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -50,12 +45,14 @@ class Environment:
         self.name = name
         self.config = dict(config or {})
         self.env_uuid = str(uuid.uuid4())
-        self.limits = Limits()
+        self._limits: dict[str, float] = {}
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
+        self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder()
         self._services: dict[str, ServiceSpec] = {}
         self._job: Job | None = None
         self._kept: dict[str, Any] = {}
+        self._guard: JobGuard | None = None
         JobManager().expect(self.env_uuid, self)
 
     # --- sources ---
@@ -173,8 +170,8 @@ class Environment:
         if not name or not isinstance(name, str):
             raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
         if options.shared:
-            error = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
-            raise hint(error, "Register it in one environment and keep it with submit(keep_services=True).")
+            shared = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
+            raise hint(shared, "Register it in one environment and keep it with submit(keep_services=True).")
         if not callable(cls):
             error = GraphError(f'service "{name}": {short(cls)} is not callable')
             raise hint(error, "Give the class and its arguments, not an instance, or a function that builds one.")
@@ -246,7 +243,7 @@ class Environment:
             raise hint(error, "Wait for it with job.wait(), stop it with env.stop(), or use another environment.")
         graph = self._graph()
         keep = self._names_to_keep(keep_services)
-        plan = make_plan(graph)
+        plan = self._plan(graph)
         if autostop and len(plan.serving) == len(graph.nodes):
             error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')
             raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
@@ -289,19 +286,80 @@ class Environment:
         """
         if format not in ("text", "mermaid"):
             raise hint(GraphError(f"explain: format is {format!r}"), 'It is "text" or "mermaid".')
-        plan = make_plan(self._graph())
+        plan = self._plan(self._graph())
         return plan.text() if format == "text" else plan.mermaid()
 
     def set_console_log_level(self, level: str) -> None:
         """Show the log on standard error from `level` on: DEBUG, INFO, WARNING or ERROR."""
         if level.upper() not in CONSOLE_LEVELS:
             raise hint(ValueError(f"console log level is {level!r}"), f"It is one of {', '.join(CONSOLE_LEVELS)}.")
-        console_level(level.upper())
+        self._show_log(level.upper())
 
-    # --- behind it ---
+    # --- what is imported late ---
+    # What plans, runs and logs a job takes longer to import than what builds a graph. The methods of this section
+    # import it when the first job is submitted, so that `from sage import LocalEnvironment` costs little.
+
+    def _plan(self, graph: LogicalGraph) -> PhysicalPlan:
+        from sage._plan.planner import plan
+
+        return plan(graph)
 
     def _backend(self) -> Backend:
-        raise NotImplementedError
+        from sage._backends.threads import ThreadsBackend
+
+        return ThreadsBackend()
+
+    def _new_job(
+        self,
+        id_: str,
+        graph: LogicalGraph,
+        plan: PhysicalPlan | None,
+        backend: Backend,
+        adopted: dict[str, Any],
+        keep: frozenset[str] = frozenset(),
+    ) -> Job:
+        from sage._hosts.inline import InlineHost
+        from sage._hosts.job_guard import JobGuard
+        from sage._runtime.dispatcher import Dispatcher
+        from sage._runtime.job import Job
+        from sage._runtime.lifecycle import Limits
+
+        job = Job(id_, graph, _interrupt_timeout_s())
+        limits = Limits(**self._limits)
+        report = os.path.abspath(self.report_file) if self.report_file else None
+        guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
+        job.dispatcher = Dispatcher(
+            plan, graph.services, backend, InlineHost, limits, job.seal, keep=keep, adopted=adopted, claims=guard
+        )
+        job.dispatcher.supervisor.listeners.append(guard.note)
+
+        def sealed(_: Ended) -> None:
+            guard.sealed()
+            self._guard = guard
+
+        job.when_sealed(sealed)
+        return job
+
+    def _open_files(self, job: Job, *, must_open: bool = True) -> None:
+        log_dir = self.log_dir if must_open else None  # nothing may keep a cleanup from running
+        if not log_dir and not self.report_file:
+            return
+        from sage.observability import ReportFile, SessionLogs
+
+        session = SessionLogs.open(log_dir) if log_dir else None
+        if self.report_file:
+            job.report_file = ReportFile.open(self.report_file, job.id, job.name, must_open=must_open)
+            job.dispatcher.supervisor.listeners.append(job.report_file.note)
+        if session is not None:
+            handler = session.open_job(self.name, job.id)
+            job.when_sealed(lambda _: session.close_job(handler))
+
+    def _show_log(self, level: str) -> None:
+        from sage.observability import console_level
+
+        console_level(level)
+
+    # --- behind it ---
 
     def _graph(self) -> LogicalGraph:
         return self._builder.freeze(self.name, tuple(self._services.values()))
@@ -335,39 +393,30 @@ class Environment:
             JobManager().expect(next_id, self)  # before anyone can ask for it
             self.env_uuid = next_id
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
-        self._spend(graph)
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
-        job = Job(self.env_uuid, graph, _interrupt_timeout_s())
-        services = graph.services
-        adopted = dict(self._kept)
-        handler = self._open_log(job)
-        dispatcher = Dispatcher(plan, services, backend, InlineHost, self.limits, job.seal, keep=keep, adopted=adopted)
+        job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
+        self._open_files(job)
+        self._spend(graph)
 
         def sealed(ended: Ended) -> None:
             self._kept = {}
-            for service in services:
-                host = dispatcher.supervisor.hosts[service.name]
+            for service in graph.services:
+                host = job.dispatcher.supervisor.hosts[service.name]
                 if ended.state.services[service.name].state == "kept":
                     self._kept[service.name] = host
                 else:
                     service.handle._connect(None)
             JobManager().hold(self, keeps=bool(self._kept))
-            if handler is not None:
-                SessionLogs.open(self.log_dir or "").close_job(handler)
 
         job.when_sealed(sealed)
-        job.dispatcher = dispatcher
         self._job = job
         JobManager().register(job)
         if autostop:
-            job.run(dispatcher)
+            job.run(job.dispatcher)
         else:
-            job.begin(dispatcher)
+            job.begin(job.dispatcher)
         return job
-
-    def _open_log(self, job: Job) -> Any:
-        return SessionLogs.open(self.log_dir).open_job(self.name, job.id) if self.log_dir else None
 
     def _close_kept(self) -> None:
         """Stop the services that were kept, by a job without tasks."""
@@ -375,18 +424,22 @@ class Environment:
             return
         kept, self._kept = self._kept, {}
         specs = tuple(host.spec for host in kept.values())
-        job = Job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), _interrupt_timeout_s())
-        dispatcher = Dispatcher(None, specs, self._backend(), InlineHost, self.limits, job.seal, adopted=kept)
+        job = self._new_job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), None, self._backend(), kept)
 
         def sealed(_: Ended) -> None:
             for spec in specs:
                 spec.handle._connect(None)
 
         job.when_sealed(sealed)
+        self._open_files(job, must_open=False)
         JobManager().hold(self, keeps=False)
         JobManager().register(job)
-        job.begin(dispatcher)
+        job.begin(job.dispatcher)
         job.wait()
+
+    def _after_fork_in_child(self) -> None:
+        """Forget the job and the kept services, which belong to the process that this one was forked from."""
+        self._job, self._guard, self._kept = None, None, {}
 
     def _close_at_exit(self) -> None:
         if self._kept:
@@ -406,6 +459,8 @@ class LocalEnvironment(Environment):
         name: the environment's name, seen in reports and logs.
         config: the environment's own settings, kept for the program.
         log_dir: where log files go; none are written without it or `SAGE_LOG_DIR`.
+        report_file: where events and reports of jobs are appended as JSON Lines while they run; nowhere without it or
+            `SAGE_REPORT_FILE`.
         stop_timeout_s: budget of a whole stop, in seconds.
         drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
@@ -420,30 +475,33 @@ class LocalEnvironment(Environment):
         config: dict[str, Any] | None = None,
         *,
         log_dir: str | os.PathLike[str] | None = None,
+        report_file: str | os.PathLike[str] | None = None,
         stop_timeout_s: float | None = None,
         drain_timeout_s: float | None = None,
         close_timeout_s: float | None = None,
-        services_share: float = 0.4,
-        services_reserve_s: float = 5.0,
+        services_share: float | None = None,
+        services_reserve_s: float | None = None,
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
-        default = Limits()
-        self.limits = Limits(
-            stop_timeout_s=float(os.environ.get("SAGE_STOP_TIMEOUT_S", default.stop_timeout_s))
-            if stop_timeout_s is None
-            else stop_timeout_s,
-            drain_timeout_s=default.drain_timeout_s if drain_timeout_s is None else drain_timeout_s,
-            close_timeout_s=default.close_timeout_s if close_timeout_s is None else close_timeout_s,
-            services_share=services_share,
-            services_reserve_s=services_reserve_s,
-        )
+        if stop_timeout_s is None and "SAGE_STOP_TIMEOUT_S" in os.environ:
+            stop_timeout_s = float(os.environ["SAGE_STOP_TIMEOUT_S"])
+        given = {
+            "stop_timeout_s": stop_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "close_timeout_s": close_timeout_s,
+            "services_share": services_share,
+            "services_reserve_s": services_reserve_s,
+        }
+        self._limits = {name: value for name, value in given.items() if value is not None}
         if log_dir is not None:
             self.log_dir = log_dir
-        self._make_backend: Callable[[], Backend] = backend or ThreadsBackend
+        if report_file is not None:
+            self.report_file = report_file
+        self._make_backend = backend
 
     def _backend(self) -> Backend:
-        return self._make_backend()
+        return super()._backend() if self._make_backend is None else self._make_backend()
 
 
 class RemoteEnvironment(Environment):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import stat
+import sys
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sage.errors import GraphError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from sage.report import HookReport, JobReport
 
 SESSIONS_MAX = 20
 """How many session folders are kept; the oldest go first."""
@@ -19,8 +27,6 @@ LOG_FILE_BYTES_MAX = 10_000_000
 LOG_FILES_MAX = 3
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-
-logging.getLogger("sage").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,21 @@ class Event:
 
     def __str__(self) -> str:
         return f'{self.subject} "{self.name}": {self.before} -> {self.after}'
+
+
+@dataclass(frozen=True, slots=True)
+class HookEvent:
+    """The end of one call of a hook.
+
+    Attributes:
+        at: when it ended, in seconds since the epoch.
+        service: the service's name.
+        report: what became of it.
+    """
+
+    at: float
+    service: str
+    report: HookReport
 
 
 class OperatorMetrics:
@@ -129,6 +150,111 @@ class SessionLogs:
             logger.setLevel(level)
         self._handlers.append((logger, handler))
         return handler
+
+
+class ReportFile:
+    """The file that tells of jobs in JSON Lines while they run: each event, each hook, and the report at the end.
+
+    Each line is written at once and in one piece, so that a process that is killed leaves what had happened, and
+    several jobs may write to the same file; `job` in a line says which it was. After the first write that fails nothing
+    more is written, and the job goes on.
+    """
+
+    problems: ClassVar[list[str]] = []
+    """What could not be written in this process, a sentence for each job."""
+
+    def __init__(self, path: str | os.PathLike[str], descriptor: int | None, job: str, problem: str = "") -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._job = job
+        self._problem = problem
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], job: str, name: str, *, must_open: bool = True) -> ReportFile:
+        """Begin to write about a job, behind what the file holds already.
+
+        Args:
+            path: where the file is; its folder has to exist.
+            job: the job's id.
+            name: the job's name.
+            must_open: whether a file that cannot be opened is an error; else it is told at the end of the job.
+
+        Raises:
+            GraphError: the file cannot be opened.
+        """
+        try:
+            descriptor = append_to(path)
+        except OSError as error:
+            problem = error.strerror or str(error)
+            if must_open:
+                wrong = GraphError(f'report file "{os.fspath(path)}" cannot be written: {problem}')
+                raise hint(wrong, "Its folder has to exist, and it has to be a file.") from error
+            return cls(path, None, job, problem)
+        file = cls(path, descriptor, job)
+        file._write("job", {"at": time.time(), "name": name, "pid": os.getpid()})
+        return file
+
+    def note(self, event: Event | HookEvent) -> None:
+        """Write one event or hook; called by the thread of the supervisor."""
+        if isinstance(event, Event):
+            self._write("event", asdict(event))
+        else:
+            self._write("hook", {"at": event.at, "service": event.service, **asdict(event.report)})
+
+    def end(self, report: JobReport) -> None:
+        """Write the report, close the file, and say on standard error if something could not be written."""
+        self._write("report", report.to_dict())
+        self._close()
+        if not self._problem:
+            return
+        text = f'report file "{os.fspath(self._path)}" is not complete: {self._problem}'
+        self.problems.append(text)
+        logging.getLogger("sage.job").error("%s", text, extra={"job": self._job})
+        # Standard error may be closed or on the same full disk.
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"warning: {text}\n")
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        if self._descriptor is None:
+            return
+        line = json.dumps({"type": kind, "job": self._job, **values}, default=str).encode() + b"\n"
+        try:
+            is_whole = os.write(self._descriptor, line) == len(line)
+            self._problem = "" if is_whole else "a line could be written in part only"
+        except OSError as error:
+            self._problem = error.strerror or str(error)
+        if self._problem:
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            # A file system in a network may tell only here that it is full.
+            try:
+                os.close(self._descriptor)
+            except OSError as error:
+                self._problem = self._problem or error.strerror or str(error)
+            self._descriptor = None
+
+
+def append_to(path: str | os.PathLike[str]) -> int:
+    """Open a file for appending lines and return its descriptor; a line that was torn there is ended first.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    # A named pipe that nobody reads, or reads too slowly, is an error and must not block the job.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size:
+        with suppress(OSError):
+            with Path(path).open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                is_torn = file.read() != b"\n"
+            if is_torn:
+                os.write(descriptor, b"\n")
+    return descriptor
 
 
 def console_level(level: str) -> None:

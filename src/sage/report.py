@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
-from sage.errors import describe
+from sage.errors import SageError, describe
+
+STANDS_HERE = "It stands here:"
+"""How the note of an error begins that shows the stack of a thread."""
+
+FRAMES_SHOWN = 2
+INCARNATIONS_SHOWN = 4
+ERRORS_SHOWN = 10
+OUTPUT_LINES_SHOWN = 10
+
+UNCLEAN_STATES = frozenset({"abandoned", "cleanup_failed", "killed", "lost"})
+CLEANING_HOOKS = frozenset({"drain", "stop", "cleanup"})
 
 
 class Outcome(StrEnum):
-    """How a job ended."""
+    """How a job ended. `LOST`: the driver died; written by whoever found out."""
 
     COMPLETED = "completed"
     STOPPED = "stopped"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    LOST = "lost"
 
 
 class Cleanliness(StrEnum):
@@ -75,6 +89,11 @@ class ServiceReport:
     exit_code: int | None = None
     output: tuple[str, ...] = ()
 
+    @property
+    def built_count(self) -> int:
+        """How many instances the job built; 0 for a service that an earlier job left."""
+        return sum(hook.hook == "build" for hook in self.hooks)
+
 
 @dataclass(frozen=True, slots=True)
 class OperatorReport:
@@ -108,9 +127,15 @@ class TaskReport:
     stack: str | None = None
 
 
+class SavedError(SageError):
+    """Stands for an error in a report that was read back; its class has the name that the error's class had."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobReport:
     """Everything about a job that has ended. `str(report)` is a table, `to_dict()` is ready for JSON.
+
+    `JobReport.from_dict` reads it back, and the result prints the same.
 
     Attributes:
         id: the job's id.
@@ -160,7 +185,7 @@ class JobReport:
                     "type": type(error).__name__,
                     "text": describe(error),
                     "cause": describe(cause) if cause is not None else None,
-                    "notes": list(getattr(error, "__notes__", ())),
+                    "notes": _notes(error),
                 }
             )
         plain = {
@@ -177,6 +202,29 @@ class JobReport:
             "errors": errors,
         }
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> JobReport:
+        """Return the report that `to_dict` made plain; fields that are not known here are left out.
+
+        Raises:
+            ValueError: it is not a report.
+        """
+        try:
+            plain = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
+            parts = {
+                "state": Outcome(saved["state"]),
+                "cleanliness": Cleanliness(saved["cleanliness"]),
+                "operators": tuple(_read(OperatorReport, one) for one in saved["operators"]),
+                "services": tuple(_read(ServiceReport, one) for one in saved["services"]),
+                "tasks": tuple(_read(TaskReport, one) for one in saved["tasks"]),
+                "errors": tuple(_error(one) for one in saved["errors"]),
+            }
+            report = cls(**(plain | parts))
+            str(report)  # numbers that are none are found by it
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a report of a job: {describe(error)}") from error
+        return report
+
     def __str__(self) -> str:
         lines = [
             f'job "{self.name}": {self.state.upper()} and {self.cleanliness.upper()}'
@@ -184,7 +232,7 @@ class JobReport:
         ]
         if self.undelivered:
             lines.append(f"{self.undelivered} records were in flight and not delivered")
-        lines += _table(
+        lines += table(
             ("operator", "tasks", "in", "out", "failed", "busy"),
             [
                 (
@@ -198,24 +246,35 @@ class JobReport:
                 for operator in self.operators
             ],
         )
-        lines += _table(
-            ("service", "state", "calls", "errors", "restarts", "hooks"),
-            [
-                (
-                    service.name,
-                    service.state,
-                    f"{service.calls:,}",
-                    f"{service.errors:,}",
-                    str(service.restarts),
-                    ", ".join(_hook(hook) for hook in service.hooks if hook.hook != "drain" or hook.outcome != "ok"),
-                )
-                for service in self.services
-            ],
-        )
-        for error in self.errors:
-            lines.append(f"{type(error).__name__}: {error}")
-            lines += [f"    {line}" for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
-        return "\n".join(lines)
+        lines += self._service_lines()
+        unclean = [line for service in self.services for line in _unclean_service(service)]
+        unclean += [line for task in self.tasks for line in _unclean_task(task)]
+        if self.cleanliness is Cleanliness.DIRTY:
+            lines += ["not cleaned:", *unclean] if unclean else ["not cleaned: see the errors"]
+        if self.errors:
+            lines.append("errors:")
+        for error in self.errors[:ERRORS_SHOWN]:
+            lines += _error_lines(error, is_stack_shown=bool(unclean))
+        if len(self.errors) > ERRORS_SHOWN:
+            lines.append(f"  and {len(self.errors) - ERRORS_SHOWN} more")
+        return "\n".join(printable(line) for part in lines for line in part.splitlines() or [""])
+
+    def _service_lines(self) -> list[str]:
+        hosted = any(service.host != "inline" for service in self.services)
+        rows: list[tuple[str, ...]] = []
+        for service in self.services:
+            first, *others = hook_lines(service.hooks)
+            host = (_host(service),) if hosted else ()
+            calls = (f"{service.calls:,}", f"{service.errors:,}", str(service.built_count))
+            rows.append((service.name, service.state, *calls, *host, first))
+            rows += [("",) * (len(rows[-1]) - 1) + (line,) for line in others]
+        header = ("service", "state", "calls", "errors", "built", *(("host",) if hosted else ()), "hooks")
+        lines = table(header, rows)
+        for service in self.services:
+            if service.output:
+                lines.append(f'last output of service "{service.name}":')
+                lines += [f"    {line}" for line in service.output[-OUTPUT_LINES_SHOWN:]]
+        return lines
 
 
 def seconds(value: float) -> str:
@@ -225,19 +284,37 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
 
 
-def _hook(hook: HookReport) -> str:
-    outcome = "" if hook.outcome == "ok" else f" {hook.outcome.upper()}"
-    number = f" #{hook.incarnation}" if hook.incarnation > 1 else ""
-    return f"{hook.hook}{number} {seconds(hook.duration_s)}{outcome}"
+def printable(text: str) -> str:
+    """Return `text` without what could move the cursor of a terminal or break a file: such characters are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def hook_lines(hooks: tuple[HookReport, ...]) -> list[str]:
+    """Return the hooks of a service, one line for each instance; the line is empty if there are none."""
+    lines: dict[int, list[str]] = {}
+    for hook in hooks:
+        if hook.hook != "drain" or hook.outcome != "ok":
+            lines.setdefault(hook.incarnation, []).append(_hook(hook))
+    shown = [f"#{number} {', '.join(texts)}" if number > 1 else ", ".join(texts) for number, texts in lines.items()]
+    left_out = len(shown) - INCARNATIONS_SHOWN
+    if left_out > 0:
+        shown[:left_out] = [f"{left_out} earlier {'instance is' if left_out == 1 else 'instances are'} left out"]
+    return shown or [""]
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a table of text: columns that begin with a number in the first row are set to the right."""
     if not rows:
         return []
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    numeric = [cell.replace(",", "").replace(".", "").split(" ")[0].isdigit() for cell in rows[0]]
 
     def line(row: tuple[str, ...]) -> str:
-        numeric = [cell.replace(",", "").replace(".", "").split(" ")[0].isdigit() for cell in rows[0]]
         cells = [
             cell.rjust(width) if number else cell.ljust(width)
             for cell, width, number in zip(row, widths, numeric, strict=True)
@@ -245,3 +322,95 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
         return "  " + "  ".join(cells).rstrip()
 
     return [line(header), *map(line, rows)]
+
+
+def _hook(hook: HookReport) -> str:
+    outcome = "" if hook.outcome == "ok" else f" {hook.outcome.upper()}"
+    return f"{hook.hook} {seconds(hook.duration_s)}{outcome}"
+
+
+def _host(service: ServiceReport) -> str:
+    parts = [service.host]
+    if service.pid is not None:
+        parts.append(f"pid {service.pid}")
+    if service.exit_code is not None:
+        parts.append(f"exit {service.exit_code}")
+    return " ".join(parts)
+
+
+def _unclean_service(service: ServiceReport) -> list[str]:
+    """Return what of a service was not cleaned and why, or nothing."""
+    failed = [hook for hook in service.hooks if hook.outcome != "ok"]
+    if service.state not in UNCLEAN_STATES and not any(hook.hook in CLEANING_HOOKS for hook in failed):
+        return []
+    why = "; ".join(map(_why, failed)) or "not all of its hooks were run"
+    return [f'  service "{service.name}" ({service.state}): {why}', *_stack_lines(service.stack)]
+
+
+def _unclean_task(task: TaskReport) -> list[str]:
+    if task.state != "abandoned":
+        return []
+    return [f'  task "{task.name}" ({task.state}): it did not leave user code in time', *_stack_lines(task.stack)]
+
+
+def _why(hook: HookReport) -> str:
+    if hook.outcome == "error":
+        return f"{hook.hook} raised {hook.error}"
+    if hook.hook == "drain":
+        return f"calls still ran after {seconds(hook.duration_s)}"
+    return f"{hook.hook} did not end within {seconds(hook.duration_s)}"
+
+
+def _stack_lines(stack: str | None) -> list[str]:
+    """Return the innermost frames of a stack that are not of the standard library, which is where a lock hangs."""
+    if not stack:
+        return []
+    frames = [frame.rstrip() for frame in re.split(r"^(?=  File )", stack, flags=re.MULTILINE) if frame.strip()]
+    own = [frame for frame in frames if "site-packages" in frame or not re.search(r"[/\\]lib[/\\]python3", frame)]
+    lines = "\n".join((own or frames)[-FRAMES_SHOWN:]).splitlines()
+    return ["    its thread stands here:", *(f"    {line}" for line in lines)]
+
+
+def _error_lines(error: Exception, *, is_stack_shown: bool) -> list[str]:
+    first, *others = describe(error).splitlines() or [""]
+    notes = _notes(error)
+    if is_stack_shown:
+        notes = [note for note in notes if not note.startswith(STANDS_HERE)]
+    return [
+        f"  {first}",
+        *(f"      {line}" for line in (*others, *(line for note in notes for line in note.splitlines()))),
+    ]
+
+
+def _notes(error: Exception) -> list[str]:
+    # A program may have put anything there, and a report has to be made all the same.
+    notes = getattr(error, "__notes__", None)
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
+
+Part = TypeVar("Part", HookReport, OperatorReport, ServiceReport, TaskReport)
+
+
+def _read(kind: type[Part], saved: Mapping[str, Any]) -> Part:
+    values = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
+    if "hooks" in values:
+        values["hooks"] = tuple(_read(HookReport, hook) for hook in values["hooks"])
+    if "output" in values:
+        values["output"] = tuple(values["output"])
+    return kind(**values)
+
+
+def _error(saved: Mapping[str, Any]) -> SavedError:
+    name = saved["type"]
+    error = _named(name, saved["text"])
+    if saved.get("cause") is not None:
+        error.__cause__ = _named(saved["cause"].partition(": ")[0], saved["cause"])
+    for note in saved.get("notes", ()):
+        error.add_note(note)
+    return error
+
+
+def _named(name: str, described: str) -> SavedError:
+    kind: type[SavedError] = type(name, (SavedError,), {})
+    text = described.removeprefix(f"{name}: ")
+    return kind(text) if text != name else kind()

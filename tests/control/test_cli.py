@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from sage import LocalEnvironment
+from sage._control import doctor
 from sage._control.progress import Progress
 from sage.testing import ManualClock
 
@@ -49,7 +50,7 @@ SERVICE = """
     import itertools, signal, sys, threading, time
     from sage import LocalEnvironment
 
-    DEFAULT = signal.getsignal(signal.SIGTERM)
+    DEFAULT = signal.getsignal(signal.SIGHUP)
 
     class Store:
         def keep(self, record):
@@ -62,8 +63,8 @@ SERVICE = """
 
     def show(record):
         if record == 0:
-            # The job's own handlers are there as soon as somebody waits for it.
-            while "work" not in sys.argv and signal.getsignal(signal.SIGTERM) is DEFAULT:
+            # The job's own handlers are there as soon as somebody waits for it; this one is set last.
+            while "work" not in sys.argv and signal.getsignal(signal.SIGHUP) is DEFAULT:
                 time.sleep(0.001)
             print("first record", flush=True)
 
@@ -170,7 +171,7 @@ class TestRun:
         assert ended.returncode == code
         assert text in ended.stderr
 
-    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     @pytest.mark.parametrize("how", ["wait", "leave", "work"])
     def test_a_signal_stops_and_cleans(self, tmp_path: Path, signum: int, code: int, how: str) -> None:
         """Acceptance 42: sources stop, what is in flight drains, services are cleaned once, the exit code tells."""
@@ -328,6 +329,50 @@ class TestExplain:
         assert ended.stdout == ""
 
 
+class TestReport:
+    def test_a_run_is_saved_printed_and_drawn(self, tmp_path: Path, good: str) -> None:
+        (tmp_path / "out.jsonl").write_text("from an earlier run\n")
+        ended = sage(tmp_path, "run", "--report", "out.jsonl", good)
+        assert ended.returncode == 0, ended.stderr
+        shown = sage(tmp_path, "report", "out.jsonl")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert shown.stdout == ended.stderr
+        drawn = sage(tmp_path, "report", "out.jsonl", "--html", "out.html", "--svg", "out.svg")
+        assert (drawn.returncode, drawn.stdout) == (0, "")
+        assert "COMPLETED and CLEAN" in (tmp_path / "out.html").read_text(encoding="utf-8")
+        assert (tmp_path / "out.svg").read_text(encoding="utf-8").startswith("<svg ")
+
+    def test_a_killed_run_leaves_what_had_happened(self, tmp_path: Path) -> None:
+        command = [str(SAGE), "run", "--report", "out.jsonl", write(tmp_path, SERVICE), "--", "wait"]
+        with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "first record\n"
+            process.kill()
+        shown = sage(tmp_path, "report", "out.jsonl")
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.startswith('job "service": the run DID NOT END')
+        assert re.search(r"store +ready +build ", shown.stdout)
+
+    def test_a_missing_folder_is_told_before_the_program_runs(self, tmp_path: Path, good: str) -> None:
+        ended = sage(tmp_path, "run", "--report", "none/out.jsonl", good)
+        assert ended.returncode == 2
+        assert "Invalid value for --report: none/out.jsonl cannot be written: No such file or dir" in ended.stderr
+        assert ended.stdout == ""
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+    @pytest.mark.parametrize(("program", "code"), [(GOOD, 2), (BAD, 1)])
+    def test_a_full_disk_is_2_if_nothing_is_worse(self, tmp_path: Path, good: str, program: str, code: int) -> None:
+        ended = sage(tmp_path, "run", "--report", "/dev/full", write(tmp_path, program))
+        assert ended.returncode == code
+        assert 'warning: report file "/dev/full" is not complete: No space left on device' in ended.stderr
+
+    def test_a_file_without_a_job_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("nothing\n[]\n")
+        ended = sage(tmp_path, "report", "notes.txt")
+        assert ended.returncode == 1
+        assert ended.stderr == "Error: notes.txt tells of no job\n"
+
+
 class TestOthers:
     def test_version(self, tmp_path: Path) -> None:
         ended = sage(tmp_path, "version")
@@ -349,6 +394,12 @@ class TestOthers:
         assert "pipeline with a service: completed and clean" in ended.stdout
         assert ended.returncode == 0, ended.stdout
         assert not list(tmp_path.iterdir())
+
+    def test_a_slow_machine_is_not_wrong(self) -> None:
+        check = doctor.thread_start(slow_from_s=0)
+        assert check.is_good
+        assert re.fullmatch(r"\d+ us, slow: every job takes long to begin", check.detail)
+        assert re.fullmatch(r"\d+ us", doctor.thread_start(slow_from_s=60).detail)
 
     def test_doctor_exits_with_1(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

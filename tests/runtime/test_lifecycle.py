@@ -28,10 +28,9 @@ from sage._runtime.lifecycle import (
     TaskPlan,
     Tick,
     Trouble,
-    Way,
     begin,
 )
-from sage._runtime.states import JobState, TaskState
+from sage._runtime.states import JobState, TaskState, Way
 from sage._runtime.transitions import step
 from sage.service import ServiceOptions
 

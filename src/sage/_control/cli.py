@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING
 import click
 
 from sage._control import doctor as health
+from sage._control import timeline
 from sage._control.explanation import explaining
 from sage._control.program import Program
+from sage._control.saved import read
+from sage._hosts.guard import runs_folder
+from sage._hosts.guardian import reap_folder, stale_folders
 from sage.environment import Environment
 from sage.errors import GraphError
+from sage.observability import append_to
 from sage.report import Cleanliness, Outcome
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ DEFAULT_LOG_DIR = ".sage/logs"
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 log_dir_option = click.option(
     "--log-dir",
@@ -49,20 +55,28 @@ def main() -> None:
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @log_dir_option
 @click.option("--progress/--no-progress", default=None, help="Show progress; by default on a terminal only.")
-def run(file: Path, args: tuple[str, ...], log_dir: Path, progress: bool | None) -> None:
+@click.option(
+    "--report",
+    type=NEW_FILE,
+    help="Write events and reports there, as JSON Lines while they come; SAGE_REPORT_FILE says it without emptying it.",
+)
+def run(file: Path, args: tuple[str, ...], log_dir: Path, progress: bool | None, report: Path | None) -> None:
     """Run FILE as Python would, show how far its jobs are, and print their reports.
 
     Arguments of the program follow after --. Jobs that the program leaves running are waited for.
 
     Exit codes: 0 for success, 1 if the program or a job failed, 2 if the jobs completed but something could not be
-    cleaned up, 130 after Ctrl-C, 143 after SIGTERM; another one if the program chose it.
+    cleaned up or written to the report file, 130 after Ctrl-C, 143 after SIGTERM; another one if the program chose it.
     """
     os.environ["SAGE_LOG_DIR"] = str(log_dir)
+    if report is not None:
+        _empty(report)
+        os.environ["SAGE_REPORT_FILE"] = str(report.absolute())
     program = Program(file, args)
     with _live(program) if progress or (progress is None and sys.stderr.isatty()) else nullcontext():
         program.run()
-    for report in program.reports:
-        click.secho(str(report), err=True, fg=_colour(report))
+    for ended in program.reports:
+        click.secho(str(ended), err=True, fg=_colour(ended))
     click.echo(program.error_text(), err=True, nl=False)
     sys.exit(program.exit_code)
 
@@ -101,6 +115,33 @@ def explain(file: Path, args: tuple[str, ...], form: str) -> None:
 
 
 @main.command()
+@click.argument("file", type=FILE)
+@click.option("--html", type=NEW_FILE, help="Write the tables and timelines there, as one page.")
+@click.option("--svg", type=NEW_FILE, help="Write the timelines there, as a drawing.")
+def report(file: Path, html: Path | None, svg: Path | None) -> None:
+    """Print the reports in FILE, which `sage run --report FILE` or SAGE_REPORT_FILE wrote.
+
+    A file whose program was killed shows what had happened until then.
+    """
+    try:
+        saved = read(file)
+    except OSError as error:
+        raise click.ClickException(f"{file} cannot be read: {error.strerror or error}") from error
+    if not saved.jobs:
+        raise click.ClickException(f"{file} tells of no job")
+    if html is not None:
+        _write(html, timeline.page(saved))
+    if svg is not None:
+        _write(svg, timeline.svg(saved.jobs))
+    if html is None and svg is None:
+        for job in saved.jobs:
+            click.secho(job.text(), fg=_colour(job.report))
+    if saved.unread_count:
+        lines = "1 line was" if saved.unread_count == 1 else f"{saved.unread_count} lines were"
+        click.echo(f"{lines} not readable and left out", err=True)
+
+
+@main.command()
 def version() -> None:
     """Print the versions of SAGE and Python."""
     own = metadata.version("sage-dataflow")
@@ -117,6 +158,26 @@ def doctor(log_dir: Path) -> None:
         mark = click.style("ok   ", fg="green") if check.is_good else click.style("WRONG", fg="red")
         click.echo(f"{mark}  {check.name}: {check.detail}")
     sys.exit(0 if all_good else 1)
+
+
+@main.command()
+def gc() -> None:
+    """End what killed programs left on this machine: processes, files, and what their services declared.
+
+    That is the matter of a program's guardian; this finds what is left where both were killed.
+    """
+    try:
+        folders = stale_folders(runs_folder())
+    except PermissionError as error:
+        click.echo("\n".join([str(error), *getattr(error, "__notes__", ())]), err=True)
+        sys.exit(1)
+    found = [reap_folder(folder, lambda text: click.echo(text, err=True)) for folder in folders]
+    for reports in found:
+        for report in reports or ():
+            ends = ", ".join(f"{service['name']} {service['state']}" for service in report["services"])
+            click.echo(f'job "{report["name"]}": LOST and {report["cleanliness"].upper()}; {ends or "no services"}')
+    runs_count = sum(reports is not None for reports in found)
+    click.echo(f"{runs_count} runs were left" if runs_count else "nothing is left")
 
 
 def _live(program: Program) -> AbstractContextManager[object]:
@@ -137,8 +198,26 @@ def _live(program: Program) -> AbstractContextManager[object]:
     )
 
 
-def _colour(report: JobReport) -> str | None:
-    if report.state is Outcome.FAILED:
+def _empty(report: Path) -> None:
+    """Begin a report file anew, or say before anything runs why it cannot be written."""
+    try:
+        os.close(append_to(report))
+        if report.is_file():
+            os.truncate(report, 0)
+    except OSError as error:
+        text = f"{report} cannot be written: {error.strerror or error}"
+        raise click.BadParameter(text, param_hint="--report") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _colour(report: JobReport | None) -> str | None:
+    if report is None or report.state in (Outcome.FAILED, Outcome.LOST):
         return "red"
     return "yellow" if report.cleanliness is Cleanliness.DIRTY else None
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sage import errors
-from sage._runtime.lifecycle import Way
 from sage._runtime.manager import JobManager
+from sage._runtime.states import Way
 from sage.environment import INTERRUPT_TIMEOUT_S
 from sage.errors import InternalError, JobError, SageError
+from sage.observability import ReportFile
 from sage.report import Cleanliness, Outcome
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Program:
     @property
     def exit_code(self) -> int:
         """The exit code: what the program asked for, else what its jobs came to."""
-        of_jobs = max((_code_of(report) for report in self.reports), key=(0, EXIT_DIRTY, EXIT_FAILED).index, default=0)
+        codes = [EXIT_DIRTY if ReportFile.problems else 0, *map(_code_of, self.reports)]
+        of_jobs = max(codes, key=(0, EXIT_DIRTY, EXIT_FAILED).index)
         match self.error:
             case None:
                 return of_jobs
@@ -142,7 +144,7 @@ class Program:
 
 
 def _code_of(report: JobReport) -> int:
-    if report.state is Outcome.FAILED:
+    if report.state in (Outcome.FAILED, Outcome.LOST):
         return EXIT_FAILED
     return EXIT_DIRTY if report.cleanliness is Cleanliness.DIRTY else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from sage._plan.logical import LogicalGraph
 from sage._runtime.inside import is_inside
 from sage._runtime.interrupts import Interrupts
-from sage._runtime.lifecycle import StopRequested, Way
+from sage._runtime.lifecycle import StopRequested
 from sage._runtime.outcome import operator_reports, seal, to_raise
-from sage._runtime.states import JobState
-from sage.errors import InternalError, describe
+from sage._runtime.states import JobState, Way
+from sage.errors import InternalError, JobError, describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._runtime.dispatcher import Dispatcher
     from sage._runtime.supervisor import Ended
-    from sage.observability import Event
+    from sage.observability import Event, ReportFile
     from sage.report import JobReport, OperatorReport, Outcome
 
 IMPATIENT_HOOK_S = 5.0
@@ -35,14 +36,17 @@ class Job:
         name: the environment's name.
         plan: the physical plan, whose `text()` and `mermaid()` show it.
         report: what happened; None until everything has ended.
+        report_file: where its events and its report are written, or None.
     """
 
     def __init__(self, id_: str, graph: LogicalGraph, interrupt_timeout_s: float) -> None:
         self.id = id_
         self.name = graph.name
         self.report: JobReport | None = None
+        self.report_file: ReportFile | None = None
         self.dispatcher: Dispatcher
         self._graph = graph
+        self._pid = os.getpid()
         self._interrupt_timeout_s = interrupt_timeout_s
         self._started = (time.time(), time.monotonic())
         self._reason = ""
@@ -71,8 +75,8 @@ class Job:
 
     @property
     def is_running(self) -> bool:
-        """Whether anything of it has not ended."""
-        return self.report is None
+        """Whether anything of it has not ended; a process that was forked from its own has no part in it."""
+        return self.report is None and self._pid == os.getpid()
 
     def begin(self, dispatcher: Dispatcher) -> None:
         """Start the job on a dispatcher."""
@@ -113,6 +117,9 @@ class Job:
 
     def _wait(self, timeout_s: float | None, begin: Callable[[], None]) -> JobReport:
         supervisor = self.dispatcher.supervisor
+        if self._pid != os.getpid():
+            error = JobError(f'job "{self.name}" runs in process {self._pid}, from which this one was forked')
+            raise hint(error, "Only the process that submitted a job can wait for it.")
         interrupted: BaseException | None = None
         with Interrupts(self.interrupt) as interrupts:
             begin()
@@ -136,29 +143,37 @@ class Job:
             raise self._error
         return self.report
 
-    def stop(self, drain: bool = True) -> None:
+    def stop(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
         """End the job: sources are told to stop, and what is in flight drains, or is dropped without `drain`.
 
         It returns after everything was cleaned up, unless a thread of the job itself calls it. A second call does
         nothing.
+
+        Args:
+            drain: whether what is in flight is processed.
+            timeout_s: how long to wait for the end, in seconds; the job goes on ending after that.
+
+        Raises:
+            TimeoutError: the job is not over after `timeout_s`.
+            JobError: what failed, if nobody was told yet.
         """
         self.request(Way.DRAIN if drain else Way.CANCEL, "stop() was called" if drain else "cancel() was called")
-        self.finish_up()
+        self.finish_up(timeout_s)
 
     def cancel(self) -> None:
         """End the job and drop what is in flight; see `stop`."""
         self.stop(drain=False)
 
-    def finish_up(self) -> None:
+    def finish_up(self, timeout_s: float | None = None) -> None:
         """Wait for the end, and raise what failed if nobody was told yet."""
-        if is_inside(self.dispatcher.supervisor):
+        if is_inside(self.dispatcher.supervisor) or self._pid != os.getpid():
             return
         if not self._is_told:
-            self.wait()
+            self.wait(timeout_s)
 
     def request(self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None) -> None:
         """Ask for the end without waiting for it; any thread may."""
-        if self.report is None:
+        if self.is_running:
             self._reason = self._reason or reason
             self.dispatcher.supervisor.post(StopRequested(way, budget_s, hook_cap_s))
 
@@ -185,6 +200,8 @@ class Job:
         for error in report.errors:
             self._log.error("%s", describe(error), exc_info=error)
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
+        if self.report_file is not None:
+            self.report_file.end(report)  # before the guardian is told that all is over, which else writes one
         for action in self._when_sealed:
             action(ended)
         self._when_sealed.clear()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble, Way
+from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble
+from sage._runtime.states import Way
 from sage.errors import (
     CleanupError,
     CleanupTimeoutError,
@@ -17,7 +18,7 @@ from sage.errors import (
     describe,
     hint,
 )
-from sage.report import Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
+from sage.report import STANDS_HERE, Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +86,7 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
             error = CleanupTimeoutError(f'task "{name}" did not end in time and was abandoned', job=job)
     error.__cause__ = cause
     if stack:
-        hint(error, f"It stands here:\n{stack}")
+        hint(error, f"{STANDS_HERE}\n{stack}")
     return error
 
 

@@ -11,7 +11,7 @@ from sage._runtime.lifecycle import Begin, DependencySeen, Do, Exit, HookEnded, 
 from sage._runtime.states import ServiceState
 from sage._runtime.transitions import step
 from sage.errors import describe
-from sage.observability import Event
+from sage.observability import Event, HookEvent
 from sage.report import HookReport
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Supervisor:
         state: the lifecycle as it stands.
         events: every change of state so far.
         is_sealed: whether everything has ended and the report is made.
+        listeners: called with every event and hook as they come, by the supervisor's thread; they must not raise.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Supervisor:
         self.backend = backend
         self.events: list[Event] = []
         self.is_sealed = False
+        self.listeners: list[Callable[[Event | HookEvent], None]] = []
         self._loop = loop
         self._on_sealed = on_sealed
         self._hooks: dict[str, list[HookReport]] = {name: [] for name in hosts}
@@ -127,6 +129,7 @@ class Supervisor:
         self.tasks = {}
         self.hosts = {}
         self._hooks = {}
+        self.listeners = []
         self.state = replace(self.state, service_plans={}, task_plans={}, failures=())
 
     def _carry_out(self, action: Action) -> None:
@@ -170,6 +173,8 @@ class Supervisor:
     def _note(self, action: Action) -> None:
         event = Event(time.time(), action.hook, action.target, action.before, action.after)
         self.events.append(event)
+        for listener in self.listeners:
+            listener(event)
         log.info("%s", event)
 
     def _run_hook(self, action: Action) -> None:
@@ -199,7 +204,10 @@ class Supervisor:
         self, name: str, hook: str, incarnation: int, began_at: float, outcome: str, text: str | None = None
     ) -> None:
         duration_s = self.backend.now() - began_at
-        self._hooks[name].append(HookReport(hook, incarnation, outcome, duration_s, text))
+        report = HookReport(hook, incarnation, outcome, duration_s, text)
+        self._hooks[name].append(report)
+        for listener in self.listeners:
+            listener(HookEvent(time.time(), name, report))
         if outcome != "ok":
             log.error("hook failed service=%r hook=%s outcome=%s error=%s", name, hook, outcome, text)
 

@@ -1,0 +1,196 @@
+"""What is done for a driver that has died: its services are ended in order, nothing is left, a report says LOST."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from sage._hosts.reaping import owned_processes, reap
+from sage._hosts.stop_order import STOP_TIMEOUT_S, End, StopOrder, key_of
+from sage._runtime.processes import carriers, end_all, is_alive, pause, with_descendants
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping
+
+    from sage._hosts.stop_order import Key
+    from sage._runtime.journal import JobLine, Run, ServiceLine
+    from sage._runtime.processes import Process
+
+REPORTS_MAX = 100
+
+START_BOUND_S = 1.0
+START_PAUSE_S = 0.02
+
+
+def take_over(
+    run: Run,
+    lines: Mapping[Key, socket.socket],
+    log: Callable[[str], None],
+    timeout_s: float = STOP_TIMEOUT_S,
+) -> list[dict[str, Any]]:
+    """End everything that is left of a run, then write the reports of its jobs and return them.
+
+    Nothing is written before: a disk that is full must not keep anything alive.
+
+    Args:
+        run: what its journal tells.
+        lines: the sockets to its process-hosted services.
+        log: takes a line of text.
+        timeout_s: bound of the graceful stop of all services together, in seconds.
+    """
+    jobs = [job for job in run.jobs.values() if not job.is_over]
+    services = [service for job in jobs for service in job.services.values()]
+    _wait_announced(services)
+    try:
+        ends = StopOrder(services, lines, timeout_s).run()
+    except Exception as error:  # whatever goes wrong with asking, the killing comes after it
+        log(f"the services could not be asked to stop: {type(error).__name__}: {error}")
+        ends = {}
+    errors = _end_the_rest(run, services, ends)
+    for service in reversed(services):
+        end = ends.get(key_of(service))
+        service.state = end.state if end is not None else service.state
+        errors[service.job] += reap(run, service)
+    # Reap actions may have started processes.
+    errors["" if not jobs else jobs[0].id] += _left(end_all(lambda: _of_run(run)).left)
+    for problem in (problem for problems in errors.values() for problem in problems):
+        log(problem)
+    reports = []
+    for job in jobs:
+        report = lost_report(run, job, ends, errors[job.id])
+        _write_report(run, job, report, log)
+        reports.append(report)
+    return reports
+
+
+def _wait_announced(services: list[ServiceLine]) -> None:
+    """Wait for processes that the driver announced and may have been starting when it died.
+
+    Between fork and exec such a process shows the environment of the driver, so that nobody can find it.
+    """
+    due = time.monotonic() + START_BOUND_S
+    for service in services:
+        if service.is_over or service.process is not None or service.token is None:
+            continue
+        while not carriers(service.token) and time.monotonic() < due:
+            pause(START_PAUSE_S)
+
+
+def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:
+    """End what is left of processes, and return by job what went wrong."""
+    recorded = {service.process: service for service in services if service.process is not None}
+    owned = owned_processes(service for service in services if not service.is_over)
+
+    def find() -> set[Process]:
+        return _of_run(run) | {one for one in {*recorded, *owned} - {*run.released} if is_alive(one)}
+
+    ended = end_all(find)
+    errors: dict[str, list[str]] = {service.job: [] for service in services}
+    errors |= {job: [] for job in run.jobs} | {"": []}
+    for process in ended.killed & recorded.keys():
+        ends[key_of(recorded[process])] = End("killed")
+    errors[services[0].job if services else ""] += _left(ended.left)
+    return errors
+
+
+def _of_run(run: Run) -> set[Process]:
+    """Return the processes that carry the cookie, without those that were released and what these started."""
+    found = carriers(run.cookie) if run.cookie else set()
+    return found - with_descendants(run.released, found)
+
+
+def _left(processes: set[Process]) -> list[str]:
+    return [f"process {process.pid} cannot be ended" for process in sorted(processes)]
+
+
+def lost_report(run: Run, job: JobLine, ends: Mapping[Key, End], errors: list[str]) -> dict[str, Any]:
+    """Return a report in the shape of `JobReport.to_dict()`, with what can be known of a job whose driver died."""
+    now = time.time()
+    services = []
+    for name in dict.fromkeys(name for name, _ in job.services):
+        service = job.latest(name)
+        end = ends.get(key_of(service), End(service.state))
+        services.append(_service(service, end))
+        errors = [*errors, *(f'service "{name}": {error}' for error in end.errors)]
+    is_clean = not errors and all(service["state"] in ("stopped", "skipped", "kept") for service in services)
+    released = [process.pid for process in run.released if is_alive(process)]
+    return {
+        "type": "report",
+        "job": job.id,
+        "id": job.id,
+        "name": job.name,
+        "why": f"its driver, process {run.driver.pid if run.driver is not None else 'unknown'}, died",
+        "started_at": job.began_at,
+        "ended_at": now,
+        "duration_s": max(now - job.began_at, 0.0),
+        "undelivered": 0,
+        "state": "lost",
+        "cleanliness": "clean" if is_clean else "dirty",
+        "operators": [],
+        "services": services,
+        "tasks": [],
+        "errors": [_error(error) for error in errors],
+        "released": released,
+    }
+
+
+def _service(service: ServiceLine, end: End) -> dict[str, Any]:
+    hook = {"hook": "exit", "incarnation": service.incarnation, "outcome": "ok", "duration_s": end.duration_s}
+    if end.state == "killed":
+        hook["outcome"] = "abandoned"
+    elif end.errors:
+        hook["outcome"] = "error"
+    hook["error"] = "; ".join(end.errors) or None
+    return {
+        "name": service.name,
+        "state": end.state,
+        "hooks": [hook] if end.duration_s else [],
+        "calls": 0,
+        "errors": 0,
+        "restarts": service.incarnation - 1,
+        "stack": None,
+        "host": service.host,
+        "pid": service.process.pid if service.process is not None else None,
+        "exit_code": None,
+        "output": [],
+    }
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"type": "CleanupError", "text": f"CleanupError: {text}", "cause": None, "notes": []}
+
+
+def _write_report(run: Run, job: JobLine, report: dict[str, Any], log: Callable[[str], None]) -> None:
+    text = json.dumps(report)
+    try:
+        if job.report is not None:
+            _append(job.report, text)
+        elif run.reports:
+            os.makedirs(run.reports, mode=0o700, exist_ok=True)
+            _prune(run.reports)
+            with open(os.path.join(run.reports, f"{job.id}.json"), "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+    except OSError as error:
+        log(f"job {job.id}: its report cannot be written: {error}\n{text}")
+
+
+def _append(path: str, text: str) -> None:
+    """Add a line to a file whose last line may be torn: its writer was killed."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode() + b"\n")
+
+
+def _prune(folder: str) -> None:
+    reports = [entry for entry in os.scandir(folder) if entry.name.endswith(".json")]
+    reports.sort(key=lambda entry: entry.stat().st_mtime)
+    for entry in reports[: max(0, len(reports) - REPORTS_MAX + 1)]:
+        with suppress(OSError):
+            os.unlink(entry.path)

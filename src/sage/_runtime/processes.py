@@ -1,0 +1,201 @@
+"""Processes of this machine, found by the cookie in their environment and ended so that a reused pid is never hit."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+COOKIE_VARIABLE = "SAGE_COOKIE"
+"""Holds a chain `outer:inner:...` of tokens: one of the run, one of the service, and so on inwards."""
+
+TERM_GRACE_S = 2.0
+KILL_BOUND_S = 5.0
+"""How long a kill may take to be seen; only a process that the kernel itself holds takes longer."""
+
+LOADING_BOUND_S = 0.5
+LOADING_PAUSE_S = 0.005
+"""How long a process may take to load its program, and how often that is looked at."""
+
+KERNEL_THREAD = 0x00200000
+
+_STATE, _PARENT, _FLAGS, _STARTED = 0, 1, 6, 19
+"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 9 and 22 of proc(5))."""
+
+
+class Process(NamedTuple):
+    """One process for ever: its pid may be given to another, which then began at another time (in clock ticks)."""
+
+    pid: int
+    started: int
+
+
+class Ended(NamedTuple):
+    """What came of ending processes: which had to be killed, and which are still there."""
+
+    killed: set[Process]
+    left: set[Process]
+
+
+def process(pid: int) -> Process | None:
+    """Return the process that has this pid now, or None if none lives; a zombie has ended."""
+    fields = _stat(pid)
+    if fields is None or fields[_STATE] in (b"Z", b"X"):
+        return None
+    return Process(pid, int(fields[_STARTED]))
+
+
+def is_alive(one: Process) -> bool:
+    """Return whether exactly this process still runs."""
+    return process(one.pid) == one
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the pid of the parent, or None if the process has gone."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[_PARENT])
+
+
+def carriers(token: str) -> set[Process]:
+    """Return the processes whose cookie holds `token`; those that may not be read and this one are left out.
+
+    A process whose program is just being loaded shows no environment; for it, the search is made again.
+    """
+    due = time.monotonic() + LOADING_BOUND_S
+    found, is_loading = _carriers(token)
+    while is_loading and time.monotonic() < due:
+        pause(LOADING_PAUSE_S)
+        found, is_loading = _carriers(token)
+    return found
+
+
+def pause(seconds: float) -> None:
+    """Let time pass, where the kernel tells of nothing that could be waited for."""
+    select.poll().poll(seconds * 1000)
+
+
+def _carriers(token: str) -> tuple[set[Process], bool]:
+    """Return the carriers that can be seen, and whether there is a process that shows nothing yet."""
+    found, is_loading = set(), False
+    begin, wanted = f"{COOKIE_VARIABLE}=".encode(), token.encode()
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        # The moment of start is read first: if the pid changes hands in between, nobody has both.
+        carrier = process(int(name))
+        if carrier is None:
+            continue
+        with suppress(OSError):
+            variables = _read(f"/proc/{name}/environ").split(b"\0")
+            chains = [variable[len(begin) :] for variable in variables if variable.startswith(begin)]
+            if any(wanted in chain.split(b":") for chain in chains):
+                found.add(carrier)
+            elif variables == [b""] and not _read(f"/proc/{name}/cmdline"):
+                fields = _stat(carrier.pid)
+                is_loading |= fields is not None and fields[_STATE] != b"Z" and not int(fields[_FLAGS]) & KERNEL_THREAD
+    return found, is_loading
+
+
+def with_descendants(roots: Iterable[Process], among: Iterable[Process]) -> set[Process]:
+    """Return those of `among` that are, or come from, one of `roots` that still lives."""
+    living = {one.pid for one in roots if is_alive(one)}
+
+    def comes_from(pid: int | None) -> bool:
+        while pid is not None and pid > 1:
+            if pid in living:
+                return True
+            pid = parent_of(pid)
+        return False
+
+    return {one for one in among if living and comes_from(one.pid)}
+
+
+def send(one: Process, *signals: int) -> bool:
+    """Send signals to exactly this process; return whether it still ran."""
+    descriptor = watch(one)
+    if descriptor is None:
+        return False
+    try:
+        for signum in signals:
+            signal.pidfd_send_signal(descriptor, signum)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def watch(one: Process) -> int | None:
+    """Return a descriptor that becomes readable when the process ends, for the caller to close, or None if it has."""
+    try:
+        descriptor = os.pidfd_open(one.pid)
+    except OSError:
+        return None
+    # From here on the descriptor means one process; the comparison says whether it is the right one.
+    if is_alive(one):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def wait_gone(processes: Iterable[Process], due: float) -> None:
+    """Wait until all of them have ended, or until `due` by the monotonic clock."""
+    poll = select.poll()
+    open_ones = set()
+    try:
+        for one in processes:
+            descriptor = watch(one)
+            if descriptor is not None:
+                open_ones.add(descriptor)
+                poll.register(descriptor, select.POLLIN)
+        while open_ones and (left_s := due - time.monotonic()) > 0:
+            for descriptor, _ in poll.poll(left_s * 1000):
+                poll.unregister(descriptor)
+                open_ones.discard(descriptor)
+                os.close(descriptor)
+    finally:
+        for descriptor in open_ones:
+            os.close(descriptor)
+
+
+def end_all(find: Callable[[], set[Process]], grace_s: float = TERM_GRACE_S, kill_s: float = KILL_BOUND_S) -> Ended:
+    """End every process that `find` returns, looking again and again until it finds none.
+
+    Each gets SIGTERM, and SIGCONT so that a stopped one sees it; whatever is there after `grace_s` seconds is killed.
+    """
+    kill_at = time.monotonic() + grace_s
+    give_up_at = kill_at + kill_s
+    asked: set[Process] = set()
+    killed: set[Process] = set()
+    while found := find():
+        now = time.monotonic()
+        if now >= give_up_at:
+            return Ended(killed, found)
+        if now < kill_at:
+            for one in found - asked:
+                send(one, signal.SIGTERM, signal.SIGCONT)
+            asked |= found
+            wait_gone(found, kill_at)
+        else:
+            killed |= {one for one in found if send(one, signal.SIGKILL)}
+            wait_gone(found, give_up_at)
+    return Ended(killed, set())
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    try:
+        # The name of the program stands in parentheses and may hold spaces and parentheses of its own.
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return None
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
