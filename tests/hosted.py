@@ -254,6 +254,7 @@ class Stuck(BaseService):
             ctypes.PyDLL(None).sleep(1000)
         elif self.how == "SIGSTOP":
             os.kill(os.getpid(), signal.SIGSTOP)
+            self.hang_here()  # this thread may go on for a moment
 
     def hang_here(self) -> None:
         threading.Event().wait()
@@ -307,7 +308,7 @@ class Listening(BaseService):
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self.thread = threading.Thread(target=threading.Event().wait)
+        self.thread = threading.Thread(target=threading.Event().wait, daemon=False)
         self.thread.start()
 
     def process(self, data: Any) -> int:
