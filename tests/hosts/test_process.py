@@ -678,7 +678,7 @@ def test_a_kept_service_that_dies_between_two_jobs(restart: Any) -> None:
         with pytest.raises(ServiceUnavailableError):
             call()
     if restart == "never":
-        with pytest.raises(ServiceError, match=r'service "tools" ended by itself: .* SIGKILL'):
+        with pytest.raises(JobErrorGroup, match=r'service "tools" ended by itself: .* SIGKILL'):
             env.submit(autostop=True, keep_services=True)
         assert report_of(env).service("tools").state == "lost"
     else:
@@ -696,7 +696,7 @@ def test_a_kept_service_that_died_is_no_more_at_the_close() -> None:
     env.from_batch([1]).map(lambda _: tools.pid).sink(seen.append)
     env.submit(autostop=True, keep_services=True)
     kill_and_wait(seen[0])
-    with pytest.raises(ServiceError, match="SIGKILL"):
+    with pytest.raises(JobErrorGroup, match=r'service "tools" ended by itself: .* SIGKILL'):
         env.close()
 
 
