@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fair_clock import FairClock
+from recorded import Notes
 
 from sage._backends.threads import ThreadsBackend
 from sage.testing import StepBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from sage._runtime.backend import Backend
 
@@ -31,10 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test that takes `backend` on threads and on the step backend with each seed."""
-    if "backend" in metafunc.fixturenames:
-        seeds = range(metafunc.config.getoption("--seeds"))
-        metafunc.parametrize("backend", ["threads", *(f"step-{seed}" for seed in seeds)], indirect=True)
+    """Run every test that takes `backend` on threads and on the step backend with each seed.
+
+    One that takes `host` runs with its services in this process, and on threads also with each in its own: the step
+    backend has a clock of its own, which processes do not follow.
+    """
+    backends = ["threads", *(f"step-{seed}" for seed in range(metafunc.config.getoption("--seeds")))]
+    pairs = [*((backend, "inline") for backend in backends), ("threads", "process")]
+    match "backend" in metafunc.fixturenames, "host" in metafunc.fixturenames:
+        case True, False:
+            metafunc.parametrize("backend", backends, indirect=True)
+        case True, True:
+            metafunc.parametrize(("backend", "host"), pairs, indirect=["backend"])
+        case False, True:
+            metafunc.parametrize("host", ["inline", "process"])
 
 
 @pytest.fixture
@@ -45,6 +57,12 @@ def backend(request: pytest.FixtureRequest) -> Callable[[], Backend]:
         return ThreadsBackend
     seed = int(name.removeprefix("step-"))
     return lambda: StepBackend(seed)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Notes:
+    """Return a list of lines that services of any process append to."""
+    return Notes(tmp_path / "journal")
 
 
 @pytest.fixture

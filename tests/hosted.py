@@ -96,7 +96,7 @@ class Tools(BaseService):
         raise error
 
     def fail_oddly(self, kind: str) -> None:
-        raise {"odd": lambda: OddError(7, "odd"), "locked": lambda: LockedError("locked")}[kind]()
+        raise OddError(7, "odd") if kind == "odd" else LockedError("locked")
 
     def give(self, kind: str) -> Any:
         return {"lambda": lambda: 7, "lock": threading.Lock(), "unpicklable": Unpicklable()}[kind]

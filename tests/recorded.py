@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,22 @@ class Broken(Recorded):
             raise self.error
 
 
+class SlowlyMarked:
+    """Takes its time to clean up, and leaves a line in a file when it is done."""
+
+    def __init__(self, marker: Path, cleanup_s: float) -> None:
+        self.marker = marker
+        self.cleanup_s = cleanup_s
+
+    def process(self, data: int) -> int:
+        return data + 1
+
+    def cleanup(self) -> None:
+        time.sleep(self.cleanup_s)
+        with self.marker.open("a") as file:
+            file.write("cleaned\n")
+
+
 class Numbered(BaseService):
     """Writes its hooks into a list, with the number of the instance."""
 
@@ -108,6 +125,36 @@ class Numbered(BaseService):
 
     def process(self, data: Any) -> Any:
         return data
+
+
+class Fragile(Numbered):
+    """The first instances get sick by the third call, and their health check says so."""
+
+    def __init__(self, journal: Journal, sick_count: int, *, raises: bool = False) -> None:
+        super().__init__(journal)
+        self.is_sick_one = self.number <= sick_count
+        self.raises = raises
+        self.calls_seen = 0
+
+    def process(self, data: Any) -> int:
+        self.calls_seen += 1
+        return self.number
+
+    def health(self) -> bool:
+        is_sick = self.is_sick_one and self.calls_seen >= 3
+        if is_sick and self.raises:
+            raise ConnectionError("the index is gone")
+        return not is_sick
+
+
+def assert_same(found: BaseException | None, error: BaseException, host: str) -> None:
+    """Compare an error with the one that was raised, of which another process sends a copy."""
+    if host == "inline":
+        assert found is error
+    else:
+        assert type(found) is type(error)
+        assert found.args == error.args
+        assert "In the process " in found.__notes__[0]
 
 
 def report_of(env: LocalEnvironment) -> JobReport:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from hosted import Crowd
+from recorded import Notes
 
 from sage import (
     BaseService,
@@ -36,29 +38,9 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend
 
     Backends = Callable[[], Backend]
+    Host = Literal["inline", "process"]
 
 PROMPTLY_S = 0.5
-
-
-class Crowd:
-    """Counts how many of its calls run at once."""
-
-    def __init__(self, call_s: float) -> None:
-        self.call_s = call_s
-        self.inside = 0
-        self.inside_max = 0
-        self.calls = 0
-        self.lock = threading.Lock()
-
-    def process(self, record: int) -> int:
-        with self.lock:
-            self.calls += 1
-            self.inside += 1
-            self.inside_max = max(self.inside_max, self.inside)
-        time.sleep(self.call_s)
-        with self.lock:
-            self.inside -= 1
-        return record
 
 
 class Call(MapFunction):
@@ -174,7 +156,7 @@ def test_the_option_bounds_every_call() -> None:
 # --- futures ---
 
 
-def test_a_hundred_asynchronous_calls_complete() -> None:
+def test_a_hundred_asynchronous_calls_complete(host: Host) -> None:
     """Acceptance 37: 100 calls in flight at once all get their own answers."""
 
     class Gather(MapFunction):
@@ -183,7 +165,7 @@ def test_a_hundred_asynchronous_calls_complete() -> None:
             return [future.result(timeout=10) for future in futures]
 
     env = LocalEnvironment("futures")
-    env.register_service("crowd", Crowd, 0.01, options=ServiceOptions(concurrency=8))
+    env.register_service("crowd", Crowd, 0.01, options=ServiceOptions(host=host, concurrency=8))
     arrived: list[list[int]] = []
     env.from_batch([0, 1000]).map(Gather).sink(arrived.append)
     env.submit(autostop=True)
@@ -213,11 +195,11 @@ def test_calls_that_nobody_waits_for_finish() -> None:
     assert crowd.inside == 0
 
 
-def test_calls_that_cannot_finish_are_cancelled(clock: FairClock) -> None:
+def test_calls_that_cannot_finish_are_cancelled(host: Host, clock: FairClock) -> None:
     """Acceptance 37: what is still pending after the bound is cancelled, so that nobody waits for it in vain."""
     futures: list[Future[Any]] = []
     env = LocalEnvironment("pending")
-    env.register_service("crowd", Crowd, 0.1, options=ServiceOptions(drain_timeout_s=0.25))
+    env.register_service("crowd", Crowd, 0.1, options=ServiceOptions(host=host, drain_timeout_s=0.25))
     env.from_batch(range(100)).map(Fire, futures).sink(lambda record: None)
     began_at = time.monotonic()
     job = env.submit()
@@ -237,19 +219,18 @@ def test_calls_that_cannot_finish_are_cancelled(clock: FairClock) -> None:
 # --- services among each other ---
 
 
-def test_a_service_that_calls_another_ends_before_it(backend: Backends) -> None:
+def test_a_service_that_calls_another_ends_before_it(backend: Backends, host: Host, journal: Notes) -> None:
     """Acceptance 38: a service that was only seen to call another is stopped and cleaned before that one."""
-    happened: list[str] = []
 
     class Store(BaseService):
         def process(self, record: int) -> int:
             return record * 10
 
         def stop(self) -> None:
-            happened.append("store stop")
+            journal.append("store stop")
 
         def cleanup(self) -> None:
-            happened.append("store cleanup")
+            journal.append("store cleanup")
 
     class Front(BaseService):
         def process(self, record: int) -> int:
@@ -257,51 +238,50 @@ def test_a_service_that_calls_another_ends_before_it(backend: Backends) -> None:
             return answer + 1
 
         def stop(self) -> None:
-            happened.append("front stop")
+            journal.append("front stop")
 
         def cleanup(self) -> None:
-            happened.append(f"front cleanup, store says {self.call_service('store', 5)}")
+            journal.append(f"front cleanup, store says {self.call_service('store', 5)}")
 
     env = LocalEnvironment("two", backend=backend)
     # By the order of registration alone the store would be the first to end.
-    env.register_service("front", Front)
-    env.register_service("store", Store)
+    env.register_service("front", Front, options=ServiceOptions(host=host))
+    env.register_service("store", Store, options=ServiceOptions(host=host))
     arrived: list[int] = []
     env.from_batch([1, 2]).map(Call, "front").sink(arrived.append)
     env.submit(autostop=True)
     assert arrived == [11, 21]
-    assert happened == ["front stop", "front cleanup, store says 50", "store stop", "store cleanup"]
+    assert journal == ["front stop", "front cleanup, store says 50", "store stop", "store cleanup"]
 
 
 @pytest.mark.parametrize("how", ["declared", "handle"])
-def test_what_a_service_needs_outlives_it(backend: Backends, how: str) -> None:
+def test_what_a_service_needs_outlives_it(backend: Backends, host: Host, journal: Notes, how: str) -> None:
     """Acceptance 38: a dependency that is declared, or a handle among the arguments, orders start and stop."""
-    happened: list[str] = []
 
     class Part:
         def __init__(self, name: str, other: Any = None) -> None:
             self.name = name
             self.other = other
-            happened.append(f"{name} built")
+            journal.append(f"{name} built")
 
         def process(self, record: int) -> int:
             return record if self.other is None else self.other.process(record) + 1
 
         def cleanup(self) -> None:
-            happened.append(f"{self.name} cleaned")
+            journal.append(f"{self.name} cleaned")
 
     env = LocalEnvironment("two", backend=backend)
     if how == "declared":
-        env.register_service("a", Part, "a", options=ServiceOptions(depends_on=["b"]))
-        env.register_service("b", Part, "b")
+        env.register_service("a", Part, "a", options=ServiceOptions(host=host, depends_on=["b"]))
+        env.register_service("b", Part, "b", options=ServiceOptions(host=host))
     else:
-        b = env.register_service("b", Part, "b")
-        env.register_service("a", Part, "a", b)
+        b = env.register_service("b", Part, "b", options=ServiceOptions(host=host))
+        env.register_service("a", Part, "a", b, options=ServiceOptions(host=host))
     arrived: list[int] = []
     env.from_batch([1]).map(Call, "a").sink(arrived.append)
     env.submit(autostop=True)
     assert arrived == [1 if how == "declared" else 2]
-    assert happened == ["b built", "a built", "a cleaned", "b cleaned"]
+    assert journal == ["b built", "a built", "a cleaned", "b cleaned"]
 
 
 def test_a_circle_of_services_is_refused() -> None:
@@ -339,7 +319,7 @@ def test_a_circle_that_is_only_seen_at_run_time_is_refused(backend: Backends) ->
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, None])
-def test_a_service_may_call_itself(backend: Backends, concurrency: int | None) -> None:
+def test_a_service_may_call_itself(backend: Backends, host: Host, concurrency: int | None) -> None:
     """Acceptance 38: a call of its own method through the job does not wait for the call it is made in."""
 
     class Countdown(BaseService):
@@ -348,7 +328,7 @@ def test_a_service_may_call_itself(backend: Backends, concurrency: int | None) -
             return [record, *rest]
 
     env = LocalEnvironment("itself", backend=backend)
-    env.register_service("countdown", Countdown, options=ServiceOptions(concurrency=concurrency))
+    env.register_service("countdown", Countdown, options=ServiceOptions(host=host, concurrency=concurrency))
     arrived: list[list[int]] = []
     env.from_batch([3]).map(Call, "countdown").sink(arrived.append)
     env.submit(autostop=True)
@@ -639,7 +619,7 @@ def test_two_environments_have_services_of_their_own() -> None:
     assert arrived == {"left": ["left1", "left2"], "right": ["right1", "right2"]}
 
 
-def test_a_stopped_service_is_unavailable_at_once(backend: Backends, clock: FairClock) -> None:
+def test_a_stopped_service_is_unavailable_at_once(backend: Backends, host: Host, clock: FairClock) -> None:
     """Acceptance 41: by its handle, by a method taken from it before, and through a function, before and after."""
     functions: list[Call] = []
     methods: list[Callable[[int], int]] = []
@@ -650,7 +630,7 @@ def test_a_stopped_service_is_unavailable_at_once(backend: Backends, clock: Fair
             methods.append(self.service("crowd").process)
 
     env = LocalEnvironment("stopped", backend=backend)
-    crowd = env.register_service("crowd", Crowd, 0.0)
+    crowd = env.register_service("crowd", Crowd, 0.0, options=ServiceOptions(host=host))
     arrived: list[int] = []
     env.from_batch([1]).map(Keep, "crowd").sink(arrived.append)
     with pytest.raises(ServiceUnavailableError, match='service "crowd" is not running') as caught:

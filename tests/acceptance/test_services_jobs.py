@@ -9,10 +9,10 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
-from recorded import Numbered, report_of
+from recorded import Journal, Notes, Numbered, report_of
 
 import sage
 from sage import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend
 
     MakeBackend = Callable[[], Backend]
+    Host = Literal["inline", "process"]
 
 SOON_S = 10.0
 """Bound of every wait for something that happens at once on an idle machine."""
@@ -49,7 +50,7 @@ def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def endless(env: LocalEnvironment, journal: list[str]) -> threading.Event:
+def endless(env: LocalEnvironment, journal: Journal, host: Host = "inline") -> threading.Event:
     """Give `env` a stream that never ends and a service; the event says that records arrive."""
     flows = threading.Event()
 
@@ -61,7 +62,7 @@ def endless(env: LocalEnvironment, journal: list[str]) -> threading.Event:
         def close(self) -> None:
             journal.append("sink closed")
 
-    env.register_service("memory", Numbered, journal)
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
     env.from_source(lambda: 1, delay=0.001).sink(Store)
     return flows
 
@@ -71,11 +72,11 @@ ENDED = ["memory.build 1", "sink closed", "memory.stop 1", "memory.cleanup 1"]
 # --- jobs that end, or are ended --------------------------------------------------------------------------------------
 
 
-def test_a_batch_without_autostop_is_cleaned_when_it_ends(backend: MakeBackend) -> None:
+def test_a_batch_without_autostop_is_cleaned_when_it_ends(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 11: the services end with the batch, and `job.wait()` reports it."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Numbered, journal)
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
     env.from_batch([1, 2, 3]).sink(arrived.append)
     report = env.submit().wait()
     assert journal == ["memory.build 1", "memory.stop 1", "memory.cleanup 1"]
@@ -101,11 +102,10 @@ def test_a_batch_without_autostop_is_cleaned_though_nobody_waits() -> None:
 
 
 @pytest.mark.parametrize("way", ["stop", "close", "with", "stop twice", "close twice", "stop, then close"])
-def test_a_stream_is_stopped_from_outside(way: str) -> None:
+def test_a_stream_is_stopped_from_outside(way: str, host: Host, journal: Notes) -> None:
     """Acceptance 12, fault 116: tasks end, then services, once; a second call does nothing."""
-    journal = list[str]()
     env = LocalEnvironment()
-    flows = endless(env, journal)
+    flows = endless(env, journal, host)
     if way == "with":
         with env:
             env.submit()
@@ -141,11 +141,13 @@ def test_leaving_with_by_an_error_cleans_up() -> None:
     assert report_of(env).state is Outcome.CANCELLED
 
 
-def test_stopping_before_submit_and_after_the_end_does_nothing(backend: MakeBackend) -> None:
+def test_stopping_before_submit_and_after_the_end_does_nothing(
+    backend: MakeBackend, host: Host, journal: Notes
+) -> None:
     """Acceptance 12, fault 116: there is nothing to stop, and a submit afterwards works."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Numbered, journal)
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
     env.from_batch([1]).sink(arrived.append)
     env.stop()
     env.close()
@@ -190,9 +192,11 @@ def test_a_service_of_the_job_may_stop_it(call: str, place: str) -> None:
     assert report.cleanliness is Cleanliness.CLEAN
 
 
-def test_the_functions_of_an_empty_source_are_finished_and_closed_once(backend: MakeBackend) -> None:
+def test_the_functions_of_an_empty_source_are_finished_and_closed_once(
+    backend: MakeBackend, host: Host, journal: Notes
+) -> None:
     """Acceptance 8, fault 2: nothing flows, and everything begins and ends all the same."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
 
     class Window(ProcessFunction):
         def open(self) -> None:
@@ -209,7 +213,7 @@ def test_the_functions_of_an_empty_source_are_finished_and_closed_once(backend: 
             journal.append("close")
 
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Numbered, journal)
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
     env.from_batch([]).process(Window).sink(arrived.append)
     env.submit(autostop=True)
     assert journal == ["memory.build 1", "open", "finish", "close", "memory.stop 1", "memory.cleanup 1"]
@@ -236,12 +240,12 @@ def test_the_end_of_a_job_leaves_another_alone() -> None:
 # --- several jobs of one environment ----------------------------------------------------------------------------------
 
 
-def test_a_second_submit_is_a_new_run(backend: MakeBackend) -> None:
+def test_a_second_submit_is_a_new_run(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 3, fault 115: a new instance of everything; a submit while a job runs is refused."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     refused = list[str]()
     env = LocalEnvironment("twice", backend=backend)
-    env.register_service("memory", Numbered, journal)
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
 
     def again(data: int) -> int:
         with pytest.raises(GraphError) as caught:
@@ -260,12 +264,12 @@ def test_a_second_submit_is_a_new_run(backend: MakeBackend) -> None:
 
 
 @pytest.mark.parametrize("way", ["close", "with", "with an error"])
-def test_kept_services_serve_the_next_job(backend: MakeBackend, way: str) -> None:
+def test_kept_services_serve_the_next_job(backend: MakeBackend, host: Host, journal: Notes, way: str) -> None:
     """Acceptance 9, fault 118: no second start, and one cleanup by `close()` or by leaving `with env:`."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     env = LocalEnvironment(backend=backend)
-    memory = env.register_service("memory", Numbered, journal)
-    env.register_service("index", Numbered, journal)
+    memory = env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
+    env.register_service("index", Numbered, journal, options=ServiceOptions(host=host))
     env.from_batch([1, 2]).map(memory).sink(arrived.append)
 
     def run_twice() -> None:
@@ -293,13 +297,12 @@ def test_kept_services_serve_the_next_job(backend: MakeBackend, way: str) -> Non
         memory.process(1)
 
 
-def test_only_the_named_services_are_kept(backend: MakeBackend) -> None:
+def test_only_the_named_services_are_kept(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 9: the others end with their job, and a kept one keeps what it requires."""
-    journal = list[str]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("store", Numbered, journal)
-    env.register_service("memory", Numbered, journal, options=ServiceOptions(depends_on=["store"]))
-    env.register_service("index", Numbered, journal)
+    env.register_service("store", Numbered, journal, options=ServiceOptions(host=host))
+    env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host, depends_on=["store"]))
+    env.register_service("index", Numbered, journal, options=ServiceOptions(host=host))
     env.from_batch([1]).sink(lambda data: None)
     env.submit(autostop=True, keep_services=["memory"])
     assert [service.state for service in report_of(env).services] == ["kept", "kept", "stopped"]
@@ -387,11 +390,11 @@ def test_two_hundred_jobs_leave_nothing_behind(tmp_path: Path) -> None:
 # --- calls that come too late -----------------------------------------------------------------------------------------
 
 
-def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend) -> None:
+def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend, host: Host) -> None:
     """Acceptance 41: by the handle, by a method taken from it while the job ran, and from a function that is left."""
     journal, functions = list[str](), list[MapFunction]()
     env = LocalEnvironment(backend=backend)
-    memory = env.register_service("memory", Numbered, journal)
+    memory = env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
     methods = list[Any]()
 
     class Ask(MapFunction):

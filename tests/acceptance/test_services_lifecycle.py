@@ -12,10 +12,10 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
-from recorded import Broken, Recorded, report_of
+from recorded import Broken, Journal, Notes, Recorded, SlowlyMarked, assert_same, report_of
 
 import sage
 from sage import (
@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend
 
     MakeBackend = Callable[[], Backend]
+    Host = Literal["inline", "process"]
 
 PROMPTLY_S = 0.5
 
 
-def ends(journal: list[str]) -> list[str]:
+def ends(journal: Journal) -> list[str]:
     """Return only the hooks that end services."""
     return [entry for entry in journal if ".stop" in entry or ".cleanup" in entry]
 
@@ -63,27 +64,11 @@ def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
 # --- the end of a job -------------------------------------------------------------------------------------------------
 
 
-class SlowlyMarked:
-    """Takes its time to clean up, and leaves a line in a file when it is done."""
-
-    def __init__(self, marker: Path, cleanup_s: float) -> None:
-        self.marker = marker
-        self.cleanup_s = cleanup_s
-
-    def process(self, data: int) -> int:
-        return data + 1
-
-    def cleanup(self) -> None:
-        time.sleep(self.cleanup_s)
-        with self.marker.open("a") as file:
-            file.write("cleaned\n")
-
-
-def test_cleanup_is_over_when_submit_returns(backend: MakeBackend, tmp_path: Path) -> None:
+def test_cleanup_is_over_when_submit_returns(backend: MakeBackend, host: Host, tmp_path: Path) -> None:
     """Acceptance 1, fault 1: the marker of the cleanup stands there when submit returns."""
     marker, arrived = tmp_path / "marker", list[int]()
     env = LocalEnvironment(backend=backend)
-    adder = env.register_service("adder", SlowlyMarked, marker, 0.2)
+    adder = env.register_service("adder", SlowlyMarked, marker, 0.2, options=ServiceOptions(host=host))
     env.from_batch([1, 2, 3]).map(adder.process).sink(arrived.append)
     job = env.submit(autostop=True)
     assert marker.read_text() == "cleaned\n"
@@ -94,7 +79,7 @@ def test_cleanup_is_over_when_submit_returns(backend: MakeBackend, tmp_path: Pat
 
 
 PROGRAM = """
-from sage import BaseService, BatchFunction, LocalEnvironment, MapFunction, SinkFunction
+from sage import BaseService, BatchFunction, LocalEnvironment, MapFunction, ServiceOptions, SinkFunction
 
 class Numbers(BatchFunction):
     def __init__(self):
@@ -121,15 +106,15 @@ class Show(SinkFunction):
         print(data)
 
 env = LocalEnvironment("program")
-env.register_service("adder", Adder)
+env.register_service("adder", Adder, options=ServiceOptions(host={host!r}))
 env.from_batch(Numbers).map(Add).sink(Show)
 env.submit(autostop=True)
 """
 
 
-def test_a_script_whose_last_statement_is_submit(tmp_path: Path) -> None:
+def test_a_script_whose_last_statement_is_submit(host: Host, tmp_path: Path) -> None:
     """Acceptance 2, fault 1: the process does not end before the cleanup, which happens once."""
-    done = run_script(tmp_path, PROGRAM)
+    done = run_script(tmp_path, PROGRAM.replace("{host!r}", repr(host)))
     assert (done.returncode, done.stdout, done.stderr) == (0, "2\n3\n4\n", "")
     assert (tmp_path / "marker").read_text() == "cleaned\n"
 
@@ -143,12 +128,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_service_ends_once_in_reverse_order(backend: MakeBackend, way: str) -> None:
+def test_every_service_ends_once_in_reverse_order(backend: MakeBackend, host: Host, journal: Notes, way: str) -> None:
     """Acceptance 3, fault 116: whatever ends the job, also a stop from one of its own tasks."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     env = LocalEnvironment(backend=backend)
     for name in ("a", "b", "c"):
-        env.register_service(name, Recorded, journal)
+        env.register_service(name, Recorded, journal, options=ServiceOptions(host=host))
 
     class Step(MapFunction):
         def execute(self, data: int) -> int:
@@ -172,18 +157,19 @@ def test_every_service_ends_once_in_reverse_order(backend: MakeBackend, way: str
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_service_ends_before_what_it_requires(backend: MakeBackend, declared: bool) -> None:
+def test_a_service_ends_before_what_it_requires(
+    backend: MakeBackend, host: Host, journal: Notes, declared: bool
+) -> None:
     """Acceptance 3, fault 11: A requires B requires C, in whatever order they are registered."""
-    journal = list[str]()
     env = LocalEnvironment(backend=backend)
     if declared:
-        env.register_service("a", Recorded, journal, options=ServiceOptions(depends_on=["b"]))
-        env.register_service("b", Recorded, journal, options=ServiceOptions(depends_on=["c"]))
-        env.register_service("c", Recorded, journal)
+        env.register_service("a", Recorded, journal, options=ServiceOptions(host=host, depends_on=["b"]))
+        env.register_service("b", Recorded, journal, options=ServiceOptions(host=host, depends_on=["c"]))
+        env.register_service("c", Recorded, journal, options=ServiceOptions(host=host))
     else:
-        c = env.register_service("c", Recorded, journal)
-        b = env.register_service("b", Recorded, journal, c)
-        env.register_service("a", Recorded, journal, b.process)
+        c = env.register_service("c", Recorded, journal, options=ServiceOptions(host=host))
+        b = env.register_service("b", Recorded, journal, c, options=ServiceOptions(host=host))
+        env.register_service("a", Recorded, journal, b.process, options=ServiceOptions(host=host))
     env.from_batch([1]).sink(lambda data: journal.append("record"))
     env.submit(autostop=True)
     hooks = ("build", "setup", "start")
@@ -217,9 +203,8 @@ def test_no_service_stops_during_a_call() -> None:
     assert journal.index("slow.stop") > max(place for place, entry in enumerate(journal) if "answer" in entry)
 
 
-def test_no_service_stops_before_an_asynchronous_call_that_nobody_waits_for() -> None:
+def test_no_service_stops_before_an_asynchronous_call_that_nobody_waits_for(host: Host, journal: Notes) -> None:
     """Acceptance 3: a call that the last record left behind ends before stop and cleanup."""
-    journal = list[str]()
 
     class Slow(Recorded):
         def work(self) -> None:
@@ -232,20 +217,19 @@ def test_no_service_stops_before_an_asynchronous_call_that_nobody_waits_for() ->
             return data
 
     env = LocalEnvironment()
-    env.register_service("slow", Slow, journal)
+    env.register_service("slow", Slow, journal, options=ServiceOptions(host=host))
     env.from_batch([1]).map(Leave).sink(lambda data: None)
     env.submit(autostop=True)
     assert journal[3:] == ["answer", "slow.stop", "slow.cleanup"]
 
 
-def test_submit_returns_after_a_slow_cleanup(clock: FairClock) -> None:
+def test_submit_returns_after_a_slow_cleanup(host: Host, journal: Notes, clock: FairClock) -> None:
     """Acceptance 4: a service that a sink calls takes 4 s to clean up."""
-    over_at = list[float]()
 
     class Slow(BaseService):
         def cleanup(self) -> None:
             time.sleep(4.0)
-            over_at.append(time.monotonic())
+            journal.append(str(time.monotonic()))  # the same clock in every process
 
         def process(self, data: int) -> None:
             pass
@@ -255,13 +239,13 @@ def test_submit_returns_after_a_slow_cleanup(clock: FairClock) -> None:
             self.call_service("slow", data)
 
     env = LocalEnvironment()
-    env.register_service("slow", Slow)
+    env.register_service("slow", Slow, options=ServiceOptions(host=host))
     env.from_batch([1, 2, 3]).sink(Store)
     job = env.submit(autostop=True)
     returned_at = time.monotonic()
-    assert len(over_at) == 1
-    assert returned_at >= over_at[0]
-    assert clock.elapsed_s(over_at[0], returned_at) < PROMPTLY_S
+    [over_at] = [float(line) for line in journal]
+    assert returned_at >= over_at
+    assert clock.elapsed_s(over_at, returned_at) < PROMPTLY_S
     assert job.report is not None
     [cleanup] = [hook for hook in job.report.service("slow").hooks if hook.hook == "cleanup"]
     assert cleanup.outcome == "ok"
@@ -275,13 +259,15 @@ def test_submit_returns_after_a_slow_cleanup(clock: FairClock) -> None:
     "error", [OSError("disk full"), SystemExit(3), KeyboardInterrupt("enough"), GeneratorExit("over")], ids=repr
 )
 @pytest.mark.parametrize("hook", ["stop", "cleanup"])
-def test_a_hook_that_raises_does_not_stop_the_others(backend: MakeBackend, hook: str, error: BaseException) -> None:
+def test_a_hook_that_raises_does_not_stop_the_others(
+    backend: MakeBackend, host: Host, journal: Notes, hook: str, error: BaseException
+) -> None:
     """Acceptance 5, fault 34: everything else is cleaned, and the error arrives in report and group."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     env = LocalEnvironment("jobs", backend=backend)
-    env.register_service("a", Recorded, journal)
-    env.register_service("b", Broken, journal, hook, error)
-    env.register_service("c", Recorded, journal)
+    env.register_service("a", Recorded, journal, options=ServiceOptions(host=host))
+    env.register_service("b", Broken, journal, hook, error, options=ServiceOptions(host=host))
+    env.register_service("c", Recorded, journal, options=ServiceOptions(host=host))
     env.from_batch([1, 2, 3]).sink(arrived.append)
     with pytest.raises(JobErrorGroup, match='job "jobs" COMPLETED and DIRTY') as caught:
         env.submit(autostop=True)
@@ -290,7 +276,7 @@ def test_a_hook_that_raises_does_not_stop_the_others(backend: MakeBackend, hook:
     [inner] = caught.value.exceptions
     assert isinstance(inner, CleanupError)
     assert inner.service == "b"
-    assert inner.__cause__ is error
+    assert_same(inner.__cause__, error, host)
     assert str(inner) == f'service "b" failed in {hook}: {type(error).__name__}: {error}'
     report = report_of(env)
     assert (report.state, report.cleanliness) == (Outcome.COMPLETED, Cleanliness.DIRTY)
@@ -302,13 +288,12 @@ def test_a_hook_that_raises_does_not_stop_the_others(backend: MakeBackend, hook:
     assert "COMPLETED and DIRTY" in str(report)
 
 
-def test_two_of_three_cleanups_raise(backend: MakeBackend) -> None:
+def test_two_of_three_cleanups_raise(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 5, fault 33: both errors are in the group, and the third service is cleaned."""
-    journal = list[str]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("a", Broken, journal, "cleanup", OSError("first"))
-    env.register_service("b", Recorded, journal)
-    env.register_service("c", Broken, journal, "cleanup", OSError("last"))
+    env.register_service("a", Broken, journal, "cleanup", OSError("first"), options=ServiceOptions(host=host))
+    env.register_service("b", Recorded, journal, options=ServiceOptions(host=host))
+    env.register_service("c", Broken, journal, "cleanup", OSError("last"), options=ServiceOptions(host=host))
     env.from_batch([1]).sink(lambda data: None)
     with pytest.raises(JobErrorGroup) as caught:
         env.submit(autostop=True)
@@ -318,11 +303,10 @@ def test_two_of_three_cleanups_raise(backend: MakeBackend) -> None:
     assert report_of(env).state is Outcome.COMPLETED
 
 
-def test_the_job_and_a_cleanup_fail(backend: MakeBackend) -> None:
+def test_the_job_and_a_cleanup_fail(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 5, fault 39: nothing is lost, and the cause of the end comes first."""
-    journal = list[str]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Broken, journal, "cleanup", OSError("disk full"))
+    env.register_service("memory", Broken, journal, "cleanup", OSError("disk full"), options=ServiceOptions(host=host))
 
     def fail(data: int) -> int:
         raise ValueError("bad record")
@@ -339,9 +323,8 @@ def test_the_job_and_a_cleanup_fail(backend: MakeBackend) -> None:
     assert (report_of(env).state, report_of(env).cleanliness) == (Outcome.FAILED, Cleanliness.DIRTY)
 
 
-def test_close_raises_in_three_tasks(backend: MakeBackend) -> None:
+def test_close_raises_in_three_tasks(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 5, fault 32: all three errors are in the group, and the services are cleaned."""
-    journal = list[str]()
 
     class Close(MapFunction):
         def execute(self, data: int) -> int:
@@ -351,7 +334,7 @@ def test_close_raises_in_three_tasks(backend: MakeBackend) -> None:
             raise OSError(f"close {self.ctx.parallel_index}")
 
     env = LocalEnvironment(backend=backend)
-    env.register_service("memory", Recorded, journal)
+    env.register_service("memory", Recorded, journal, options=ServiceOptions(host=host))
     env.from_batch(range(9)).rebalance().map(Close, parallelism=3).sink(lambda data: None)
     with pytest.raises(JobErrorGroup) as caught:
         env.submit(autostop=True)
@@ -370,7 +353,7 @@ def released() -> Iterator[threading.Event]:
 class Hanging(Recorded):
     """Does not come back from one of its hooks."""
 
-    def __init__(self, journal: list[str], hook: str, released: threading.Event) -> None:
+    def __init__(self, journal: Journal, hook: str, released: threading.Event) -> None:
         self.hook, self.released = hook, released
         super().__init__(journal)
 
@@ -413,18 +396,17 @@ def test_a_hook_that_never_returns_is_abandoned(hook: str, released: threading.E
 # --- which services there are -----------------------------------------------------------------------------------------
 
 
-def test_a_service_that_nobody_calls_is_cleaned(backend: MakeBackend) -> None:
+def test_a_service_that_nobody_calls_is_cleaned(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 8, fault 13: started and cleaned, as any other."""
-    journal = list[str]()
     env = LocalEnvironment(backend=backend)
-    env.register_service("idle", Recorded, journal)
+    env.register_service("idle", Recorded, journal, options=ServiceOptions(host=host))
     env.from_batch([1, 2]).sink(lambda data: None)
     env.submit(autostop=True)
     assert journal == ["idle.build", "idle.setup", "idle.start", "idle.stop", "idle.cleanup"]
     assert report_of(env).service("idle").calls == 0
 
 
-def plain_services(journal: list[str]) -> dict[str, Callable[..., Any]]:
+def plain_services(journal: Journal) -> dict[str, Callable[..., Any]]:
     """Return services in every form but the usual one; each writes when it is opened and closed."""
 
     class OnlyClose:
@@ -488,11 +470,11 @@ def plain_services(journal: list[str]) -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("form", plain_services([]))
-def test_a_service_of_any_form_works_and_is_closed(backend: MakeBackend, form: str) -> None:
+def test_a_service_of_any_form_works_and_is_closed(backend: MakeBackend, host: Host, journal: Notes, form: str) -> None:
     """Acceptance 10: no form needs anything of ours, and each is closed at the end, once."""
-    journal, arrived = list[str](), list[int]()
+    arrived = list[int]()
     env = LocalEnvironment(backend=backend)
-    adder = env.register_service("adder", plain_services(journal)[form])
+    adder = env.register_service("adder", plain_services(journal)[form], options=ServiceOptions(host=host))
     env.from_batch([1, 2]).map(adder).sink(arrived.append)
     env.submit(autostop=True)
     assert arrived == [2, 3]

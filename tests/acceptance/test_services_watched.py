@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import pytest
-from recorded import Numbered, report_of
+from recorded import Fragile, Notes, report_of
 
 from sage import (
     BaseService,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend
 
     MakeBackend = Callable[[], Backend]
+    Host = Literal["inline", "process"]
 
 SOON_S = 10.0
 """Bound of every wait for something that happens at once on an idle machine."""
@@ -95,32 +96,12 @@ def test_a_monitor_sees_tasks_end_before_services(pause_s: float) -> None:
 # --- services that fail -----------------------------------------------------------------------------------------------
 
 
-class Fragile(Numbered):
-    """The first instances get sick by the third call, and their health check says so."""
-
-    def __init__(self, journal: list[str], sick_count: int, *, raises: bool = False) -> None:
-        super().__init__(journal)
-        self.is_sick_one = self.number <= sick_count
-        self.raises = raises
-        self.calls_seen = 0
-
-    def process(self, data: Any) -> int:
-        self.calls_seen += 1
-        return self.number
-
-    def health(self) -> bool:
-        is_sick = self.is_sick_one and self.calls_seen >= 3
-        if is_sick and self.raises:
-            raise ConnectionError("the index is gone")
-        return not is_sick
-
-
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_sick_service_is_restarted_and_its_callers_wait(raises: bool) -> None:
+def test_a_sick_service_is_restarted_and_its_callers_wait(host: Host, journal: Notes, raises: bool) -> None:
     """Acceptance 15: calls go on with the second instance, and none is lost."""
-    journal, answers = list[str](), list[int]()
+    answers = list[int]()
     env = LocalEnvironment()
-    options = ServiceOptions(restart="on_failure", backoff_s=(0.05, 0.1), health_interval_s=0.02)
+    options = ServiceOptions(host=host, restart="on_failure", backoff_s=(0.05, 0.1), health_interval_s=0.02)
     fragile = env.register_service("memory", Fragile, journal, 1, raises=raises, options=options)
 
     def take(answer: int) -> None:
@@ -137,7 +118,8 @@ def test_a_sick_service_is_restarted_and_its_callers_wait(raises: bool) -> None:
     assert report.service("memory").restarts == 1
     assert report.operator("map").failed == 0
     builds = [(hook.hook, hook.incarnation) for hook in report.service("memory").hooks if hook.hook != "drain"]
-    in_order = [(hook, number) for number in (1, 2) for hook in ("build", "stop", "cleanup")]
+    own = () if host == "inline" else ("exit",)
+    in_order = [(hook, number) for number in (1, 2) for hook in ("build", "stop", "cleanup", *own)]
     assert [entry for entry in builds if entry[0] != "health"] == in_order
 
 
@@ -158,11 +140,12 @@ def test_a_call_waits_for_a_restart_only_up_to_its_time_out() -> None:
     assert report_of(env).state is Outcome.FAILED
 
 
-def test_a_service_that_fails_again_and_again_fails_the_job() -> None:
+def test_a_service_that_fails_again_and_again_fails_the_job(host: Host, journal: Notes) -> None:
     """Acceptance 15: after as many restarts as are allowed the job ends; every instance was cleaned once."""
-    journal = list[str]()
     env = LocalEnvironment()
-    options = ServiceOptions(restart="on_failure", restarts_max=2, backoff_s=(0.01, 0.01), health_interval_s=0.02)
+    options = ServiceOptions(
+        host=host, restart="on_failure", restarts_max=2, backoff_s=(0.01, 0.01), health_interval_s=0.02
+    )
     fragile = env.register_service("memory", Fragile, journal, 99, options=options)
     env.from_source(lambda: 1, delay=0.001).map(fragile).sink(lambda answer: None)
     with pytest.raises(ServiceError, match='service "memory" failed: its health check failed') as caught:
