@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 ORDER_BYTES_MAX = 65_536
 
+START_HOOKS = frozenset({"setup", "start", "ready"})
+"""What has to have succeeded, as far as the service has it, before `stop` may follow."""
+
 ORPHAN_STOP_S = 10.0
 """How long stop and cleanup may take together when driver and guardian are both gone."""
 
@@ -54,7 +57,7 @@ class Child:
         self._handles = Handles(self)
         self._over = threading.Event()
         self._is_told = False
-        self._is_ready = False
+        self._succeeded: set[str] = set()
         self._begun: set[str] = set()
         self._changed = threading.Condition()
         self._running = 0
@@ -94,7 +97,8 @@ class Child:
         self._begun.add(hook)
         with self._busy():
             value = self._instance.run_hook(hook)
-        self._is_ready = self._is_ready or hook == "start"
+        if hook != "ready" or value:
+            self._succeeded.add(hook)
         # Hooks may return whatever they like; only these two are asked for an answer.
         return bool(value) if hook == "ready" else value is not False if hook == "health" else None
 
@@ -184,7 +188,7 @@ class Child:
                     errors.append(f"{hook}: {describe(error)}")
 
     def _is_ready_to_stop(self) -> bool:
-        return self._is_ready or not {"setup", "start"} & self._instance.hooks
+        return self._instance.hooks & START_HOOKS <= self._succeeded
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
