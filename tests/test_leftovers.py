@@ -24,7 +24,7 @@ import pytest
 
 from sage import LocalEnvironment
 from sage._leftovers import CleanBlock, address, processes
-from sage._runtime.cookie import COOKIE_VARIABLE
+from sage._runtime.processes import COOKIE_VARIABLE
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:

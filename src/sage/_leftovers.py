@@ -17,7 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sage._runtime.cookie import COOKIE_VARIABLE, PROC, command_of, processes_with, variable_of
+from sage._runtime.cookie import PROC, command_of, processes_with, variable_of
+from sage._runtime.processes import COOKIE_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator

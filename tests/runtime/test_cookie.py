@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sage._runtime.cookie import COOKIE_VARIABLE, processes_with
+from sage._runtime.cookie import processes_with
+from sage._runtime.processes import COOKIE_VARIABLE
 
 
 def add_process(proc: Path, pid: int, environ: bytes, cmdline: bytes = b"", comm: str = "idle") -> None:

@@ -1,4 +1,4 @@
-"""Finds the processes of a job by a cookie in their environment, also those that left its process group and tree."""
+"""What a person is told of the processes of a job, found by the cookie in their environment."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-COOKIE_VARIABLE = "SAGE_COOKIE"
-"""The environment variable that every process of a job carries."""
+from sage._runtime.processes import COOKIE_VARIABLE
 
 PROC = Path("/proc")
 
 
 def processes_with(cookie: str | None, proc: Path = PROC) -> dict[int, str]:
-    """Return the command lines of all processes that carry `cookie`, or any cookie if it is None, by process id.
+    """Return the command lines of all processes whose cookie holds the token `cookie`, or any if it is None, by pid.
 
     A process shows the environment that its program began with: between fork and exec it shows that of its parent, and
     when it has ended it shows none. Processes that vanish meanwhile or that may not be read are left out, and this
@@ -28,7 +27,7 @@ def processes_with(cookie: str | None, proc: Path = PROC) -> dict[int, str]:
             continue
         with suppress(OSError):
             value = variable_of(int(name), COOKIE_VARIABLE, proc)
-            if value is not None and cookie in (None, value):
+            if value is not None and (cookie is None or cookie in value.split(":")):
                 found[int(name)] = command_of(int(name), proc)
     return found
 
