@@ -73,6 +73,7 @@ class Child:
 
     def live(self) -> None:
         """Do as the driver says until it says "exit", or until it is gone; then end in order."""
+        self.link.begin()
         self._over.wait()
         if not self._is_told:
             self._be_orphan()

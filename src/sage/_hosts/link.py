@@ -62,6 +62,9 @@ class Link:
         self._all: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self._closed = False
+
+    def begin(self) -> None:
+        """Answer from now on. What the other side has asked before waits, so that the owner can get ready for it."""
         self._start_thread(self._accept)
 
     def ask(self, *request: Any, timeout_s: float | None = None) -> Any:

@@ -174,6 +174,7 @@ class ProcessHost(GatedHost):
         self._process = process
         # Its handles are found by the name that is pickled for them, in the job that asks.
         self._link = Link(here, self._answer, self._context._services, name, lambda: None)
+        self._link.begin()
         process.watch()
         self._guard.started(name, incarnation, process.pid, guardians.detach())
 
