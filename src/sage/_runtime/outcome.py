@@ -54,7 +54,7 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
                 return cause
             error = JobError(f'task "{name}" failed: {text}', job=job, fault="internal")
         case Trouble.START:
-            what = "be built" if hook == "build" else f"{hook}"
+            what = {"build": "be built", "ready": "get ready"}.get(hook, hook)
             error = ServiceStartError(f'service "{name}" failed to {what}: {text}', job=job, service=name)
         case Trouble.NOT_READY:
             error = ServiceStartError(f'service "{name}" did not end its {hook} in time', job=job, service=name)
