@@ -26,11 +26,11 @@ ITSELF = "by itself"
 
 OUTCOMES = {"natural": "completed", "stop": "stopped", "cancel": "cancelled", "failure": "failed"}
 
-START_S = {"inline": 0.5, "process": 3.0}
+START_S = {"inline": 0.5, "process": 4.0}
 DRAIN_S = 0.5
 CLOSE_S = 0.5
 STOP_S = 1.0
-KILL_GRACE_S = 2.0
+KILL_GRACE_S = 4.0
 HEALTH_S = 1.0
 CALL_S = 0.5
 
@@ -58,6 +58,7 @@ class Expected:
         outcome: of the job.
         is_clean: whether the job is clean.
         errors: the types of the errors in the report, sorted.
+        maybe: one more of them, if what runs at that moment is still heard of.
         bound_s: how long it may take from the fault to the end of the job, but for what the machine takes.
         late_marks: what a process that was stopped may still do between its SIGCONT and its end.
     """
@@ -67,6 +68,7 @@ class Expected:
     outcome: str
     is_clean: bool = True
     errors: tuple[str, ...] = ()
+    maybe: str = ""
     bound_s: float = 0.0
     late_marks: frozenset[str] = field(default_factory=frozenset)
 
@@ -171,8 +173,8 @@ def _in_call(row: Row) -> Expected:
         case "slow":
             return Expected(marks, "stopped", _ended(row))
         case "exits" | "killed":
-            # The task learns of it by its call, and the job by the death.
-            return Expected(marks[:-2], "lost", "failed", False, ("FunctionError", "ServiceError"))
+            # The job learns of it by the death, and the task by its call, unless it was cancelled before.
+            return Expected(marks[:-2], "lost", "failed", False, ("ServiceError",), "FunctionError")
     # Either the call is over for its caller after its time-out, or the task is given up; the service is stopped while
     # the call still runs.
     first = "FunctionError" if row.way == ITSELF else "CleanupTimeoutError"

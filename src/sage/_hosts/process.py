@@ -201,9 +201,8 @@ class ProcessHost(GatedHost):
 
     def _ask_to_exit(self, link: Link) -> None:
         try:
-            connection = link.connect()
-            connection.send(encode(("exit",)))
-        except (LinkClosedError, OSError):
+            link.tell("exit")
+        except LinkClosedError:
             log.debug("process is gone already service=%r", self.spec.name)
 
     def _where(self) -> str:
