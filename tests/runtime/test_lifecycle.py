@@ -380,6 +380,8 @@ def test_health_that_hangs_leaves_a_thread_or_costs_the_process(is_process: bool
     job.at(10.0)
     job.post(TaskEnded("t", TaskState.CANCELLED))
     job.gone("a")
+    if is_process:
+        job.end("a", "exit", Exit(0))
     assert job.service_states() == {"a": state}
     assert job.state.is_failed
 
