@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 UNCLEAN = frozenset(
     {
         Trouble.CLOSE,
+        Trouble.LATE_HEALTH,
         Trouble.HOOK,
         Trouble.LATE_HOOK,
         Trouble.LATE_CALLS,
@@ -54,7 +55,7 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
                 return cause
             error = JobError(f'task "{name}" failed: {text}', job=job, fault="internal")
         case Trouble.START:
-            what = "be built" if hook == "build" else f"{hook}"
+            what = {"build": "be built", "ready": "get ready"}.get(hook, hook)
             error = ServiceStartError(f'service "{name}" failed to {what}: {text}', job=job, service=name)
         case Trouble.NOT_READY:
             error = ServiceStartError(f'service "{name}" did not end its {hook} in time', job=job, service=name)
@@ -62,6 +63,8 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
         case Trouble.UNHEALTHY:
             said = f"its health check raised {text}" if cause is not None else "its health check failed"
             error = ServiceError(f'service "{name}" failed: {said}', job=job, service=name)
+        case Trouble.LATE_HEALTH:
+            error = ServiceError(f'service "{name}" failed: its health check did not end in time', job=job, service=name)
         case Trouble.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
             hint(error, "Its stop and cleanup could not run any more.")
