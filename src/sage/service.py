@@ -329,6 +329,11 @@ class ServiceContext(UserContext):
         self._supervision, self._claims = other._supervision, other._claims
 
     @property
+    def claims(self) -> Claims | None:
+        """Where hosts write down what has to be reaped; None where there is no journal."""
+        return self._claims
+
+    @property
     def has_deferred(self) -> bool:
         """Whether callbacks wait to be called."""
         return bool(self._deferred)
