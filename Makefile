@@ -4,9 +4,11 @@
 PYTHON := .venv/bin/python
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-emit-index-url --generate-hashes pyproject.toml
+# What was compiled is kept, as the tests start hundreds of interpreters and nothing is compiled when it is installed.
+export PYTHONDONTWRITEBYTECODE :=
 
 demo: .venv/base ; $(PYTHON) examples/ask_the_docs.py
-test: .venv/dev ; $(PYTHON) -m pytest
+test: .venv/dev ; $(PYTHON) -m pytest -n 2
 bench: .venv/bench ; $(PYTHON) -m benchmarks
 ci: check test
 check: .venv/dev

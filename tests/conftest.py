@@ -6,15 +6,19 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from fair_clock import FairClock
 
 from sage._backends.threads import ThreadsBackend
 from sage.testing import StepBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sage._runtime.backend import Backend
 
+
+# The entry point of an installed SAGE names the same module, and then it is loaded once all the same.
+pytest_plugins = ["sage.pytest_plugin"]
 
 # A shell that starts the tests in the background has them ignore SIGINT, and what the tests start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -41,3 +45,10 @@ def backend(request: pytest.FixtureRequest) -> Callable[[], Backend]:
         return ThreadsBackend
     seed = int(name.removeprefix("step-"))
     return lambda: StepBackend(seed)
+
+
+@pytest.fixture
+def clock() -> Iterator[FairClock]:
+    """Return a clock for upper bounds on real time, which leaves out what the machine took."""
+    with FairClock() as fair:
+        yield fair

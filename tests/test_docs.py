@@ -77,7 +77,8 @@ def run_page(page: Path, blocks: list[Block], folder: Path) -> list[str]:
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
+        # Other programs of this machine leave files in the shared folder for temporary ones meanwhile.
+        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder)},
     )
     assert done.returncode == 0, done.stderr
     printed: list[str] = json.loads(done.stdout.splitlines()[-1])

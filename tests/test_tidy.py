@@ -26,9 +26,11 @@ FILE_LINES_MAX = 600
 BROAD_HANDLERS = {
     "_control/program.py": "the top of the command line: what a program raised decides about the exit code",
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
-    "_operators/per_record.py": "an unusable result of a user's function is put right or raised",
     "_operators/sources.py": "a source raised: the records before it go on first",
     "_backends/threads.py": "a bug in the supervision must not leave anyone waiting",
+    "_hosts/child.py": "without a driver, only the guardian hears what hooks raise",
+    "_hosts/link.py": "whoever asked over a link owns what was raised for it",
+    "_hosts/process.py": "whatever cannot be pickled is told by its name",
     "_hosts/call_threads.py": "the caller of a service owns what its call raised, through the future",
     "_hosts/gated.py": "the lifecycle of a service owns what its hooks raise",
     "_hosts/instance.py": "a cleanup that raised does not keep what was deferred from being called",

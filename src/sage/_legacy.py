@@ -212,7 +212,7 @@ class JobManagerClient:
     Attributes:
         host: where the job manager is.
         port: its port.
-        timeout: how long a request may take, in seconds; one within this process takes no time of its own.
+        timeout: how long a request waits for the end of a job, in seconds; the job goes on ending after that.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 19001, timeout: float = 60) -> None:
@@ -233,16 +233,20 @@ class JobManagerClient:
         return self._manager().get_job_status(job_uuid)
 
     def pause_job(self, job_uuid: object) -> dict[str, Any]:
-        """Stop a job and return its status."""
-        return self._manager().pause_job(job_uuid)
+        """Stop a job and return its status.
+
+        Raises:
+            TimeoutError: it is not over after `timeout`, as for the methods below.
+        """
+        return self._manager().pause_job(job_uuid, timeout_s=self.timeout)
 
     def delete_job(self, job_uuid: object, force: bool = False) -> dict[str, Any]:
         """Stop a job, or cancel it with `force`, and return its status."""
-        return self._manager().delete_job(job_uuid, force)
+        return self._manager().delete_job(job_uuid, force, timeout_s=self.timeout)
 
     def cleanup_all_jobs(self) -> list[dict[str, Any]]:
         """Stop every job that runs and return the status of all."""
-        return self._manager().cleanup_all_jobs()
+        return self._manager().cleanup_all_jobs(timeout_s=self.timeout)
 
     def health_check(self) -> dict[str, Any]:
         """Return that the job manager answers, and how many jobs it knows."""

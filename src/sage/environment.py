@@ -8,19 +8,11 @@ import uuid
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sage._backends.threads import ThreadsBackend
-from sage._hosts.choice import make_host
-from sage._hosts.job_guard import JobGuard
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
-from sage._plan.planner import plan as make_plan
 from sage._plan.signature import check_service_arguments, source_spec
-from sage._runtime.dispatcher import Dispatcher
-from sage._runtime.job import Job
-from sage._runtime.lifecycle import Limits
 from sage._runtime.manager import JobManager
 from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
 from sage.functions import BaseFunction
-from sage.observability import ReportFile, SessionLogs, console_level
 from sage.service import ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
 from sage.stream import DataStream, error_policy
@@ -29,8 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Never
 
+    from sage._hosts.job_guard import JobGuard
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend
+    from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
     from sage.command import Ready, RunningCommand, Word
 
@@ -54,7 +48,7 @@ class Environment:
         self.name = name
         self.config = dict(config or {})
         self.env_uuid = str(uuid.uuid4())
-        self.limits = Limits()
+        self._limits: dict[str, float] = {}
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
         self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder()
@@ -297,7 +291,7 @@ class Environment:
             raise hint(error, "Wait for it with job.wait(), stop it with env.stop(), or use another environment.")
         graph = self._graph()
         keep = self._names_to_keep(keep_services)
-        plan = make_plan(graph)
+        plan = self._plan(graph)
         if autostop and len(plan.serving) == len(graph.nodes):
             error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')
             raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
@@ -340,14 +334,90 @@ class Environment:
         """
         if format not in ("text", "mermaid"):
             raise hint(GraphError(f"explain: format is {format!r}"), 'It is "text" or "mermaid".')
-        plan = make_plan(self._graph())
+        plan = self._plan(self._graph())
         return plan.text() if format == "text" else plan.mermaid()
 
     def set_console_log_level(self, level: str) -> None:
         """Show the log on standard error from `level` on: DEBUG, INFO, WARNING or ERROR."""
         if level.upper() not in CONSOLE_LEVELS:
             raise hint(ValueError(f"console log level is {level!r}"), f"It is one of {', '.join(CONSOLE_LEVELS)}.")
-        console_level(level.upper())
+        self._show_log(level.upper())
+
+    # --- what is imported late ---
+    # What plans, runs and logs a job takes longer to import than what builds a graph. The methods of this section
+    # import it when the first job is submitted, so that `from sage import LocalEnvironment` costs little.
+
+    def _plan(self, graph: LogicalGraph) -> PhysicalPlan:
+        from sage._plan.planner import plan
+
+        return plan(graph)
+
+    def _backend(self) -> Backend:
+        from sage._backends.threads import ThreadsBackend
+
+        return ThreadsBackend()
+
+    def _new_job(
+        self,
+        id_: str,
+        graph: LogicalGraph,
+        plan: PhysicalPlan | None,
+        backend: Backend,
+        adopted: dict[str, Any],
+        keep: frozenset[str] = frozenset(),
+    ) -> Job:
+        from sage._hosts.inline import InlineHost
+        from sage._hosts.job_guard import JobGuard
+        from sage._runtime.dispatcher import Dispatcher
+        from sage._runtime.job import Job
+        from sage._runtime.lifecycle import Limits
+
+        job = Job(id_, graph, _interrupt_timeout_s())
+        limits = Limits(**self._limits)
+        report = os.path.abspath(self.report_file) if self.report_file else None
+        guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
+
+        def host_of(spec: ServiceSpec, *surroundings: Any) -> Any:
+            if spec.command is not None:
+                from sage._hosts.command import CommandHost
+
+                return CommandHost(spec, *surroundings)
+            if spec.options.host == "inline":
+                return InlineHost(spec, *surroundings)
+            from sage._hosts.process import ProcessHost
+
+            return ProcessHost(spec, *surroundings)
+
+        job.dispatcher = Dispatcher(
+            plan, graph.services, backend, host_of, limits, job.seal, keep=keep, adopted=adopted, claims=guard
+        )
+        job.dispatcher.supervisor.listeners.append(guard.note)
+
+        def sealed(_: Ended) -> None:
+            guard.sealed()
+            self._guard = guard
+
+        job.when_sealed(sealed)
+        return job
+
+    def _open_files(self, job: Job, *, must_open: bool = True) -> None:
+        log_dir = self.log_dir if must_open else None  # nothing may keep a cleanup from running
+        if not log_dir and not self.report_file:
+            return
+        from sage.observability import ReportFile, SessionLogs
+
+        session = SessionLogs.open(log_dir) if log_dir else None
+        if self.report_file:
+            job.report_file = ReportFile.open(self.report_file, job.id, job.name, must_open=must_open)
+            job.dispatcher.supervisor.listeners.append(job.report_file.note)
+        if session is not None:
+            handler = session.open_job(self.name, job.id)
+            job.when_sealed(lambda _: session.close_job(handler))
+
+    def _show_log(self, level: str) -> None:
+        from sage.observability import console_level
+
+        console_level(level)
 
     # --- behind it ---
 
@@ -369,9 +439,6 @@ class Environment:
             error = joined(self.name, [problem for command in found if (problem := command.problem()) is not None])
             if error is not None:
                 raise error
-
-    def _backend(self) -> Backend:
-        raise NotImplementedError
 
     def _graph(self) -> LogicalGraph:
         return self._builder.freeze(self.name, tuple(self._services.values()))
@@ -408,51 +475,28 @@ class Environment:
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
-        job = Job(self.env_uuid, graph, _interrupt_timeout_s())
-        services = graph.services
-        adopted = dict(self._kept)
-        handler = self._open_log(job)
-        if self.report_file:
-            job.report_file = ReportFile.open(self.report_file, job.id, job.name)
+        job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
+        self._open_files(job)
         self._spend(graph)
-        guard = self._guard_of(job, services)
-        dispatcher = Dispatcher(
-            plan, services, backend, make_host, self.limits, job.seal, keep=keep, adopted=adopted, claims=guard
-        )
-        dispatcher.supervisor.listeners.append(guard.note)
 
         def sealed(ended: Ended) -> None:
-            guard.sealed()
             self._kept = {}
-            for service in services:
-                host = dispatcher.supervisor.hosts[service.name]
+            for service in graph.services:
+                host = job.dispatcher.supervisor.hosts[service.name]
                 if ended.state.services[service.name].state == "kept":
                     self._kept[service.name] = host
                 else:
                     service.handle._connect(None)
             JobManager().hold(self, keeps=bool(self._kept))
-            if handler is not None:
-                SessionLogs.open(self.log_dir or "").close_job(handler)
 
         job.when_sealed(sealed)
-        if job.report_file is not None:
-            dispatcher.supervisor.listeners.append(job.report_file.note)
-        job.dispatcher = dispatcher
         self._job = job
         JobManager().register(job)
         if autostop:
-            job.run(dispatcher)
+            job.run(job.dispatcher)
         else:
-            job.begin(dispatcher)
+            job.begin(job.dispatcher)
         return job
-
-    def _guard_of(self, job: Job, services: tuple[ServiceSpec, ...]) -> JobGuard:
-        report = os.path.abspath(self.report_file) if self.report_file else None
-        self._guard = JobGuard(job.id, self.name, report, services, before=self._guard)
-        return self._guard
-
-    def _open_log(self, job: Job) -> Any:
-        return SessionLogs.open(self.log_dir).open_job(self.name, job.id) if self.log_dir else None
 
     def _close_kept(self) -> None:
         """Stop the services that were kept, by a job without tasks."""
@@ -460,25 +504,17 @@ class Environment:
             return
         kept, self._kept = self._kept, {}
         specs = tuple(host.spec for host in kept.values())
-        job = Job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), _interrupt_timeout_s())
-        guard = self._guard_of(job, specs)
-        dispatcher = Dispatcher(
-            None, specs, self._backend(), make_host, self.limits, job.seal, adopted=kept, claims=guard
-        )
-        dispatcher.supervisor.listeners.append(guard.note)
+        job = self._new_job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), None, self._backend(), kept)
 
         def sealed(_: Ended) -> None:
-            guard.sealed()
             for spec in specs:
                 spec.handle._connect(None)
 
         job.when_sealed(sealed)
-        if self.report_file:
-            job.report_file = ReportFile.open(self.report_file, job.id, job.name, must_open=False)
-            dispatcher.supervisor.listeners.append(job.report_file.note)
+        self._open_files(job, must_open=False)
         JobManager().hold(self, keeps=False)
         JobManager().register(job)
-        job.begin(dispatcher)
+        job.begin(job.dispatcher)
         job.wait()
 
     def _after_fork_in_child(self) -> None:
@@ -508,6 +544,8 @@ class LocalEnvironment(Environment):
         stop_timeout_s: budget of a whole stop, in seconds.
         drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
+        services_share: the part of the budget of a stop that is reserved for services; 0.4 by default.
+        services_reserve_s: the least that is reserved for them, in seconds; 5 by default.
         backend: where tasks run; `sage.testing.StepBackend` runs them one step at a time, from a seed.
     """
 
@@ -521,25 +559,29 @@ class LocalEnvironment(Environment):
         stop_timeout_s: float | None = None,
         drain_timeout_s: float | None = None,
         close_timeout_s: float | None = None,
+        services_share: float | None = None,
+        services_reserve_s: float | None = None,
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
-        default = Limits()
-        self.limits = Limits(
-            stop_timeout_s=float(os.environ.get("SAGE_STOP_TIMEOUT_S", default.stop_timeout_s))
-            if stop_timeout_s is None
-            else stop_timeout_s,
-            drain_timeout_s=default.drain_timeout_s if drain_timeout_s is None else drain_timeout_s,
-            close_timeout_s=default.close_timeout_s if close_timeout_s is None else close_timeout_s,
-        )
+        if stop_timeout_s is None and "SAGE_STOP_TIMEOUT_S" in os.environ:
+            stop_timeout_s = float(os.environ["SAGE_STOP_TIMEOUT_S"])
+        given = {
+            "stop_timeout_s": stop_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "close_timeout_s": close_timeout_s,
+            "services_share": services_share,
+            "services_reserve_s": services_reserve_s,
+        }
+        self._limits = {name: seconds for name, seconds in given.items() if seconds is not None}
         if log_dir is not None:
             self.log_dir = log_dir
         if report_file is not None:
             self.report_file = report_file
-        self._make_backend: Callable[[], Backend] = backend or ThreadsBackend
+        self._make_backend = backend
 
     def _backend(self) -> Backend:
-        return self._make_backend()
+        return super()._backend() if self._make_backend is None else self._make_backend()
 
 
 class RemoteEnvironment(Environment):

@@ -28,8 +28,6 @@ LOG_FILES_MAX = 3
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
-logging.getLogger("sage").addHandler(logging.NullHandler())
-
 
 @dataclass(frozen=True, slots=True)
 class Event:

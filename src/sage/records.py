@@ -7,10 +7,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-BATCH_RECORDS_MAX = 1024
-"""No operator takes more records than this at once, so that a stop or a slow record waits for little."""
+BATCH_RECORDS_MAX = 2048
+"""No operator takes more records than this at once, so that a stop or a slow record waits for little.
+
+With twice as many, a chain of cheap functions gains 2 %; with half as many it loses 5 %.
+"""
 
 
 class Batch:
@@ -95,34 +98,43 @@ Element = Batch | EndOfStream
 
 
 class Span:
-    """The list that a task is working through just now, which another thread may cut short.
+    """What a task is reading just now, which another thread may cut short.
 
-    Costs of records differ by a factor of a million, and reading a clock for each would cost a fifth of the speed.
-    Iterating over a list ends where the list ends, also when another thread has just emptied it: so a watch beside the
-    tasks cuts a batch that takes long, what was done goes on, and the rest waits for the next step.
+    Costs of records differ by a factor of a million, and reading a clock for each would cost a fifth of the speed. An
+    iterator ends where its list ends, also for one thread when another has just read the rest of it: so a watch beside
+    the tasks takes away the rest of a batch that takes long, what was done goes on, and the rest waits for the next
+    step. `list.extend` of an iterator over a list is one uninterrupted step of the interpreter, so that no record is
+    seen by both, or by none.
     """
 
     __slots__ = ("_work", "cancelled", "is_cut", "started_at")
 
     def __init__(self) -> None:
-        self._work: list[Any] = []
+        # In one attribute, since a cut must never put the records of one reading to the rest of another.
+        self._work: tuple[Iterator[Any], list[Any]] = (iter(()), [])
         self.started_at: float | None = None
         self.cancelled = False
         self.is_cut = False
 
-    def begin(self, work: list[Any]) -> None:
-        """Say that `work`, a list nobody else holds, is iterated over from now on."""
-        self._work = work
+    def begin(self, values: list[Any]) -> Iterator[Any]:
+        """Return an iterator over `values`, which is not changed."""
+        reading = iter(values)
+        self._work = (reading, [])
         self.is_cut = False
         self.started_at = perf_counter()
         if self.cancelled:
             self.cut()
+        return reading
 
-    def end(self) -> None:
-        """Say that nothing is iterated over."""
+    def end(self) -> list[Any]:
+        """Say that nothing is read any more, and return what was not."""
         self.started_at = None
+        reading, left = self._work
+        left.extend(reading)
+        return left
 
     def cut(self) -> None:
-        """End the iteration after the record it is at. Any thread may call it at any time."""
+        """End the reading after the record it is at. Any thread may call it at any time."""
         self.is_cut = True
-        self._work.clear()
+        reading, left = self._work
+        left.extend(reading)

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 DEFAULT_METHOD = "process"
 
+logging.getLogger("sage").addHandler(logging.NullHandler())
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
@@ -129,6 +131,9 @@ class ServiceHandle(Generic[T]):
     def __repr__(self) -> str:
         return f"<ServiceHandle {self._name!r}>"
 
+    def __copy__(self) -> ServiceHandle[T]:
+        return self
+
     def __deepcopy__(self, memo: object) -> ServiceHandle[T]:
         return self
 
@@ -143,11 +148,18 @@ class ServiceHandle(Generic[T]):
             del self.__dict__[name]
 
     def _require(self) -> ServiceCalls:
+        if self._calls is None and self._target is None:
+            text = f'the handle of service "{self._name}" was unpickled outside of a job that runs it'
+            error = ServiceUnavailableError(text, service=self._name)
+            raise hint(error, "Unpickle it in a function or a service of that job, from open() on.")
         if self._calls is None:
             error = ServiceUnavailableError(f'service "{self._name}" is not running', service=self._name)
             raise hint(error, "Services run from env.submit() until the job ends; keep_services=True keeps them.")
         return self._calls
 
+
+resolve: Callable[[str], ServiceHandle[Any] | None] | None = None
+"""Finds the handle of a service by name, in the job that the current thread belongs to; set by what runs jobs here."""
 
 _nearby = threading.local()
 
@@ -158,9 +170,14 @@ def resolve_handles(handles: Mapping[str, ServiceHandle[Any]]) -> None:
 
 
 def handle_of(name: str) -> ServiceHandle[Any]:
-    """Return the handle of a service by the name that was pickled for it."""
-    handles: Mapping[str, ServiceHandle[Any]] = getattr(_nearby, "handles", {})
-    return handles[name] if name in handles else ServiceHandle(name, None)
+    """Return what a pickled handle becomes: the one of the same name in the job around.
+
+    Where there is no such job, calls of the handle raise `ServiceUnavailableError`.
+    """
+    found = getattr(_nearby, "handles", {}).get(name)
+    if found is None and resolve is not None:
+        found = resolve(name)
+    return ServiceHandle(name, None) if found is None else found
 
 
 class ServiceMethod:
@@ -174,8 +191,14 @@ class ServiceMethod:
         """Call the method on the running service."""
         return self.resolve()(*args, **kwargs)
 
+    def __copy__(self) -> ServiceMethod:
+        return self
+
     def __deepcopy__(self, memo: object) -> ServiceMethod:
         return self
+
+    def __reduce__(self) -> tuple[type[ServiceMethod], tuple[ServiceHandle[Any], str]]:
+        return ServiceMethod, (self.handle, self.__name__)
 
     def resolve(self) -> Callable[..., Any]:
         """Return what a call leads to while the service runs.
@@ -329,11 +352,6 @@ class ServiceContext(UserContext):
         self._supervision, self._claims = other._supervision, other._claims
 
     @property
-    def claims(self) -> Claims | None:
-        """Where hosts write down what has to be reaped; None where there is no journal."""
-        return self._claims
-
-    @property
     def has_deferred(self) -> bool:
         """Whether callbacks wait to be called."""
         return bool(self._deferred)
@@ -376,6 +394,18 @@ class ServiceUser:
 
     ctx: Any = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take whatever a subclass hands up, as programs of 2025 do by `super().__init__(config)`, and keep nothing.
+
+        Raises:
+            TypeError: arguments for a class without a constructor of its own, on which they would have no effect.
+        """
+        following = super().__init__
+        if getattr(following, "__objclass__", None) is not object:
+            following(*args, **kwargs)  # The class derives from another one beside this, which is next in line.
+        elif type(self).__init__ is ServiceUser.__init__ and (args or kwargs):
+            raise TypeError(f"{type(self).__name__}() takes no arguments")
+
     @property
     def name(self) -> str:
         """The name of the operator or service, or of the class while no job runs it."""
@@ -412,7 +442,8 @@ class ServiceUser:
             ServiceUnavailableError: the service has stopped or failed.
             Exception: whatever the method raises.
         """
-        handle = self.service(name)
+        ctx = self.ctx  # not by way of `service`, as this is called for each record
+        handle: ServiceHandle[Any] = ctx.service(name) if ctx is not None else self.service(name)
         if timeout is None:
             return getattr(handle, method or DEFAULT_METHOD)(*args, **kwargs)
         return handle._require().call(method or DEFAULT_METHOD, args, kwargs, timeout)

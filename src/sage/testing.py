@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+from sage._leftovers import assert_clean
 from sage._runtime.backend import Backend
 from sage._runtime.inside import inside
 from sage._runtime.task import Step
@@ -13,14 +14,19 @@ from sage.errors import InternalError
 from sage.records import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
     from sage.stream import DataStream
 
+__all__ = ["ManualClock", "StepBackend", "assert_clean", "run"]
+
 STEPS_MAX = 5_000_000
 """How many steps one job may take before it counts as one that never ends."""
+
+STEP_S = 0.001
+"""How much virtual time a step of a task takes, in seconds: little, but bounds come true while tasks have work."""
 
 LIMITS = (1, 2, 3, 7, 64, 1024)
 CAPACITIES = (1, 2, 5, 100, 4096)
@@ -86,12 +92,15 @@ class SeededSpan(Span):
         super().__init__()
         self._random = random_
 
-    def begin(self, work: list[Any]) -> None:
+    def begin(self, values: list[Any]) -> Iterator[Any]:
         """Shorten the list at a place drawn from the seed, but leave something to do."""
-        super().begin(work)
-        if len(work) > 1 and self._random.random() < 0.2:
-            del work[self._random.randrange(1, len(work)) :]
+        reading = super().begin(values)
+        if len(values) > 1 and self._random.random() < 0.2 and not self.is_cut:
+            place = self._random.randrange(1, len(values))
+            reading = iter(values[:place])
+            self._work = (reading, values[place:])
             self.is_cut = True
+        return reading
 
 
 class StepLane:
@@ -116,10 +125,10 @@ class StepLane:
 class StepBackend(Backend):
     """Runs a whole job on the calling thread: one step of a task, a hook, or one event at a time, drawn from a seed.
 
-    Time is virtual: it moves to the next moment that somebody waits for when there is nothing else to do. Sizes of
-    batches, cuts and capacities are drawn too, so thousands of seeds see thousands of schedules, and each seed sees the
-    same one every time. The job runs while somebody waits for it: in `submit(autostop=True)`, `job.wait()`,
-    `env.stop()` or `env.close()`.
+    Time is virtual: each step of a task takes `STEP_S`, and when there is nothing to do, time moves to the next moment
+    that somebody waits for. Sizes of batches, cuts and capacities are drawn too, so thousands of seeds see thousands of
+    schedules, and each seed sees the same one every time. The job runs while somebody waits for it: in
+    `submit(autostop=True)`, `job.wait()`, `env.stop()` or `env.close()`.
 
     Args:
         seed: what everything is drawn from.
@@ -202,6 +211,8 @@ class StepBackend(Backend):
             chosen.waiting.pop(0)()
         else:
             self._step(chosen)
+            self.clock.advance(STEP_S)
+            self._ring(supervisor)
 
     def _step(self, task: Task) -> None:
         self._ready.discard(task)
@@ -219,5 +230,11 @@ class StepBackend(Backend):
             states = {task.name: task.phase for task in self._tasks}
             raise InternalError(f"seed {self.seed}: nothing can go on; {supervisor.state.job}, {states}")
         self.clock.now_s = max(self.clock.now_s, min(dues))
-        self._ready.update(task for task in self._tasks if task.wake_at is not None)
-        supervisor.tick()
+        self._ring(supervisor)
+
+    def _ring(self, supervisor: Supervisor) -> None:
+        """Wake everybody whose moment has come."""
+        now_s = self.now()
+        self._ready.update(task for task in self._tasks if task.wake_at is not None and task.wake_at <= now_s)
+        if supervisor.next_due is not None and supervisor.next_due <= now_s:
+            supervisor.tick()

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from sage import LocalEnvironment
+from sage._control import doctor
 from sage._control.progress import Progress
 from sage.testing import ManualClock
 
@@ -49,7 +50,7 @@ SERVICE = """
     import itertools, signal, sys, threading, time
     from sage import LocalEnvironment
 
-    DEFAULT = signal.getsignal(signal.SIGTERM)
+    DEFAULT = signal.getsignal(signal.SIGHUP)
 
     class Store:
         def keep(self, record):
@@ -62,8 +63,8 @@ SERVICE = """
 
     def show(record):
         if record == 0:
-            # The job's own handlers are there as soon as somebody waits for it.
-            while "work" not in sys.argv and signal.getsignal(signal.SIGTERM) is DEFAULT:
+            # The job's own handlers are there as soon as somebody waits for it; this one is set last.
+            while "work" not in sys.argv and signal.getsignal(signal.SIGHUP) is DEFAULT:
                 time.sleep(0.001)
             print("first record", flush=True)
 
@@ -170,7 +171,7 @@ class TestRun:
         assert ended.returncode == code
         assert text in ended.stderr
 
-    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     @pytest.mark.parametrize("how", ["wait", "leave", "work"])
     def test_a_signal_stops_and_cleans(self, tmp_path: Path, signum: int, code: int, how: str) -> None:
         """Acceptance 42: sources stop, what is in flight drains, services are cleaned once, the exit code tells."""
@@ -393,6 +394,12 @@ class TestOthers:
         assert "pipeline with a service: completed and clean" in ended.stdout
         assert ended.returncode == 0, ended.stdout
         assert not list(tmp_path.iterdir())
+
+    def test_a_slow_machine_is_not_wrong(self) -> None:
+        check = doctor.thread_start(slow_from_s=0)
+        assert check.is_good
+        assert re.fullmatch(r"\d+ us, slow: every job takes long to begin", check.detail)
+        assert re.fullmatch(r"\d+ us", doctor.thread_start(slow_from_s=60).detail)
 
     def test_doctor_exits_with_1(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -93,14 +93,20 @@ CHILDREN = {
 
 
 class Doom:
-    """Kills this process as the step of the given number is reached, counted from 1; 0 stands for never."""
+    """Kills this process as the step of the given number is reached, counted from 1; 0 stands for never.
 
-    def __init__(self, step: int) -> None:
+    With `guard`, its guardian is killed first.
+    """
+
+    def __init__(self, step: int, guard: Guard | None) -> None:
         self.left = step
+        self.guard = guard
 
     def step(self) -> None:
         self.left -= 1
         if self.left == 0:
+            if self.guard is not None:
+                os.kill(self.guard.guardian_pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -140,7 +146,7 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     job = JobGuard("job-1", "demo", order.get("report"), ())
     guard = Guard.acquire()
-    doom = Doom(order.get("dies_at", 0))
+    doom = Doom(order.get("dies_at", 0), guard if order.get("with_guardian") else None)
     if doom.left:
         print(json.dumps({"cookie": guard.cookie, "folder": guard.folder}), flush=True)
     doom.step()

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from sage._hosts import guardian
 from sage._hosts.guard import Guard, runs_folder
+from sage._hosts.job_guard import JobGuard
 from sage._hosts.stop_order import StopOrder, followers
 from sage._runtime.journal import ServiceLine
-from sage._runtime.processes import Process, carriers, is_alive, process, send, watch
+from sage._runtime.processes import COOKIE_VARIABLE, Process, carriers, end_all, is_alive, process, send, watch
 from sage.errors import ServiceError
 from sage.report import JobReport, Outcome
 
@@ -414,16 +415,22 @@ def test_after_the_end_of_the_last_job_nothing_is_there(driver: Driver) -> None:
     assert not running.state.exists()
 
 
+@pytest.mark.parametrize("with_guardian", [False, True], ids=["driver", "both"])
 @pytest.mark.parametrize("step", range(1, 8))
 def test_a_driver_that_is_killed_at_any_step_of_a_start_leaves_nothing(
-    environment: dict[str, str], tmp_path: Path, step: int
+    environment: dict[str, str], tmp_path: Path, step: int, with_guardian: bool
 ) -> None:
-    """Fault 23: before and after each line of the journal, and between the start of a process and its line."""
+    """Faults 23 and 73: before and after each line of the journal, and between a process and its line."""
     (tmp_path / "marks").touch()
-    order = {"services": CHAIN[:2], "marks": str(tmp_path / "marks"), "dies_at": step}
+    order = {"services": CHAIN[:2], "marks": str(tmp_path / "marks"), "dies_at": step, "with_guardian": with_guardian}
     done = subprocess.run([sys.executable, str(PROGRAM), json.dumps(order)], env=environment, stdout=subprocess.PIPE)
     assert done.returncode == -signal.SIGKILL
     told = json.loads(done.stdout)
+    due = time.monotonic() + WAIT_S
+    while with_guardian and guardian.stale_folders(os.path.dirname(told["folder"])):
+        # A guardian that is just being killed still holds its lock.
+        guardian.reap_folder(told["folder"], print)
+        assert time.monotonic() < due
     wait_gone(Path(told["folder"]))
     assert carriers(told["cookie"]) == set()
     reports = tmp_path / "state" / "reports"
@@ -545,6 +552,30 @@ def test_a_guard_is_counted(environment: dict[str, str], monkeypatch: pytest.Mon
     third = Guard.acquire()
     assert third.cookie != first.cookie
     third.release()
+
+
+def test_what_is_left_of_a_service_does_not_count_what_it_released(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 86, while the driver lives."""
+    monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
+    job = JobGuard("job-1", "demo", None, ())
+    cookie = job.announce("a", 1, "process", [])
+    sleeper = [sys.executable, "-c", "import signal; signal.pause()"]
+    child_environment = {**environment, COOKIE_VARIABLE: cookie}
+    with (
+        subprocess.Popen(sleeper, env=child_environment) as own,
+        subprocess.Popen(sleeper, env=child_environment) as daemon,
+    ):
+        job.started("a", 1, own.pid)
+        assert job.left_of(cookie) == {known(own.pid), known(daemon.pid)}
+        job.claim("a", {"claim": "release", "pid": daemon.pid})
+        assert job.left_of(cookie) == {known(own.pid)}
+        assert end_all(lambda: job.left_of(cookie)).left == set()
+        assert own.wait() == -signal.SIGTERM
+        daemon.kill()
+    job.sealed()
+    assert Guard._current is None
 
 
 def test_the_guardian_needs_only_the_standard_library(tmp_path: Path) -> None:

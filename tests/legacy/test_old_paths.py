@@ -336,3 +336,101 @@ def test_another_address_is_unreachable() -> None:
     with pytest.raises(sage.ServerUnreachableError, match=r"no job manager answers at 10\.1\.2\.3:7") as caught:
         client.list_jobs()
     assert caught.value.__notes__ == ["Leave out host and port to speak to the job manager of this process."]
+
+
+def test_the_time_out_of_a_client_bounds_its_waits() -> None:
+    """Acceptance 45: a job that takes longer to end goes on ending."""
+    is_open, may_close = threading.Event(), threading.Event()
+
+    class Slow(sage.SinkFunction):
+        def open(self) -> None:
+            is_open.set()
+
+        def execute(self, data: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            may_close.wait(30)
+
+    env = sage.LocalEnvironment("slow to end")
+    env.from_source(lambda: None).sink(Slow)
+    job = env.submit()
+    assert is_open.wait(30)
+    client = JobManagerClient(timeout=0.05)
+    with pytest.raises(TimeoutError, match=r'job "slow to end" is not over after 0\.05 s'):
+        client.pause_job(job)
+    with pytest.raises(TimeoutError, match="slow to end"):
+        client.delete_job(job, force=True)
+    with pytest.raises(TimeoutError, match="slow to end"):
+        client.cleanup_all_jobs()
+    assert client.get_job_status(job)["status"] == "cancelling"
+    may_close.set()
+    assert JobManagerClient().pause_job(job)["status"] == "cancelled"
+
+
+class Configured(sage.MapFunction):
+    """A function of 2025: it hands its configuration up."""
+
+    def __init__(self, config: dict[str, int], **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self.plus = config["plus"]
+
+    def execute(self, data: int) -> int:
+        return int(data + self.plus + self.service("store").plus())
+
+
+class Store(sage.BaseService):
+    """A service of 2025."""
+
+    def __init__(self, config: dict[str, int], *, kind: str = "none") -> None:
+        super().__init__(config, kind)
+        assert self.name == "store", "the context comes before the constructor, and stays"
+        self._config = config
+
+    def plus(self) -> int:
+        return self._config["plus"]
+
+
+def test_a_constructor_may_hand_anything_up(backend: Callable[[], Backend]) -> None:
+    arrived: list[int] = []
+    env = sage.LocalEnvironment("test", backend=backend)
+    env.register_service("store", Store, {"plus": 100}, kind="any")
+    env.from_batch([1, 2]).map(Configured, {"plus": 10}, verbose=True).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == [111, 112]
+
+
+class Twice(sage.MapFunction):
+    def execute(self, data: int) -> int:
+        return data * 2
+
+
+def test_arguments_of_a_class_without_a_constructor_are_refused() -> None:
+    """Acceptance 45: they would have no effect."""
+    env = sage.LocalEnvironment("test")
+    with pytest.raises(TypeError, match="the constructor of Twice: too many positional arguments"):
+        env.from_batch([1]).map(Twice, {"plus": 1})
+    with pytest.raises(TypeError, match='service "s": BaseService: got an unexpected keyword argument'):
+        env.register_service("s", sage.BaseService, plus=1)
+    with pytest.raises(TypeError, match=r"Twice\(\) takes no arguments"):
+        Twice(1)
+
+
+class Plus:
+    def __init__(self, plus: int) -> None:
+        self.plus = plus
+
+
+class Mixed(sage.MapFunction, Plus):
+    def execute(self, data: int) -> int:
+        return data + self.plus
+
+
+def test_a_second_parent_is_built_as_ever() -> None:
+    env = sage.LocalEnvironment("test")
+    arrived: list[int] = []
+    with pytest.raises(TypeError, match="the constructor of Mixed: missing a required argument: 'plus'"):
+        env.from_batch([1]).map(Mixed)
+    env.from_batch([1]).map(Mixed, 5).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == [6]

@@ -9,12 +9,16 @@ import pytest
 from sage._runtime.lifecycle import (
     Action,
     Begin,
+    CleanupDeferred,
     DependencySeen,
     Do,
+    Exit,
+    ExtendTimeout,
     Failure,
     HookEnded,
     LifecycleEvent,
     Limits,
+    ServiceDied,
     ServicePlan,
     StopRequested,
     TaskClosing,
@@ -24,10 +28,9 @@ from sage._runtime.lifecycle import (
     TaskPlan,
     Tick,
     Trouble,
-    Way,
     begin,
 )
-from sage._runtime.states import JobState, TaskState
+from sage._runtime.states import JobState, TaskState, Way
 from sage._runtime.transitions import step
 from sage.service import ServiceOptions
 
@@ -40,6 +43,11 @@ def service(
     name: str, *requires: str, keep: bool = False, adopted: frozenset[str] | None = None, **options: Any
 ) -> ServicePlan:
     return ServicePlan(name, requires, ServiceOptions(**options), keep, adopted)
+
+
+def process(name: str, *requires: str, adopted: frozenset[str] | None = None, **options: Any) -> ServicePlan:
+    """Return a service in a process of its own."""
+    return ServicePlan(name, requires, ServiceOptions(**options), adopted=adopted, own_hooks=frozenset({"exit"}))
 
 
 class Job:
@@ -698,3 +706,212 @@ def test_what_an_abandoned_hook_says_later_counts_for_nothing() -> None:
     assert job.post(HookEnded("a", 7, "cleanup")) == []
     assert job.state.services == before.services
     assert job.end("a", "cleanup") == ["seal"]
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_the_process_ends_last() -> None:
+    job = Job(process("a")).stopping()
+    job.gone("a")
+    assert job.hook_order[-4:] == ["a.drain", "a.stop", "a.cleanup", "a.exit"]
+    assert job.end("a", "exit", Exit(0)) == ["seal"]
+    assert (job.service_states(), job.seen_failures()) == ({"a": "stopped"}, [])
+
+
+@pytest.mark.parametrize(
+    ("value", "failures"),
+    [(Exit(-9, was_killed=True), [("killed", "a", "exit")]), (Exit(0, left=("pid 7",)), [("killed", "a", "exit")])],
+)
+def test_a_process_that_had_to_be_killed_is_named(value: Exit, failures: list[tuple[str, str, str]]) -> None:
+    job = Job(process("a")).stopping()
+    job.gone("a")
+    job.end("a", "exit", value)
+    assert (job.service_states(), job.seen_failures()) == ({"a": "killed"}, failures)
+
+
+@pytest.mark.parametrize("hook", ["stop", "cleanup"])
+def test_a_hook_that_hangs_in_a_process_ends_with_the_process(hook: str) -> None:
+    """Acceptance 42: with a process there is a way out, and nothing is left behind."""
+    job = Job(process("a", stop_timeout_s=2.0)).stopping()
+    while job.state.services["a"].hook != hook:
+        job.end("a", str(job.state.services["a"].hook))
+    assert job.at(job.now + 2.0)[0] == f"abandon_hook a {hook}"
+    job.gone("a")
+    job.end("a", "exit", Exit(-9, was_killed=True))
+    assert (job.service_states(), job.seen_failures()) == ({"a": "killed"}, [("late_hook", "a", hook)])
+
+
+@pytest.mark.parametrize("value", [RuntimeError("no"), None])
+def test_an_exit_that_says_nothing_of_the_process_is_given_up(value: RuntimeError | None) -> None:
+    job = Job(process("a", kill_grace_s=3.0)).stopping()
+    job.gone("a")
+    done = job.end("a", "exit", error=value) if value is not None else job.at(job.now + 4.0)
+    assert done[-1] == "seal"
+    assert job.service_states() == {"a": "abandoned"}
+
+
+@pytest.mark.parametrize("hook", ["build", "setup", "start"])
+def test_a_start_that_fails_ends_its_process(hook: str) -> None:
+    job = Job(process("a"))
+    job.post(Begin())
+    for earlier in ("build", "setup", "start"):
+        if earlier == hook:
+            break
+        job.end("a", earlier)
+    job.end("a", hook, error=RuntimeError("no"))
+    job.gone("a")
+    assert job.state.services["a"].hook == "exit"
+    job.end("a", "exit", Exit(0))
+    assert job.service_states() == {"a": "failed_start"}
+    assert [order for order in job.hook_order if "cleanup" in order] == ([] if hook == "build" else ["a.cleanup"])
+
+
+def test_a_start_that_hangs_in_a_process_is_tried_again() -> None:
+    job = Job(process("a", start_timeout_s=1.0, restart="on_failure"))
+    job.post(Begin())
+    assert job.at(1.0) == ["abandon_hook a build", "run_hook a exit"]
+    job.end("a", "exit", Exit(-9, was_killed=True))
+    assert job.at(1.1) == ["run_hook a build"]
+    assert not job.state.is_failed
+
+
+@pytest.mark.parametrize("hook", ["build", "setup", "start"])
+def test_a_death_during_the_start_is_a_failing_start(hook: str) -> None:
+    job = Job(process("a"))
+    job.post(Begin())
+    for earlier in ("build", "setup", "start"):
+        if earlier == hook:
+            break
+        job.end("a", earlier)
+    assert job.post(ServiceDied("a", 1, "exit code 3"))[:2] == [f"lose_hook a {hook}", "run_hook a exit"]
+    job.end("a", "exit", Exit(3))
+    assert (job.service_states(), job.seen_failures()) == ({"a": "lost"}, [("died", "a", "")])
+    assert job.state.is_failed
+
+
+def test_a_death_fails_the_job_and_no_hook_but_exit_runs() -> None:
+    job = Job(process("a")).run()
+    assert job.post(ServiceDied("a", 1, "exit code 3")) == ["cancel_task t"]
+    assert job.post(TaskEnded("t", TaskState.CANCELLED)) == ["run_hook a exit"]
+    assert job.end("a", "exit", Exit(3)) == ["seal"]
+    assert job.service_states() == {"a": "lost"}
+
+
+def test_a_service_that_died_is_restarted_while_its_calls_wait() -> None:
+    job = Job(process("a", restart="on_failure")).run()
+    assert job.post(ServiceDied("a", 1, "exit code 3")) == ["hold_calls a", "run_hook a exit"]
+    job.end("a", "exit", Exit(3))
+    assert job.at(0.1) == ["run_hook a build"]
+    job.ready("a")
+    assert job.post(ServiceDied("a", 1, "said twice")) == []
+    assert (job.service_states(), job.state.is_failed) == ({"a": "ready"}, False)
+
+
+def test_the_job_goes_on_without_an_optional_service_that_died() -> None:
+    job = Job(process("a", required=False)).run()
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    job.end("a", "exit", Exit(3))
+    assert (job.service_states(), job.state.job) == ({"a": "lost"}, JobState.RUNNING)
+
+
+@pytest.mark.parametrize("hook", ["drain", "stop", "cleanup"])
+def test_a_death_while_it_is_stopped_does_not_fail_the_job(hook: str) -> None:
+    job = Job(process("a")).stopping()
+    while job.state.services["a"].hook != hook:
+        job.end("a", str(job.state.services["a"].hook))
+    assert job.post(ServiceDied("a", 1, "signal 9")) == [f"lose_hook a {hook}", "run_hook a exit"]
+    job.end("a", "exit", Exit(-9))
+    assert (job.service_states(), job.seen_failures()) == ({"a": "lost"}, [("lost", "a", "")])
+    assert not job.state.is_failed
+
+
+def test_a_needed_service_that_dies_while_the_job_drains_fails_it() -> None:
+    job = Job(process("a")).run()
+    job.post(StopRequested(Way.DRAIN))
+    assert job.post(ServiceDied("a", 1, "exit code 3")) == ["cancel_task t"]
+    assert job.state.job is JobState.FAILING
+
+
+def test_an_instance_that_died_before_the_job_took_it_over_is_known_at_its_begin() -> None:
+    job = Job(process("a", adopted=ALL | {"exit"}, restart="on_failure"))
+    assert job.post(ServiceDied("a", 1, "exit code 3")) == []
+    assert job.post(Begin()) == ["hold_calls a", "run_hook a exit"]
+    job.end("a", "exit", Exit(3))
+    assert job.at(0.1) == ["run_hook a build"]
+
+
+def test_kill_ends_processes_at_once_and_waits_for_them() -> None:
+    """Acceptance 42: the third Ctrl-C leaves no process behind."""
+    job = Job(process("a"), service("b")).run()
+    done = job.post(StopRequested(Way.KILL))
+    assert done == ["abandon_task t", "abandon_hook a stop", "run_hook a exit", "abandon_hook b stop"]
+    assert job.actions[-1].do is not Do.SEAL
+    assert next(action.due for action in job.actions if action.hook == "exit") == job.now + 2.0
+    assert job.end("a", "exit", Exit(-9, was_killed=True)) == ["seal"]
+    assert job.service_states() == {"a": "killed", "b": "abandoned"}
+
+
+def test_an_exit_that_runs_is_hurried_by_a_kill_and_never_by_more_than_the_budget() -> None:
+    job = Job(process("a", kill_grace_s=30.0)).stopping()
+    job.gone("a")
+    assert job.post(StopRequested(Way.KILL)) == ["hurry_exit a exit"]
+    assert job.actions[-1].due == job.now + 2.0
+    assert job.at(job.now + 3.0) == ["abandon_hook a exit", "seal"]
+
+
+def test_late_hooks_leave_the_exit_its_part_of_the_budget() -> None:
+    job = Job(process("a", stop_timeout_s=100.0), process("b", stop_timeout_s=100.0), stop_timeout_s=10.0).run()
+    job.post(StopRequested(Way.CANCEL))
+    job.post(TaskEnded("t", TaskState.CANCELLED))
+    for name in ("b", "a"):
+        while job.state.services[name].hook != "exit":
+            assert job.state.next_due is not None
+            job.at(job.state.next_due)
+        due = next(action.due for action in reversed(job.actions) if action.hook == "exit")
+        assert due is not None
+        assert job.now < due <= 10.0
+        job.now = due  # a host ends the process in time
+        job.end(name, "exit", Exit(-9, was_killed=True))
+    assert job.state.job is JobState.SEALED
+
+
+def test_a_hook_may_take_longer_if_it_asks_up_to_a_limit() -> None:
+    job = Job(service("a", start_timeout_s=10.0))
+    job.post(Begin())
+    job.post(*[ExtendTimeout("a", 1, 50.0)] * 3)
+    assert job.state.services["a"].due == 70.0
+    job.now = 65.0
+    job.end("a", "build")
+    assert job.state.services["a"].due == 70.0
+    assert job.at(70.0)[0] == "abandon_hook a setup"
+
+
+def test_more_time_for_a_hook_is_never_more_than_the_budget() -> None:
+    job = Job(service("a"), stop_timeout_s=20.0).stopping()
+    job.end("a", "drain")
+    job.post(ExtendTimeout("a", 1, 60.0), ExtendTimeout("a", 2, 60.0))
+    assert job.state.services["a"].due == 20.0
+
+
+def test_what_was_deferred_is_a_cleanup_of_a_service_that_was_not_built() -> None:
+    job = Job(service("a"))
+    job.post(Begin())
+    job.post(CleanupDeferred("a", 1))
+    assert job.end("a", "build", error=RuntimeError("half way")) == ["run_hook a cleanup"]
+
+
+def test_a_drain_of_the_service_that_hangs_is_abandoned() -> None:
+    job = Job(service("a", drain_timeout_s=2.0))
+    job.hooks["a"] = ALL | {"drain"}
+    job.stopping()
+    assert job.at(3.0) == ["abandon_hook a drain", "run_hook a stop"]
+    job.gone("a")
+    assert (job.service_states(), job.seen_failures()) == ({"a": "abandoned"}, [("late_hook", "a", "drain")])
+
+
+def test_a_job_without_tasks_goes_on_until_it_is_asked_to_end() -> None:
+    job = Job(service("a"), tasks=())
+    job.state = begin((service("a"),), (), Limits(), until_asked=True)
+    job.run()
+    assert job.post(StopRequested(Way.DRAIN)) == ["run_hook a drain"]

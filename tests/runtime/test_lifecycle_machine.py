@@ -33,7 +33,6 @@ from sage._runtime.lifecycle import (
     TaskOpened,
     TaskPlan,
     Tick,
-    Way,
     begin,
 )
 from sage._runtime.states import (
@@ -45,6 +44,7 @@ from sage._runtime.states import (
     JobState,
     ServiceState,
     TaskState,
+    Way,
 )
 from sage._runtime.transitions import step
 from sage.service import ServiceOptions

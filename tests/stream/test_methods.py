@@ -16,10 +16,11 @@ from sage import (
     KeyByFunction,
     LocalEnvironment,
     MapFunction,
+    Outcome,
     ProcessFunction,
     SinkFunction,
 )
-from sage.testing import run
+from sage.testing import STEP_S, StepBackend, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -157,13 +158,36 @@ def test_an_endless_generator_goes_on_until_the_job_is_cancelled(backend: Backen
     assert len(arrived) >= 5000
 
 
-def test_an_endless_generator_is_drained_for_a_limited_time() -> None:
+def test_an_endless_generator_is_drained_for_a_limited_time(backend: Backends) -> None:
     arrived: list[int] = []
-    env = LocalEnvironment("test", drain_timeout_s=0.1)
-    env.from_batch([7]).flatmap(lambda first: count(first)).sink(arrived.append)
-    env.submit()
-    env.stop()
+    env = LocalEnvironment("test", backend=backend, drain_timeout_s=0.1)
+
+    def take(number: int) -> None:
+        arrived.append(number)
+        if number == 100:
+            env.stop()
+
+    env.from_batch([7]).flatmap(lambda first: count(first)).sink(take)
+    job = env.submit(autostop=True)
     assert arrived == list(range(7, 7 + len(arrived)))
+    assert len(arrived) > 100 - 7
+    assert job.report is not None
+    assert job.report.state is Outcome.STOPPED
+
+
+def test_a_drain_takes_its_whole_bound_of_virtual_time() -> None:
+    backend = StepBackend(3)
+    env = LocalEnvironment("test", backend=lambda: backend, drain_timeout_s=20.0)
+    stopped_at_s: list[float] = []
+
+    def take(number: int) -> None:
+        if not stopped_at_s:
+            stopped_at_s.append(backend.now())
+            env.stop()
+
+    env.from_batch([7]).flatmap(lambda first: count(first)).sink(take)
+    env.submit(autostop=True)
+    assert 20.0 <= backend.now() - stopped_at_s[0] < 20.0 + 100 * STEP_S
 
 
 class Sums(ProcessFunction):

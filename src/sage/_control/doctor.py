@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sqlite3
-import statistics
 import sys
 import tempfile
 import threading
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 PYTHON_MIN = (3, 11)
 THREADS_COUNT = 50
-THREAD_START_MAX_S = 0.01
+THREAD_START_SLOW_S = 0.01
 """A thread starts in a tenth of a millisecond; where it takes a hundred times that, every job is slow to begin."""
 
 
@@ -70,8 +69,11 @@ def full_text_search() -> Check:
     return Check(name, True, f"SQLite {sqlite3.sqlite_version}")
 
 
-def thread_start() -> Check:
-    """Measure how long starting and joining a thread takes: the middle of many times, as others use the machine."""
+def thread_start(slow_from_s: float = THREAD_START_SLOW_S) -> Check:
+    """Measure how long starting and joining a thread takes: the best of many times, as others use the machine.
+
+    A slow machine is told and is not wrong, as every job works there all the same.
+    """
     times_s: list[float] = []
     try:
         for _ in range(THREADS_COUNT):
@@ -82,8 +84,9 @@ def thread_start() -> Check:
             times_s.append(time.perf_counter() - began_at)
     except RuntimeError as error:
         return Check("thread start", False, str(error))
-    middle_s = statistics.median(times_s)
-    return Check("thread start", middle_s <= THREAD_START_MAX_S, f"{middle_s * 1e6:.0f} us")
+    best_s = min(times_s)
+    note = ", slow: every job takes long to begin" if best_s >= slow_from_s else ""
+    return Check("thread start", True, f"{best_s * 1e6:.0f} us{note}")
 
 
 def writeable(log_dir: Path) -> Check:

@@ -51,7 +51,7 @@ class PlannedJob(Job):
         """Return the report at once."""
         return self.report
 
-    def finish_up(self) -> None:
+    def finish_up(self, timeout_s: float | None = None) -> None:
         """Do nothing."""
 
 

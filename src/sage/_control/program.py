@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sage import errors
-from sage._runtime.lifecycle import Way
 from sage._runtime.manager import JobManager
+from sage._runtime.states import Way
 from sage.environment import INTERRUPT_TIMEOUT_S
 from sage.errors import InternalError, JobError, SageError
 from sage.observability import ReportFile

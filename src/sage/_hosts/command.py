@@ -11,19 +11,17 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sage._hosts.ending import Ending
 from sage._hosts.gated import GatedHost
-from sage._hosts.job_guard import JobGuard
+from sage._hosts.output import Output
+from sage._hosts.own_process import OwnProcess
 from sage._hosts.ports import choose_ports
 from sage._hosts.probe import why_not
-from sage._hosts.watched import WatchedProcess
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import Exit
-from sage._runtime.processes import COOKIE_VARIABLE, Process, process, send
+from sage._runtime.processes import Process, is_alive, of_session, process, send
 from sage.command import ADDRESS, Line, RunningCommand, filled, own_value
 from sage.errors import ServiceError, UnknownServiceError, hint, short
 from sage.service import ServiceMethod
@@ -31,6 +29,7 @@ from sage.service import ServiceMethod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sage._hosts.own_process import ProcessGuard
     from sage._plan.logical import ServiceSpec
     from sage._runtime.backend import Backend
     from sage._runtime.coroutines import CoroutineLoop
@@ -40,6 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("sage.dispatcher")
 
 LINES_KEPT_MAX = 50
+
+CATCH_UP_BOUND_S = 2.0
+"""How long it may take to read what a command wrote before its end; whoever logs its lines may be slow."""
+
 SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a program."""
 
@@ -64,8 +67,6 @@ class CommandHost(GatedHost):
         self._lock = threading.Lock()
         self._is_kept = False
         self._given_up = 0  # the last incarnation that must not be started any more
-        self._ending: Ending | None = None
-        self._hurried: float | None = None
         self._unready = ""
 
     @property
@@ -84,7 +85,7 @@ class CommandHost(GatedHost):
         child = self._child
         if child is None:
             return HostFacts("command")
-        return HostFacts("command", child.process.pid, child.exit_code, child.lines(), self._unready)
+        return HostFacts("command", child.own.pid, child.own.exit_code, child.lines(), self._unready)
 
     def adopt(
         self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
@@ -118,10 +119,8 @@ class CommandHost(GatedHost):
 
     def hurry(self, due: float) -> None:
         """Move the `due` of the "exit" that runs forward."""
-        with self._lock:
-            self._hurried = self._real(due)
-            if self._ending is not None:
-                self._ending.hurry(self._hurried)
+        if self._child is not None:
+            self._child.own.hurry(self._left(due))
 
     @property
     def _is_there(self) -> bool:
@@ -140,52 +139,39 @@ class CommandHost(GatedHost):
         incarnation = self._incarnation
         self._unready = ""
         ports = choose_ports(self.spec.name, self._command, self._running.ports if self._running is not None else {})
-        cookie, token = self._announce(incarnation)
+        cookie = self._guard.announce(self.spec.name, incarnation, "command", self.spec.requires)
         self._make_folder()
-        child = Child(self.spec.name, self._command, incarnation, token)
+        child = Child(self.spec.name, self._command, incarnation, cookie)
         running = RunningCommand(self.spec.name, ports, self._folder, child.lines)
         running.words = tuple(self._filled(word, running) for word in self._command.words)
         running.url = self._url(running)
-        environment = {"PYTHONUNBUFFERED": "1", **os.environ}  # or else its lines come when its buffer is full
-        environment |= {name: self._filled(value, running) for name, value in self._command.environment}
-        environment[COOKIE_VARIABLE] = cookie
+        environment = {name: self._filled(value, running) for name, value in self._command.environment}
         cwd = None if self._command.cwd is None else filled(self._command.cwd, ports, self._folder)
         with self._lock:
             if incarnation <= self._given_up:
                 raise ServiceError(f'service "{self.spec.name}" was given up before command {self._label} was started')
             child.start(running.words, environment, cwd, self._on_end)
             self._child = child
-        running.pid = child.process.pid
+        running.pid = child.own.pid
         self._running = running
-        guard = self._guard
-        if guard is not None:
-            guard.started(self.spec.name, incarnation, running.pid, stop_signal=int(self._command.stop_signal))
+        stop_signal = int(self._command.stop_signal)
+        self._guard.started(self.spec.name, incarnation, running.pid, stop_signal=stop_signal)
         log.info("command started service=%r pid=%d words=%s", self.spec.name, running.pid, short(running.words))
         if self._command.ready is None:
             self._is_up(child)
         return self.hooks
 
-    def _announce(self, incarnation: int) -> tuple[str, str]:
-        """Return the cookie that the process carries, and the part of it that is its own."""
-        guard = self._guard
-        if guard is None:
-            token = secrets.token_hex(8)
-            return ":".join(filter(None, [os.environ.get(COOKIE_VARIABLE), token])), token
-        cookie = guard.announce(self.spec.name, incarnation, "command", self.spec.requires)
-        return cookie, cookie.rpartition(":")[2]
-
     @property
-    def _guard(self) -> JobGuard | None:
-        claims = self._context.claims
-        return claims if isinstance(claims, JobGuard) else None
+    def _guard(self) -> ProcessGuard:
+        # Whoever keeps the journal of a job also watches over its processes.
+        return cast("ProcessGuard", self._context._claims)
 
     def _make_folder(self) -> None:
         if self._folder is not None or not self._command.wants_folder:
             return
         name = re.sub(r"\W+", "-", self.spec.name)[:32]
         folder = os.path.join(os.path.realpath(tempfile.gettempdir()), f"sage-{name}-{secrets.token_hex(8)}")
-        if self._guard is not None:
-            self._context.own_path(folder)
+        self._context.own_path(folder)
         os.mkdir(folder, 0o700)
         self._folder = folder
 
@@ -205,16 +191,12 @@ class CommandHost(GatedHost):
             ServiceError: it has ended before.
         """
         with self._lock:
-            if not child.watched.has_ended():
+            if not child.is_over:
                 child.is_up = True
                 return
-        child.watched.wait()  # until its output was read
         error = ServiceError(self._how_it_ended(child), service=self.spec.name)
-        if child.exit_code == 0:
-            hint(
-                error,
-                "A service is a command that stays in the foreground; it must not put itself into the background.",
-            )
+        if child.own.exit_code == 0:
+            hint(error, "A service stays in the foreground; this command may have put itself into the background.")
         raise error
 
     # --- hooks ---
@@ -229,7 +211,7 @@ class CommandHost(GatedHost):
                 return self._stop(child)
             case "ready":
                 assert child is not None
-                if child.watched.has_ended():
+                if child.is_over:
                     self._is_up(child)
                 self._unready = self._why_not(self._command.ready, child, due) or ""
                 if not self._unready:
@@ -240,8 +222,8 @@ class CommandHost(GatedHost):
                 why = self._why_not(self._command.health, child, due)
                 if why is None:
                     return True
-                if child.watched.has_ended():
-                    child.watched.wait()  # until its death was told, which is the better reason
+                if not is_alive(child.process):
+                    child.own.wait_ended()  # until its death was told, which is the better reason
                 raise ServiceError(why, service=self.spec.name)
         return None
 
@@ -253,69 +235,60 @@ class CommandHost(GatedHost):
         """Ask the command to end and wait for that; whoever gives it up has the process killed."""
         with self._lock:
             child.is_ending = child.was_told = True
-        send(child.process, self._command.stop_signal, signal.SIGCONT)
-        child.watched.wait()
-        code, number = child.exit_code, int(self._command.stop_signal)
+        self._tell(child)
+        child.over.wait()
+        code, number = child.own.exit_code, int(self._command.stop_signal)
         if code is not None and code not in self._command.exit_codes | {-number, SIGNALLED + number}:
             error = ServiceError(f"{self._how_it_ended(child)} when it was told to stop", service=self.spec.name)
             raise hint(error, f"If this is a good end of it, name it: exit_codes=[0, {code}].")
 
-    def _exit(self, due: float | None) -> Exit:
+    def _exit(self, due: float | None) -> Exit | None:
         with self._lock:
             self._given_up = self._incarnation
             child = self._child
-            if child is None or child.is_gone:
-                return Exit(None)
+            if child is None or child.incarnation != self._incarnation:
+                return None  # it could not be started
             child.is_ending = True
-            until = self._real(due) if self._hurried is None else min(self._real(due), self._hurried)
-            ending = self._ending = Ending(child.process, child.token, until)
+            was_told, child.was_told = child.was_told, True
         try:
-            outlived = ending.run(None if child.was_told else self._command.stop_signal)
+            # One that was told before has had its time, and so has whatever it left.
+            left_s = 0.0 if was_told and not child.is_over else self._left(due)
+            return child.own.end(lambda: self._tell(child), lambda _: self._left_of(child), left_s)
         finally:
-            with self._lock:
-                self._ending = self._hurried = None
-        child.watched.close()
-        child.is_gone = True
-        if self._guard is not None:
+            child.output.close()
             self._guard.ended(self.spec.name, child.incarnation)
-        return Exit(child.exit_code, outlived.was_killed, outlived.left)
+
+    def _tell(self, child: Child) -> None:
+        send(child.process, self._command.stop_signal, signal.SIGCONT)
+
+    def _left_of(self, child: Child) -> set[Process]:
+        """Return what runs of it: also what threw its environment away but stayed in its session."""
+        found = self._guard.left_of(child.cookie) | of_session(child.process)
+        return found | ({child.process} if is_alive(child.process) else set())
 
     def _clean_late(self) -> None:
         """Do nothing: "exit" has seen to the process, or has kept it from being started."""
 
     # --- behind it ---
 
-    def _on_end(self, child: Child, code: int | None) -> None:
-        """Take in that the process has ended; the thread that watches it calls this."""
+    def _on_end(self, child: Child) -> None:
+        """Take in that the process has ended; the thread that waits for it calls this."""
+        child.output.catch_up(CATCH_UP_BOUND_S)
         with self._lock:
-            child.exit_code = code
-            child.is_over = True
+            child.over.set()
             died = child.is_up and not child.is_ending and not self._is_kept
             tell, incarnation = self._on_died, child.incarnation
         if died:
+            self.hold()  # until the lifecycle has decided what becomes of the service
             tell(incarnation, self._how_it_ended(child))
 
     def _how_it_ended(self, child: Child) -> str:
-        code = child.exit_code
-        if code is None:
-            how = "ended"
-        elif code >= 0:
-            how = f"exited with code {code}"
-        else:
-            try:
-                how = f"was ended by {signal.Signals(-code).name}"
-            except ValueError:
-                how = f"was ended by signal {-code}"
         last = child.lines()[-1:]
-        return f"command {self._label} {how}" + (f", its last line: {last[0]}" if last else "")
+        return f"command {self._label}: {child.own.how_it_ended()}" + (f", its last line: {last[0]}" if last else "")
 
     @property
     def _label(self) -> str:
         return self._command.label
-
-    def _real(self, due: float | None) -> float:
-        """Return a moment of the backend's clock by the clock of the processes."""
-        return time.monotonic() + self._left(due)
 
 
 class Child:
@@ -323,31 +296,29 @@ class Child:
 
     Attributes:
         incarnation: which one.
-        token: what it and its descendants carry in their cookie, as their own.
-        process: the process.
-        watched: reads its output and waits for its end.
-        exit_code: how it ended, or None.
+        cookie: what it and its descendants are found by.
+        own: the process with everything that comes from it.
+        process: the process itself.
+        output: reads what it writes.
+        over: set when it has ended and its output was read.
         has_line: whether the line was seen that shows that it is ready.
         is_up: whether it was ready, so that its end is a death.
         is_ending: whether it is being ended.
         was_told: whether it was asked to end.
-        is_over: whether it has ended.
-        is_gone: whether all that came from it is gone too.
     """
 
+    own: OwnProcess
     process: Process
-    watched: WatchedProcess
+    output: Output
 
-    def __init__(self, name: str, command: Command, incarnation: int, token: str) -> None:
+    def __init__(self, name: str, command: Command, incarnation: int, cookie: str) -> None:
         self.incarnation = incarnation
-        self.token = token
-        self.exit_code: int | None = None
+        self.cookie = cookie
+        self.over = threading.Event()
         self.has_line = False
         self.is_up = False
         self.is_ending = False
         self.was_told = False
-        self.is_over = False
-        self.is_gone = False
         self._name = name
         self._label = command.label
         self._pattern = re.compile(command.ready.pattern) if isinstance(command.ready, Line) else None
@@ -355,34 +326,31 @@ class Child:
         self._lock = threading.Lock()
         self._log = logging.getLogger(f"sage.service.{name}")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and its output was read."""
+        return self.over.is_set()
+
     def start(
-        self,
-        words: tuple[str, ...],
-        environment: dict[str, str],
-        cwd: str | None,
-        on_end: Callable[[Child, int | None], None],
+        self, words: tuple[str, ...], environment: dict[str, str], cwd: str | None, on_end: Callable[[Child], None]
     ) -> None:
         """Start the process.
 
         Raises:
             ServiceError: the system refuses to.
         """
+        # A Python program would keep its lines until its buffer is full.
+        environment = {"PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"), **environment}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         try:
-            child = subprocess.Popen(
-                words,
-                env=environment,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.own = OwnProcess(words, self.cookie, lambda: on_end(self), environment, cwd=cwd, **pipes)
         except (OSError, ValueError) as error:
             text = f"command {self._label} cannot be started: {error}"
-            raise ServiceError(text, service=self._name) from error
-        # It is not reaped yet, so that the pid is its own even if it has ended already.
-        self.process = process(child.pid) or Process(child.pid, 0)
-        self.watched = WatchedProcess(f"sage-{self._name}", child, self._take, lambda code: on_end(self, code))
+            raise ServiceError(text, service=self._name, fault="external") from error
+        # Nobody waits for it yet, so that the pid is its own even if it has ended already.
+        self.process = process(self.own.pid) or Process(self.own.pid, 0)
+        self.output = Output(self.own.stdout, f"sage-output-{self.own.pid}", self._take)
+        self.own.watch()
 
     def lines(self) -> tuple[str, ...]:
         """Return the last lines of its output."""
@@ -392,6 +360,6 @@ class Child:
     def _take(self, line: str) -> None:
         with self._lock:
             self._lines.append(line)
-        self._log.info("%s", line)
         if self._pattern is not None and not self.has_line and self._pattern.search(line):
             self.has_line = True
+        self._log.info("%s", line)

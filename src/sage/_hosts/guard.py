@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sage._hosts.stop_order import Key
     from sage._runtime.journal import Entry
+    from sage._runtime.processes import Process
 
 log = logging.getLogger("sage.dispatcher")
 
@@ -174,6 +175,11 @@ class Guard:
         for error in errors:
             log.error("reap action failed %s", error)
         return errors
+
+    def released(self) -> list[Process]:
+        """Return the processes that live on after their services, by their services' wish."""
+        with self._lock_of_run:
+            return replay(self._lines).released
 
     # --- behind it; the caller holds the lock of the run ---
 

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from sage._runtime.processes import COOKIE_VARIABLE, process
+from sage._runtime.processes import COOKIE_VARIABLE, carriers, process, with_descendants
 from sage.errors import ServiceError
 from sage.observability import Event
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sage._hosts.guard import Guard
     from sage._plan.logical import ServiceSpec
     from sage._runtime.journal import Entry
+    from sage._runtime.processes import Process
     from sage.observability import HookEvent
 
 
@@ -105,6 +106,12 @@ class JobGuard:
         guard = self._guard
         if guard is not None:
             guard.take_back((self._id, service, incarnation))
+
+    def left_of(self, cookie: str) -> set[Process]:
+        """Return what runs of a service whose cookie `announce` returned, without what was released."""
+        guard = self._guarded()
+        found = carriers(cookie.rpartition(":")[2])
+        return found - with_descendants(guard.released(), found)
 
     def reap(self, service: str) -> list[str]:
         """Act on the claims of a service that was lost or killed, and return what went wrong; it may take long."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._hosts.reaping import owned_processes, reap
 from sage._hosts.stop_order import STOP_TIMEOUT_S, End, StopOrder, key_of
-from sage._runtime.processes import carriers, end_all, is_alive, with_descendants
+from sage._runtime.processes import carriers, end_all, is_alive, pause, with_descendants
 
 if TYPE_CHECKING:
     import socket
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from sage._runtime.processes import Process
 
 REPORTS_MAX = 100
+
+START_BOUND_S = 1.0
+START_PAUSE_S = 0.02
 
 
 def take_over(
@@ -41,6 +44,7 @@ def take_over(
     """
     jobs = [job for job in run.jobs.values() if not job.is_over]
     services = [service for job in jobs for service in job.services.values()]
+    _wait_announced(services)
     try:
         ends = StopOrder(services, lines, timeout_s).run()
     except Exception as error:  # whatever goes wrong with asking, the killing comes after it
@@ -61,6 +65,19 @@ def take_over(
         _write_report(run, job, report, log)
         reports.append(report)
     return reports
+
+
+def _wait_announced(services: list[ServiceLine]) -> None:
+    """Wait for processes that the driver announced and may have been starting when it died.
+
+    Between fork and exec such a process shows the environment of the driver, so that nobody can find it.
+    """
+    due = time.monotonic() + START_BOUND_S
+    for service in services:
+        if service.is_over or service.process is not None or service.token is None:
+            continue
+        while not carriers(service.token) and time.monotonic() < due:
+            pause(START_PAUSE_S)
 
 
 def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from sage._operators.per_record import NOTHING, FlatMap, drop_requests
 from sage.records import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from sage._operators.operator import Surroundings
     from sage._plan.logical import Node
@@ -26,27 +26,35 @@ class Reduce(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
+        self._keys: Iterator[Any] = iter(())
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return what was combined so far, after each record."""
-        combined, combine, context = self._combined, self._call, self.context
-        keys = iter(batch.keys or ())
-
-        def loop(reading: Iterator[Any], results: list[Any]) -> None:
-            # A call for each record would cost more than what is done for it here.
-            for value, key in zip(reading, keys, strict=False):
-                context.key = key
-                if key in combined:
-                    value = combine(combined[key], value)
-                combined[key] = value
-                results.append(value)
-
-        done, results = self.apply(combine, batch, loop)
+        self._keys = iter(batch.keys or ())
+        results: list[Any] = []
+        done = self.apply(batch, self._combine_each if self._emit_each else self._combine_last, self._call, results)
         if self._emit_each:
             return done.replace(results)
         if done.requests is not None:
             drop_requests(done.requests)
         return NOTHING
+
+    def _combine_each(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+        """Combine, and add what was combined so far after each record."""
+        combined = self._combined
+        for value, key in zip(records, self._keys, strict=False):
+            if key in combined:
+                value = function(combined[key], value)
+            combined[key] = value
+            out.append(value)
+
+    def _combine_last(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:  # noqa: ARG002
+        """Combine, and add nothing."""
+        combined = self._combined
+        for value, key in zip(records, self._keys, strict=False):
+            if key in combined:
+                value = function(combined[key], value)
+            combined[key] = value
 
     def finish(self) -> Batch | None:
         """Return the combined value of each key, in the order in which the keys came, if only the last is wanted."""
@@ -60,6 +68,6 @@ class Join(FlatMap):
 
     def process(self, batch: Batch, port: int) -> Batch:
         """Return the matches."""
-        call, take = self._call, self._take
+        call = self._call
         keys = iter(batch.keys or ())
-        return self._flatten(lambda value: take(call(value, next(keys), port)), batch)
+        return self._flatten(batch, lambda value: call(value, next(keys), port))

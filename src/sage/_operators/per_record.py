@@ -6,7 +6,7 @@ from itertools import compress
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
-from sage._operators.operator import Operator
+from sage._operators.operator import Operator, into_list, own
 from sage.functions import FlatMapFunction, MapFunction
 from sage.records import BATCH_RECORDS_MAX, Batch
 
@@ -51,12 +51,27 @@ class Map(Operator):
     def prepare(self) -> None:
         """Bind the function; only a `MapFunction` drops records by returning None, as it always did."""
         self._call = self.callable_of()
+        self._loop = own(into_list)
         self._drops_none = isinstance(self._function, MapFunction)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the results."""
-        batch, results = self.apply(self._call, batch)
+        results: list[Any] = []
+        batch = self.apply(batch, self._loop, self._call, results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
+
+
+def keeping(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+    """Add the records for which the function says so."""
+    for value in records:
+        if function(value):
+            out.append(value)
+
+
+def verdicts(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+    """Add for each record whether it is kept."""
+    for value in records:
+        out.append(True if function(value) else False)  # noqa: SIM210  (a name less to look up than bool)
 
 
 class Filter(Operator):
@@ -65,24 +80,24 @@ class Filter(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
+        self._loop = own(keeping)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the records that stay."""
-        batch, mask = self.apply(self._call, batch)
-        try:
-            kept = batch.select(mask)
-        except Exception:
-            # A verdict without a truth value, such as an array of several: find whose it is, at its own cost.
-            batch, mask = self._verdicts(batch, mask)
-            kept = batch.select(mask)
+        kept: list[Any] = []
+        if batch.keys is None and batch.requests is None:
+            self.apply(batch, self._loop, self._call, kept)
+            return Batch(kept)
+        batch = self.apply(batch, verdicts, self._call, kept)
         if batch.requests is not None:
-            drop_requests(compress(batch.requests, map(not_, mask)))
-        return kept
+            drop_requests(compress(batch.requests, map(not_, kept)))
+        return batch.select(kept)
 
-    def _verdicts(self, batch: Batch, mask: list[Any]) -> tuple[Batch, list[bool]]:
-        self.metrics.records_in -= len(batch)
-        verdicts = iter(mask)
-        return self.apply(lambda _: bool(next(verdicts)), batch)
+
+def for_effect(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:  # noqa: ARG001
+    """Call the function and add nothing."""
+    for value in records:
+        function(value)
 
 
 class Sink(Operator):
@@ -91,10 +106,11 @@ class Sink(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
+        self._loop = own(for_effect)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return nothing."""
-        batch, _ = self.apply(self._call, batch)
+        batch = self.apply(batch, self._loop, self._call, [])
         if batch.requests is not None:
             drop_requests(batch.requests)
         return NOTHING
@@ -119,10 +135,12 @@ class KeyBy(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
+        self._loop = own(into_list)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the records with their keys."""
-        batch, keys = self.apply(self._call, batch)
+        keys: list[Any] = []
+        batch = self.apply(batch, self._loop, self._call, keys)
         return Batch(batch.values, keys, batch.requests)
 
 
@@ -144,7 +162,8 @@ class CoMap(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:
         """Return the results."""
-        batch, results = self.apply(self._calls[port], batch)
+        results: list[Any] = []
+        batch = self.apply(batch, into_list, self._calls[port], results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
 
 
@@ -158,9 +177,9 @@ class FlatMap(Operator):
 
     def __init__(self, node: Node, surroundings: Surroundings) -> None:
         super().__init__(node, surroundings)
-        self._out: list[Any] = []
         self._reading: Iterator[Any] | None = None
         self._origin = NOTHING
+        self._counts: list[int] = []
 
     def prepare(self) -> None:
         """Bind the function, with what it collects."""
@@ -169,35 +188,52 @@ class FlatMap(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return what the records give, as far as it was read."""
-        call, take = self._call, self._take
-        return self._flatten(lambda value: take(call(value)), batch)
+        return self._flatten(batch, self._call)
 
     def resume(self) -> Batch:
         """Read on in what the last record gave."""
         self.more = False
         reading = self._reading
         self.metrics.records_in -= 1  # the record was counted when its reading began
-        return self._flatten(lambda _: self._take(reading), self._origin)
+        return self._flatten(self._origin, lambda _: reading)
 
-    def _flatten(self, give: Callable[[Any], int], batch: Batch) -> Batch:
-        self._out = []
-        done, counts = self.apply(give, batch)
+    def _flatten(self, batch: Batch, call: Callable[[Any], Any]) -> Batch:
+        out: list[Any] = []
+        counts: list[int] = []
+        self._counts = counts
+        self._reading = None
+        is_plain = batch.keys is None and batch.requests is None
+        done = self.apply(batch, self._take_all if is_plain else self._take_counted, call, out)
         if self._reading is not None:
             self.more = True
             self._origin = done.slice(len(done) - 1)
+        if is_plain:
+            return Batch(out)
         if done.requests is not None:
             for request, count in zip(done.requests, counts, strict=True):
                 if request is not None:
                     request.add(count)
             drop_requests(done.requests[:-1] if self.more else done.requests)
-        if done.keys is None and done.requests is None:
-            return Batch(self._out)
-        return done.expand(self._out, counts)
+        return done.expand(out, counts)
 
-    def _take(self, result: Any) -> int:
-        """Add what one record gives to the output, up to a bound, and return how many records that are."""
-        self._reading = None
-        out = self._out
+    def _take_all(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+        """Add what each record gives."""
+        for value in records:
+            result = function(value)
+            if type(result) is list:
+                out.extend(result)
+            else:
+                self._take(result, out)
+
+    def _take_counted(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+        """Add what each record gives, and count it."""
+        for value in records:
+            before = len(out)
+            self._take(function(value), out)
+            self._counts.append(len(out) - before)
+
+    def _take(self, result: Any, out: list[Any]) -> None:
+        """Add what one record gives to the output, up to a bound."""
         before = len(out)
         if isinstance(result, list | tuple):
             out.extend(result)
@@ -215,7 +251,6 @@ class FlatMap(Operator):
             except BaseException:
                 del out[before:]
                 raise
-        return len(out) - before
 
     def _collecting(self, call: Callable[..., Any]) -> Callable[..., Any]:
         function = self._function

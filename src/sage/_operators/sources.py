@@ -49,9 +49,8 @@ class IterableSource(Source):
             error, self._error = self._error, None
             raise error
         # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
-        turns = [None] * records_max
+        turns = self._span.begin([None] * records_max)
         records: list[Any] = []
-        self._span.begin(turns)
         try:
             for _, record in zip(turns, self._iterator, strict=False):
                 records.append(record)
@@ -92,8 +91,7 @@ class FunctionSource(Source):
             return None
         call = self._call
         records: list[Any] = []
-        turns = [None] * records_max
-        self._span.begin(turns)
+        turns = self._span.begin([None] * records_max)
         try:
             for _ in turns:
                 record = call()

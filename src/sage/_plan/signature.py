@@ -10,7 +10,7 @@ from sage import functions
 from sage._plan.logical import FunctionSpec, Kind
 from sage.connector import Source
 from sage.errors import GraphError, hint, short
-from sage.service import BaseService, ServiceHandle, ServiceMethod
+from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 
 # Which function classes an operator takes, and how many records its function is called with.
 ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
@@ -89,9 +89,19 @@ def _check_kind(kind: Kind, target: type) -> None:
         raise hint(error, "Write a method execute; the engine calls it.")
 
 
+def _constructor(target: Any) -> inspect.Signature:
+    """Return the arguments of a class or callable."""
+    is_user = isinstance(target, type) and issubclass(target, ServiceUser)
+    if is_user and target.__init__ is ServiceUser.__init__:
+        # It takes anything for the sake of constructors that hand their arguments up, and here there is none.
+        following = super(ServiceUser, target).__init__
+        return inspect.Signature() if following is object.__init__ else inspect.signature(partial(following, None))
+    return inspect.signature(target)
+
+
 def _check_constructor(kind: Kind, target: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        inspect.signature(target).bind(*args, **kwargs)
+        _constructor(target).bind(*args, **kwargs)
     except TypeError as error:
         mended = TypeError(f"{kind}({target.__name__}, ...): the constructor of {target.__name__}: {error}")
         raise hint(mended, f"What follows {target.__name__} in {kind}(...) goes to its constructor.") from None
@@ -156,7 +166,7 @@ def check_service_arguments(name: str, target: Any, args: tuple[Any, ...], kwarg
         TypeError: it does not.
     """
     try:
-        inspect.signature(target).bind(*args, **kwargs)
+        _constructor(target).bind(*args, **kwargs)
     except TypeError as error:
         mended = TypeError(f'service "{name}": {_label(target)}: {error}')
         raise hint(mended, f"What follows {_label(target)} in register_service(...) goes to it.") from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sage._plan.logical import ServiceSpec
     from sage._runtime.coroutines import CoroutineLoop
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
@@ -56,6 +57,10 @@ class Host(Protocol):
     and does so before it says how a hook that was cut off by it ended. Incarnations are counted from 1 by each "build",
     and anew in each job: an instance that is adopted is number 1.
     """
+
+    @property
+    def spec(self) -> ServiceSpec:
+        """What was registered."""
 
     @property
     def calls(self) -> ServiceCalls:

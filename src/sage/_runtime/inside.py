@@ -1,15 +1,18 @@
-"""Whether the current thread belongs to a job, which therefore must not be waited for on it."""
+"""Which job the current thread belongs to: it must not wait for that job, and finds its services by name."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sage import service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sage._runtime.supervisor import Supervisor
+    from sage.service import ServiceHandle
 
 T = TypeVar("T")
 
@@ -41,3 +44,12 @@ def carried(function: Callable[[], T]) -> Callable[[], T]:
 def is_inside(supervisor: Supervisor) -> bool:
     """Return whether the current thread belongs to the supervisor's job."""
     return getattr(_here, "supervisor", None) is supervisor
+
+
+def _handle_here(name: str) -> ServiceHandle[Any] | None:
+    supervisor: Supervisor | None = getattr(_here, "supervisor", None)
+    host = None if supervisor is None else supervisor.hosts.get(name)
+    return None if host is None else host.spec.handle
+
+
+service.resolve = _handle_here

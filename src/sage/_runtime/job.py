@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sage._plan.logical import LogicalGraph
 from sage._runtime.inside import is_inside
 from sage._runtime.interrupts import Interrupts
-from sage._runtime.lifecycle import StopRequested, Way
+from sage._runtime.lifecycle import StopRequested
 from sage._runtime.outcome import operator_reports, seal, to_raise
-from sage._runtime.states import JobState
+from sage._runtime.states import JobState, Way
 from sage.errors import InternalError, JobError, describe, hint
 
 if TYPE_CHECKING:
@@ -143,25 +143,33 @@ class Job:
             raise self._error
         return self.report
 
-    def stop(self, drain: bool = True) -> None:
+    def stop(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
         """End the job: sources are told to stop, and what is in flight drains, or is dropped without `drain`.
 
         It returns after everything was cleaned up, unless a thread of the job itself calls it. A second call does
         nothing.
+
+        Args:
+            drain: whether what is in flight is processed.
+            timeout_s: how long to wait for the end, in seconds; the job goes on ending after that.
+
+        Raises:
+            TimeoutError: the job is not over after `timeout_s`.
+            JobError: what failed, if nobody was told yet.
         """
         self.request(Way.DRAIN if drain else Way.CANCEL, "stop() was called" if drain else "cancel() was called")
-        self.finish_up()
+        self.finish_up(timeout_s)
 
     def cancel(self) -> None:
         """End the job and drop what is in flight; see `stop`."""
         self.stop(drain=False)
 
-    def finish_up(self) -> None:
+    def finish_up(self, timeout_s: float | None = None) -> None:
         """Wait for the end, and raise what failed if nobody was told yet."""
         if is_inside(self.dispatcher.supervisor) or self._pid != os.getpid():
             return
         if not self._is_told:
-            self.wait()
+            self.wait(timeout_s)
 
     def request(self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None) -> None:
         """Ask for the end without waiting for it; any thread may."""

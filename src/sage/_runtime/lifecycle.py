@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum, StrEnum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.states import JobState, ServiceState, TaskState
+from sage._runtime.states import JobState, ServiceState, TaskState, Way
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,14 +40,6 @@ KILL_EXIT_S = 2.0
 """Bound of "exit" when everything is given up."""
 
 STOP_STATES = frozenset({ServiceState.DRAINING, ServiceState.STOPPING, ServiceState.CLEANING})
-
-
-class Way(IntEnum):
-    """How a job is asked to end; a stronger way may follow a weaker one, never the reverse."""
-
-    DRAIN = 1
-    CANCEL = 2
-    KILL = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.lifecycle import Way
+from sage._runtime.states import Way
 from sage.errors import JobNotFoundError, SageError, hint
 
 if TYPE_CHECKING:
@@ -122,21 +123,26 @@ class JobManager:
         """Return id, name and state of every job."""
         return [{"job_id": job.id, "name": job.name, "status": str(job.state)} for job in tuple(self._jobs.values())]
 
-    def pause_job(self, id_: object) -> dict[str, Any]:
-        """Stop a job and return its status; old programs call this name."""
-        self._find(str(id_)).stop()
+    def pause_job(self, id_: object, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Stop a job within `timeout_s` seconds and return its status; old programs call this name."""
+        self._find(str(id_)).stop(timeout_s=timeout_s)
         return self.get_job_status(id_)
 
-    def delete_job(self, id_: object, force: bool = False) -> dict[str, Any]:
-        """Stop a job, or cancel it with `force`, and return its status; it stays known."""
-        self._find(str(id_)).stop(drain=not force)
+    def delete_job(self, id_: object, force: bool = False, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Stop a job, or cancel it with `force`, and return its status; it stays known.
+
+        Raises:
+            TimeoutError: it is not over after `timeout_s` seconds, as for the methods beside this one.
+        """
+        self._find(str(id_)).stop(drain=not force, timeout_s=timeout_s)
         return self.get_job_status(id_)
 
-    def cleanup_all_jobs(self) -> list[dict[str, Any]]:
-        """Stop every job that runs and return the status of all."""
+    def cleanup_all_jobs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
+        """Stop every job that runs, all of them within `timeout_s` seconds, and return the status of all."""
+        due = None if timeout_s is None else time.monotonic() + timeout_s
         for job in tuple(self._jobs.values()):
             if job.is_running:
-                job.stop()
+                job.stop(timeout_s=None if due is None else max(0.0, due - time.monotonic()))
         return self.list_jobs()
 
     @classmethod

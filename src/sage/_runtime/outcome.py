@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble, Way
+from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble
+from sage._runtime.states import Way
 from sage.errors import (
     CleanupError,
     CleanupTimeoutError,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +19,14 @@ TERM_GRACE_S = 2.0
 KILL_BOUND_S = 5.0
 """How long a kill may take to be seen; only a process that the kernel itself holds takes longer."""
 
-_STATE, _PARENT, _SESSION, _STARTED = 0, 1, 3, 19
-"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6 and 22 of proc(5))."""
+LOADING_BOUND_S = 0.5
+LOADING_PAUSE_S = 0.005
+"""How long a process may take to load its program, and how often that is looked at."""
+
+KERNEL_THREAD = 0x00200000
+
+_STATE, _PARENT, _SESSION, _FLAGS, _STARTED = 0, 1, 3, 6, 19
+"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6, 9, 22 of proc(5))."""
 
 
 class Process(NamedTuple):
@@ -36,34 +41,6 @@ class Ended(NamedTuple):
 
     killed: set[Process]
     left: set[Process]
-
-
-class Grace:
-    """A moment until which somebody waits, by the monotonic clock; any other thread may bring it forward."""
-
-    def __init__(self, until: float) -> None:
-        self.until = until
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._is_open = True
-        self._lock = threading.Lock()
-
-    @property
-    def left_s(self) -> float:
-        """How many seconds are left, or 0."""
-        return max(self.until - time.monotonic(), 0.0)
-
-    def shorten(self, until: float) -> None:
-        """Wait no longer than until then."""
-        with self._lock:
-            self.until = min(self.until, until)
-            if self._is_open:
-                os.eventfd_write(self.descriptor, 1)
-
-    def close(self) -> None:
-        """Close the descriptor; nobody waits any more."""
-        with self._lock:
-            self._is_open = False
-            os.close(self.descriptor)
 
 
 def process(pid: int) -> Process | None:
@@ -86,38 +63,55 @@ def parent_of(pid: int) -> int | None:
 
 
 def carriers(token: str) -> set[Process]:
-    """Return the processes whose cookie holds `token`; those that may not be read and this one are left out."""
-    found = set()
+    """Return the processes whose cookie holds `token`; those that may not be read and this one are left out.
+
+    A process whose program is just being loaded shows no environment; for it, the search is made again.
+    """
+    due = time.monotonic() + LOADING_BOUND_S
+    found, is_loading = _carriers(token)
+    while is_loading and time.monotonic() < due:
+        pause(LOADING_PAUSE_S)
+        found, is_loading = _carriers(token)
+    return found
+
+
+def pause(seconds: float) -> None:
+    """Let time pass, where the kernel tells of nothing that could be waited for."""
+    select.poll().poll(seconds * 1000)
+
+
+def _carriers(token: str) -> tuple[set[Process], bool]:
+    """Return the carriers that can be seen, and whether there is a process that shows nothing yet."""
+    found, is_loading = set(), False
     begin, wanted = f"{COOKIE_VARIABLE}=".encode(), token.encode()
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) == os.getpid():
             continue
         # The moment of start is read first: if the pid changes hands in between, nobody has both.
         carrier = process(int(name))
-        with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-            for variable in file.read().split(b"\0"):
-                if variable.startswith(begin) and wanted in variable[len(begin) :].split(b":") and carrier is not None:
-                    found.add(carrier)
-    return found
+        if carrier is None:
+            continue
+        with suppress(OSError):
+            variables = _read(f"/proc/{name}/environ").split(b"\0")
+            chains = [variable[len(begin) :] for variable in variables if variable.startswith(begin)]
+            if any(wanted in chain.split(b":") for chain in chains):
+                found.add(carrier)
+            elif variables == [b""] and not _read(f"/proc/{name}/cmdline"):
+                fields = _stat(carrier.pid)
+                is_loading |= fields is not None and fields[_STATE] != b"Z" and not int(fields[_FLAGS]) & KERNEL_THREAD
+    return found, is_loading
 
 
-def of_session(leader: int) -> set[Process]:
-    """Return the processes of the session that a process began; the leader's pid must not have been reaped since."""
+def of_session(leader: Process) -> set[Process]:
+    """Return the processes of the session that a process began, whether or not it still lives."""
+    if process(leader.pid) not in (None, leader):
+        return set()  # A pid is given away again only when the session of that number is empty.
     found = set()
     for name in os.listdir("/proc"):
         fields = _stat(int(name)) if name.isdecimal() else None
-        if fields is not None and int(fields[_SESSION]) == leader and fields[_STATE] not in (b"Z", b"X"):
+        if fields is not None and int(fields[_SESSION]) == leader.pid and fields[_STATE] not in (b"Z", b"X"):
             found.add(Process(int(name), int(fields[_STARTED])))
     return found
-
-
-def program_of(pid: int) -> str:
-    """Return the short name of the program that a process runs, or "" if it has gone."""
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return file.read().rstrip("\n")
-    except OSError:
-        return ""
 
 
 def with_descendants(roots: Iterable[Process], among: Iterable[Process]) -> set[Process]:
@@ -162,10 +156,9 @@ def watch(one: Process) -> int | None:
     return None
 
 
-def wait_gone(processes: Iterable[Process], grace: Grace) -> None:
-    """Wait until all of them have ended, or until the grace is over."""
+def wait_gone(processes: Iterable[Process], due: float) -> None:
+    """Wait until all of them have ended, or until `due` by the monotonic clock."""
     poll = select.poll()
-    poll.register(grace.descriptor, select.POLLIN)
     open_ones = set()
     try:
         for one in processes:
@@ -173,11 +166,8 @@ def wait_gone(processes: Iterable[Process], grace: Grace) -> None:
             if descriptor is not None:
                 open_ones.add(descriptor)
                 poll.register(descriptor, select.POLLIN)
-        while open_ones and (left_s := grace.left_s) > 0:
+        while open_ones and (left_s := due - time.monotonic()) > 0:
             for descriptor, _ in poll.poll(left_s * 1000):
-                if descriptor == grace.descriptor:
-                    os.eventfd_read(descriptor)
-                    continue
                 poll.unregister(descriptor)
                 open_ones.discard(descriptor)
                 os.close(descriptor)
@@ -186,53 +176,38 @@ def wait_gone(processes: Iterable[Process], grace: Grace) -> None:
             os.close(descriptor)
 
 
-def end_all(
-    find: Callable[[], set[Process]], grace: float | Grace = TERM_GRACE_S, kill_s: float = KILL_BOUND_S
-) -> Ended:
+def end_all(find: Callable[[], set[Process]], grace_s: float = TERM_GRACE_S, kill_s: float = KILL_BOUND_S) -> Ended:
     """End every process that `find` returns, looking again and again until it finds none.
 
-    Each gets SIGTERM, and SIGCONT so that a stopped one sees it; whatever is there after the grace is killed.
-
-    Args:
-        find: returns the processes that are left.
-        grace: how long they are waited for, in seconds, or a moment that may be brought forward meanwhile.
-        kill_s: how long a kill may take to be seen, in seconds.
+    Each gets SIGTERM, and SIGCONT so that a stopped one sees it; whatever is there after `grace_s` seconds is killed.
     """
-    patience = grace if isinstance(grace, Grace) else Grace(time.monotonic() + grace)
-    try:
-        return _end_all(find, patience, kill_s)
-    finally:
-        if patience is not grace:
-            patience.close()
-
-
-def _end_all(find: Callable[[], set[Process]], patience: Grace, kill_s: float) -> Ended:
+    kill_at = time.monotonic() + grace_s
+    give_up_at = kill_at + kill_s
     asked: set[Process] = set()
     killed: set[Process] = set()
-    last: Grace | None = None
-    try:
-        while found := find():
-            if patience.left_s > 0:
-                for one in found - asked:
-                    send(one, signal.SIGTERM, signal.SIGCONT)
-                asked |= found
-                wait_gone(found, patience)
-                continue
-            last = last or Grace(time.monotonic() + kill_s)
-            if last.left_s == 0:
-                return Ended(killed, found)
+    while found := find():
+        now = time.monotonic()
+        if now >= give_up_at:
+            return Ended(killed, found)
+        if now < kill_at:
+            for one in found - asked:
+                send(one, signal.SIGTERM, signal.SIGCONT)
+            asked |= found
+            wait_gone(found, kill_at)
+        else:
             killed |= {one for one in found if send(one, signal.SIGKILL)}
-            wait_gone(found, last)
-    finally:
-        if last is not None:
-            last.close()
+            wait_gone(found, give_up_at)
     return Ended(killed, set())
 
 
 def _stat(pid: int) -> list[bytes] | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name of the program stands in parentheses and may hold spaces and parentheses of its own.
-            return file.read().rpartition(b")")[2].split()
+        # The name of the program stands in parentheses and may hold spaces and parentheses of its own.
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
         return None
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 class JobState(StrEnum):
@@ -16,6 +16,14 @@ class JobState(StrEnum):
     FAILING = "failing"
     STOPPING_SERVICES = "stopping_services"
     SEALED = "sealed"
+
+
+class Way(IntEnum):
+    """How a job is asked to end; a stronger way may follow a weaker one, never the reverse."""
+
+    DRAIN = 1
+    CANCEL = 2
+    KILL = 3
 
 
 class TaskState(StrEnum):

@@ -332,7 +332,7 @@ class Task:
             if batch is None:
                 out = operator.resume()
             else:
-                if len(batch) > limit:
+                if len(batch.values) > limit:
                     # In parts at once: a rest that is cut again at each step would be copied as often.
                     for start in range(limit * ((len(batch) - 1) // limit), 0, -limit):
                         self._stash.append((place, batch.slice(start, start + limit), port))
@@ -350,7 +350,7 @@ class Task:
                 operator.letters.clear()
             if operator.failure is not None:
                 failure = failure or operator.failure
-            operator.metrics.records_out += len(out)
+            operator.metrics.records_out += len(out.values)
             now = perf_counter()
             operator.metrics.busy_s += now - before
             before, batch, port = now, out, 0

@@ -29,10 +29,9 @@ from sage._runtime.lifecycle import (
     TaskOpened,
     Tick,
     Trouble,
-    Way,
 )
 from sage._runtime.service_transitions import ServiceDraft
-from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, JobState, ServiceState, TaskState
+from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, JobState, ServiceState, TaskState, Way
 
 if TYPE_CHECKING:
     from sage._runtime.lifecycle import LifecycleEvent, TaskEvent

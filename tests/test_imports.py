@@ -1,0 +1,43 @@
+"""What an import brings with it, each in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+RUNNING = {"sage._backends.threads", "sage._hosts.inline", "sage._plan.planner", "sage._runtime.dispatcher"}
+"""Modules that each bring in a part of what runs jobs."""
+
+
+def modules_after(program: str) -> set[str]:
+    """Return the modules that are loaded after a program."""
+    command = [sys.executable, "-c", f"{program}\nimport sys\nprint(*sys.modules)"]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from sage import LocalEnvironment",
+        "import sage; env = sage.LocalEnvironment(); env.register_service('n', dict); env.from_batch([1]).sink(print)",
+        "import sage; env = sage.LocalEnvironment(); env.stop(); env.close()",
+    ],
+    ids=["import", "graph", "stop"],
+)
+def test_what_runs_jobs_is_not_loaded_before_a_submit(program: str) -> None:
+    loaded = modules_after(program)
+    assert "sage.environment" in loaded
+    assert not loaded & (RUNNING | {"sage._runtime.lifecycle", "sage.observability", "sage.report"})
+
+
+def test_what_runs_jobs_is_loaded_by_a_submit() -> None:
+    """The names in the other test are the right ones."""
+    program = "import sage\nenv = sage.LocalEnvironment()\nenv.from_batch([]).sink(id)\nenv.submit(True)"
+    assert modules_after(program) > RUNNING
+
+
+def test_the_package_alone_loads_none_of_its_parts() -> None:
+    loaded = {name for name in modules_after("import sage") if name.startswith("sage.")}
+    assert loaded == {"sage._old_paths"}
