@@ -9,7 +9,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
@@ -170,8 +169,7 @@ class CommandHost(GatedHost):
         if self._folder is not None or not self._command.wants_folder:
             return
         name = re.sub(r"\W+", "-", self.spec.name)[:32]
-        folder = os.path.join(os.path.realpath(tempfile.gettempdir()), f"sage-{name}-{secrets.token_hex(8)}")
-        self._context.own_path(folder)
+        folder = os.path.join(self._guard.folder, f"{name}-{secrets.token_hex(4)}")
         os.mkdir(folder, 0o700)
         self._folder = folder
 

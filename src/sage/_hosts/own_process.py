@@ -36,6 +36,10 @@ class ProcessGuard(Protocol):
     ) -> None:
         """Write down the process right after it was started."""
 
+    @property
+    def folder(self) -> str:
+        """A folder for temporary files, which is removed in the end, whoever is killed before."""
+
     def left_of(self, cookie: str) -> set[Process]:
         """Return the processes that carry the cookie, but for those that were released."""
 
