@@ -425,6 +425,9 @@ class Environment:
         options = options or ServiceOptions()
         if not name or not isinstance(name, str):
             raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
+        if options.shared:
+            shared = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
+            raise hint(shared, "Register it in one environment and keep it with submit(keep_services=True).")
         if name in self._services and not options.replace:
             error = DuplicateNameError(f'service "{name}" is registered twice')
             raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
@@ -573,7 +576,7 @@ class LocalEnvironment(Environment):
             "services_share": services_share,
             "services_reserve_s": services_reserve_s,
         }
-        self._limits = {name: seconds for name, seconds in given.items() if seconds is not None}
+        self._limits = {name: value for name, value in given.items() if value is not None}
         if log_dir is not None:
             self.log_dir = log_dir
         if report_file is not None:

@@ -38,6 +38,7 @@ from sage import (
     UnknownServiceError,
 )
 from sage._runtime.processes import process
+from sage._runtime.states import Way
 
 WAIT_S = 30.0
 HTTP_SERVER = (sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1", "--directory", "{folder}")
@@ -531,6 +532,36 @@ class TestEnd:
         with pytest.raises(JobErrorGroup) as caught:
             run(env, lambda _: pids.append(int(command.output()[0].split()[1])))
         assert f"left behind what had to be killed: process {pids[0]}" in str(first(caught.value))
+        assert gone(pids[0])
+
+    def test_nothing_is_left_of_one_whose_start_is_given_up(self, env: LocalEnvironment) -> None:
+        """The last Ctrl-C brings the kill forward, also while the process is only asked to end."""
+        pids: list[int] = []
+
+        def never(command: RunningCommand) -> bool:
+            if command.output():
+                pids.append(command.pid)
+            return False
+
+        stubborn = script("""
+            import signal
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print("up")
+            while True:
+                signal.pause()
+        """)
+        env.register_command("stubborn", stubborn, ready=never, options=ServiceOptions(kill_grace_s=25.0))
+        env.from_batch([1]).sink(print)
+        job = env.submit()
+        wait_for(lambda: pids)
+        job.request(Way.CANCEL, "enough")
+        wait_for(lambda: any(event.name == "stubborn" and event.after == "cleaning" for event in job.events()))
+        began_at = time.monotonic()
+        job.request(Way.KILL, "at once")
+        with pytest.raises(JobErrorGroup):
+            job.wait()
+        assert time.monotonic() - began_at < 5.0
+        assert job.report.service("stubborn").state == "killed"
         assert gone(pids[0])
 
     @pytest.mark.parametrize("codes", [[0], [0, 7]])

@@ -865,6 +865,7 @@ def test_late_hooks_leave_the_exit_its_part_of_the_budget() -> None:
     job.post(StopRequested(Way.CANCEL))
     job.post(TaskEnded("t", TaskState.CANCELLED))
     for name in ("b", "a"):
+        job.end(name, "drain")
         while job.state.services[name].hook != "exit":
             assert job.state.next_due is not None
             job.at(job.state.next_due)

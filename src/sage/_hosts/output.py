@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_BYTES = 65_536
-LAST_READS_MAX = 64
-"""How much is read at the end of the process at most: what it has left behind may go on writing for ever."""
+LAST_READS_MAX = 2
+"""More than a pipe holds, and so all that a process wrote before its end; what it has left may write for ever."""
 
 LINE_BYTES_MAX = 8_192
 """Longer lines are cut into several."""

@@ -180,6 +180,8 @@ class ProcessHost(GatedHost):
     def _process_ended(self, process: OwnProcess) -> None:
         """Tell of a process that ended without being asked to; called by the thread that waits for it."""
         if process is self._process and not self._is_ending:
+            if self._link is not None:
+                self._link.shut()  # what it forked may hold the other ends open, and nobody would answer
             self.hold()  # until the lifecycle has decided what becomes of the service
             self._on_died(self._incarnation, process.how_it_ended())
 

@@ -42,6 +42,8 @@ UNCLEAN = frozenset(
     }
 )
 
+LINES_SHOWN_MAX = 20
+
 OF_TASKS = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.LATE_TASK})
 
 
@@ -91,7 +93,7 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
             error = CleanupTimeoutError(f'task "{name}" did not end in time and was abandoned', job=job)
     error.__cause__ = cause
     if facts is not None and facts.output:
-        lines = "".join(f"\n    {line}" for line in facts.output)
+        lines = "".join(f"\n    {line}" for line in facts.output[-LINES_SHOWN_MAX:])
         hint(error, f"The last lines of its output:{lines}")
     if stack:
         hint(error, f"{STANDS_HERE}\n{stack}")
