@@ -382,13 +382,18 @@ def _has_placeholder(text: str) -> bool:
     return any(True for _ in placeholders(text))
 
 
-def joined(name: str, problems: Iterable[GraphError]) -> GraphError | None:
-    """Return one error for all problems of an environment, or None if there are none."""
-    found = tuple(problems)
-    if len(found) <= 1:
-        return found[0] if found else None
-    lines = "".join(f"\n  - {problem}" for problem in found)
-    error = GraphError(f'{len(found)} problems in "{name}":{lines}', found)
-    for note in (note for problem in found for note in getattr(problem, "__notes__", ())):
-        hint(error, note)
-    return error
+def refuse(name: str, commands: Iterable[Command]) -> None:
+    """Refuse commands that this machine cannot start, with all that is missing in one error.
+
+    Raises:
+        GraphError: `name` is the environment that has them.
+    """
+    found = tuple(problem for command in commands if (problem := command.problem()) is not None)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        lines = "".join(f"\n  - {problem}" for problem in found)
+        error = GraphError(f'{len(found)} problems in "{name}":{lines}', found)
+        for note in (note for problem in found for note in getattr(problem, "__notes__", ())):
+            hint(error, note)
+        raise error

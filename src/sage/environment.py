@@ -433,16 +433,6 @@ class Environment:
             raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
         return options
 
-    def _check_commands(self, services: tuple[ServiceSpec, ...]) -> None:
-        """Refuse commands that this machine cannot start; a plan is explained without them."""
-        found = [service.command for service in services if service.command is not None]
-        if found:
-            from sage.command import joined
-
-            error = joined(self.name, [problem for command in found if (problem := command.problem()) is not None])
-            if error is not None:
-                raise error
-
     def _graph(self) -> LogicalGraph:
         return self._builder.freeze(self.name, tuple(self._services.values()))
 
@@ -474,7 +464,11 @@ class Environment:
             next_id = str(uuid.uuid4())
             JobManager().expect(next_id, self)  # before anyone can ask for it
             self.env_uuid = next_id
-        self._check_commands(graph.services)
+        commands = [service.command for service in graph.services if service.command is not None]
+        if commands:
+            from sage.command import refuse
+
+            refuse(self.name, commands)  # only now, as a plan is explained without them
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more

@@ -561,6 +561,7 @@ class TestEnd:
         with pytest.raises(JobErrorGroup):
             job.wait()
         assert time.monotonic() - began_at < 5.0
+        assert job.report is not None
         assert job.report.service("stubborn").state == "killed"
         assert gone(pids[0])
 
