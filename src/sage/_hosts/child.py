@@ -217,7 +217,7 @@ class Handles(dict[str, ServiceHandle[Any]]):
         self[name] = self._child.handle(name)
         return self[name]
 
-    def get(self, name: str, default: Any = None) -> Any:  # noqa: ARG002
+    def get(self, name: str, _default: Any = None, /) -> Any:
         """Return a handle without asking: one that was pickled is known."""
         if name not in self:
             self[name] = self._child.handle(name)

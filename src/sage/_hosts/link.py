@@ -115,6 +115,20 @@ class Link:
             raise hint(error, where)
         return value
 
+    def tell(self, *request: Any) -> None:
+        """Send a request that has no answer.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+        """
+        connection = self.connect()
+        try:
+            connection.send(encode(request))
+        except OSError:
+            raise LinkClosedError("the other side is gone") from None
+        finally:
+            self._drop(connection)
+
     def connect(self) -> Connection:
         """Open a connection and hand its other end over.
 
