@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.call_threads import CallThreads
@@ -26,7 +26,7 @@ from sage.errors import ServiceError, ServiceUnavailableError, describe
 from sage.service import ServiceContext, ServiceHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     from sage._hosts.wire import Connection
@@ -59,8 +59,8 @@ class Child:
         self._is_told = False
         self._succeeded: set[str] = set()
         self._begun: set[str] = set()
-        self._changed = threading.Condition()
-        self._running = 0
+        self._busy = Busy()
+        self._methods: dict[str, Callable[..., Any]] = {}
         self._answers: dict[str, Callable[..., Any]] = {
             "build": self._build,
             "hook": self._hook,
@@ -90,13 +90,13 @@ class Child:
         logging.getLogger().addHandler(Forward(self.link))
         logging.getLogger().setLevel(level)
         context = ServiceContext(self._name, self._handles, None, self, self, incarnation)
-        with self._busy():
+        with self._busy:
             self._instance.build(target, args, kwargs, context)
         return self._instance.hooks
 
     def _hook(self, hook: str) -> Any:
         self._begun.add(hook)
-        with self._busy():
+        with self._busy:
             value = self._instance.run_hook(hook)
         if hook != "ready" or value:
             self._succeeded.add(hook)
@@ -104,8 +104,11 @@ class Child:
         return bool(value) if hook == "ready" else value is not False if hook == "health" else None
 
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._busy():
-            return self._instance.attribute(name)(*args, **kwargs)
+        method = self._methods.get(name)
+        if method is None:
+            method = self._methods[name] = self._instance.attribute(name)
+        with self._busy:
+            return method(*args, **kwargs)
 
     def _attribute(self, name: str) -> tuple[bool, Any]:
         """Return whether an attribute is a method, and its value if it is not."""
@@ -176,9 +179,8 @@ class Child:
             os._exit(1)
 
     def _end(self, due: float, errors: list[str]) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._running, max(due - time.monotonic(), 0) / 2):
-                errors.append("a call or hook was still running")
+        if not self._busy.wait_over(max(due - time.monotonic(), 0) / 2):
+            errors.append("a call or hook was still running")
         hooks = self._instance.hooks
         for hook in ("stop", "cleanup"):
             if hook in hooks and hook not in self._begun and (hook == "cleanup" or self._is_ready_to_stop()):
@@ -191,17 +193,29 @@ class Child:
     def _is_ready_to_stop(self) -> bool:
         return self._instance.hooks & START_HOOKS <= self._succeeded
 
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        """Count what runs of the user's."""
-        with self._changed:
+
+class Busy:
+    """Counts what runs of the user's; each call enters and leaves it, so it does little."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._over = threading.Condition(self._lock)
+        self._running = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
             self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                self._over.notify_all()
+
+    def wait_over(self, timeout_s: float) -> bool:
+        """Wait until nothing runs, and return whether that is so."""
+        with self._lock:
+            return self._over.wait_for(lambda: not self._running, timeout_s)
 
 
 class Handles(dict[str, ServiceHandle[Any]]):
