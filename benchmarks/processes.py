@@ -36,7 +36,7 @@ class Array:
     def __init__(self, room: Any) -> None:
         self.room = room
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[type[Array], tuple[pickle.PickleBuffer]]:
+    def __reduce_ex__(self, _: Any) -> tuple[type[Array], tuple[pickle.PickleBuffer]]:
         return Array, (pickle.PickleBuffer(self.room),)
 
 

@@ -36,7 +36,7 @@ class Rows:
     def __init__(self, room: Any) -> None:
         self.room = room
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[type[Rows], tuple[pickle.PickleBuffer]]:
+    def __reduce_ex__(self, _: Any) -> tuple[type[Rows], tuple[pickle.PickleBuffer]]:
         return Rows, (pickle.PickleBuffer(self.room),)
 
 
@@ -215,7 +215,7 @@ class Leaving(BaseService):
     def setup(self) -> None:
         self.ctx.own_path(self.folder)
         os.mkdir(self.folder)
-        self.ctx.on_lost("hosted:note_loss", [str(self.notes.path), self.name])
+        self.ctx.on_lost(f"hosted:{note_loss.__name__}", [str(self.notes.path), self.name])
         self.ctx.defer(lambda: self.notes.append("deferred last"))
 
     def process(self, data: Any) -> Any:

@@ -153,20 +153,6 @@ class Link:
             there.close()
         return connection
 
-    def tell(self, *request: Any) -> None:
-        """Send a request that is not answered.
-
-        Raises:
-            LinkClosedError: the other side is gone.
-        """
-        connection = self.connect()
-        try:
-            connection.send(encode(request))
-        except OSError:
-            raise LinkClosedError("the other side is gone") from None
-        finally:
-            self._drop(connection)
-
     def shut(self) -> None:
         """Let every request end at once, here and there."""
         with self._lock:

@@ -17,7 +17,7 @@ from sage._runtime.backend import HostFacts
 from sage.errors import GraphError, ServiceError, ServiceUnavailableError, describe, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sage._hosts.own_process import ProcessGuard
     from sage._plan.logical import ServiceSpec
@@ -288,12 +288,18 @@ class ProcessHost(GatedHost):
         return SILENT
 
 
-def check_can_be_sent(spec: ServiceSpec) -> None:
+def check_can_be_sent(services: Iterable[ServiceSpec]) -> None:
     """Refuse what cannot be pickled, before anything is started, by the name of its argument.
 
     Raises:
-        GraphError: the class, the function or an argument cannot be sent to another process.
+        GraphError: the class, the function or an argument of one that is to have its own process cannot be sent there.
     """
+    for spec in services:
+        if spec.options.host == "process":
+            _check(spec)
+
+
+def _check(spec: ServiceSpec) -> None:
     parts = {"the class or function": spec.target}
     parts |= {f"argument {place}": value for place, value in enumerate(spec.args)}
     parts |= {f'argument "{name}"': value for name, value in spec.kwargs.items()}
