@@ -36,12 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes `backend` on threads and on the step backend with each seed.
 
-    One that takes `host` runs with its services in this process, and on threads also with each in its own: the step
+    One that takes `host`, and does not say which, runs with its services in this process, and on threads also with each in its own: the step
     backend has a clock of its own, which processes do not follow.
     """
     backends = ["threads", *(f"step-{seed}" for seed in range(metafunc.config.getoption("--seeds")))]
     pairs = [*((backend, "inline") for backend in backends), ("threads", "process")]
-    match "backend" in metafunc.fixturenames, "host" in metafunc.fixturenames:
+    own = " ".join(str(marker.args[0]) for marker in metafunc.definition.iter_markers("parametrize"))
+    match "backend" in metafunc.fixturenames, "host" in metafunc.fixturenames and "host" not in own:
         case True, False:
             metafunc.parametrize("backend", backends, indirect=True)
         case True, True:
