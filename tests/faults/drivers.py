@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from fair_clock import FairClock
 
@@ -78,8 +80,27 @@ CHAIN = """
         mark("ended")
 """
 
-PHASES = {"start": ("begins", 1.0), "run": ("runs", 0.4), "stop": ("a stop", 0.6)}
-"""The first sign of each phase, and how many seconds after it its moments may lie; by then the next may have begun."""
+PHASES = {
+    "start": ("begins", "c built", "c up", "b built", "b up", "a built", "a up"),
+    "run": ("runs",),
+    "stop": ("a stop", "a cleanup", "b stop", "b cleaned", "c stop", "c cleanup", "c cleaned", "ended"),
+}
+"""The signs of each phase; a moment of it is a little after one of them."""
+
+AFTER_S = {"start": 0.15, "run": 0.4, "stop": 0.1}
+
+
+class Moment(NamedTuple):
+    """When something is done to a driver: so many seconds after a sign."""
+
+    sign: str
+    after_s: float
+
+
+def moments(seed: str, phase: str, count: int) -> list[Moment]:
+    """Return random moments of a phase, the same ones for the same seed."""
+    chance = random.Random(f"{seed} {phase}")
+    return [Moment(chance.choice(PHASES[phase]), chance.uniform(0.0, AFTER_S[phase])) for _ in range(count)]
 
 
 class Driver:
@@ -128,10 +149,10 @@ class Driver:
             assert time.monotonic() < due, f"{mark} never came"
             time.sleep(0.003)
 
-    def send_at(self, phase: str, moment_s: float, signum: int) -> None:
-        """Send a signal so long after the first sign of the phase, if the driver is still there."""
-        self.wait_marked(PHASES[phase][0])
-        time.sleep(moment_s)
+    def send_at(self, moment: Moment, signum: int) -> None:
+        """Send a signal at a moment, if the driver is still there."""
+        self.wait_marked(moment.sign)
+        time.sleep(moment.after_s)
         self.process.send_signal(signum)
 
     def left_pids(self) -> list[int]:

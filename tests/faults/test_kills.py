@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fair_clock import FairClock
-from faults.drivers import PHASES, SIGNAL_BOUND_S, WAIT_S, Driver, wrong_order
+from faults.drivers import PHASES, SIGNAL_BOUND_S, WAIT_S, Driver, Moment, moments, wrong_order
 
 DRIVERS_AT_ONCE = 4
 
@@ -19,10 +18,10 @@ GRACE_S = 10.0 + 2.0
 AFTER_GRACE_S = 2.0
 
 
-def kill_one(folder: Path, phase: str, moment_s: float, clock: FairClock) -> list[str]:
+def kill_one(folder: Path, moment: Moment, clock: FairClock) -> list[str]:
     """Kill a driver at a moment, and return what is wrong afterwards."""
     driver = Driver(folder, "children")
-    driver.send_at(phase, moment_s, signal.SIGKILL)
+    driver.send_at(moment, signal.SIGKILL)
     driver.process.wait()
     left = driver.wait_nothing_left(GRACE_S + AFTER_GRACE_S, clock)
     marks = driver.marks()
@@ -40,13 +39,13 @@ def kill_one(folder: Path, phase: str, moment_s: float, clock: FairClock) -> lis
         wrong.append(f"the report file ends with {lines[-1]}")
     if any(line == "c built" for line in marks) and not lines:
         wrong.append("there is no report")
-    return [f"{phase} + {moment_s:.3f} s: {text}; marks {marks}" for text in wrong]
+    return [f"{moment}: {text}; marks {marks}" for text in wrong]
 
 
-def interrupt_one(folder: Path, phase: str, moment_s: float, signum: int, clock: FairClock) -> list[str]:
+def interrupt_one(folder: Path, moment: Moment, signum: int, clock: FairClock) -> list[str]:
     """Interrupt a driver at a moment, and return what is wrong afterwards."""
     driver = Driver(folder, "plain")
-    driver.send_at(phase, moment_s, signum)
+    driver.send_at(moment, signum)
     began_at = time.monotonic()
     code = driver.process.wait(WAIT_S)
     took_s = clock.elapsed_s(began_at)
@@ -62,7 +61,7 @@ def interrupt_one(folder: Path, phase: str, moment_s: float, signum: int, clock:
     if "c built" in marks and len(states) != 1:
         wrong.append(f"reports: {states}")
     wrong += [f"left: {path}" for path in (*folder.glob("*.spill"), *(folder / "temporary").glob("*/*"))]
-    return [f"{phase} + {moment_s:.3f} s: {text}; marks {marks}" for text in wrong]
+    return [f"{moment}: {text}; marks {marks}" for text in wrong]
 
 
 @pytest.mark.slow
@@ -72,11 +71,9 @@ def test_a_driver_killed_at_any_moment_leaves_nothing(
     phase: str, tmp_path: Path, clock: FairClock, request: pytest.FixtureRequest
 ) -> None:
     """Acceptance 47: SIGKILL, with children that have their own session, ignore SIGTERM, or are stopped."""
-    moments = random.Random(f"kill {phase}")
-    waits = [moments.uniform(0.0, PHASES[phase][1]) for _ in range(request.config.getoption("--moments"))]
+    runs = list(enumerate(moments("kill", phase, request.config.getoption("--moments"))))
     with ThreadPoolExecutor(DRIVERS_AT_ONCE) as threads:
-        runs = enumerate(waits)
-        found = list(threads.map(lambda run: kill_one(tmp_path / str(run[0]), phase, run[1], clock), runs))
+        found = list(threads.map(lambda run: kill_one(tmp_path / str(run[0]), run[1], clock), runs))
     wrong = [text for texts in found for text in texts]
     assert not wrong, "\n".join(wrong)
 
@@ -89,11 +86,9 @@ def test_a_driver_interrupted_at_any_moment_cleans_up_once(
     phase: str, name: str, tmp_path: Path, clock: FairClock, request: pytest.FixtureRequest
 ) -> None:
     """Faults 22, 55 and 59: exit code 130 or 143, each cleanup once and in order, and nothing is left."""
-    moments = random.Random(f"{name} {phase}")
-    waits = [moments.uniform(0.0, PHASES[phase][1]) for _ in range(request.config.getoption("--moments"))]
+    runs = list(enumerate(moments(name, phase, request.config.getoption("--moments"))))
     signum = getattr(signal, name)
     with ThreadPoolExecutor(DRIVERS_AT_ONCE) as threads:
-        runs = enumerate(waits)
-        found = list(threads.map(lambda run: interrupt_one(tmp_path / str(run[0]), phase, run[1], signum, clock), runs))
+        found = list(threads.map(lambda run: interrupt_one(tmp_path / str(run[0]), run[1], signum, clock), runs))
     wrong = [text for texts in found for text in texts]
     assert not wrong, "\n".join(wrong)
