@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 EXPECTED = {
     "ask_the_docs.py": ['job "ask the docs": COMPLETED and CLEAN'],
+    "command_service.py": ["this is a.txt", "this is b.txt", "web server: stopped"],
     "feedback_loop.py": ["6 reaches 1 after 8 steps", "7 reaches 1 after 16 steps", "27 reaches 1 after 111 steps"],
     "hello.py": ["Hello, Ada!", "Hello, Grace!", "Hello, Alan!"],
     "serve_pipeline.py": [

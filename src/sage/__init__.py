@@ -7,6 +7,7 @@ from sage import _old_paths as _old_paths
 # What type checkers read. At run time a name is loaded when it is first asked for, so that importing costs little.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from sage.command import Http, Line, Port, RunningCommand
     from sage.connector import Source
     from sage.environment import LocalEnvironment, RemoteEnvironment
     from sage.errors import (
@@ -70,6 +71,7 @@ __all__ = [
     "FunctionError",
     "FutureFunction",
     "GraphError",
+    "Http",
     "InternalError",
     "JobError",
     "JobErrorGroup",
@@ -77,12 +79,15 @@ __all__ = [
     "JobReport",
     "KeyByFunction",
     "KeyedStream",
+    "Line",
     "LocalEnvironment",
     "MapFunction",
     "Outcome",
+    "Port",
     "ProcessFunction",
     "RemoteEnvironment",
     "Retry",
+    "RunningCommand",
     "SageError",
     "ServerUnreachableError",
     "ServiceError",
@@ -118,6 +123,7 @@ _HOMES = {
     "FunctionError": "sage.errors",
     "FutureFunction": "sage.functions",
     "GraphError": "sage.errors",
+    "Http": "sage.command",
     "InternalError": "sage.errors",
     "JobError": "sage.errors",
     "JobErrorGroup": "sage.errors",
@@ -125,12 +131,15 @@ _HOMES = {
     "JobReport": "sage.report",
     "KeyByFunction": "sage.functions",
     "KeyedStream": "sage.stream",
+    "Line": "sage.command",
     "LocalEnvironment": "sage.environment",
     "MapFunction": "sage.functions",
     "Outcome": "sage.report",
+    "Port": "sage.command",
     "ProcessFunction": "sage.functions",
     "RemoteEnvironment": "sage.environment",
     "Retry": "sage.failure",
+    "RunningCommand": "sage.command",
     "SageError": "sage.errors",
     "ServerUnreachableError": "sage.errors",
     "ServiceError": "sage.errors",

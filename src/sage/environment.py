@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,13 +18,15 @@ from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_
 from sage.stream import DataStream, error_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Never
 
     from sage._hosts.job_guard import JobGuard
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend
     from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
+    from sage.command import Ready, RunningCommand, Word
 
 CONSOLE_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 INTERRUPT_TIMEOUT_S = 25.0
@@ -166,21 +169,13 @@ class Environment:
             DuplicateNameError: the name is taken and `options.replace` is not set.
             GraphError: `cls` is not callable.
         """
-        options = options or ServiceOptions()
-        if not name or not isinstance(name, str):
-            raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
-        if options.shared:
-            shared = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
-            raise hint(shared, "Register it in one environment and keep it with submit(keep_services=True).")
+        options = self._checked_name(name, options)
         if not callable(cls):
             error = GraphError(f'service "{name}": {short(cls)} is not callable')
             raise hint(error, "Give the class and its arguments, not an instance, or a function that builds one.")
         if isinstance(cls, type) and issubclass(cls, BaseFunction):
             raise GraphError(f'service "{name}": {cls.__name__} is a function of a stream, not a service')
         check_service_arguments(name, cls, args, kwargs)
-        if name in self._services and not options.replace:
-            error = DuplicateNameError(f'service "{name}" is registered twice')
-            raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
         handle: ServiceHandle[Any] = ServiceHandle(name, cls)
         self._services[name] = ServiceSpec(name, cls, args, kwargs, options, handle)
         return handle
@@ -215,6 +210,59 @@ class Environment:
             error = GraphError(f'serve("{name}"): {short(build)} returned {short(answers)}, which is no stream')
             raise hint(error, "Return the stream of answers: lambda requests: requests.map(...).")
         self._builder.add(Kind.REPLY, name=f"{name} answers", inputs=(answers._id,))
+        return handle
+
+    def register_command(
+        self,
+        name: str,
+        argv: Sequence[Word],
+        *,
+        ready: Ready | None = None,
+        health: Ready | None = None,
+        env: Mapping[str, Word] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        port: int | None = None,
+        url: str | None = None,
+        stop_signal: int = signal.SIGTERM,
+        exit_codes: Iterable[int] = (0,),
+        options: ServiceOptions | None = None,
+        **unknown: Never,
+    ) -> ServiceHandle[RunningCommand]:
+        """Register an external command as a service and return its handle.
+
+        The handle has the attributes of a `RunningCommand`: `url`, `port`, `pid`, `output()` and others. The words,
+        values of `env`, `cwd`, `url` and the address of a probe may hold placeholders: `{port}` is a free port,
+        `{port:NAME}` another one, `{folder}` a private folder that is removed in the end. A word may be taken of
+        another service: `db.url`. No shell reads them.
+
+        Args:
+            name: what functions call it by.
+            argv: the program and its arguments. It has to stay in the foreground.
+            ready: shows that it can be used: `Http(url)`, `Port()`, `Line(pattern)` or a callable that is given the
+                `RunningCommand`; without one it can be used as soon as it was started.
+            health: the same, asked while it runs, every `health_interval_s`.
+            env: variables that are set besides those of this process.
+            cwd: the folder that it runs in; that of this process by default.
+            port: a fixed port for `{port}`.
+            url: what the handle's `url` is; `http://127.0.0.1:{port}` by default.
+            stop_signal: what asks it to end.
+            exit_codes: how it may exit when it was told to stop, besides by the signal itself.
+            options: how it is started, watched and stopped.
+            **unknown: refused, and named.
+
+        Raises:
+            DuplicateNameError: the name is taken and `options.replace` is not set.
+            GraphError: something in it can never work.
+            TypeError: a keyword is unknown.
+        """
+        from sage.command import RunningCommand, command_of, unknown_keyword  # only programs with commands pay for it
+
+        if unknown:
+            raise unknown_keyword(name, argv, unknown, Environment.register_command)
+        options = self._checked_name(name, options)
+        command = command_of(name, argv, ready, health, env, cwd, port, url, stop_signal, exit_codes, options)
+        handle: ServiceHandle[RunningCommand] = ServiceHandle(name, RunningCommand)
+        self._services[name] = ServiceSpec(name, RunningCommand, command.handles, {}, options, handle, command)
         return handle
 
     # --- running ---
@@ -330,6 +378,10 @@ class Environment:
         guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
 
         def host_of(spec: ServiceSpec, *surroundings: Any) -> Any:
+            if spec.command is not None:
+                from sage._hosts.command import CommandHost
+
+                return CommandHost(spec, *surroundings)
             if spec.options.host == "inline":
                 return InlineHost(spec, *surroundings)
             from sage._hosts.process import ProcessHost
@@ -369,6 +421,18 @@ class Environment:
 
     # --- behind it ---
 
+    def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
+        options = options or ServiceOptions()
+        if not name or not isinstance(name, str):
+            raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
+        if options.shared:
+            shared = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
+            raise hint(shared, "Register it in one environment and keep it with submit(keep_services=True).")
+        if name in self._services and not options.replace:
+            error = DuplicateNameError(f'service "{name}" is registered twice')
+            raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
+        return options
+
     def _graph(self) -> LogicalGraph:
         return self._builder.freeze(self.name, tuple(self._services.values()))
 
@@ -400,7 +464,13 @@ class Environment:
             next_id = str(uuid.uuid4())
             JobManager().expect(next_id, self)  # before anyone can ask for it
             self.env_uuid = next_id
+        commands = [service.command for service in graph.services if service.command is not None]
+        if commands:
+            from sage.command import refuse
+
+            refuse(self.name, commands)  # only now, as a plan is explained without them
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
+        _check_processes(graph.services)
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
@@ -521,6 +591,16 @@ class RemoteEnvironment(Environment):
     def _backend(self) -> Backend:
         error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
         raise hint(error, "Use LocalEnvironment: the program stays the same.")
+
+
+def _check_processes(services: Iterable[ServiceSpec]) -> None:
+    """Refuse services that cannot be sent to the processes in which they are to run."""
+    hosted = [spec for spec in services if spec.options.host == "process"]
+    if hosted:
+        from sage._hosts.process import check_can_be_sent
+
+        for spec in hosted:
+            check_can_be_sent(spec)
 
 
 def _interrupt_timeout_s() -> float:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
-from sage._hosts.link import SILENT, Link, LinkClosedError
+from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
 from sage._hosts.wire import encode
 from sage._runtime.coroutines import CoroutineLoop
-from sage.errors import ServiceUnavailableError, describe
+from sage.errors import ServiceError, ServiceUnavailableError, describe
 from sage.service import ServiceContext, ServiceHandle
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Handles(dict[str, ServiceHandle[Any]]):
         self[name] = self._child.handle(name)
         return self[name]
 
-    def get(self, name: str, default: Any = None) -> Any:  # noqa: ARG002
+    def get(self, name: str, _default: Any = None, /) -> Any:
         """Return a handle without asking: one that was pickled is known."""
         if name not in self:
             self[name] = self._child.handle(name)
@@ -272,6 +272,9 @@ class DriverCalls:
     def _ask(self, kind: str, *request: Any) -> Any:
         try:
             return self._link.ask(kind, self._service, *request)
+        except NotSentError as error:
+            text = f'the arguments of "{self._service}".{request[0]} cannot be pickled: {describe(error.reason)}'
+            raise ServiceError(text, service=self._service) from error.reason
         except LinkClosedError:
             text = f'service "{self._service}" cannot be reached: the driver is gone'
             raise ServiceUnavailableError(text, service=self._service) from None

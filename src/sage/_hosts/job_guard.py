@@ -107,6 +107,11 @@ class JobGuard:
         if guard is not None:
             guard.take_back((self._id, service, incarnation))
 
+    @property
+    def folder(self) -> str:
+        """The run's folder: what is put there is removed in the end, whoever is killed before."""
+        return self._guarded().folder
+
     def left_of(self, cookie: str) -> set[Process]:
         """Return what runs of a service whose cookie `announce` returned, without what was released."""
         guard = self._guarded()

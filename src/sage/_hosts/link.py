@@ -30,6 +30,14 @@ class LinkClosedError(Exception):
     """The other side is gone."""
 
 
+class NotSentError(Exception):
+    """A request cannot be pickled, for the `reason`."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Link:
     """Asks the other side, and answers it.
 
@@ -72,9 +80,13 @@ class Link:
 
         Raises:
             LinkClosedError: the other side is gone, or went before it had answered.
+            NotSentError: the request cannot be pickled.
             TimeoutError: no answer came within `timeout_s` seconds.
         """
-        frame = encode(request)
+        try:
+            frame = encode(request)
+        except Exception as error:  # whatever the values themselves raise
+            raise NotSentError(error) from error
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -140,6 +152,20 @@ class Link:
         finally:
             there.close()
         return connection
+
+    def tell(self, *request: Any) -> None:
+        """Send a request that is not answered.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+        """
+        connection = self.connect()
+        try:
+            connection.send(encode(request))
+        except OSError:
+            raise LinkClosedError("the other side is gone") from None
+        finally:
+            self._drop(connection)
 
     def shut(self) -> None:
         """Let every request end at once, here and there."""

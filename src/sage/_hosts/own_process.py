@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._runtime.lifecycle import Exit
-from sage._runtime.processes import COOKIE_VARIABLE, end_all, process
+from sage._runtime.processes import COOKIE_VARIABLE, TERM_GRACE_S, Grace, end_all, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from sage._runtime.processes import Process
 
 BY_ITSELF_SHARE = 0.5
-BY_SIGNAL_SHARE = 0.35
-"""What of the time for an exit a process has to end by itself, and then after SIGTERM; the rest is for the kill."""
+KILL_SHARE = 0.3
+"""What of the time for an exit a process has to end by itself, and what of the rest is for the kill after SIGTERM."""
 
 SEEN_BOUND_S = 1.0
 """How long it may take until the end of a process, of which its connection knows already, is known here."""
@@ -35,6 +36,10 @@ class ProcessGuard(Protocol):
         self, service: str, incarnation: int, pid: int, descriptor: int | None = None, stop_signal: int | None = None
     ) -> None:
         """Write down the process right after it was started."""
+
+    @property
+    def folder(self) -> str:
+        """A folder for temporary files, which is removed in the end, whoever is killed before."""
 
     def left_of(self, cookie: str) -> set[Process]:
         """Return the processes that carry the cookie, but for those that were released."""
@@ -69,7 +74,8 @@ class OwnProcess:
         self._on_end = on_end
         self._ended = threading.Event()
         self._hurried = threading.Condition()
-        self._due = 0.0
+        self._due = math.inf
+        self._grace: Grace | None = None
         variables = {**os.environ, **(environment or {}), COOKIE_VARIABLE: cookie}
         # Its own session: what a terminal sends to its foreground must not end services before their turn.
         self._popen = subprocess.Popen(command, env=variables, start_new_session=True, **options)
@@ -112,6 +118,8 @@ class OwnProcess:
         """Let `end`, which runs on another thread, wait no longer than that."""
         with self._hurried:
             self._due = min(self._due, time.monotonic() + seconds)
+            if self._grace is not None:
+                self._grace.shorten(self._due - seconds * KILL_SHARE)
             self._hurried.notify_all()
 
     def end(self, ask: Callable[[], None], left_of: Callable[[str], set[Process]], timeout_s: float) -> Exit:
@@ -123,22 +131,31 @@ class OwnProcess:
             timeout_s: how long it may take in all; what has not ended before is killed.
         """
         began_at = time.monotonic()
+        with self._hurried:
+            self._due = min(self._due, began_at + timeout_s)
         ended_before = self._ended.is_set()
         if not ended_before:
             ask()
             with self._hurried:
-                self._due = began_at + timeout_s * BY_ITSELF_SHARE
                 # The end is told under the same lock, so that nothing has to look at the clock in between.
-                while not self._ended.is_set() and (left_s := self._due - time.monotonic()) > 0:
+                while not self._ended.is_set() and (left_s := self._by_itself_s(began_at)) > 0:
                     self._hurried.wait(left_s)
         by_itself = self._ended.is_set()
-        left_s = max(began_at + timeout_s - time.monotonic(), 0.0)
-        grace_s = min(timeout_s * BY_SIGNAL_SHARE, left_s)
-        ended = end_all(lambda: left_of(self._cookie), grace_s, max(left_s - grace_s, SEEN_BOUND_S))
+        with self._hurried:
+            left_s = max(self._due - time.monotonic(), 0.0)
+            grace = self._grace = Grace(time.monotonic() + min(left_s * (1 - KILL_SHARE), TERM_GRACE_S))
+        try:
+            ended = end_all(lambda: left_of(self._cookie), grace, max(left_s * KILL_SHARE, SEEN_BOUND_S))
+        finally:
+            grace.close()
         self._waiting.join(SEEN_BOUND_S)
         left = tuple(f"process {one.pid} had to be killed" for one in sorted(ended.killed) if one != self._process)
         left += tuple(f"process {one.pid} cannot be ended" for one in sorted(ended.left))
         return Exit(self.exit_code, was_killed=not by_itself, left=left)
+
+    def _by_itself_s(self, began_at: float) -> float:
+        """Return how many seconds the process has left to end by itself."""
+        return began_at + (self._due - began_at) * BY_ITSELF_SHARE - time.monotonic()
 
     def _wait(self) -> None:
         self._popen.wait()

@@ -15,6 +15,7 @@ from sage.service import ServiceHandle, ServiceMethod
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sage.command import Command
     from sage.service import ServiceOptions
 
 
@@ -110,6 +111,7 @@ class ServiceSpec:
         kwargs: the keyword arguments of `target`.
         options: see `ServiceOptions`.
         handle: what user code calls it through.
+        command: the command that it is, or None for one that is built from `target`.
         requires: names of services it depends on, declared or seen among its arguments.
     """
 
@@ -119,6 +121,7 @@ class ServiceSpec:
     kwargs: Mapping[str, Any]
     options: ServiceOptions
     handle: ServiceHandle[Any]
+    command: Command | None = None
 
     @property
     def requires(self) -> tuple[str, ...]:

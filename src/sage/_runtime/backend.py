@@ -39,12 +39,14 @@ class HostFacts:
         pid: the process of the last incarnation, or None for one that was never started.
         exit_code: how that process ended; negative for a signal, None while it runs or where it is not known.
         output: the last lines that it wrote.
+        unready: why its last `ready` said no, in words, where the host knows.
     """
 
     host: str = "inline"
     pid: int | None = None
     exit_code: int | None = None
     output: tuple[str, ...] = ()
+    unready: str = ""
 
 
 class Host(Protocol):

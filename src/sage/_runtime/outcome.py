@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sage._plan.logical import LogicalGraph
+    from sage._runtime.backend import HostFacts
     from sage._runtime.dispatcher import Dispatcher
     from sage._runtime.lifecycle import State
     from sage._runtime.supervisor import Ended
@@ -42,9 +43,13 @@ UNCLEAN = frozenset(
     }
 )
 
+LINES_SHOWN_MAX = 20
 
-def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
-    """Return the error that tells a user of a failure."""
+OF_TASKS = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.LATE_TASK})
+
+
+def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | None = None) -> Exception:
+    """Return the error that tells a user of a failure; `facts` are those of the host, if it is one of a service."""
     name, hook, cause = failure.name, failure.hook, failure.error
     text = describe(cause) if cause is not None else failure.text
     error: JobError
@@ -58,7 +63,9 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
             what = {"build": "be built", "ready": "get ready"}.get(hook, hook)
             error = ServiceStartError(f'service "{name}" failed to {what}: {text}', job=job, service=name)
         case Trouble.NOT_READY:
-            error = ServiceStartError(f'service "{name}" did not end its {hook} in time', job=job, service=name)
+            unready = f": {facts.unready}" if facts is not None and facts.unready else ""
+            what = f"get ready in time{unready}" if unready else f"end its {hook} in time"
+            error = ServiceStartError(f'service "{name}" did not {what}', job=job, service=name)
             hint(error, "ServiceOptions(start_timeout_s=...) is the bound.")
         case Trouble.UNHEALTHY:
             said = f"its health check raised {text}" if cause is not None else "its health check failed"
@@ -89,6 +96,9 @@ def error_of(failure: Failure, job: str, stack: str | None) -> Exception:
         case Trouble.LATE_TASK:
             error = CleanupTimeoutError(f'task "{name}" did not end in time and was abandoned', job=job)
     error.__cause__ = cause
+    if facts is not None and facts.output:
+        lines = "".join(f"\n    {line}" for line in facts.output[-LINES_SHOWN_MAX:])
+        hint(error, f"The last lines of its output:{lines}")
     if stack:
         hint(error, f"{STANDS_HERE}\n{stack}")
     return error
@@ -108,7 +118,7 @@ def seal(
         reason: who asked for its end, or "".
     """
     state = ended.state
-    errors = tuple(error_of(failure, graph.name, ended.stacks.get(failure.name)) for failure in state.failures)
+    errors = tuple(_error_of(failure, ended, dispatcher, graph) for failure in state.failures)
     outcome = _outcome(state)
     if ended.crash is not None:
         crash = InternalError(f'the supervision of job "{graph.name}" failed: {describe(ended.crash)}')
@@ -140,6 +150,12 @@ def seal(
         ),
         errors=errors,
     )
+
+
+def _error_of(failure: Failure, ended: Ended, dispatcher: Dispatcher, graph: LogicalGraph) -> Exception:
+    host = dispatcher.supervisor.hosts.get(failure.name) if failure.trouble not in OF_TASKS else None
+    stack = ended.stacks.get(failure.name)
+    return error_of(failure, graph.name, stack, host.facts() if host is not None else None)
 
 
 def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[OperatorReport, ...]:

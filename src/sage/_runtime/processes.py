@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ LOADING_PAUSE_S = 0.005
 
 KERNEL_THREAD = 0x00200000
 
-_STATE, _PARENT, _FLAGS, _STARTED = 0, 1, 6, 19
-"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 9 and 22 of proc(5))."""
+_STATE, _PARENT, _SESSION, _FLAGS, _STARTED = 0, 1, 3, 6, 19
+"""Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6, 9, 22 of proc(5))."""
 
 
 class Process(NamedTuple):
@@ -41,6 +42,34 @@ class Ended(NamedTuple):
 
     killed: set[Process]
     left: set[Process]
+
+
+class Grace:
+    """A moment until which somebody waits, by the monotonic clock; any other thread may bring it forward."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_open = True
+        self._lock = threading.Lock()
+
+    @property
+    def left_s(self) -> float:
+        """How many seconds are left, or 0."""
+        return max(self.until - time.monotonic(), 0.0)
+
+    def shorten(self, until: float) -> None:
+        """Wait no longer than until then."""
+        with self._lock:
+            self.until = min(self.until, until)
+            if self._is_open:
+                os.eventfd_write(self.descriptor, 1)
+
+    def close(self) -> None:
+        """Close the descriptor; nobody waits any more."""
+        with self._lock:
+            self._is_open = False
+            os.close(self.descriptor)
 
 
 def process(pid: int) -> Process | None:
@@ -102,6 +131,18 @@ def _carriers(token: str) -> tuple[set[Process], bool]:
     return found, is_loading
 
 
+def of_session(leader: Process) -> set[Process]:
+    """Return the processes of the session that a process began, whether or not it still lives."""
+    if process(leader.pid) not in (None, leader):
+        return set()  # A pid is given away again only when the session of that number is empty.
+    found = set()
+    for name in os.listdir("/proc"):
+        fields = _stat(int(name)) if name.isdecimal() else None
+        if fields is not None and int(fields[_SESSION]) == leader.pid and fields[_STATE] not in (b"Z", b"X"):
+            found.add(Process(int(name), int(fields[_STARTED])))
+    return found
+
+
 def with_descendants(roots: Iterable[Process], among: Iterable[Process]) -> set[Process]:
     """Return those of `among` that are, or come from, one of `roots` that still lives."""
     living = {one.pid for one in roots if is_alive(one)}
@@ -144,9 +185,10 @@ def watch(one: Process) -> int | None:
     return None
 
 
-def wait_gone(processes: Iterable[Process], due: float) -> None:
-    """Wait until all of them have ended, or until `due` by the monotonic clock."""
+def wait_gone(processes: Iterable[Process], grace: Grace) -> None:
+    """Wait until all of them have ended, or until the grace is over."""
     poll = select.poll()
+    poll.register(grace.descriptor, select.POLLIN)
     open_ones = set()
     try:
         for one in processes:
@@ -154,8 +196,11 @@ def wait_gone(processes: Iterable[Process], due: float) -> None:
             if descriptor is not None:
                 open_ones.add(descriptor)
                 poll.register(descriptor, select.POLLIN)
-        while open_ones and (left_s := due - time.monotonic()) > 0:
+        while open_ones and (left_s := grace.left_s) > 0:
             for descriptor, _ in poll.poll(left_s * 1000):
+                if descriptor == grace.descriptor:
+                    os.eventfd_read(descriptor)
+                    continue
                 poll.unregister(descriptor)
                 open_ones.discard(descriptor)
                 os.close(descriptor)
@@ -164,28 +209,42 @@ def wait_gone(processes: Iterable[Process], due: float) -> None:
             os.close(descriptor)
 
 
-def end_all(find: Callable[[], set[Process]], grace_s: float = TERM_GRACE_S, kill_s: float = KILL_BOUND_S) -> Ended:
+def end_all(
+    find: Callable[[], set[Process]], grace: float | Grace = TERM_GRACE_S, kill_s: float = KILL_BOUND_S
+) -> Ended:
     """End every process that `find` returns, looking again and again until it finds none.
 
-    Each gets SIGTERM, and SIGCONT so that a stopped one sees it; whatever is there after `grace_s` seconds is killed.
+    Each gets SIGTERM, and SIGCONT so that a stopped one sees it; whatever is there after the grace is killed.
+
+    Args:
+        find: returns the processes that are left.
+        grace: how long they are waited for, in seconds, or a moment that may be brought forward meanwhile.
+        kill_s: how long a kill may take to be seen, in seconds.
     """
-    kill_at = time.monotonic() + grace_s
-    give_up_at = kill_at + kill_s
     asked: set[Process] = set()
     killed: set[Process] = set()
-    while found := find():
-        now = time.monotonic()
-        if now >= give_up_at:
-            return Ended(killed, found)
-        if now < kill_at:
-            for one in found - asked:
-                send(one, signal.SIGTERM, signal.SIGCONT)
-            asked |= found
-            wait_gone(found, kill_at)
-        else:
+    with ExitStack() as stack:
+        patience = grace if isinstance(grace, Grace) else _closing(stack, grace)
+        last: Grace | None = None
+        while found := find():
+            if patience.left_s > 0:
+                for one in found - asked:
+                    send(one, signal.SIGTERM, signal.SIGCONT)
+                asked |= found
+                wait_gone(found, patience)
+                continue
+            last = last or _closing(stack, kill_s)
+            if last.left_s == 0:
+                return Ended(killed, found)
             killed |= {one for one in found if send(one, signal.SIGKILL)}
-            wait_gone(found, give_up_at)
+            wait_gone(found, last)
     return Ended(killed, set())
+
+
+def _closing(stack: ExitStack, seconds: float) -> Grace:
+    grace = Grace(time.monotonic() + seconds)
+    stack.callback(grace.close)
+    return grace
 
 
 def _stat(pid: int) -> list[bytes] | None:

@@ -1,0 +1,363 @@
+"""External commands as services: a process of their own, which is started, watched and ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, cast
+
+from sage._hosts.gated import GatedHost
+from sage._hosts.output import Output
+from sage._hosts.own_process import OwnProcess
+from sage._hosts.ports import choose_ports
+from sage._hosts.probe import why_not
+from sage._runtime.backend import HostFacts
+from sage._runtime.lifecycle import Exit
+from sage._runtime.processes import Process, is_alive, of_session, process, send
+from sage.command import ADDRESS, Line, RunningCommand, filled, own_value
+from sage.errors import ServiceError, UnknownServiceError, hint, short
+from sage.service import ServiceMethod
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sage._hosts.own_process import ProcessGuard
+    from sage._plan.logical import ServiceSpec
+    from sage._runtime.backend import Backend
+    from sage._runtime.coroutines import CoroutineLoop
+    from sage.command import Command, Word
+    from sage.service import ServiceContext
+
+log = logging.getLogger("sage.dispatcher")
+
+LINES_KEPT_MAX = 50
+
+CATCH_UP_BOUND_S = 2.0
+"""How long it may take to read what a command wrote before its end; whoever logs its lines may be slow."""
+
+SIGNALLED = 128
+"""What a shell adds to the number of the signal that ended a program."""
+
+
+class CommandHost(GatedHost):
+    """Runs one command."""
+
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        context: ServiceContext,
+        backend: Backend,
+        loop: CoroutineLoop,
+        on_died: Callable[[int, str], None],
+    ) -> None:
+        super().__init__(spec, context, backend, loop, on_died)
+        assert spec.command is not None
+        self._command: Command = spec.command
+        self._running: RunningCommand | None = None
+        self._child: Child | None = None
+        self._folder: str | None = None
+        self._lock = threading.Lock()
+        self._is_kept = False
+        self._given_up = 0  # the last incarnation that must not be started any more
+        self._unready = ""
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The names of the hooks that the command has."""
+        polled = {"ready": self._command.ready, "health": self._command.health}
+        return frozenset({"stop", "exit", *(hook for hook, probe in polled.items() if probe is not None)})
+
+    @property
+    def own_hooks(self) -> frozenset[str]:
+        """The names of the hooks that every command has."""
+        return frozenset({"exit"})
+
+    def facts(self) -> HostFacts:
+        """Return what the report says of the process."""
+        child = self._child
+        if child is None:
+            return HostFacts("command")
+        return HostFacts("command", child.own.pid, child.own.exit_code, child.lines(), self._unready)
+
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
+        """Let another job run the hooks of a command that is kept."""
+        super().adopt(context, backend, loop, on_died)
+        with self._lock:
+            self._is_kept = False
+            self._given_up = 0
+            child = self._child
+            assert child is not None
+            child.incarnation = 1
+            is_dead = child.is_over
+        if is_dead:
+            on_died(1, self._how_it_ended(child))
+
+    def release(self) -> None:
+        """Free the thread of a command that is kept; its process goes on, and its output is still read."""
+        with self._lock:
+            self._is_kept = True
+        super().release()
+
+    def close(self) -> None:
+        """Free the threads, and remove the private folder, which outlives a restart."""
+        super().close()
+        if self._folder is not None:
+            try:
+                shutil.rmtree(self._folder)
+            except OSError as error:
+                log.error("folder cannot be removed service=%r folder=%s error=%s", self.spec.name, self._folder, error)
+
+    def hurry(self, due: float) -> None:
+        """Move the `due` of the "exit" that runs forward."""
+        if self._child is not None:
+            self._child.own.hurry(self._left(due))
+
+    @property
+    def _is_there(self) -> bool:
+        return self._running is not None
+
+    def _attribute(self, name: str) -> Any:
+        try:
+            return getattr(self._running, name)
+        except AttributeError:
+            error = UnknownServiceError(f'service "{self.spec.name}" is a command and has no "{name}"')
+            raise hint(error, "A command has url, port, ports, pid, folder, words and output().") from None
+
+    # --- start ---
+
+    def _build(self) -> frozenset[str]:
+        incarnation = self._incarnation
+        self._unready = ""
+        ports = choose_ports(self.spec.name, self._command, self._running.ports if self._running is not None else {})
+        cookie = self._guard.announce(self.spec.name, incarnation, "command", self.spec.requires)
+        self._make_folder()
+        child = Child(self.spec.name, self._command, incarnation, cookie)
+        running = RunningCommand(self.spec.name, ports, self._folder, child.lines)
+        running.words = tuple(self._filled(word, running) for word in self._command.words)
+        running.url = self._url(running)
+        environment = {name: self._filled(value, running) for name, value in self._command.environment}
+        cwd = None if self._command.cwd is None else filled(self._command.cwd, ports, self._folder)
+        with self._lock:
+            if incarnation <= self._given_up:
+                raise ServiceError(f'service "{self.spec.name}" was given up before command {self._label} was started')
+            child.start(running.words, environment, cwd, self._on_end)
+            self._child = child
+        running.pid = child.own.pid
+        self._running = running
+        stop_signal = int(self._command.stop_signal)
+        self._guard.started(self.spec.name, incarnation, running.pid, stop_signal=stop_signal)
+        log.info("command started service=%r pid=%d words=%s", self.spec.name, running.pid, short(running.words))
+        if self._command.ready is None:
+            self._is_up(child)
+        return self.hooks
+
+    @property
+    def _guard(self) -> ProcessGuard:
+        # Whoever keeps the journal of a job also watches over its processes.
+        return cast("ProcessGuard", self._context._claims)
+
+    def _make_folder(self) -> None:
+        if self._folder is not None or not self._command.wants_folder:
+            return
+        name = re.sub(r"\W+", "-", self.spec.name)[:32]
+        folder = os.path.join(self._guard.folder, f"{name}-{secrets.token_hex(4)}")
+        os.mkdir(folder, 0o700)
+        self._folder = folder
+
+    def _filled(self, word: Word, running: RunningCommand) -> str:
+        text = own_value(word)
+        return text if isinstance(word, ServiceMethod) else filled(text, running.ports, running.folder)
+
+    def _url(self, running: RunningCommand) -> str | None:
+        if self._command.url is not None:
+            return filled(self._command.url, running.ports, running.folder)
+        return None if running.port is None else f"http://{ADDRESS}:{running.port}"
+
+    def _is_up(self, child: Child) -> None:
+        """Take a command as ready; from here on its end is a death.
+
+        Raises:
+            ServiceError: it has ended before.
+        """
+        with self._lock:
+            if not child.is_over:
+                child.is_up = True
+                return
+        error = ServiceError(self._how_it_ended(child), service=self.spec.name)
+        if child.own.exit_code == 0:
+            hint(error, "A service stays in the foreground; this command may have put itself into the background.")
+        raise error
+
+    # --- hooks ---
+
+    def _run_hook(self, hook: str, due: float | None) -> Any:
+        child = self._child
+        match hook:
+            case "exit":
+                return self._exit(due)
+            case "stop":
+                assert child is not None
+                return self._stop(child)
+            case "ready":
+                assert child is not None
+                if child.is_over:
+                    self._is_up(child)
+                self._unready = self._why_not(self._command.ready, child, due) or ""
+                if not self._unready:
+                    self._is_up(child)
+                return not self._unready
+            case "health":
+                assert child is not None
+                why = self._why_not(self._command.health, child, due)
+                if why is None:
+                    return True
+                if not is_alive(child.process):
+                    child.own.wait_ended()  # until its death was told, which is the better reason
+                raise ServiceError(why, service=self.spec.name)
+        return None
+
+    def _why_not(self, probe: Any, child: Child, due: float | None) -> str | None:
+        assert self._running is not None
+        return why_not(probe, self._running, child.has_line, self._left(due), self._loop.run)
+
+    def _stop(self, child: Child) -> None:
+        """Ask the command to end and wait for that; whoever gives it up has the process killed."""
+        with self._lock:
+            child.is_ending = child.was_told = True
+        self._tell(child)
+        child.over.wait()
+        code, number = child.own.exit_code, int(self._command.stop_signal)
+        if code is not None and code not in self._command.exit_codes | {-number, SIGNALLED + number}:
+            error = ServiceError(f"{self._how_it_ended(child)} when it was told to stop", service=self.spec.name)
+            raise hint(error, f"If this is a good end of it, name it: exit_codes=[0, {code}].")
+
+    def _exit(self, due: float | None) -> Exit | None:
+        with self._lock:
+            self._given_up = self._incarnation
+            child = self._child
+            if child is None or child.incarnation != self._incarnation:
+                return None  # it could not be started
+            child.is_ending = True
+            was_told, child.was_told = child.was_told, True
+        try:
+            # One that was told before has had its time, and so has whatever it left.
+            left_s = 0.0 if was_told and not child.is_over else self._left(due)
+            return child.own.end(lambda: self._tell(child), lambda _: self._left_of(child), left_s)
+        finally:
+            child.output.close()
+            self._guard.ended(self.spec.name, child.incarnation)
+
+    def _tell(self, child: Child) -> None:
+        send(child.process, self._command.stop_signal, signal.SIGCONT)
+
+    def _left_of(self, child: Child) -> set[Process]:
+        """Return what runs of it: also what threw its environment away but stayed in its session."""
+        found = self._guard.left_of(child.cookie) | of_session(child.process)
+        return found | ({child.process} if is_alive(child.process) else set())
+
+    def _clean_late(self) -> None:
+        """Do nothing: "exit" has seen to the process, or has kept it from being started."""
+
+    # --- behind it ---
+
+    def _on_end(self, child: Child) -> None:
+        """Take in that the process has ended; the thread that waits for it calls this."""
+        child.output.catch_up(CATCH_UP_BOUND_S)
+        with self._lock:
+            child.over.set()
+            died = child.is_up and not child.is_ending and not self._is_kept
+            tell, incarnation = self._on_died, child.incarnation
+        if died:
+            self.hold()  # until the lifecycle has decided what becomes of the service
+            tell(incarnation, self._how_it_ended(child))
+
+    def _how_it_ended(self, child: Child) -> str:
+        last = child.lines()[-1:]
+        return f"command {self._label}: {child.own.how_it_ended()}" + (f", its last line: {last[0]}" if last else "")
+
+    @property
+    def _label(self) -> str:
+        return self._command.label
+
+
+class Child:
+    """The process of one incarnation, and what is known of it.
+
+    Attributes:
+        incarnation: which one.
+        cookie: what it and its descendants are found by.
+        own: the process with everything that comes from it.
+        process: the process itself.
+        output: reads what it writes.
+        over: set when it has ended and its output was read.
+        has_line: whether the line was seen that shows that it is ready.
+        is_up: whether it was ready, so that its end is a death.
+        is_ending: whether it is being ended.
+        was_told: whether it was asked to end.
+    """
+
+    own: OwnProcess
+    process: Process
+    output: Output
+
+    def __init__(self, name: str, command: Command, incarnation: int, cookie: str) -> None:
+        self.incarnation = incarnation
+        self.cookie = cookie
+        self.over = threading.Event()
+        self.has_line = False
+        self.is_up = False
+        self.is_ending = False
+        self.was_told = False
+        self._name = name
+        self._label = command.label
+        self._pattern = re.compile(command.ready.pattern) if isinstance(command.ready, Line) else None
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT_MAX)
+        self._lock = threading.Lock()
+        self._log = logging.getLogger(f"sage.service.{name}")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and its output was read."""
+        return self.over.is_set()
+
+    def start(
+        self, words: tuple[str, ...], environment: dict[str, str], cwd: str | None, on_end: Callable[[Child], None]
+    ) -> None:
+        """Start the process.
+
+        Raises:
+            ServiceError: the system refuses to.
+        """
+        # A Python program would keep its lines until its buffer is full.
+        environment = {"PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"), **environment}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        try:
+            self.own = OwnProcess(words, self.cookie, lambda: on_end(self), environment, cwd=cwd, **pipes)
+        except (OSError, ValueError) as error:
+            text = f"command {self._label} cannot be started: {error}"
+            raise ServiceError(text, service=self._name, fault="external") from error
+        # Nobody waits for it yet, so that the pid is its own even if it has ended already.
+        self.process = process(self.own.pid) or Process(self.own.pid, 0)
+        self.output = Output(self.own.stdout, f"sage-output-{self.own.pid}", self._take)
+        self.own.watch()
+
+    def lines(self) -> tuple[str, ...]:
+        """Return the last lines of its output."""
+        with self._lock:
+            return tuple(self._lines)
+
+    def _take(self, line: str) -> None:
+        with self._lock:
+            self._lines.append(line)
+        if self._pattern is not None and not self.has_line and self._pattern.search(line):
+            self.has_line = True
+        self._log.info("%s", line)

@@ -1,0 +1,57 @@
+"""Ports of this machine for commands."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from sage.command import ADDRESS
+from sage.errors import ServiceError, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sage.command import Command
+
+
+def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> dict[str, int]:
+    """Return a port for each name; a command that is restarted gets its earlier ones again if they are free.
+
+    Raises:
+        ServiceError: the port that was asked for is in use.
+    """
+    ports: dict[str, int] = {}
+    # All are held until the last is chosen, so that none is given twice.
+    held: list[socket.socket] = []
+    try:
+        for name in command.ports:
+            wanted = command.port if name == "" else None
+            port = _take(wanted or earlier.get(name, 0), held)
+            if port is None and wanted is not None:
+                error = ServiceError(
+                    f'port {wanted} is in use, but command {command.label} of service "{service}" needs it',
+                    service=service,
+                    fault="external",
+                )
+                raise hint(error, "Stop what uses it, or leave port= out: a free port is chosen then.")
+            chosen = port if port is not None else _take(0, held)
+            assert chosen is not None
+            ports[name] = chosen
+    finally:
+        for one in held:
+            one.close()
+    return ports
+
+
+def _take(port: int, held: list[socket.socket]) -> int | None:
+    """Bind a port, or any free one for 0, and return it; None if it is in use."""
+    one = socket.socket()
+    held.append(one)
+    # Connections of an earlier server that only wait for their time to pass do not keep the next one out.
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        one.bind((ADDRESS, port))
+    except OSError:
+        return None
+    number: int = one.getsockname()[1]
+    return number
