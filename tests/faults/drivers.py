@@ -26,7 +26,7 @@ CHAIN = """
     import os, signal, subprocess, sys, time
     from sage import BaseService, LocalEnvironment, ServiceOptions, StopSignal
 
-    folder, has_children = sys.argv[1], sys.argv[2] == "children"
+    folder, kind = sys.argv[1:]
 
     def mark(text):
         with open(f"{folder}/marks", "a") as file:
@@ -39,17 +39,17 @@ CHAIN = """
         def setup(self):
             self.ctx.own_path(f"{folder}/{self.name}.spill")
             open(f"{folder}/{self.name}.spill", "w").close()
-            if has_children and self.name == "a":
+            if kind == "children" and self.name == "a":
                 subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 1000"])
-            if has_children and self.name == "b":
+            if kind == "children" and self.name == "b":
                 subprocess.Popen(["sleep", "1000"], start_new_session=True)
-            if has_children and self.name == "c":
+            if kind == "children" and self.name == "c":
                 os.kill(subprocess.Popen(["sleep", "1000"]).pid, signal.SIGSTOP)
             mark(f"{self.name} up")
 
         def stop(self):
             mark(f"{self.name} stop")
-            time.sleep(1000 if sys.argv[2] == "hangs" and self.name == "c" else 0.05)
+            time.sleep(1000 if kind == "hangs" and self.name == "c" else 0.05)
 
         def cleanup(self):
             mark(f"{self.name} cleanup")

@@ -58,6 +58,8 @@ def interrupt_one(folder: Path, moment: Moment, signum: int, clock: FairClock) -
     if took_s > SIGNAL_BOUND_S:
         wrong.append(f"took {took_s:.1f} s")
     states = [line["state"] for line in driver.lines() if line["type"] == "report"]
+    dirty = [line["errors"] for line in driver.lines() if line["type"] == "report" and line["cleanliness"] != "clean"]
+    wrong += [f"dirty: {errors}" for errors in dirty]
     if "c built" in marks and len(states) != 1:
         wrong.append(f"reports: {states}")
     wrong += [f"left: {path}" for path in (*folder.glob("*.spill"), *(folder / "temporary").glob("*/*"))]
