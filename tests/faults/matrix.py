@@ -233,3 +233,28 @@ def bound_s(row: Row) -> float:
     if row.fault == "stopped":
         used_s += 2 * STOP_S
     return used_s + (KILL_GRACE_S if row.host == "process" else 0.0)
+
+
+def table() -> str:
+    """Return the matrix as a table for the docs; rows that differ only in the name of the end stand in one line."""
+    lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for row in ROWS:
+        must = expected(row)
+        hooks = ", ".join(mark.removeprefix("faulty.") for mark in must.marks)
+        hooks = hooks.replace(", ".join(STARTING) + ", ", "its start, ")
+        caused = list(must.errors)
+        if row.way == "failure":
+            caused.remove("FunctionError")  # that of the task that failed beside
+        errors = ", ".join(f"{caused.count(name)} `{name}`" for name in sorted(set(caused))) or "none"
+        outcome = must.outcome if row.way == ITSELF or must.outcome != _ended(row) else "by the way"
+        clean = "clean" if must.is_clean else "dirty"
+        key = (row.place, row.fault, hooks, f"`{must.state}`", f"{outcome}, {clean}", errors)
+        lines.setdefault(key, {}).setdefault(row.host, []).append(row.way)
+    head = "| where | what | host | way | hooks of the service | it ends | job | errors |\n|" + "---|" * 8
+    body = []
+    for (place, fault, *rest), hosts in lines.items():
+        ways = ", ".join(dict.fromkeys(way for found in hosts.values() for way in found))
+        body.append("| " + " | ".join((place, fault, ", ".join(hosts), ways, *rest)) + " |")
+    order = {f"| {place} |": number for number, place in enumerate(PLACES)}
+    body.sort(key=lambda line: next(number for start, number in order.items() if line.startswith(start)))
+    return "\n".join((head, *body)) + "\n"

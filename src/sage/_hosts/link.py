@@ -107,27 +107,13 @@ class Link:
             raise
         try:
             value, error, where = connection.decode(*answer)
-        except Exception as error:
-            raise _not_sent(error, "the answer cannot be unpickled here") from error
+        except Exception as reason:
+            raise _not_sent(reason, "the answer cannot be unpickled here") from reason
         finally:
             self._keep(connection, timeout_s)
         if error is not None:
             raise hint(error, where)
         return value
-
-    def tell(self, *request: Any) -> None:
-        """Send a request that has no answer.
-
-        Raises:
-            LinkClosedError: the other side is gone.
-        """
-        connection = self.connect()
-        try:
-            connection.send(encode(request))
-        except OSError:
-            raise LinkClosedError("the other side is gone") from None
-        finally:
-            self._drop(connection)
 
     def connect(self) -> Connection:
         """Open a connection and hand its other end over.

@@ -71,9 +71,8 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
             said = f"its health check raised {text}" if cause is not None else "its health check failed"
             error = ServiceError(f'service "{name}" failed: {said}', job=job, service=name)
         case Trouble.LATE_HEALTH:
-            error = ServiceError(
-                f'service "{name}" failed: its health check did not end in time', job=job, service=name
-            )
+            text = f'service "{name}" failed: its health check did not end in time'
+            error = ServiceError(text, job=job, service=name)
         case Trouble.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
             hint(error, "Its stop and cleanup could not run any more.")
