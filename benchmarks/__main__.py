@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
 from benchmarks.plot import plot
+from benchmarks.processes import process_array, process_call, process_stop
 from benchmarks.throughput import chain, has_bytewax, service_call, word_count
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ CASES = {
     "import": importing,
     "memory": memory,
     "latency": latency,
+    "process-call": process_call,
+    "process-array": process_array,
+    "process-stop": process_stop,
 }
 
 ROW = "{:<38} {:>8} {:<36} {:>17} {:>14}  {}"

@@ -26,8 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `--seeds N` run every test of the step backend with N seeds."""
+    """Let `--seeds N` run every test of the step backend with N seeds, and `--moments N` hit N moments of a program."""
     parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
+    parser.addoption("--moments", type=int, default=4, help="how many moments of a phase drivers are killed at")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sage import BaseService, JobReport, LocalEnvironment
 
 
+class Notes(Sequence[str]):
+    """A list of lines in a file, which services of any process append to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: str) -> None:
+        # Appended by one write, lines of several processes do not mix.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def lines(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.lines()[place]
+
+    def __len__(self) -> int:
+        return len(self.lines())
+
+    def __eq__(self, other: object) -> bool:
+        return self.lines() == (other.lines() if isinstance(other, Notes) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __repr__(self) -> str:
+        return repr(self.lines())
+
+
+Journal = list[str] | Notes
+
+
 class Recorded(BaseService):
     """Writes its hooks into a list, and says so if one of them runs during a call."""
 
-    def __init__(self, journal: list[str], *others: Any) -> None:
+    def __init__(self, journal: Journal, *others: Any) -> None:
         self.journal = journal
         self.calls_running = 0
         self.note("build")
@@ -41,7 +79,7 @@ class Recorded(BaseService):
 class Broken(Recorded):
     """Raises in one of its hooks."""
 
-    def __init__(self, journal: list[str], hook: str, error: BaseException) -> None:
+    def __init__(self, journal: Journal, hook: str, error: BaseException) -> None:
         self.hook, self.error = hook, error
         super().__init__(journal)
 
@@ -54,7 +92,7 @@ class Broken(Recorded):
 class Numbered(BaseService):
     """Writes its hooks into a list, with the number of the instance."""
 
-    def __init__(self, journal: list[str]) -> None:
+    def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.number = 1 + sum(entry.startswith(f"{self.name}.build") for entry in journal)
         self.note("build")

@@ -470,6 +470,7 @@ class Environment:
 
             refuse(self.name, commands)  # only now, as a plan is explained without them
         backend = self._backend()  # refused here if it cannot be had, before anything is opened
+        _check_processes(graph.services)
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
@@ -590,6 +591,16 @@ class RemoteEnvironment(Environment):
     def _backend(self) -> Backend:
         error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
         raise hint(error, "Use LocalEnvironment: the program stays the same.")
+
+
+def _check_processes(services: Iterable[ServiceSpec]) -> None:
+    """Refuse services that cannot be sent to the processes in which they are to run."""
+    hosted = [spec for spec in services if spec.options.host == "process"]
+    if hosted:
+        from sage._hosts.process import check_can_be_sent
+
+        for spec in hosted:
+            check_can_be_sent(spec)
 
 
 def _interrupt_timeout_s() -> float:

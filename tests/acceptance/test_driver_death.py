@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +252,6 @@ CHAIN = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("sage._hosts.process") is None, reason="there is no host for processes yet")
 def test_services_in_processes_stop_in_reverse_and_nothing_is_left(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

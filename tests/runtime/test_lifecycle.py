@@ -368,6 +368,22 @@ def test_health_that_hangs_counts_as_unhealthy() -> None:
     job.hooks["a"] = WATCHED
     job.run().at(5.0)
     assert job.at(10.0) == ["abandon_hook a health", "hold_calls a", "run_hook a drain"]
+    assert job.seen_failures() == [("late_health", "a", "health")]
+
+
+@pytest.mark.parametrize(("is_process", "state"), [(False, "abandoned"), (True, "killed")])
+def test_health_that_hangs_leaves_a_thread_or_costs_the_process(is_process: bool, state: str) -> None:
+    """The check still runs when the service has been cleaned up, which the report must not hide."""
+    job = Job((process if is_process else service)("a", health_interval_s=5.0))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    job.at(10.0)
+    job.post(TaskEnded("t", TaskState.CANCELLED))
+    job.gone("a")
+    if is_process:
+        job.end("a", "exit", Exit(0))
+    assert job.service_states() == {"a": state}
+    assert job.state.is_failed
 
 
 def test_health_that_hangs_while_the_job_stops_is_named_and_does_not_hold_it_up() -> None:

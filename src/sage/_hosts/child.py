@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
-from sage._hosts.link import SILENT, Link, LinkClosedError
+from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
 from sage._hosts.wire import encode
 from sage._runtime.coroutines import CoroutineLoop
-from sage.errors import ServiceUnavailableError, describe
+from sage.errors import ServiceError, ServiceUnavailableError, describe
 from sage.service import ServiceContext, ServiceHandle
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from sage._hosts.wire import Connection
 
 ORDER_BYTES_MAX = 65_536
+
+START_HOOKS = frozenset({"setup", "start", "ready"})
+"""What has to have succeeded, as far as the service has it, before `stop` may follow."""
 
 ORPHAN_STOP_S = 10.0
 """How long stop and cleanup may take together when driver and guardian are both gone."""
@@ -54,7 +57,7 @@ class Child:
         self._handles = Handles(self)
         self._over = threading.Event()
         self._is_told = False
-        self._is_ready = False
+        self._succeeded: set[str] = set()
         self._begun: set[str] = set()
         self._changed = threading.Condition()
         self._running = 0
@@ -70,6 +73,7 @@ class Child:
 
     def live(self) -> None:
         """Do as the driver says until it says "exit", or until it is gone; then end in order."""
+        self.link.begin()
         self._over.wait()
         if not self._is_told:
             self._be_orphan()
@@ -94,7 +98,8 @@ class Child:
         self._begun.add(hook)
         with self._busy():
             value = self._instance.run_hook(hook)
-        self._is_ready = self._is_ready or hook == "start"
+        if hook != "ready" or value:
+            self._succeeded.add(hook)
         # Hooks may return whatever they like; only these two are asked for an answer.
         return bool(value) if hook == "ready" else value is not False if hook == "health" else None
 
@@ -184,7 +189,7 @@ class Child:
                     errors.append(f"{hook}: {describe(error)}")
 
     def _is_ready_to_stop(self) -> bool:
-        return self._is_ready or not {"setup", "start"} & self._instance.hooks
+        return self._instance.hooks & START_HOOKS <= self._succeeded
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -267,6 +272,9 @@ class DriverCalls:
     def _ask(self, kind: str, *request: Any) -> Any:
         try:
             return self._link.ask(kind, self._service, *request)
+        except NotSentError as error:
+            text = f'the arguments of "{self._service}".{request[0]} cannot be pickled: {describe(error.reason)}'
+            raise ServiceError(text, service=self._service) from error.reason
         except LinkClosedError:
             text = f'service "{self._service}" cannot be reached: the driver is gone'
             raise ServiceUnavailableError(text, service=self._service) from None

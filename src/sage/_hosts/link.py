@@ -30,6 +30,14 @@ class LinkClosedError(Exception):
     """The other side is gone."""
 
 
+class NotSentError(Exception):
+    """A request cannot be pickled, for the `reason`."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Link:
     """Asks the other side, and answers it.
 
@@ -62,6 +70,9 @@ class Link:
         self._all: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self._closed = False
+
+    def begin(self) -> None:
+        """Answer from now on. What the other side has asked before waits, so that the owner can get ready for it."""
         self._start_thread(self._accept)
 
     def ask(self, *request: Any, timeout_s: float | None = None) -> Any:
@@ -69,9 +80,13 @@ class Link:
 
         Raises:
             LinkClosedError: the other side is gone, or went before it had answered.
+            NotSentError: the request cannot be pickled.
             TimeoutError: no answer came within `timeout_s` seconds.
         """
-        frame = encode(request)
+        try:
+            frame = encode(request)
+        except Exception as error:  # whatever the values themselves raise
+            raise NotSentError(error) from error
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -100,6 +115,20 @@ class Link:
             raise hint(error, where)
         return value
 
+    def tell(self, *request: Any) -> None:
+        """Send a request that has no answer.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+        """
+        connection = self.connect()
+        try:
+            connection.send(encode(request))
+        except OSError:
+            raise LinkClosedError("the other side is gone") from None
+        finally:
+            self._drop(connection)
+
     def connect(self) -> Connection:
         """Open a connection and hand its other end over.
 
@@ -123,6 +152,20 @@ class Link:
         finally:
             there.close()
         return connection
+
+    def tell(self, *request: Any) -> None:
+        """Send a request that is not answered.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+        """
+        connection = self.connect()
+        try:
+            connection.send(encode(request))
+        except OSError:
+            raise LinkClosedError("the other side is gone") from None
+        finally:
+            self._drop(connection)
 
     def shut(self) -> None:
         """Let every request end at once, here and there."""

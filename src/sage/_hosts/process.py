@@ -6,14 +6,15 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, cast
 
 from sage._hosts.gated import GatedHost
-from sage._hosts.link import SILENT, Link, LinkClosedError
+from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
 from sage._hosts.own_process import OwnProcess
 from sage._hosts.wire import encode
 from sage._runtime.backend import HostFacts
-from sage.errors import GraphError, ServiceUnavailableError, describe, hint
+from sage.errors import GraphError, ServiceError, ServiceUnavailableError, describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,6 @@ class ProcessHost(GatedHost):
         on_died: Callable[[int, str], None],
     ) -> None:
         super().__init__(spec, context, backend, loop, on_died)
-        _check_can_be_sent(spec)
         self._process: OwnProcess | None = None
         self._link: Link | None = None
         self._cookie = ""
@@ -55,6 +55,9 @@ class ProcessHost(GatedHost):
         self._methods: set[str] = set()
         self._is_built_there = False
         self._is_ending = False
+        self._is_kept = False
+        self._death = ""
+        self._telling = threading.Lock()
         self._answers: dict[str, Callable[..., Any]] = {
             "service": self._know,
             "attribute": self._attribute_of_other,
@@ -80,6 +83,21 @@ class ProcessHost(GatedHost):
         if self._process is None:
             return HostFacts("process")
         return HostFacts("process", self._process.pid, self._process.exit_code)
+
+    def adopt(
+        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
+    ) -> None:
+        """Let another job run the hooks of an instance that is kept, or tell it at once that its process is gone."""
+        with self._telling:
+            super().adopt(context, backend, loop, on_died)
+            self._is_kept = False
+            if self._death:
+                self._on_died(self._incarnation, self._death)
+
+    def release(self) -> None:
+        """Free the thread of a service that is kept; its process stays."""
+        super().release()
+        self._is_kept = True
 
     def hurry(self, due: float) -> None:
         """Move the `due` of an "exit" that runs forward."""
@@ -171,19 +189,27 @@ class ProcessHost(GatedHost):
             there.close()
             guarded.close()
         self._is_ending = False
+        self._death = ""
         self._process = process
         # Its handles are found by the name that is pickled for them, in the job that asks.
         self._link = Link(here, self._answer, self._context._services, name, lambda: None)
+        self._link.begin()
         process.watch()
         self._guard.started(name, incarnation, process.pid, guardians.detach())
 
     def _process_ended(self, process: OwnProcess) -> None:
         """Tell of a process that ended without being asked to; called by the thread that waits for it."""
-        if process is self._process and not self._is_ending:
+        with self._telling:
+            if process is not self._process or self._is_ending:
+                return
             if self._link is not None:
                 self._link.shut()  # what it forked may hold the other ends open, and nobody would answer
-            self.hold()  # until the lifecycle has decided what becomes of the service
-            self._on_died(self._incarnation, process.how_it_ended())
+            if self._is_kept:
+                self._gate.close()  # nobody decides anything before the next job does
+            else:
+                self.hold()  # until the lifecycle has decided what becomes of the service
+            self._death = process.how_it_ended()
+            self._on_died(self._incarnation, self._death)
 
     def _exit(self, due: float | None) -> Exit | None:
         process, link = self._process, self._link
@@ -200,9 +226,8 @@ class ProcessHost(GatedHost):
 
     def _ask_to_exit(self, link: Link) -> None:
         try:
-            connection = link.connect()
-            connection.send(encode(("exit",)))
-        except (LinkClosedError, OSError):
+            link.tell("exit")
+        except LinkClosedError:
             log.debug("process is gone already service=%r", self.spec.name)
 
     def _where(self) -> str:
@@ -223,6 +248,9 @@ class ProcessHost(GatedHost):
         assert link is not None
         try:
             return link.ask(*request)
+        except NotSentError as error:
+            text = f'the arguments of "{self.spec.name}".{request[1]} cannot be pickled: {describe(error.reason)}'
+            raise ServiceError(text, service=self.spec.name) from error.reason
         except LinkClosedError:
             how = ""
             if self._process is not None and self._process.wait_ended():
@@ -260,8 +288,12 @@ class ProcessHost(GatedHost):
         return SILENT
 
 
-def _check_can_be_sent(spec: ServiceSpec) -> None:
-    """Refuse what cannot be pickled, before anything is started, by the name of its argument."""
+def check_can_be_sent(spec: ServiceSpec) -> None:
+    """Refuse what cannot be pickled, before anything is started, by the name of its argument.
+
+    Raises:
+        GraphError: the class, the function or an argument cannot be sent to another process.
+    """
     parts = {"the class or function": spec.target}
     parts |= {f"argument {place}": value for place, value in enumerate(spec.args)}
     parts |= {f'argument "{name}"': value for name, value in spec.kwargs.items()}

@@ -145,6 +145,7 @@ class Trouble(StrEnum):
     START = "start"
     NOT_READY = "not_ready"
     UNHEALTHY = "unhealthy"
+    LATE_HEALTH = "late_health"
     DIED = "died"
     LOST = "lost"
     KILLED = "killed"
@@ -154,7 +155,17 @@ class Trouble(StrEnum):
     LATE_TASK = "late_task"
 
 
-FAILS_JOB = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.START, Trouble.NOT_READY, Trouble.UNHEALTHY, Trouble.DIED})
+FAILS_JOB = frozenset(
+    {
+        Trouble.TASK,
+        Trouble.CLOSE,
+        Trouble.START,
+        Trouble.NOT_READY,
+        Trouble.UNHEALTHY,
+        Trouble.LATE_HEALTH,
+        Trouble.DIED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

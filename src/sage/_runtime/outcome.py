@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 UNCLEAN = frozenset(
     {
         Trouble.CLOSE,
+        Trouble.LATE_HEALTH,
         Trouble.HOOK,
         Trouble.LATE_HOOK,
         Trouble.LATE_CALLS,
@@ -69,6 +70,8 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
         case Trouble.UNHEALTHY:
             said = f"its health check raised {text}" if cause is not None else "its health check failed"
             error = ServiceError(f'service "{name}" failed: {said}', job=job, service=name)
+        case Trouble.LATE_HEALTH:
+            error = ServiceError(f'service "{name}" failed: its health check did not end in time', job=job, service=name)
         case Trouble.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
             hint(error, "Its stop and cleanup could not run any more.")

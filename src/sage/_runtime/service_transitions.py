@@ -372,7 +372,9 @@ class ServiceDraft(Draft):
         if record.state is S.STARTING:
             self.late_start(name, hook, record)
         elif hook == "health" and not self.stopping:
-            self.service_failed(name, Trouble.UNHEALTHY, hook)
+            self.service_failed(name, Trouble.LATE_HEALTH, hook)
+            if not self.services[name].again:
+                self.worsen(name, S.KILLED if "exit" in record.hooks else S.ABANDONED)
         elif hook == "health":
             self.give_up(name, hook)
         elif hook == "exit":
