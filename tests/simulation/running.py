@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage import JobError, LocalEnvironment, Retry, ServiceOptions
 from sage._runtime.states import JobState, Way
+from sage.errors import InternalError
 from sage.testing import StepBackend
 from simulation.scenario import RETRIES_MAX
 from simulation.world import CLASSES, World, plain, service_class, source_values
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 TURNS_MAX = 20_000
 """How many turns a job of this size may take; most take a few hundred."""
-
-
-class NeverEnds(Exception):
-    """A job went on beyond every bound."""
 
 
 class Schedule(StepBackend):
@@ -45,7 +42,7 @@ class Schedule(StepBackend):
                     self.taken.append(Way[request.way])
                 self.job.request(Way[request.way], f"asked for at turn {self.turns}")
         if self.turns > TURNS_MAX:
-            raise NeverEnds(f"the job is {supervisor.state.job} after {self.turns} turns")
+            raise InternalError(f"the job is {supervisor.state.job} after {self.turns} turns")
         super().turn(supervisor)
 
 
