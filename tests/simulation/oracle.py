@@ -115,18 +115,26 @@ class Oracle:
         if not self._scenario.keep:
             needs |= {(entry.within[-1][0], entry.name) for entry in self._log if entry.within}
         for name, other in needs:
-            if name == other or not self._instances[name] or not self._instances[other]:
+            if name == other or not self._services[other].required:
                 continue
-            mine = [at for entries in self._instances[name].values() for at, _ in entries]
-            theirs = self._instances[other][max(self._instances[other])]
-            ends = [at for at, entry in theirs if entry.hook in ENDING]
-            if self._services[other].required and ends and min(ends) < max(mine):
-                yield f"{name} needs {other}, which began to end before {name} had ended"
-            starts = [at for at, entry in theirs if entry.hook in ("build", *STARTING[:2])]
-            if other in self._services[name].requires and self._services[other].required and max(starts) > min(mine):
-                yield f"{name} needs {other}, but was built before {other} had started"
+            for mine in self._instances[name].values():
+                yield from self._dependency(name, [at for at, _ in mine], other)
         if not needs:
             yield from self._reverse_order()
+
+    def _dependency(self, name: str, mine: list[int], other: str) -> Iterator[str]:
+        """Yield what is wrong between one instance of a service and what it needs."""
+        earlier = [entries for entries in self._instances[other].values() if entries[0][0] < min(mine)]
+        if not earlier:
+            if other in self._services[name].requires:
+                yield f"{name} needs {other}, but was built before it"
+            return
+        theirs = earlier[-1]
+        if any(entry.hook in STARTING[:2] and at > min(mine) for at, entry in theirs):
+            if other in self._services[name].requires:
+                yield f"{name} needs {other}, but was built before {other} had started"
+        if any(entry.hook in ENDING and at < max(mine) for at, entry in theirs):
+            yield f"{name} needs {other}, which began to end before {name} had ended"
 
     def _reverse_order(self) -> Iterator[str]:
         """Yield services that did not end in the reverse order of registration."""
@@ -157,7 +165,7 @@ class Oracle:
             node = self._scenario.node(name)
             hooks = [entry.hook for _, entry in life]
             calls = [hook for hook in hooks if hook == "call"]
-            has_finish = hooks[-2:-1] == ["finish"]
+            has_finish = "finish" in hooks
             if life[0][1].error is not None:
                 expected = ["build"]
             elif len(life) > 1 and life[1][1].error is not None:
