@@ -12,9 +12,10 @@ from simulation.world import combine, key_of, outs_of, source_values
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from sage.report import JobReport
     from simulation.scenario import Node, Scenario
     from simulation.world import Entry
+
+    from sage.report import JobReport
 
 Keyed = tuple[Any, Any]
 """A record with its key, None where the stream has none."""

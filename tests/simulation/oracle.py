@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from sage import ServiceUnavailableError
 from simulation.flow import Flow
 from simulation.scenario import PASSING
+
+from sage import ServiceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +47,8 @@ class Oracle:
 
     def judge(self) -> Iterator[str]:
         for name, instances in self._instances.items():
-            for entries in instances.values():
-                yield from self._life(self._services[name], [entry for _, entry in entries])
+            for life in instances.values():
+                yield from self._life(self._services[name], [entry for _, entry in life])
         if not self._killed:
             yield from self._readiness()
             yield from self._dependencies()

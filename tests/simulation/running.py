@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from simulation.scenario import RETRIES_MAX
+from simulation.world import CLASSES, World, plain, service_class, source_values
+
 from sage import JobError, LocalEnvironment, Retry, ServiceOptions
 from sage._runtime.states import JobState, Way
 from sage.errors import InternalError
 from sage.testing import StepBackend
-from simulation.scenario import RETRIES_MAX
-from simulation.world import CLASSES, World, plain, service_class, source_values
 
 if TYPE_CHECKING:
+    from simulation.scenario import Node, Request, Scenario
+
     from sage import DataStream, JobReport
     from sage._runtime.job import Job
     from sage._runtime.supervisor import Supervisor
     from sage.observability import Event
-    from simulation.scenario import Node, Request, Scenario
 
 TURNS_MAX = 20_000
 """How many turns a job of this size may take; most take a few hundred."""
@@ -147,9 +149,7 @@ class Simulation:
         if node.kind == "broadcast":
             return inputs[0].broadcast().name(node.name)
         given: tuple[Any, ...] = (
-            (plain(self.world, node, self.handles),)
-            if node.form == "plain"
-            else (CLASSES[node.kind], self.world, node)
+            (plain(self.world, node, self.handles),) if node.form == "plain" else (CLASSES[node.kind], self.world, node)
         )
         settings = {"parallelism": node.parallelism, "name": node.name, "on_error": self._on_error(node)}
         stream: Any = inputs[0].connect(inputs[1]) if node.kind == "comap" else inputs[0]

@@ -70,7 +70,7 @@ class Fault:
 class Request:
     """Who asks for an end: the world at a turn of the backend, or a function when a place is reached for the n-th time."""
 
-    way: Literal["DRAIN", "CANCEL", "KILL"]
+    way: str
     at: int
     place: str = ""
 

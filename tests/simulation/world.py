@@ -1,4 +1,4 @@
-"""The functions and services of a simulated job: they do what the scenario says, fail where it says, and write it down."""
+"""The functions and services of a simulated job: they do and fail what it says, and note it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from sage._runtime.states import Way
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sage._runtime.job import Job
     from simulation.scenario import Node, Scenario, Service
+
+    from sage._runtime.job import Job
 
 
 @dataclass(slots=True)
@@ -297,8 +298,9 @@ def plain(world: World, node: Node, handles: dict[str, Any]) -> Callable[..., An
 
     def combined(so_far: str, value: str) -> str:
         entry = world.enter(node.name, "call", 0, value)
-        entry.outs = [combine(so_far, value)]
-        return entry.outs[0]
+        together = combine(so_far, value)
+        entry.outs = [together]
+        return together
 
     def values() -> Iterator[Any]:
         for value in source_values(node):
