@@ -31,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `--seeds N` run every test of the step backend with N seeds, and `--moments N` hit N moments of a program."""
     parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
     parser.addoption("--moments", type=int, default=4, help="how many moments of a phase drivers are killed at")
+    parser.addoption("--simulation-base", type=int, default=0, help="the first seed of the simulation")
+    parser.addoption("--simulation-count", type=int, default=10_000, help="how many seeds the simulation runs")
+    parser.addoption("--simulation-seed", type=int, help="the only seed that the simulation runs")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -192,10 +192,20 @@ class StepBackend(Backend):
             for _ in range(STEPS_MAX):
                 if supervisor.is_sealed:
                     return True
-                self._turn(supervisor)
+                self.turn(supervisor)
         raise InternalError(f"seed {self.seed}: the job did not end within {STEPS_MAX} steps")
 
-    def _turn(self, supervisor: Supervisor) -> None:
+    @property
+    def pending(self) -> int:
+        """How many events wait for their turn."""
+        return len(self._events)
+
+    def turn(self, supervisor: Supervisor) -> None:
+        """Do one thing: a step of a task, a hook, or one event; a subclass may do something before it.
+
+        Raises:
+            InternalError: nothing can go on.
+        """
         lanes = [lane for lane in self._lanes if lane.waiting]
         tasks = [task for task in self._tasks if task in self._ready]
         choices: list[Any] = [*lanes, *tasks]

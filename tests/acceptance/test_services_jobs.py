@@ -23,10 +23,12 @@ from sage import (
     MapFunction,
     Outcome,
     ProcessFunction,
+    ServiceError,
     ServiceOptions,
     ServiceUnavailableError,
     SinkFunction,
 )
+from sage.testing import StepBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -462,3 +464,26 @@ def test_a_kept_service_that_is_replaced_is_cleaned(backend: Callable[[], Backen
         env.submit(autostop=True)
         assert cleaned[0] == "first"
     assert cleaned == ["first", "second"]
+
+
+def test_no_service_is_kept_on_one_that_failed() -> None:
+    """Acceptance 3 and 9: what is kept would otherwise outlive the service that it depends on."""
+    journal: list[str] = []
+
+    class Sick(Numbered):
+        def health(self) -> bool:
+            return False
+
+    def source() -> None:
+        """Have nothing, for ever."""
+
+    env = LocalEnvironment("test", backend=lambda: StepBackend(0))
+    env.register_service("base", Sick, journal, options=ServiceOptions(health_interval_s=0.01))
+    env.register_service("upper", Numbered, journal, options=ServiceOptions(depends_on=["base"]))
+    env.from_source(source).sink(print)
+    job = env.submit(keep_services=True)
+    with pytest.raises(ServiceError, match="its health check failed"):
+        job.wait()
+    assert journal[2:] == ["upper.stop 1", "upper.cleanup 1", "base.stop 1", "base.cleanup 1"]
+    env.close()
+    assert len(journal) == 6

@@ -37,6 +37,36 @@ def not_three(number: int) -> int:
     return number
 
 
+def test_dead_letters_that_nobody_sends_end_with_the_job(backend: Backends) -> None:
+    env = LocalEnvironment("test", backend=backend)
+    arrived: list[int] = []
+    letters: list[DeadLetter] = []
+    env.dead_letters().sink(letters.append)
+    env.from_batch([1, 2]).sink(arrived.append)
+    report = env.submit().wait(timeout_s=20)
+    assert (arrived, letters) == ([1, 2], [])
+    assert {task.state for task in report.tasks} == {"done"}
+
+
+@pytest.mark.parametrize("records", [1, 5, 50])
+def test_records_behind_one_that_fails_the_job_count_as_undelivered(records: int, backend: Backends) -> None:
+    env = LocalEnvironment("test", backend=backend)
+    seen: list[int] = []
+
+    def take(number: int) -> None:
+        seen.append(number)
+        if number == 3 or number == records - 1:
+            raise ValueError("not this one")
+
+    env.from_batch(range(records)).rebalance().sink(take, name="sink")
+    job = env.submit()
+    with pytest.raises(FunctionError, match="not this one"):
+        job.wait()
+    report = job.report
+    assert report is not None
+    assert report.operators[0].records_out == len(seen) + report.undelivered
+
+
 @pytest.mark.parametrize(
     "build",
     [

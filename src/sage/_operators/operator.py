@@ -184,8 +184,8 @@ class Operator:
         if done and self.wake_at is None:
             self._attempts = 0
         if done < total:
-            if self.failure is None:
-                self.rest = batch.slice(done)
+            # The record that fails the job is named by the error; those after it count as undelivered.
+            self.rest = batch.slice(done if self.failure is None else done + 1)
             batch = batch.slice(0, done)
         self.metrics.records_in += done
         return batch.select([place not in dropped for place in range(done)]) if dropped else batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,7 @@ def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[Any], str | 
         return []
     found: list[tuple[ServiceHandle[Any], str | None]] = []
     before: Any = None
-    for instruction in dis.get_instructions(function):
+    for instruction in _instructions(function.__code__):
         value = handles.get(before.argval) if before is not None and isinstance(before.argval, str) else None
         if isinstance(value, ServiceHandle) and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             found.append((value, instruction.argval))
@@ -222,9 +223,15 @@ def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[Any], str | 
     return found
 
 
+@lru_cache(maxsize=1024)
+def _instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+    """Return the bytecode of a function; a program that submits the same graph often reads it once."""
+    return tuple(dis.get_instructions(code))
+
+
 def _names_in(code: CodeType) -> Iterator[str]:
     """Yield the names of services that code calls by a constant: `self.call_service("memory", ...)`."""
-    instructions = list(dis.get_instructions(code))
+    instructions = _instructions(code)
     for subject, method, argument in zip(instructions, instructions[1:], instructions[2:], strict=False):
         if (
             (subject.opname, subject.argval) == ("LOAD_FAST", "self")

@@ -127,6 +127,8 @@ class Job:
                 try:
                     is_over = supervisor.backend.wait(supervisor, timeout_s)
                     break
+                except InternalError:
+                    raise  # the backend cannot go on; to wait again would be to wait for ever
                 except BaseException as error:  # raised by a handler of the program's own; the job has to end first
                     self.request(Way.CANCEL if interrupted else Way.DRAIN, describe(error), self._interrupt_timeout_s)
                     interrupted = error

@@ -247,11 +247,19 @@ class ServiceDraft(Draft):
             if record.hook in (None, "ready-pause"):
                 # Built, but not ready: whatever of it has begun gets its cleanup, and no stop.
                 self.next_stop_hook(name, "stop")
-        elif self.start.service_plans[name].keep and record.state is S.READY and self.idle(record):
+        elif record.state is S.READY and self.idle(record) and self.may_stay(name):
             self.move_service(name, S.KEPT, hook=None, due=None)
         elif record.state in (S.READY, S.DEGRADED) and self.idle(record):
             self.do(Do.REFUSE_CALLS, name)
             self.drain_service(name)
+
+    def may_stay(self, name: str) -> bool:
+        """Return whether a service is to be kept, and nothing that it needs is about to end under it."""
+        plan = self.start.service_plans[name]
+        return plan.keep and all(
+            record.state in SERVICE_TERMINAL or (record.state is S.READY and self.may_stay(other))
+            for other, record in ((other, self.services[other]) for other in plan.requires)
+        )
 
     @staticmethod
     def idle(record: ServiceRecord) -> bool:

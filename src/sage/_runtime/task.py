@@ -242,7 +242,9 @@ class Task:
     def _wait_to_run(self) -> Step:
         if not self._may_run:
             return Step.IDLE
-        self.phase = Phase.RUNNING
+        # Dead letters that no operator sends have nobody who could say that they ended.
+        is_fed = self.inbox is None or self.producers > 0 or self.loop is not None
+        self.phase = Phase.RUNNING if is_fed else Phase.FINISHING
         return Step.PROGRESSED
 
     def _run(self) -> Step:
