@@ -46,8 +46,8 @@ class ProcessHost(GatedHost):
         loop: CoroutineLoop,
         on_died: Callable[[int, str], None],
     ) -> None:
-        super().__init__(spec, context, backend, loop, on_died)
         _check_can_be_sent(spec)
+        super().__init__(spec, context, backend, loop, on_died)
         self._process: OwnProcess | None = None
         self._link: Link | None = None
         self._cookie = ""

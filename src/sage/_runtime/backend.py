@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
     from sage.records import Span
-    from sage.service import ServiceCalls, ServiceContext
+    from sage.service import ServiceCalls, ServiceContext, ServiceOptions
 
 
 class Lane(Protocol):
@@ -39,12 +39,14 @@ class HostFacts:
         pid: the process of the last incarnation, or None for one that was never started.
         exit_code: how that process ended; negative for a signal, None while it runs or where it is not known.
         output: the last lines that it wrote.
+        released: whether the instance lives on, for other environments that share it.
     """
 
     host: str = "inline"
     pid: int | None = None
     exit_code: int | None = None
     output: tuple[str, ...] = ()
+    released: bool = False
 
 
 class Host(Protocol):
@@ -59,6 +61,10 @@ class Host(Protocol):
     @property
     def spec(self) -> ServiceSpec:
         """What was registered."""
+
+    @property
+    def options(self) -> ServiceOptions:
+        """What the lifecycle of this job goes by."""
 
     @property
     def calls(self) -> ServiceCalls:

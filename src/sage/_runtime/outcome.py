@@ -208,6 +208,7 @@ def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]
                 facts.pid,
                 facts.exit_code,
                 facts.output,
+                facts.released,
             )
         )
     return tuple(reports)

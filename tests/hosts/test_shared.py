@@ -1,0 +1,300 @@
+"""Services that environments of one process share: one instance, cleaned up once, by whoever is the last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from recorded import Broken, Recorded, report_of
+
+import sage
+from sage import (
+    BaseService,
+    Cleanliness,
+    GraphError,
+    JobError,
+    LocalEnvironment,
+    MapFunction,
+    Outcome,
+    ServiceOptions,
+    SinkFunction,
+)
+from sage.testing import assert_clean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from sage._runtime.backend import Backend
+    from sage._runtime.job import Job
+
+    MakeBackend = Callable[[], Backend]
+
+SOON_S = 20.0
+"""Bound of every wait for something that happens at once on an idle machine."""
+
+WHOLE_LIFE = ["memory.build", "memory.setup", "memory.start", "memory.stop", "memory.cleanup"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fail a test that leaves a thread, a process or a descriptor behind."""
+    with assert_clean():
+        yield
+
+
+def shared(**options: Any) -> ServiceOptions:
+    return ServiceOptions(shared=True, **options)
+
+
+class Ask(MapFunction):
+    def execute(self, data: Any) -> Any:
+        return self.call_service("memory", data)
+
+
+class Endless:
+    """A stream that goes on until it is told to end, and says when the first record has come through."""
+
+    def __init__(self, env: LocalEnvironment) -> None:
+        self.flows = threading.Event()
+        self.ends = threading.Event()
+        env.from_source(self.read, delay=0.001).map(Ask).sink(self.take)
+
+    def read(self) -> Any:
+        return sage.StopSignal("the end") if self.ends.is_set() else 1
+
+    def take(self, _: Any) -> None:
+        self.flows.set()
+
+    def wait(self) -> None:
+        assert self.flows.wait(SOON_S)
+
+
+def environment(name: str, target: Any, *args: Any, options: ServiceOptions | None = None) -> LocalEnvironment:
+    env = LocalEnvironment(name)
+    env.register_service("memory", target, *args, options=options or shared())
+    return env
+
+
+def two_running(target: Any, *args: Any, options: ServiceOptions | None = None) -> tuple[Job, Endless, Job, Endless]:
+    """Run two environments that share a service, both with records flowing."""
+    found: list[Any] = []
+    for name in ("first", "second"):
+        env = environment(name, target, *args, options=options)
+        stream = Endless(env)
+        found += [env.submit(), stream]
+        stream.wait()
+    return tuple(found)  # type: ignore[return-value]
+
+
+def test_one_environment_alone(backend: MakeBackend) -> None:
+    journal: list[str] = []
+    taken: list[int] = []
+    env = LocalEnvironment("alone", backend=backend)
+    env.register_service("memory", Recorded, journal, options=shared())
+    env.from_batch([1, 2, 3]).map(Ask).sink(taken.append)
+    job = env.submit(autostop=True)
+    assert taken == [1, 2, 3]
+    assert journal == WHOLE_LIFE
+    assert job.report is not None
+    report = job.report.service("memory")
+    assert (report.state, report.calls, report.released) == ("stopped", 3, False)
+    assert job.report.cleanliness is Cleanliness.CLEAN
+
+
+def test_two_environments_have_one_instance_and_the_last_one_cleans_it() -> None:
+    journal: list[str] = []
+    first, _, second, stream = two_running(Recorded, journal)
+    first.stop()
+    assert journal == WHOLE_LIFE[:3]
+    assert first.report is not None
+    report = first.report.service("memory")
+    assert (report.state, report.released) == ("stopped", True)
+    assert "released" in str(first.report)
+    assert first.report.cleanliness is Cleanliness.CLEAN
+    assert second.state == "running"
+    stream.ends.set()
+    second.wait()
+    assert journal == WHOLE_LIFE
+    assert second.report is not None
+    assert not second.report.service("memory").released
+
+
+def test_cancelling_one_leaves_the_other_alone() -> None:
+    journal: list[str] = []
+    first, _, second, stream = two_running(Recorded, journal)
+    first.cancel()
+    assert journal == WHOLE_LIFE[:3]
+    stream.flows.clear()
+    stream.wait()
+    stream.ends.set()
+    second.wait()
+    assert journal == WHOLE_LIFE
+
+
+def test_one_after_the_other_builds_anew() -> None:
+    journal: list[str] = []
+    for _ in range(2):
+        env = environment("again", Recorded, journal)
+        env.from_batch([1]).map(Ask).sink(lambda _: None)
+        env.submit(autostop=True)
+    assert journal == WHOLE_LIFE * 2
+
+
+def test_a_limit_of_calls_holds_over_all_environments() -> None:
+    class Narrow(BaseService):
+        def __init__(self) -> None:
+            self.inside = self.most = 0
+            self.lock = threading.Lock()
+
+        def process(self, data: Any) -> Any:
+            with self.lock:
+                self.inside += 1
+                seen.append(self.inside)
+            time.sleep(0.001)  # the work
+            with self.lock:
+                self.inside -= 1
+            return data
+
+    seen: list[int] = []
+    first, _, second, _ = two_running(Narrow, options=shared(concurrency=1))
+    first.stop()
+    second.stop()
+    assert set(seen) == {1}
+
+
+def test_twenty_threads_at_once() -> None:
+    journal: list[str] = []
+    taken: list[int] = []
+    barrier = threading.Barrier(20)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        env = environment("one of many", Recorded, journal, options=shared(concurrency=None))
+        env.from_batch([1, 2, 3]).map(Ask).sink(taken.append)
+        barrier.wait(SOON_S)
+        try:
+            env.submit(autostop=True)
+        except BaseException as error:  # shown below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON_S * 3)
+    assert not errors
+    assert sorted(taken) == sorted([1, 2, 3] * 20)
+    # However many instances followed each other, no two overlapped, and each was cleaned up once.
+    hooks = [entry.removesuffix(" during a call") for entry in journal]
+    assert hooks == WHOLE_LIFE * (len(hooks) // len(WHOLE_LIFE))
+    assert hooks == journal
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "different"),
+    [
+        ((Recorded, "other"), {}, "argument 0"),
+        ((Broken, [], "setup", ValueError("x")), {}, "class or function"),
+        ((Recorded, "secret", 1), {}, "number or names of arguments"),
+        ((Recorded, "secret"), {"concurrency": 7}, "option concurrency"),
+    ],
+)
+def test_what_differs_is_named_at_submit(args: tuple[Any, ...], options: dict[str, Any], different: str) -> None:
+    env = environment("first", Quiet, "secret")
+    stream = Endless(env)
+    job = env.submit()
+    stream.wait()
+    target, *rest = args
+    other = environment("second", Quiet if target is Recorded else target, *rest, options=shared(**options))
+    other.from_batch([1]).sink(lambda _: None)
+    with pytest.raises(GraphError, match=f'"memory" is shared, and runs already with another {different}$') as caught:
+        other.submit(autostop=True)
+    assert "secret" not in str(caught.value)
+    assert "Register it alike" in caught.value.__notes__[0]
+    job.stop()
+
+
+class Quiet(BaseService):
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def process(self, data: Any) -> Any:
+        return data
+
+
+def test_what_belongs_to_one_environment_is_refused() -> None:
+    env = LocalEnvironment("mixed")
+    own = env.register_service("own", Quiet)
+    env.register_service("memory", Quiet, own, options=shared())
+    env.from_batch([1]).sink(lambda _: None)
+    with pytest.raises(GraphError, match='"memory" is shared, and cannot depend on "own" of one environment'):
+        env.submit(autostop=True)
+    env.register_service("memory", Quiet, options=shared(depends_on=["own"], replace=True))
+    with pytest.raises(GraphError, match="cannot depend on"):
+        env.submit(autostop=True)
+
+
+def test_a_failing_start_fails_whoever_waits_for_it() -> None:
+    begins, goes_on = threading.Event(), threading.Event()
+
+    class Late(Recorded):
+        def setup(self) -> None:
+            self.note("setup")
+            begins.set()
+            assert goes_on.wait(SOON_S)
+            raise ValueError("no disk")
+
+    journal: list[str] = []
+    first = environment("first", Late, journal)
+    second = environment("second", Late, journal)
+    for env in (first, second):
+        env.from_batch([1]).sink(lambda _: None)
+    jobs = [first.submit()]
+    assert begins.wait(SOON_S)
+    jobs.append(second.submit())
+    goes_on.set()
+    for job in jobs:
+        with pytest.raises(JobError, match="no disk"):
+            job.wait()
+        assert job.report is not None
+        assert job.report.state is Outcome.FAILED
+        assert job.report.cleanliness is Cleanliness.CLEAN
+        assert job.report.service("memory").state == "failed_start"
+    hooks = ["memory.build", "memory.setup", "memory.cleanup"]
+    assert journal in (hooks, hooks * 2)  # the second may have come when the first start had failed already
+
+
+def test_an_error_of_the_cleanup_is_in_the_report_of_the_last() -> None:
+    first, _, second, _ = two_running(Broken, [], "cleanup", ValueError("disk full"))
+    first.stop()
+    assert first.report is not None
+    assert first.report.cleanliness is Cleanliness.CLEAN
+    with pytest.raises(JobError, match="disk full"):
+        second.stop()
+    assert second.report is not None
+    assert second.report.cleanliness is Cleanliness.DIRTY
+    assert second.report.service("memory").state == "cleanup_failed"
+
+
+def test_a_kept_one_counts_until_the_environment_is_closed() -> None:
+    journal: list[str] = []
+    keeping = environment("keeping", Recorded, journal)
+    keeping.from_batch([1]).map(Ask).sink(lambda _: None)
+    keeping.submit(autostop=True, keep_services=True)
+    assert report_of(keeping).service("memory").state == "kept"
+    other = environment("other", Recorded, journal)
+    other.from_batch([1]).map(Ask).sink(lambda _: None)
+    other.submit(autostop=True)
+    assert journal == WHOLE_LIFE[:3]
+    assert report_of(other).service("memory").released
+    keeping.submit(autostop=True)
+    assert journal == WHOLE_LIFE[:3]
+    keeping.close()
+    assert journal == WHOLE_LIFE
