@@ -58,6 +58,14 @@ class Ask(MapFunction):
         return self.call_service("memory", data)
 
 
+class Quiet(BaseService):
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def process(self, data: Any) -> Any:
+        return data
+
+
 class Endless:
     """A stream that goes on until it is told to end, and says when the first record has come through."""
 
@@ -200,10 +208,10 @@ def test_twenty_threads_at_once() -> None:
 @pytest.mark.parametrize(
     ("args", "options", "different"),
     [
-        ((Recorded, "other"), {}, "argument 0"),
-        ((Broken, [], "setup", ValueError("x")), {}, "class or function"),
-        ((Recorded, "secret", 1), {}, "number or names of arguments"),
-        ((Recorded, "secret"), {"concurrency": 7}, "option concurrency"),
+        ((Quiet, "other"), {}, "argument 0"),
+        ((Recorded, "secret"), {}, "class or function"),
+        ((Quiet, "secret", 1), {}, "number or names of arguments"),
+        ((Quiet, "secret"), {"concurrency": 7}, "option concurrency"),
     ],
 )
 def test_what_differs_is_named_at_submit(args: tuple[Any, ...], options: dict[str, Any], different: str) -> None:
@@ -211,22 +219,13 @@ def test_what_differs_is_named_at_submit(args: tuple[Any, ...], options: dict[st
     stream = Endless(env)
     job = env.submit()
     stream.wait()
-    target, *rest = args
-    other = environment("second", Quiet if target is Recorded else target, *rest, options=shared(**options))
+    other = environment("second", *args, options=shared(**options))
     other.from_batch([1]).sink(lambda _: None)
-    with pytest.raises(GraphError, match=f'"memory" is shared, and runs already with another {different}$') as caught:
+    with pytest.raises(GraphError, match=f'"memory" is shared, and runs already with another {different}') as caught:
         other.submit(autostop=True)
     assert "secret" not in str(caught.value)
-    assert "Register it alike" in caught.value.__notes__[0]
+    assert "Register it alike in all environments" in caught.value.__notes__[0]
     job.stop()
-
-
-class Quiet(BaseService):
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def process(self, data: Any) -> Any:
-        return data
 
 
 def test_what_belongs_to_one_environment_is_refused() -> None:
@@ -298,3 +297,242 @@ def test_a_kept_one_counts_until_the_environment_is_closed() -> None:
     assert journal == WHOLE_LIFE[:3]
     keeping.close()
     assert journal == WHOLE_LIFE
+
+
+class Sick(Recorded):
+    """Fails its health check on demand."""
+
+    is_well = threading.Event()
+
+    def health(self) -> bool:
+        return self.is_well.is_set()
+
+
+def test_a_failure_for_good_fails_every_job_and_is_cleaned_once() -> None:
+    Sick.is_well.set()
+    journal: list[str] = []
+    first, _, second, _ = two_running(Sick, journal, options=shared(health_interval_s=0.01))
+    Sick.is_well.clear()
+    for job in (first, second):
+        with pytest.raises(JobError) as caught:
+            job.wait(SOON_S)
+        assert 'service "memory" failed' in str(caught.value) or "takes no more calls" in str(caught.value)
+        assert job.report is not None
+        assert job.report.state is Outcome.FAILED
+        assert job.report.cleanliness is Cleanliness.CLEAN
+    assert journal == WHOLE_LIFE
+
+
+def test_what_may_be_absent_fails_without_its_job() -> None:
+    Sick.is_well.set()
+    journal: list[str] = []
+    options = shared(health_interval_s=0.01, required=False)
+    env = environment("does without", Sick, journal, options=options)
+    ends = threading.Event()
+    env.from_source(lambda: sage.StopSignal("the end") if ends.is_set() else None, delay=0.001).sink(lambda _: None)
+    job = env.submit()
+    wait_until(lambda: "memory.start" in journal and job.state == "running")
+    Sick.is_well.clear()
+    wait_until(lambda: "memory" not in job.dispatcher.services)
+    ends.set()
+    report = job.wait(SOON_S)
+    assert report.state is Outcome.COMPLETED
+    assert report.service("memory").state == "failed"
+    assert "failed for all who share it" in str(report.errors[0])
+    assert journal == WHOLE_LIFE
+
+
+def test_a_restart_goes_on_inside_for_all() -> None:
+    class Once(Recorded):
+        def health(self) -> bool:
+            return journal.count("memory.build") > 1 or not fails.is_set()
+
+    fails = threading.Event()
+    journal: list[str] = []
+    options = shared(health_interval_s=0.01, restart="on_failure", backoff_s=(0.01, 0.01))
+    first, one, second, two = two_running(Once, journal, options=options)
+    fails.set()
+    wait_until(lambda: journal.count("memory.start") == 2)
+    for stream in (one, two):
+        stream.flows.clear()
+        stream.wait()
+    first.stop()
+    second.stop()
+    assert journal == WHOLE_LIFE * 2
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    due = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < due
+        time.sleep(0.005)
+
+
+class Remote(BaseService):
+    """Runs in a process of its own, and can be told to die there."""
+
+    def __init__(self, journal: str) -> None:
+        self.journal = Path(journal)
+        self.note("build")
+
+    def note(self, hook: str) -> None:
+        with self.journal.open("a") as file:
+            file.write(f"{hook}\n")
+
+    def cleanup(self) -> None:
+        self.note("cleanup")
+
+    def process(self, data: Any) -> Any:
+        return data
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_a_process_is_shared_as_well(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    first, _, second, _ = two_running(Remote, str(journal), options=shared(host="process"))
+    first.stop()
+    assert journal.read_text().split() == ["build"]
+    second.stop()
+    assert journal.read_text().split() == ["build", "cleanup"]
+    reports = [job.report.service("memory") for job in (first, second) if job.report is not None]
+    assert [(report.host, report.released, report.exit_code) for report in reports] == [
+        ("process", True, None),
+        ("process", False, 0),
+    ]
+    assert len({report.pid for report in reports}) == 1
+
+
+def test_the_death_of_its_process_is_told_to_every_job(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    first, _, second, _ = two_running(Remote, str(journal), options=shared(host="process"))
+    host = first.dispatcher.supervisor.hosts["memory"]
+    pid = host.facts().pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    for job in (first, second):
+        with pytest.raises(JobError):
+            job.wait(SOON_S)
+        assert job.report is not None
+        assert job.report.state is Outcome.FAILED
+        assert job.report.cleanliness is Cleanliness.DIRTY
+        assert job.report.service("memory").state == "lost"
+    assert journal.read_text().split() == ["build"]
+
+
+def test_a_kill_takes_an_instance_along_that_nobody_else_uses() -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    class Hanging(Recorded):
+        def cleanup(self) -> None:
+            self.note("cleanup")
+            hangs.set()
+            goes_on.wait(SOON_S)
+
+    journal: list[str] = []
+    first, _, second, _ = two_running(Hanging, journal)
+    for _ in range(3):
+        first.interrupt(signal.SIGINT)
+    with pytest.raises(JobError):
+        first.wait(SOON_S)
+    assert journal == WHOLE_LIFE[:3]
+    second.interrupt(signal.SIGINT)
+    assert hangs.wait(SOON_S)
+    for _ in range(2):
+        second.interrupt(signal.SIGINT)
+    try:
+        with pytest.raises(JobError, match="did not end its cleanup in time"):
+            second.wait(SOON_S)
+    finally:
+        goes_on.set()
+    assert journal == WHOLE_LIFE
+    assert second.report is not None
+    assert second.report.service("memory").state == "abandoned"
+
+
+def test_a_cleanup_that_hangs_is_bounded_by_its_own_options() -> None:
+    goes_on = threading.Event()
+
+    class Hanging(Recorded):
+        def cleanup(self) -> None:
+            self.note("cleanup")
+            goes_on.wait(SOON_S)
+
+    env = environment("hangs", Hanging, [], options=shared(stop_timeout_s=0.2))
+    env.from_batch([1]).map(Ask).sink(lambda _: None)
+    try:
+        with pytest.raises(JobError, match="did not end its cleanup in time and was abandoned"):
+            env.submit(autostop=True)
+    finally:
+        goes_on.set()
+    assert report_of(env).cleanliness is Cleanliness.DIRTY
+
+
+def test_calls_with_a_bound_and_attributes() -> None:
+    class Slow(BaseService):
+        size = 3
+
+        def process(self, data: Any) -> Any:
+            goes_on.wait(SOON_S)
+            return data
+
+    goes_on = threading.Event()
+    env = LocalEnvironment("bounded")
+    handle = env.register_service("memory", Slow, options=shared(call_timeout_s=0.05))
+    taken: list[Any] = []
+
+    def ask(data: int) -> Any:
+        try:
+            return handle.process(data)
+        except sage.ServiceTimeoutError:
+            goes_on.set()
+            return handle.size
+
+    env.from_batch([1]).map(ask).sink(taken.append)
+    env.submit(autostop=True)
+    assert taken == [3]
+
+
+PROGRAM = """
+import os, sys
+from sage import BaseService, LocalEnvironment, ServiceOptions
+
+class Noted(BaseService):
+    def __init__(self):
+        print("build", flush=True)
+    def cleanup(self):
+        print("cleanup", flush=True)
+
+def env_of(name):
+    env = LocalEnvironment(name)
+    env.register_service("memory", Noted, options=ServiceOptions(shared=True))
+    return env
+
+keeping = env_of("keeping")
+keeping.from_batch([1]).sink(lambda record: None)
+keeping.submit(autostop=True, keep_services=True)
+running = env_of("running")
+running.from_source(lambda: None, delay=0.01).sink(lambda record: None)
+job = running.submit()
+child = os.fork()
+if child == 0:
+    own = env_of("of the child")
+    own.from_batch([1]).sink(lambda record: None)
+    own.submit(autostop=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print("exit", flush=True)
+"""
+
+
+def test_at_the_end_of_the_interpreter_it_is_cleaned_once(tmp_path: Path) -> None:
+    """A forked child has an instance of its own."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    environ = {**os.environ, "PYTHONPATH": str(Path(sage.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["build", "build", "cleanup", "exit", "cleanup"], result.stderr

@@ -14,7 +14,7 @@ from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import DRAIN_NET_S, KILL_EXIT_S
 from sage._runtime.states import Way
 from sage.errors import GraphError, ServiceUnavailableError, describe, hint
-from sage.report import Cleanliness
+from sage.report import UNCLEAN_STATES, Cleanliness
 from sage.service import ServiceHandle, ServiceOptions
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class SharedInstance:
             self.is_ending = self.is_ending or state in ("failing", "cancelling", "stopping_services")
             self.changed.notify_all()
 
-    def _sealed(self, _: Ended) -> None:
+    def _sealed(self, ended: Ended) -> None:
         with self.changed:
             self.is_over = True
             self.by_name.pop(self._spec.name, None)
@@ -154,8 +154,9 @@ class SharedInstance:
             self.changed.notify_all()
         if self.is_ready:  # those that wait for its start find out by themselves
             text = "it ended" if self._job._error is None else describe(self._job._error)
+            is_clean = str(ended.state.services[self._spec.name].state) not in UNCLEAN_STATES
             for user in users:
-                user.lose(text)
+                user.fail(text, is_clean)
 
 
 class SharedHost(GatedHost):
@@ -180,7 +181,7 @@ class SharedHost(GatedHost):
         self.is_released = False
         self._make_job = make_job
         self._is_last = False
-        self._death: str | None = None
+        self._failure: tuple[str, bool] | None = None
 
     @property
     def options(self) -> ServiceOptions:
@@ -201,8 +202,8 @@ class SharedHost(GatedHost):
     ) -> None:
         """Let another job of the environment use the instance that is kept."""
         super().adopt(context, backend, loop, on_died)
-        if self._death is not None:
-            on_died(1, self._death)
+        if self._failure is not None:
+            self.fail(*self._failure)
 
     def facts(self) -> HostFacts:
         """Return where the instance runs."""
@@ -222,10 +223,13 @@ class SharedHost(GatedHost):
             self.instance.wait(KILL_WAIT_S)
         super().close()
 
-    def lose(self, text: str) -> None:
+    def fail(self, text: str, is_clean: bool) -> None:
         """Tell the job that the instance has failed for good; called by the supervisor of the instance."""
-        self._death = text
-        self._on_died(self._incarnation, text)
+        self._failure = text, is_clean
+        if is_clean and self._context._supervision is not None:
+            self._context._supervision.failed(self.spec.name, self._incarnation, text)
+        else:
+            self._on_died(self._incarnation, text)
 
     # --- what a host adds ---
 

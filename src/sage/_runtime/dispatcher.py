@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._runtime.coroutines import CoroutineLoop
 from sage._runtime.deployment import deploy
-from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServicePlan, begin
+from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServiceFailed, ServicePlan, begin
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
 from sage._runtime.supervisor import Supervisor
 from sage.errors import ServiceError, hint
@@ -103,6 +103,10 @@ class Dispatcher:
     def deferred(self, service: str, incarnation: int) -> None:
         """Let the lifecycle know that a service has something to clean up; its context calls this."""
         self.supervisor.post(CleanupDeferred(service, incarnation))
+
+    def failed(self, service: str, incarnation: int, text: str) -> None:
+        """Let the lifecycle know of a service that others supervise; its host calls this."""
+        self.supervisor.post(ServiceFailed(service, incarnation, text))
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Give the hook of a service that runs more time; its context calls this."""
