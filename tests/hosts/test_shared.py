@@ -69,13 +69,16 @@ class Quiet(BaseService):
 class Endless:
     """A stream that goes on until it is told to end, and says when the first record has come through."""
 
-    def __init__(self, env: LocalEnvironment) -> None:
+    def __init__(self, env: LocalEnvironment, *, once: bool = False) -> None:
+        self.once = once
         self.flows = threading.Event()
         self.ends = threading.Event()
         env.from_source(self.read, delay=0.001).map(Ask).sink(self.take)
 
     def read(self) -> Any:
-        return sage.StopSignal("the end") if self.ends.is_set() else 1
+        if self.ends.is_set():
+            return sage.StopSignal("the end")
+        return None if self.once and self.flows.is_set() else 1
 
     def take(self, _: Any) -> None:
         self.flows.set()
@@ -90,12 +93,14 @@ def environment(name: str, target: Any, *args: Any, options: ServiceOptions | No
     return env
 
 
-def two_running(target: Any, *args: Any, options: ServiceOptions | None = None) -> tuple[Job, Endless, Job, Endless]:
+def two_running(
+    target: Any, *args: Any, options: ServiceOptions | None = None, once: bool = False
+) -> tuple[Job, Endless, Job, Endless]:
     """Run two environments that share a service, both with records flowing."""
     found: list[Any] = []
     for name in ("first", "second"):
         env = environment(name, target, *args, options=options)
-        stream = Endless(env)
+        stream = Endless(env, once=once)
         found += [env.submit(), stream]
         stream.wait()
     return tuple(found)  # type: ignore[return-value]
@@ -406,7 +411,7 @@ def test_a_process_is_shared_as_well(tmp_path: Path) -> None:
 
 def test_the_death_of_its_process_is_told_to_every_job(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    first, _, second, _ = two_running(Remote, str(journal), options=shared(host="process"))
+    first, _, second, _ = two_running(Remote, str(journal), options=shared(host="process"), once=True)
     host = first.dispatcher.supervisor.hosts["memory"]
     pid = host.facts().pid
     assert pid is not None

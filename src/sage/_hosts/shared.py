@@ -58,6 +58,7 @@ class SharedInstance:
         self.is_ready = False
         self.is_ending = False
         self.is_over = False
+        self.is_lost = False
         self._spec = spec
         # The hosts of the users bound the calls, as an environment does not end while a call of its own runs.
         own = replace(spec.options, shared=False, required=True, call_timeout_s=None)
@@ -114,14 +115,17 @@ class SharedInstance:
             raise ServiceUnavailableError(f'the start of service "{name}" was given up', service=name)
 
     def leave(self, user: SharedHost) -> bool:
-        """Let `user` go, and return whether it was the last one, which has to end the instance."""
+        """Let `user` go, and return whether it was the last one, which has to end the instance.
+
+        Of one that has failed nobody leaves: all are told when its end is over.
+        """
         with self.changed:
-            if user not in self.users:
+            if user not in self.users or self.is_ending:
                 return False
             self.users.remove(user)
             user.is_released = bool(self.users)
-            self.is_ending = self.is_ending or not self.users
-            return not self.users
+            self.is_ending = not self.users
+            return self.is_ending
 
     def end(self, way: Way, budget_s: float | None = None) -> None:
         """Ask for the end of the instance, within `budget_s` seconds; asked again, only a stronger way counts."""
@@ -147,16 +151,17 @@ class SharedInstance:
             self.changed.notify_all()
 
     def _sealed(self, ended: Ended) -> None:
+        state = str(ended.state.services[self._spec.name].state)
         with self.changed:
             self.is_over = True
+            self.is_lost = state == "lost"
             self.by_name.pop(self._spec.name, None)
             users, self.users = self.users, set()
             self.changed.notify_all()
         if self.is_ready:  # those that wait for its start find out by themselves
             text = "it ended" if self._job._error is None else describe(self._job._error)
-            is_clean = str(ended.state.services[self._spec.name].state) not in UNCLEAN_STATES
             for user in users:
-                user.fail(text, is_clean)
+                user.fail(text, state not in UNCLEAN_STATES)
 
 
 class SharedHost(GatedHost):
@@ -250,13 +255,19 @@ class SharedHost(GatedHost):
 
     def _run_hook(self, hook: str, due: float | None) -> Any:  # noqa: ARG002
         instance = self.instance
-        if instance is None or not instance.leave(self):
+        if instance is None:
             return
-        self._is_last = True
-        left_s = self._left(due)
-        instance.end(Way.DRAIN, max(left_s - RETURN_S, left_s / 2))
+        self._is_last = instance.leave(self)
+        if self.is_released:
+            return
+        if self._is_last:
+            left_s = self._left(due)
+            instance.end(Way.DRAIN, max(left_s - RETURN_S, left_s / 2))
         instance.wait(None)
-        errors = instance.errors()
+        errors = instance.errors() if self._is_last else ()
+        if errors and instance.is_lost:
+            self.fail(describe(errors[0]), is_clean=False)
+            return
         if len(errors) == 1:
             raise errors[0]
         if errors:
