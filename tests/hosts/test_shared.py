@@ -24,12 +24,11 @@ from sage import (
     MapFunction,
     Outcome,
     ServiceOptions,
-    SinkFunction,
 )
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from sage._runtime.backend import Backend
     from sage._runtime.job import Job

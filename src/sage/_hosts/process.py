@@ -198,8 +198,7 @@ class ProcessHost(GatedHost):
 
     def _ask_to_exit(self, link: Link) -> None:
         try:
-            connection = link.connect()
-            connection.send(encode(("exit",)))
+            link.tell("exit")
         except (LinkClosedError, OSError):
             log.debug("process is gone already service=%r", self.spec.name)
 
