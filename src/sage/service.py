@@ -216,9 +216,6 @@ class Supervision(Protocol):
     def deferred(self, service: str, incarnation: int) -> None:
         """Say that this incarnation has something to clean up from now on, whatever becomes of its constructor."""
 
-    def failed(self, service: str, incarnation: int, text: str) -> None:
-        """Say that a service that is supervised elsewhere has failed for good, and was cleaned up there."""
-
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Ask for more time for the hook that runs."""
 

@@ -102,7 +102,7 @@ def two_running(
         stream = Endless(env, once=once)
         found += [env.submit(), stream]
         stream.wait()
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(found)
 
 
 def test_one_environment_alone(backend: MakeBackend) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from sage._hosts.gate import SharedGate
 from sage._hosts.gated import GatedHost
@@ -38,6 +38,13 @@ KILL_WAIT_S = KILL_EXIT_S + DRAIN_NET_S + 1.0
 
 OF_EACH = ("replace", "required")
 """The options that each environment decides for itself."""
+
+
+class Supervised(Protocol):
+    """What a host tells the supervision of its job."""
+
+    def failed(self, service: str, incarnation: int, text: str) -> None:
+        """Say that a service that is supervised elsewhere has failed for good, and was cleaned up there."""
 
 
 class SharedInstance:
@@ -177,6 +184,7 @@ class SharedHost(GatedHost):
         backend: Backend,
         loop: CoroutineLoop,
         on_died: Callable[[int, str], None],
+        *,
         make_job: MakeJob,
     ) -> None:
         SharedInstance.check(spec)
@@ -231,8 +239,9 @@ class SharedHost(GatedHost):
     def fail(self, text: str, is_clean: bool) -> None:
         """Tell the job that the instance has failed for good; called by the supervisor of the instance."""
         self._failure = text, is_clean
-        if is_clean and self._context._supervision is not None:
-            self._context._supervision.failed(self.spec.name, self._incarnation, text)
+        if is_clean:
+            # Whatever supervises a job also takes in what happened to a service outside of it.
+            cast("Supervised", self._context._supervision).failed(self.spec.name, self._incarnation, text)
         else:
             self._on_died(self._incarnation, text)
 
