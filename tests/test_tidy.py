@@ -36,6 +36,7 @@ BROAD_HANDLERS = {
     "_hosts/instance.py": "a cleanup that raised does not keep what was deferred from being called",
     "_hosts/inline.py": "a constructor that returned too late is cleaned up, and the log is the only place for errors",
     "_hosts/probe.py": "what a callable raises while its command is not ready is its answer",
+    "_hosts/shared.py": "values that cannot be compared are not the same",
     "_hosts/takeover.py": "whatever goes wrong with asking for an end, the killing comes after it",
     "_runtime/job.py": "a handler of the program's own raised: the job ends first, then it goes on",
     "_runtime/task.py": "a task owns whatever its operators raise",

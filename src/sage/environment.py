@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sage._hosts.job_guard import JobGuard
     from sage._plan.physical import PhysicalPlan
-    from sage._runtime.backend import Backend
+    from sage._runtime.backend import Backend, Host
     from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
     from sage.command import Ready, RunningCommand, Word
@@ -366,7 +366,6 @@ class Environment:
         adopted: dict[str, Any],
         keep: frozenset[str] = frozenset(),
     ) -> Job:
-        from sage._hosts.inline import InlineHost
         from sage._hosts.job_guard import JobGuard
         from sage._runtime.dispatcher import Dispatcher
         from sage._runtime.job import Job
@@ -377,19 +376,8 @@ class Environment:
         report = os.path.abspath(self.report_file) if self.report_file else None
         guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
 
-        def host_of(spec: ServiceSpec, *surroundings: Any) -> Any:
-            if spec.command is not None:
-                from sage._hosts.command import CommandHost
-
-                return CommandHost(spec, *surroundings)
-            if spec.options.host == "inline":
-                return InlineHost(spec, *surroundings)
-            from sage._hosts.process import ProcessHost
-
-            return ProcessHost(spec, *surroundings)
-
         job.dispatcher = Dispatcher(
-            plan, graph.services, backend, host_of, limits, job.seal, keep=keep, adopted=adopted, claims=guard
+            plan, graph.services, backend, self._host_of, limits, job.seal, keep=keep, adopted=adopted, claims=guard
         )
         job.dispatcher.supervisor.listeners.append(guard.note)
 
@@ -399,6 +387,42 @@ class Environment:
 
         job.when_sealed(sealed)
         return job
+
+    def _shared_job(self, spec: ServiceSpec) -> Job:
+        """Return a job that owns one service, for all environments that share it, and runs until it is asked to end."""
+        from sage._backends.threads import ThreadsBackend
+        from sage._hosts.job_guard import JobGuard
+        from sage._runtime.dispatcher import Dispatcher
+        from sage._runtime.job import Job
+        from sage._runtime.lifecycle import Limits
+
+        graph = LogicalGraph(f"shared {spec.name}", {}, (), (spec,))
+        job = Job(str(uuid.uuid4()), graph, _interrupt_timeout_s())
+        guard = JobGuard(job.id, graph.name, None, graph.services)
+        limits = Limits(**self._limits)
+        job.dispatcher = Dispatcher(
+            None, (spec,), ThreadsBackend(), self._host_of, limits, job.seal, claims=guard, until_asked=True
+        )
+        job.dispatcher.supervisor.listeners.append(guard.note)
+        job.when_sealed(lambda _: guard.sealed())
+        return job
+
+    def _host_of(self, spec: ServiceSpec, *surroundings: Any) -> Host:
+        if spec.options.shared:
+            from sage._hosts.shared import SharedHost
+
+            return SharedHost(spec, *surroundings, make_job=self._shared_job)
+        if spec.command is not None:
+            from sage._hosts.command import CommandHost
+
+            return CommandHost(spec, *surroundings)
+        if spec.options.host == "inline":
+            from sage._hosts.inline import InlineHost
+
+            return InlineHost(spec, *surroundings)
+        from sage._hosts.process import ProcessHost
+
+        return ProcessHost(spec, *surroundings)
 
     def _open_files(self, job: Job, *, must_open: bool = True) -> None:
         log_dir = self.log_dir if must_open else None  # nothing may keep a cleanup from running
@@ -425,9 +449,6 @@ class Environment:
         options = options or ServiceOptions()
         if not name or not isinstance(name, str):
             raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
-        if options.shared:
-            shared = UnsupportedPlanError(f'service "{name}" is to be shared between environments, which is not built')
-            raise hint(shared, "Register it in one environment and keep it with submit(keep_services=True).")
         if name in self._services and not options.replace:
             error = DuplicateNameError(f'service "{name}" is registered twice')
             raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")

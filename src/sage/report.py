@@ -75,6 +75,7 @@ class ServiceReport:
         pid: its last process, or None for one that had none of its own.
         exit_code: how that process ended; negative for a signal, None where it is not known.
         output: the last lines that it wrote.
+        released: whether its instance lives on, for other environments that share it.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ServiceReport:
     pid: int | None = None
     exit_code: int | None = None
     output: tuple[str, ...] = ()
+    released: bool = False
 
     @property
     def built_count(self) -> int:
@@ -266,7 +268,8 @@ class JobReport:
             first, *others = hook_lines(service.hooks)
             host = (_host(service),) if hosted else ()
             calls = (f"{service.calls:,}", f"{service.errors:,}", str(service.built_count))
-            rows.append((service.name, service.state, *calls, *host, first))
+            state = "released" if service.released else service.state
+            rows.append((service.name, state, *calls, *host, first))
             rows += [("",) * (len(rows[-1]) - 1) + (line,) for line in others]
         header = ("service", "state", "calls", "errors", "built", *(("host",) if hosted else ()), "hooks")
         lines = table(header, rows)

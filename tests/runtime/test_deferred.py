@@ -150,9 +150,3 @@ def test_what_a_context_is_told_wrongly_is_refused() -> None:
         context.on_lost("shutil:rmtree", [object()])
     with pytest.raises(sage.UnsupportedPlanError, match="keeps no journal"):
         context.own_path("/tmp/x")
-
-
-def test_sharing_between_environments_is_refused() -> None:
-    env = sage.LocalEnvironment("shared")
-    with pytest.raises(sage.UnsupportedPlanError, match="is to be shared between environments"):
-        env.register_service("it", Deferring, [], options=sage.ServiceOptions(shared=True))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sage._plan.logical import ServiceSpec
     from sage._runtime.backend import Backend, Lane
     from sage._runtime.coroutines import CoroutineLoop
-    from sage.service import ServiceContext
+    from sage.service import ServiceContext, ServiceOptions
 
 
 class GatedHost(ABC):
@@ -51,6 +51,11 @@ class GatedHost(ABC):
         self._held = True  # a call that comes before the service is ready waits for it
         self._refused = False
         self._changed = threading.Condition()
+
+    @property
+    def options(self) -> ServiceOptions:
+        """What the lifecycle of this job goes by."""
+        return self.spec.options
 
     @property
     def calls(self) -> GatedHost:

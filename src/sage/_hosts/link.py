@@ -67,6 +67,7 @@ class Link:
         self._on_closed = on_closed
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
+        self._told: list[Connection] = []
         self._all: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self._closed = False
@@ -115,6 +116,18 @@ class Link:
             raise hint(error, where)
         return value
 
+    def tell(self, *request: Any) -> None:
+        """Send a request that has no answer.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+            OSError: it went just now.
+        """
+        connection = self.connect()
+        # Open until the link is closed, as the other side may take the end of a connection for that of the asker.
+        self._told.append(connection)
+        connection.send(encode(request))
+
     def connect(self) -> Connection:
         """Open a connection and hand its other end over.
 
@@ -151,8 +164,9 @@ class Link:
     def close(self, timeout_s: float) -> None:
         """Shut the link and free what it has; what still answers a request after `timeout_s` is left behind."""
         self.shut()
-        while self._idle:
-            self._drop(self._idle.pop())
+        for connections in (self._idle, self._told):
+            while connections:
+                self._drop(connections.pop())
         for thread in tuple(self._threads):
             if thread is not threading.current_thread():
                 thread.join(timeout_s)

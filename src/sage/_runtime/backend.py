@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
     from sage.records import Span
-    from sage.service import ServiceCalls, ServiceContext
+    from sage.service import ServiceCalls, ServiceContext, ServiceOptions
 
 
 class Lane(Protocol):
@@ -40,6 +40,7 @@ class HostFacts:
         exit_code: how that process ended; negative for a signal, None while it runs or where it is not known.
         output: the last lines that it wrote.
         unready: why its last `ready` said no, in words, where the host knows.
+        released: whether the instance lives on, for other environments that share it.
     """
 
     host: str = "inline"
@@ -47,6 +48,7 @@ class HostFacts:
     exit_code: int | None = None
     output: tuple[str, ...] = ()
     unready: str = ""
+    released: bool = False
 
 
 class Host(Protocol):
@@ -61,6 +63,10 @@ class Host(Protocol):
     @property
     def spec(self) -> ServiceSpec:
         """What was registered."""
+
+    @property
+    def options(self) -> ServiceOptions:
+        """What the lifecycle of this job goes by."""
 
     @property
     def calls(self) -> ServiceCalls:

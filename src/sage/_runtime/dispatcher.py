@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._runtime.coroutines import CoroutineLoop
 from sage._runtime.deployment import deploy
-from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServicePlan, begin
+from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServiceFailed, ServicePlan, begin
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
 from sage._runtime.supervisor import Supervisor
 from sage.errors import ServiceError, hint
@@ -46,6 +46,7 @@ class Dispatcher:
         keep: frozenset[str] = frozenset(),
         adopted: Mapping[str, Host] = MappingProxyType({}),
         claims: Claims | None = None,
+        until_asked: bool = False,
     ) -> None:
         self.plan = plan
         self._claims = claims
@@ -60,14 +61,14 @@ class Dispatcher:
             ServicePlan(
                 service.name,
                 service.requires,
-                service.options,
+                hosts[service.name].options,
                 keep=service.name in keep,
                 adopted=hosts[service.name].hooks if service.name in adopted else None,
                 own_hooks=hosts[service.name].own_hooks,
             )
             for service in services
         )
-        state = begin(service_plans, task_plans, limits)
+        state = begin(service_plans, task_plans, limits, until_asked=until_asked)
         self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
         self._dependencies.tell = self.supervisor.note_dependency
         for service in services:
@@ -103,6 +104,10 @@ class Dispatcher:
         """Let the lifecycle know that a service has something to clean up; its context calls this."""
         self.supervisor.post(CleanupDeferred(service, incarnation))
 
+    def failed(self, service: str, incarnation: int, text: str) -> None:
+        """Let the lifecycle know of a service that others supervise; its host calls this."""
+        self.supervisor.post(ServiceFailed(service, incarnation, text))
+
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Give the hook of a service that runs more time; its context calls this."""
         self.supervisor.post(ExtendTimeout(service, incarnation, seconds))
@@ -125,7 +130,12 @@ class Dispatcher:
                 hosts[service.name] = adopted[service.name]
                 continue
             died = self._death_of(service.name)
-            hosts[service.name] = make_host(service, self._context(service), backend, self._loop, died)
+            try:
+                hosts[service.name] = make_host(service, self._context(service), backend, self._loop, died)
+            except BaseException:
+                for name in hosts.keys() - adopted.keys():
+                    hosts[name].close()
+                raise
         return hosts
 
     def _context(self, service: ServiceSpec) -> ServiceContext:

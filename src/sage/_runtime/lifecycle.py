@@ -147,6 +147,7 @@ class Trouble(StrEnum):
     UNHEALTHY = "unhealthy"
     LATE_HEALTH = "late_health"
     DIED = "died"
+    FAILED = "failed"
     LOST = "lost"
     KILLED = "killed"
     HOOK = "hook"
@@ -164,6 +165,7 @@ FAILS_JOB = frozenset(
         Trouble.UNHEALTHY,
         Trouble.LATE_HEALTH,
         Trouble.DIED,
+        Trouble.FAILED,
     }
 )
 
@@ -200,7 +202,7 @@ class State:
         task_plans: what is known of the tasks beforehand.
         limits: the bounds of the stop.
         until_asked: whether the job, although it has no tasks, goes on until somebody asks for its end.
-        early: deaths of services that the job took over, from before it began.
+        early: deaths and failures of services that the job took over, from before it began.
         job: the state of the job.
         way: the strongest way in which an end was asked for.
         ended_by: the way that really ended the job, or None if it ended by itself.
@@ -219,7 +221,7 @@ class State:
     task_plans: Mapping[str, TaskPlan]
     limits: Limits
     until_asked: bool = False
-    early: tuple[ServiceDied, ...] = ()
+    early: tuple[ServiceDied | ServiceFailed, ...] = ()
     job: JobState = JobState.NEW
     way: Way | None = None
     ended_by: Way | None = None
@@ -304,6 +306,15 @@ class ServiceDied:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceFailed:
+    """A service that others supervise has failed for good, and was cleaned up by them; `text` says how."""
+
+    service: str
+    incarnation: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class CleanupDeferred:
     """A service gave something to be called at its end, so that it has a cleanup from now on."""
 
@@ -360,7 +371,7 @@ class TaskEnded:
 
 
 TaskEvent = TaskOpened | TaskFailed | TaskClosing | TaskEnded
-ServiceEvent = HookEnded | ServiceDied | CleanupDeferred | ExtendTimeout | DependencySeen
+ServiceEvent = HookEnded | ServiceDied | ServiceFailed | CleanupDeferred | ExtendTimeout | DependencySeen
 LifecycleEvent = Begin | Tick | StopRequested | ServiceEvent | TaskEvent
 
 # --- actions ----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
         case Trouble.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
             hint(error, "Its stop and cleanup could not run any more.")
+        case Trouble.FAILED:
+            error = ServiceError(f'service "{name}" failed for all who share it: {text}', job=job, service=name)
         case Trouble.LOST:
             text = f'service "{name}" ended by itself before it was cleaned up: {text}'
             error = CleanupError(text, job=job, service=name)
@@ -228,6 +230,7 @@ def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]
                 facts.pid,
                 facts.exit_code,
                 facts.output,
+                facts.released,
             )
         )
     return tuple(reports)

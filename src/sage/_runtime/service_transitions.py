@@ -24,6 +24,7 @@ from sage._runtime.lifecycle import (
     HookEnded,
     ServiceDied,
     ServiceEvent,
+    ServiceFailed,
     ServiceRecord,
     Trouble,
 )
@@ -59,6 +60,8 @@ class ServiceDraft(Draft):
             case ServiceDied():
                 if record.hook != "exit" and record.goal is not S.LOST:
                     self.take_death(event)
+            case ServiceFailed():
+                self.take_failure(event)
             case CleanupDeferred():
                 if record.goal is not S.LOST:
                     self.change(event.service, hooks=record.hooks | {"cleanup"})
@@ -133,6 +136,15 @@ class ServiceDraft(Draft):
             self.start_failed(name, Trouble.DIED, text=event.text)
         else:
             self.service_failed(name, Trouble.DIED, text=event.text)
+
+    def take_failure(self, event: ServiceFailed) -> None:
+        """The service is of no use any more, but nothing of it is left either."""
+        name, record = event.service, self.services[event.service]
+        if record.state is S.STARTING:
+            self.change(name, hook=None, due=None)
+            self.start_failed(name, Trouble.FAILED, text=event.text)
+        elif record.state is S.READY:
+            self.service_failed(name, Trouble.FAILED, text=event.text)
 
     def extend(self, name: str, seconds: float) -> None:
         record = self.services[name]
@@ -223,7 +235,7 @@ class ServiceDraft(Draft):
         required = self.start.service_plans[name].options.required
         self.fail(trouble, name, hook, error, counts=required and not again, text=text)
         if required and not again:
-            if trouble is Trouble.DIED:
+            if trouble in (Trouble.DIED, Trouble.FAILED):
                 self.do(Do.REFUSE_CALLS, name)
             self.move_service(name, S.DEGRADED)
             self.fail_job()

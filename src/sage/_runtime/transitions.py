@@ -14,12 +14,9 @@ from sage._runtime.lifecycle import (
     STOP_STATES,
     Action,
     Begin,
-    CleanupDeferred,
-    DependencySeen,
     Do,
-    ExtendTimeout,
-    HookEnded,
     ServiceDied,
+    ServiceFailed,
     ServiceRecord,
     State,
     StopRequested,
@@ -64,15 +61,15 @@ class _JobDraft(ServiceDraft):
                         self.watch(name)
             case StopRequested():
                 self.take_stop(event)
-            case ServiceDied() if self.get("job") is JobState.NEW:
+            case ServiceDied() | ServiceFailed() if self.get("job") is JobState.NEW:
                 self.changes["early"] = (*self.get("early"), event)
-            case HookEnded() | ServiceDied() | CleanupDeferred() | ExtendTimeout() | DependencySeen():
-                self.take_service(event)
             case TaskOpened() | TaskFailed() | TaskClosing() | TaskEnded():
                 if self.tasks[event.task].state not in TASK_TERMINAL:
                     self.take_task(event)
             case Tick():
                 pass
+            case _:
+                self.take_service(event)
         if self.get("early") and self.get("job") is not JobState.NEW:
             deaths, self.changes["early"] = self.get("early"), ()
             for death in deaths:
