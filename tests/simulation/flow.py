@@ -196,7 +196,7 @@ class Flow:
             records = self._arriving(node, computed)
             computed[node.name] = self._compute(node, records)
             if node.kind == "sink" and records is not None:
-                expected = Counter(value for value, _ in records.records)
+                expected = Counter(value for value, _ in records.records or ())
                 came = Counter(value for _, value in self.fates[node.name].taken)
                 if came != expected:
                     lost, extra = dict(expected - came), dict(came - expected)

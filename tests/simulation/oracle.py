@@ -131,9 +131,9 @@ class Oracle:
                 yield f"{name} needs {other}, but was built before it"
             return
         theirs = earlier[-1]
-        if any(entry.hook in STARTING[:2] and at > min(mine) for at, entry in theirs):
-            if other in self._services[name].requires:
-                yield f"{name} needs {other}, but was built before {other} had started"
+        is_early = any(entry.hook in STARTING[:2] and at > min(mine) for at, entry in theirs)
+        if is_early and other in self._services[name].requires:
+            yield f"{name} needs {other}, but was built before {other} had started"
         if any(entry.hook in ENDING and at < max(mine) for at, entry in theirs):
             yield f"{name} needs {other}, which began to end before {name} had ended"
 

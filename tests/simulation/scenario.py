@@ -68,7 +68,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Who asks for an end: the world at a turn of the backend, or a function when a place is reached for the n-th time."""
+    """Who asks for an end: the world at a turn of the backend, or a function at the n-th call of a place."""
 
     way: str
     at: int
@@ -241,7 +241,7 @@ class Draw:
         choice = self.random.choice
         count = choice((0, 0, 1, 1, 2, 3))
         return tuple(
-            Fault(place, choice((1, 1, 2, 3, 7)), choice((1, 1, 2, 4)), choice(ERRORS))
+            Fault(place, choice((1, 1, 2, 3, 7)), choice((1, 1, 3, 4)), choice(ERRORS))
             for place in sorted({choice(self.places()) for _ in range(count)})
         )
 
