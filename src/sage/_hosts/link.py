@@ -85,8 +85,8 @@ class Link:
         """
         try:
             frame = encode(request)
-        except Exception as error:  # whatever the values themselves raise
-            raise NotSentError(error) from error
+        except Exception as reason:  # whatever the values themselves raise
+            raise NotSentError(reason) from reason
         try:
             connection = self._idle.pop()
         except IndexError:
