@@ -54,7 +54,8 @@ CHAIN = """
         def cleanup(self):
             mark(f"{self.name} cleanup")
             time.sleep(0.05)
-            os.unlink(f"{folder}/{self.name}.spill")
+            if os.path.exists(f"{folder}/{self.name}.spill"):  # it may be cleaned up without having been set up
+                os.unlink(f"{folder}/{self.name}.spill")
             mark(f"{self.name} cleaned")
 
         def process(self, record):
