@@ -39,8 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes `backend` on threads and on the step backend with each seed.
 
-    One that takes `host`, and does not say which, runs with its services in this process, and on threads also with each in its own: the step
-    backend has a clock of its own, which processes do not follow.
+    One that takes `host`, and does not say which, runs with its services in this process, and on threads also with each
+    in its own: the step backend has a clock of its own, which processes do not follow.
     """
     backends = ["threads", *(f"step-{seed}" for seed in range(metafunc.config.getoption("--seeds")))]
     pairs = [*((backend, "inline") for backend in backends), ("threads", "process")]
