@@ -91,9 +91,6 @@ class Scenario:
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 
-    def consumers(self, name: str) -> tuple[Node, ...]:
-        return tuple(node for node in self.nodes if name in node.inputs)
-
     def __str__(self) -> str:
         lines = [f"seed {self.seed}: {self.jobs} job(s), keep {self.keep}, drain_timeout_s={self.drain_timeout_s}"]
         for part in (self.nodes, self.services, self.faults, self.requests):
