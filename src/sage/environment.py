@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 
     from sage._hosts.job_guard import JobGuard
     from sage._plan.physical import PhysicalPlan
-    from sage._runtime.backend import Backend, Host
+    from sage._runtime.backend import Backend
     from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
     from sage.command import Ready, RunningCommand, Word
 
 CONSOLE_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-INTERRUPT_TIMEOUT_S = 25.0
-"""Budget of a stop after SIGINT, SIGTERM or at exit: orchestrators kill after 30 s."""
 
 
 class Environment:
@@ -366,63 +364,18 @@ class Environment:
         adopted: dict[str, Any],
         keep: frozenset[str] = frozenset(),
     ) -> Job:
-        from sage._hosts.job_guard import JobGuard
-        from sage._runtime.dispatcher import Dispatcher
-        from sage._runtime.job import Job
-        from sage._runtime.lifecycle import Limits
+        from sage._assembly import assemble
 
-        job = Job(id_, graph, _interrupt_timeout_s())
-        limits = Limits(**self._limits)
         report = os.path.abspath(self.report_file) if self.report_file else None
-        guard = JobGuard(id_, self.name, report, graph.services, before=self._guard)
-
-        job.dispatcher = Dispatcher(
-            plan, graph.services, backend, self._host_of, limits, job.seal, keep=keep, adopted=adopted, claims=guard
+        job, guard = assemble(
+            id_, graph, plan, backend, self._limits, report=report, keep=keep, adopted=adopted, before=self._guard
         )
-        job.dispatcher.supervisor.listeners.append(guard.note)
 
         def sealed(_: Ended) -> None:
-            guard.sealed()
             self._guard = guard
 
         job.when_sealed(sealed)
         return job
-
-    def _shared_job(self, spec: ServiceSpec) -> Job:
-        """Return a job that owns one service, for all environments that share it, and runs until it is asked to end."""
-        from sage._backends.threads import ThreadsBackend
-        from sage._hosts.job_guard import JobGuard
-        from sage._runtime.dispatcher import Dispatcher
-        from sage._runtime.job import Job
-        from sage._runtime.lifecycle import Limits
-
-        graph = LogicalGraph(f"shared {spec.name}", {}, (), (spec,))
-        job = Job(str(uuid.uuid4()), graph, _interrupt_timeout_s())
-        guard = JobGuard(job.id, graph.name, None, graph.services)
-        limits = Limits(**self._limits)
-        job.dispatcher = Dispatcher(
-            None, (spec,), ThreadsBackend(), self._host_of, limits, job.seal, claims=guard, until_asked=True
-        )
-        job.dispatcher.supervisor.listeners.append(guard.note)
-        job.when_sealed(lambda _: guard.sealed())
-        return job
-
-    def _host_of(self, spec: ServiceSpec, *surroundings: Any) -> Host:
-        if spec.options.shared:
-            from sage._hosts.shared import SharedHost
-
-            return SharedHost(spec, *surroundings, make_job=self._shared_job)
-        if spec.command is not None:
-            from sage._hosts.command import CommandHost
-
-            return CommandHost(spec, *surroundings)
-        if spec.options.host == "inline":
-            from sage._hosts.inline import InlineHost
-
-            return InlineHost(spec, *surroundings)
-        from sage._hosts.process import ProcessHost
-
-        return ProcessHost(spec, *surroundings)
 
     def _open_files(self, job: Job, *, must_open: bool = True) -> None:
         log_dir = self.log_dir if must_open else None  # nothing may keep a cleanup from running
@@ -615,7 +568,3 @@ class RemoteEnvironment(Environment):
     def _backend(self) -> Backend:
         error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
         raise hint(error, "Use LocalEnvironment: the program stays the same.")
-
-
-def _interrupt_timeout_s() -> float:
-    return float(os.environ.get("SAGE_STOP_TIMEOUT_S", INTERRUPT_TIMEOUT_S))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sage._runtime.lifecycle import (
+    EXIT_NET_S,
     Action,
     Begin,
     CleanupDeferred,
@@ -762,7 +763,7 @@ def test_a_hook_that_hangs_in_a_process_ends_with_the_process(hook: str) -> None
 def test_an_exit_that_says_nothing_of_the_process_is_given_up(value: RuntimeError | None) -> None:
     job = Job(process("a", kill_grace_s=3.0)).stopping()
     job.gone("a")
-    done = job.end("a", "exit", error=value) if value is not None else job.at(job.now + 4.0)
+    done = job.end("a", "exit", error=value) if value is not None else job.at(job.now + 3.0 + EXIT_NET_S)
     assert done[-1] == "seal"
     assert job.service_states() == {"a": "abandoned"}
 
@@ -873,7 +874,7 @@ def test_an_exit_that_runs_is_hurried_by_a_kill_and_never_by_more_than_the_budge
     job.gone("a")
     assert job.post(StopRequested(Way.KILL)) == ["hurry_exit a exit"]
     assert job.actions[-1].due == job.now + 2.0
-    assert job.at(job.now + 3.0) == ["abandon_hook a exit", "seal"]
+    assert job.at(job.now + 2.0 + EXIT_NET_S) == ["abandon_hook a exit", "seal"]
 
 
 def test_late_hooks_leave_the_exit_its_part_of_the_budget() -> None:

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from sage._runtime.lifecycle import (
     DRAIN_NET_S,
+    EXIT_NET_S,
     Action,
     Begin,
     CleanupDeferred,
@@ -341,7 +342,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         for name, (hook, _) in self.running.items():
             due = self.state.services[name].due
             assert due is not None
-            assert due <= latest + (DRAIN_NET_S if hook in ("drain", "exit") else 0.0) + SLACK_S
+            assert due <= latest + {"drain": DRAIN_NET_S, "exit": EXIT_NET_S}.get(hook, 0.0) + SLACK_S
 
     # --- what can happen ---
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sage import errors
+from sage._assembly import INTERRUPT_TIMEOUT_S
 from sage._runtime.manager import JobManager
 from sage._runtime.states import Way
-from sage.environment import INTERRUPT_TIMEOUT_S
 from sage.errors import InternalError, JobError, SageError
 from sage.observability import ReportFile
 from sage.report import Cleanliness, Outcome

@@ -11,7 +11,7 @@ from sage._hosts.gate import SharedGate
 from sage._hosts.gated import GatedHost
 from sage._plan.logical import ServiceSpec
 from sage._runtime.backend import HostFacts
-from sage._runtime.lifecycle import DRAIN_NET_S, KILL_EXIT_S
+from sage._runtime.lifecycle import EXIT_NET_S, KILL_EXIT_S
 from sage._runtime.states import Way
 from sage.errors import GraphError, ServiceUnavailableError, describe, hint
 from sage.report import UNCLEAN_STATES, Cleanliness
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 RETURN_S = 1.0
 """How much of the bound of a cleanup is kept for hearing of its end."""
 
-KILL_WAIT_S = KILL_EXIT_S + DRAIN_NET_S + 1.0
+KILL_WAIT_S = KILL_EXIT_S + EXIT_NET_S + 1.0
 """How long the end of a job waits for an instance that it had to give up."""
 
 OF_EACH = ("replace", "required")
@@ -301,6 +301,8 @@ def _difference(one: ServiceSpec, other: ServiceSpec) -> str | None:
     """Return what differs between two services of a name, in words, or None."""
     if one.target is not other.target and one.target != other.target:  # a bound method is made anew each time
         return "class or function"
+    if one.command != other.command:
+        return "command"
     if len(one.args) != len(other.args) or one.kwargs.keys() != other.kwargs.keys():
         return "number or names of arguments"
     for place, (first, second) in enumerate(zip(one.args, other.args, strict=True)):

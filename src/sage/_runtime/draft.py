@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sage._runtime.lifecycle import (
-    DRAIN_NET_S,
+    EXIT_NET_S,
     STOP_STATES,
     Action,
     Do,
@@ -139,7 +139,7 @@ class Draft:
     def bring_forward(self, name: str, due: float) -> None:
         """Let what runs of a service, or waits, be late at `due` at the latest."""
         record = self.services[name]
-        net_s = DRAIN_NET_S if record.hook == "exit" else 0.0
+        net_s = EXIT_NET_S if record.hook == "exit" else 0.0
         if record.due is None or record.due <= due + net_s:
             return
         self.services[name] = replace(record, due=due + net_s)

@@ -28,6 +28,7 @@ BEST_GUARD_S = 1.0
 
 
 DRAIN_NET_S = 1.0
+EXIT_NET_S = 3.0
 """How long after its bound a drain or an exit, which the host bounds by itself, is given up."""
 
 HEALTH_LEAST_S = 1.0

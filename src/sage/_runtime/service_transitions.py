@@ -9,6 +9,7 @@ from sage._runtime.draft import Draft
 from sage._runtime.lifecycle import (
     BEST_GUARD_S,
     DRAIN_NET_S,
+    EXIT_NET_S,
     EXTENSION_MAX_S,
     HEALTH_LEAST_S,
     KILL_EXIT_S,
@@ -288,7 +289,7 @@ class ServiceDraft(Draft):
         """Run a hook that the host ends in time by itself; its own bound is only the net under that."""
         due = self.hook_due(name, hook, timeout_s)
         self.run_hook(name, hook, due)
-        self.change(name, due=due + DRAIN_NET_S)
+        self.change(name, due=due + (EXIT_NET_S if hook == "exit" else DRAIN_NET_S))
 
     def next_stop_hook(self, name: str, last: str) -> None:
         record, options = self.services[name], self.start.service_plans[name].options
@@ -361,7 +362,7 @@ class ServiceDraft(Draft):
         if has_exit:
             self.move_service(name, S.CLEANING)
             self.run_hook(name, "exit", due)
-            self.change(name, due=due + DRAIN_NET_S)
+            self.change(name, due=due + EXIT_NET_S)
         else:
             self.move_service(name, S.ABANDONED, hook=None, due=None)
 

@@ -1,0 +1,100 @@
+"""Puts a job together: where each of its services runs, who watches over them, and the bounds of its stop."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sage._backends.threads import ThreadsBackend
+from sage._hosts.job_guard import JobGuard
+from sage._plan.logical import LogicalGraph
+from sage._runtime.dispatcher import Dispatcher
+from sage._runtime.job import Job
+from sage._runtime.lifecycle import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sage._plan.logical import ServiceSpec
+    from sage._plan.physical import PhysicalPlan
+    from sage._runtime.backend import Backend, Host
+
+INTERRUPT_TIMEOUT_S = 25.0
+"""Budget of a stop that a signal asked for: what starts programs often kills them after 30 s."""
+
+NOTHING_ADOPTED: Mapping[str, Host] = MappingProxyType({})
+
+
+def assemble(
+    id_: str,
+    graph: LogicalGraph,
+    plan: PhysicalPlan | None,
+    backend: Backend,
+    limits: Mapping[str, float],
+    *,
+    report: str | None = None,
+    keep: frozenset[str] = frozenset(),
+    adopted: Mapping[str, Host] = NOTHING_ADOPTED,
+    before: JobGuard | None = None,
+    until_asked: bool = False,
+) -> tuple[Job, JobGuard]:
+    """Return a job that nothing runs of yet, and what tells the guardian of it.
+
+    Args:
+        id_: the job's id.
+        graph: what the user wrote.
+        plan: what runs, or None for a job of services alone.
+        backend: where its tasks run.
+        limits: the bounds of its stop that are not the default, in seconds.
+        report: the file of its report, or None.
+        keep: services that are left to the environment.
+        adopted: hosts that an earlier job left to it.
+        before: that job's guard.
+        until_asked: whether a job without tasks goes on until it is asked to end.
+    """
+    job = Job(id_, graph, float(os.environ.get("SAGE_STOP_TIMEOUT_S", INTERRUPT_TIMEOUT_S)))
+    guard = JobGuard(id_, graph.name, report, graph.services, before=before)
+    job.dispatcher = Dispatcher(
+        plan,
+        graph.services,
+        backend,
+        partial(_host_of, limits),
+        Limits(**limits),
+        job.seal,
+        keep=keep,
+        adopted=adopted,
+        claims=guard,
+        until_asked=until_asked,
+    )
+    job.dispatcher.supervisor.listeners.append(guard.note)
+    job.when_sealed(lambda _: guard.sealed())
+    return job, guard
+
+
+def _host_of(limits: Mapping[str, float], spec: ServiceSpec, *surroundings: Any) -> Host:
+    """Return the host of a service. Each kind is imported by the programs that use it."""
+    if spec.options.shared:
+        from sage._hosts.shared import SharedHost
+
+        return SharedHost(spec, *surroundings, make_job=partial(_shared_job, limits))
+    if spec.command is not None:
+        from sage._hosts.command import CommandHost
+
+        return CommandHost(spec, *surroundings)
+    if spec.options.host == "process":
+        from sage._hosts.process import ProcessHost
+
+        return ProcessHost(spec, *surroundings)
+    from sage._hosts.inline import InlineHost
+
+    return InlineHost(spec, *surroundings)
+
+
+def _shared_job(limits: Mapping[str, float], spec: ServiceSpec) -> Job:
+    """Return a job that owns one service, for all environments that share it, and runs until it is asked to end."""
+    graph = LogicalGraph(f"shared {spec.name}", {}, (), (spec,))
+    job, _ = assemble(str(uuid.uuid4()), graph, None, ThreadsBackend(), limits, until_asked=True)
+    return job
