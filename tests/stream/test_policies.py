@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def test_both_errors_of_one_chain_are_told() -> None:
 
     told = set()
     for seed in range(20):
-        env = LocalEnvironment("test", backend=lambda seed=seed: StepBackend(seed))
+        env = LocalEnvironment("test", backend=partial(StepBackend, seed))
         env.from_batch([1, 2, 3]).map(never_three).sink(never)
         job = env.submit()
         with pytest.raises(JobError):
