@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from sage import (
     DeadLetter,
     FunctionError,
     GraphError,
+    JobError,
     LocalEnvironment,
     MapFunction,
     Retry,
@@ -35,6 +37,27 @@ def not_three(number: int) -> int:
     if number % 10 == 3:
         raise ValueError(f"{number} again")
     return number
+
+
+def test_both_errors_of_one_chain_are_told() -> None:
+    def never_three(number: int) -> int:
+        if number == 3:
+            raise ValueError("three")
+        return number
+
+    def never(number: int) -> None:
+        raise KeyError("any")
+
+    told = set()
+    for seed in range(20):
+        env = LocalEnvironment("test", backend=partial(StepBackend, seed))
+        env.from_batch([1, 2, 3]).map(never_three).sink(never)
+        job = env.submit()
+        with pytest.raises(JobError):
+            job.wait()
+        assert job.report is not None
+        told.add(tuple(type(error.__cause__) for error in job.report.errors))
+    assert told == {(KeyError,), (ValueError, KeyError)}
 
 
 def test_dead_letters_that_nobody_sends_end_with_the_job(backend: Backends) -> None:

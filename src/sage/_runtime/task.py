@@ -327,7 +327,7 @@ class Task:
         operator that fails leaves what came before the failing record, which still goes on to the end of the chain.
         """
         limit = self._pace.limit()
-        failure: BaseException | None = None
+        failures: list[BaseException] = []
         before = perf_counter()
         for place in range(index, len(self.operators)):
             operator = self.operators[place]
@@ -351,7 +351,7 @@ class Task:
                 self._emit(place, Batch([*operator.letters]), letters=True)
                 operator.letters.clear()
             if operator.failure is not None:
-                failure = failure or operator.failure
+                failures.append(operator.failure)
             operator.metrics.records_out += len(out.values)
             now = perf_counter()
             operator.metrics.busy_s += now - before
@@ -361,8 +361,10 @@ class Task:
         else:
             if batch is not None:
                 self._emit(len(self.operators) - 1, batch, letters=False)
-        if failure is not None:
-            raise failure
+        for failure in failures[:-1]:
+            self._report(TaskFailed(self.name, failure))
+        if failures:
+            raise failures[-1]
 
     def _emit(self, place: int, batch: Batch, *, letters: bool) -> None:
         """Queue a batch for the consumers of the operator at `place`."""
