@@ -241,7 +241,8 @@ class SharedHost(GatedHost):
         self._failure = text, is_clean
         if is_clean:
             # Whatever supervises a job also takes in what happened to a service outside of it.
-            cast("Supervised", self._context._supervision).failed(self.spec.name, self._incarnation, text)
+            supervision: Supervised = cast("Any", self._context._supervision)
+            supervision.failed(self.spec.name, self._incarnation, text)
         else:
             self._on_died(self._incarnation, text)
 
