@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-RUNNING = {"sage._backends.threads", "sage._hosts.inline", "sage._plan.planner", "sage._runtime.dispatcher"}
+RUNNING = {"sage._backends.threads", "sage._hosts.job_guard", "sage._plan.planner", "sage._runtime.dispatcher"}
 """Modules that each bring in a part of what runs jobs."""
 
 

@@ -29,14 +29,14 @@ class Fates:
         taken: all of them in order, each once, whatever became of it.
         outs: what it gave, in order.
         done: calls that returned.
-        dropped: records that the policy gave up, in order.
+        dropped: records that the policy gave up, in order, with the input that they came by.
         fatal: what failed the job.
     """
 
     taken: list[tuple[int, Any]] = field(default_factory=list)
     outs: list[Any] = field(default_factory=list)
     done: int = 0
-    dropped: list[Any] = field(default_factory=list)
+    dropped: list[tuple[int, Any]] = field(default_factory=list)
     fatal: list[BaseException] = field(default_factory=list)
 
 
@@ -63,7 +63,7 @@ def fates_of(node: Node, entries: Iterable[Entry]) -> Fates:
         attempts[record] = 0
         fates.taken.append((entry.port, entry.value))
         if is_ordinary and not node.policy.endswith("fail"):
-            fates.dropped.append(entry.value)
+            fates.dropped.append((entry.port, entry.value))
         else:
             fates.fatal.append(entry.error)
     return fates
@@ -127,7 +127,7 @@ class Flow:
             value
             for node in self._scenario.nodes
             if node.policy.endswith("letters") and node.name in self.fates
-            for value in self.fates[node.name].dropped
+            for _, value in self.fates[node.name].dropped
         ]
 
     # --- which records they are ---
@@ -230,11 +230,12 @@ class Flow:
             return Computed(reduced(records, each=node.kind == "reduce"), ordered=ordered)
         outs: list[Keyed] = []
         for place, (value, key) in enumerate(records):
-            if dropped[value]:
-                dropped[value] -= 1
+            port = int(place >= arriving.first)
+            if dropped[port, value]:
+                dropped[port, value] -= 1
                 continue
             given = key_of(node, value) if node.kind == "keyby" else key
-            outs += [(out, given) for out in outs_of(node, value, int(place >= arriving.first))]
+            outs += [(out, given) for out in outs_of(node, value, port)]
         if node.kind == "process" and node.form == "class":
             outs += [(f"{node.name} end", None)] * node.parallelism
         return Computed(outs, ordered=ordered)
