@@ -464,6 +464,27 @@ def test_two_tasks_that_fail_at_once_are_both_reported() -> None:
     assert isinstance(caught.value, JobError)
 
 
+def test_an_error_of_a_source_is_told_though_a_record_before_it_fails_the_job_first() -> None:
+    """Acceptance 23: the source has raised already, while what it read before is still on its way."""
+    asked = iter(range(10))
+
+    def numbers() -> int:
+        number = next(asked)
+        if number == 3:  # in the second batch, behind records 1 and 2
+            raise KeyError("source")
+        return number
+
+    def work(number: int) -> None:
+        if number == 1:
+            raise ValueError("sink")
+
+    env = LocalEnvironment("test")
+    env.from_source(numbers, name="numbers").sink(work, name="work")
+    with pytest.raises(JobErrorGroup) as caught:
+        env.submit(autostop=True)
+    assert {type(error.__cause__) for error in caught.value.exceptions} == {ValueError, KeyError}
+
+
 def test_run_raises_what_failed(backend: Backends) -> None:
     """Acceptance 16: also through `sage.testing.run`."""
     with pytest.raises(FunctionError, match="failed on record 2"):

@@ -30,13 +30,28 @@ class SequenceSource(Source):
         return records or None
 
 
-class IterableSource(Source):
+class HoldingSource(Source):
+    """Hands on the records that it read before an error, and raises that at the next read.
+
+    Attributes:
+        held: the error, until it is raised.
+    """
+
+    held: BaseException | None = None
+
+    def raise_held(self) -> None:
+        """Raise the error, if there is one."""
+        error, self.held = self.held, None
+        if error is not None:
+            raise error
+
+
+class IterableSource(HoldingSource):
     """Any other iterable, read record by record, so that a slow one hands on what it has."""
 
     def __init__(self, values: Any, span: Span) -> None:
         self._values = values
         self._span = span
-        self._error: BaseException | None = None
         self._iterator: Iterator[Any] = iter(())
 
     def open(self) -> None:
@@ -45,9 +60,7 @@ class IterableSource(Source):
 
     def read(self, records_max: int) -> list[Any] | None:
         """Return records until there are enough or the span is cut."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self.raise_held()
         # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
         turns = self._span.begin([None] * records_max)
         records: list[Any] = []
@@ -57,7 +70,7 @@ class IterableSource(Source):
         except BaseException as error:  # the records before it go on first
             if not records:
                 raise
-            self._error = error
+            self.held = error
             return records
         finally:
             self._span.end()
@@ -72,7 +85,7 @@ class IterableSource(Source):
             closing()
 
 
-class FunctionSource(Source):
+class FunctionSource(HoldingSource):
     """A function that is called for each record."""
 
     def __init__(self, call: Callable[[], Any], span: Span, *, none_ends: bool) -> None:
@@ -80,13 +93,10 @@ class FunctionSource(Source):
         self._span = span
         self._none_ends = none_ends
         self._ended = False
-        self._error: BaseException | None = None
 
     def read(self, records_max: int) -> list[Any] | None:
         """Return records until there are enough, there is nothing now, or the span is cut."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self.raise_held()
         if self._ended:
             return None
         call = self._call
@@ -102,7 +112,7 @@ class FunctionSource(Source):
         except BaseException as error:  # the records before it go on first
             if not records:
                 raise
-            self._error = error
+            self.held = error
         finally:
             self._span.end()
         return None if self._ended and not records else records
@@ -165,11 +175,22 @@ class Reader(Operator):
         if isinstance(error, Exception) and retry is not None and self._attempts < retry.attempts_max:
             self.wake_at = self._surroundings.now() + retry.pause_s(self._attempts)
             return
+        self.failure = self._blamed(error)
+
+    def overtaken(self) -> FunctionError | None:
+        """Return the error that the source holds, and that nobody will ask for any more."""
+        source = getattr(self, "source", None)
+        if not isinstance(source, HoldingSource) or source.held is None:
+            return None
+        held, source.held = source.held, None
+        return self._blamed(held)
+
+    def _blamed(self, error: BaseException) -> FunctionError:
         self.metrics.failed += 1
         times = f" after {self._attempts} attempts" if self._attempts > 1 else ""
         blamed = FunctionError(f'source "{self.node.name}" failed{times}: {describe(error)}', operator=self.node.name)
         blamed.__cause__ = error
-        self.failure = blamed
+        return blamed
 
     def close(self) -> None:
         """Close the source, and the user's function behind it."""

@@ -216,8 +216,12 @@ class Task:
             self.phase = Phase.CLOSING
 
     def _drop(self) -> None:
-        """Count and forget everything that waits here."""
+        """Count and forget everything that waits here, but for an error that the source was about to raise."""
         self.wake_at = None
+        overtaken = self._reader.overtaken() if self._reader is not None else None
+        if overtaken is not None:
+            self._failed = True
+            self._report(TaskFailed(self.name, overtaken))
         self.undelivered += sum(len(batch) for _, batch, _ in self._stash if batch is not None)
         self.undelivered += sum(len(element) for _, _, element in self._outgoing)
         self._stash.clear()
@@ -294,6 +298,9 @@ class Task:
     def _read(self, reader: Reader) -> int | None:
         """Read and process the next records of the source; None when there are none now."""
         if self._stopping:
+            overtaken = reader.overtaken()
+            if overtaken is not None:
+                raise overtaken
             self.phase = Phase.FINISHING
             return 0
         if self.lockstep is not None and not self.lockstep.is_zero:
