@@ -29,11 +29,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `--seeds N` run every test of the step backend with N seeds, and `--moments N` hit N moments of a program."""
+    parser.addoption("--proof", action="store_true", help="run also the tests marked as proof")
     parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
     parser.addoption("--moments", type=int, default=4, help="how many moments of a phase drivers are killed at")
     parser.addoption("--simulation-base", type=int, default=0, help="the first seed of the simulation")
-    parser.addoption("--simulation-count", type=int, default=10_000, help="how many seeds the simulation runs")
+    parser.addoption("--simulation-count", type=int, default=1_000, help="how many seeds the simulation runs")
     parser.addoption("--simulation-seed", type=int, help="the only seed that the simulation runs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless it is asked for."""
+    if config.getoption("--proof"):
+        return
+    proofs = [item for item in items if item.get_closest_marker("proof") is not None]
+    config.hook.pytest_deselected(items=proofs)
+    items[:] = [item for item in items if item.get_closest_marker("proof") is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -66,7 +66,7 @@ def interrupt_one(folder: Path, moment: Moment, signum: int, clock: FairClock) -
     return [f"{moment}: {text}; marks {marks}" for text in wrong]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_driver_killed_at_any_moment_leaves_nothing(
@@ -80,7 +80,7 @@ def test_a_driver_killed_at_any_moment_leaves_nothing(
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("phase", PHASES)

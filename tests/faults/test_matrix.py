@@ -170,6 +170,7 @@ def differences(row: Row, folder: Path, clock: FairClock) -> list[str]:
     return found + ([f"    {error!r}" for error in report.errors] if found else [])
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_must_follow_follows(host: str, place: str, tmp_path: Path, clock: FairClock) -> None:

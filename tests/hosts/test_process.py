@@ -994,6 +994,7 @@ def test_signals_to_the_process_do_not_break_the_order() -> None:
 # --- many jobs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proof
 def test_thirty_jobs_leave_nothing_behind() -> None:
     """Acceptance 13: descriptors and threads as after the first job."""
 
