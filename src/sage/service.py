@@ -244,6 +244,7 @@ class UserContext:
         self.name = name
         self._services = services
         self._note = note
+        self._asked: set[str] = set()
 
     def service(self, name: str) -> ServiceHandle[Any]:
         """Return the handle of the service `name`.
@@ -257,6 +258,7 @@ class UserContext:
             raise unknown_service(f'"{self.name}"', name, self._services) from None
         if self._note is not None:
             self._note(name)
+            self._asked.add(name)
         return handle
 
 
@@ -350,6 +352,9 @@ class ServiceContext(UserContext):
         self.incarnation = 1
         self._services, self._note = other._services, other._note
         self._supervision, self._claims = other._supervision, other._claims
+        for name in sorted(self._asked & self._services.keys()):
+            if self._note is not None:
+                self._note(name)  # what it calls has to outlive it in this job too
 
     @property
     def has_deferred(self) -> bool:

@@ -10,7 +10,7 @@ from sage._runtime.backend import Backend
 from sage._runtime.inside import inside
 from sage._runtime.task import Step
 from sage.environment import LocalEnvironment
-from sage.errors import InternalError
+from sage.errors import InternalError, hint
 from sage.records import Span
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sage._runtime.task import Task
     from sage.stream import DataStream
 
-__all__ = ["ManualClock", "StepBackend", "assert_clean", "run"]
+__all__ = ["ManualClock", "StepBackend", "assert_clean", "run", "simulate"]
 
 STEPS_MAX = 5_000_000
 """How many steps one job may take before it counts as one that never ends."""
@@ -48,6 +48,24 @@ def run(
     build(environment.from_batch(records)).sink(arrived.append)
     environment.submit(autostop=True)
     return arrived
+
+
+def simulate(program: Callable[[Callable[[], Backend]], object], *, seeds: Iterable[int] = range(100)) -> None:
+    """Run a program once for each seed, each time on another schedule.
+
+    Args:
+        program: gets what makes the backend, for `LocalEnvironment(backend=...)`, and raises if what came is wrong.
+        seeds: what the schedules are drawn from.
+
+    Raises:
+        BaseException: whatever the program raises first; a note names the seed, and how to run it again.
+    """
+    for seed in seeds:
+        try:
+            program(lambda seed=seed: StepBackend(seed))  # type: ignore[misc]
+        except BaseException as error:  # it goes on to whoever called, with its seed
+            hint(error, f"This came with seed {seed}: simulate(program, seeds=[{seed}]) shows it again.")
+            raise
 
 
 class ManualClock:
@@ -246,5 +264,6 @@ class StepBackend(Backend):
         """Wake everybody whose moment has come."""
         now_s = self.now()
         self._ready.update(task for task in self._tasks if task.wake_at is not None and task.wake_at <= now_s)
-        if supervisor.next_due is not None and supervisor.next_due <= now_s:
+        due = supervisor.next_due
+        if due is not None and due <= now_s:
             supervisor.tick()

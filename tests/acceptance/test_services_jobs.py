@@ -299,6 +299,25 @@ def test_kept_services_serve_the_next_job(backend: MakeBackend, host: Host, jour
         memory.process(1)
 
 
+class Asking(Numbered):
+    """Calls another service, which it never declared."""
+
+    def process(self, data: Any) -> Any:
+        return self.call_service("store", data)
+
+
+def test_a_kept_service_still_ends_before_the_one_that_it_was_seen_to_call(backend: MakeBackend) -> None:
+    """Acceptance 9: the job that ends kept services knows who called whom in the jobs before."""
+    journal = list[str]()
+    env = LocalEnvironment(backend=backend)
+    index = env.register_service("index", Asking, journal)
+    env.register_service("store", Numbered, journal)
+    env.from_batch([1]).map(index).sink(abs)
+    env.submit(autostop=True, keep_services=True)
+    env.close()
+    assert journal[2:] == ["index.stop 1", "index.cleanup 1", "store.stop 1", "store.cleanup 1"]
+
+
 def test_only_the_named_services_are_kept(backend: MakeBackend, host: Host, journal: Notes) -> None:
     """Acceptance 9: the others end with their job, and a kept one keeps what it requires."""
     env = LocalEnvironment(backend=backend)
