@@ -190,7 +190,7 @@ def test_a_file_that_was_cut_shows_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 100])
 def test_the_timeline_has_a_row_for_each(tmp_path: Path, count: int) -> None:
     path = tmp_path / "jobs.jsonl"
-    env = LocalEnvironment("rows", report_file=path)
+    env = LocalEnvironment("rows", report_file=path, stop_timeout_s=600)
     for number in range(count):
         env.register_service(f"s{number}", dict)
     env.from_batch([1]).sink(lambda n: None)
