@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from sage.records import Span
@@ -19,6 +20,8 @@ def test_every_record_is_read_or_left_once_whenever_it_is_cut() -> None:
             span.cut()
 
     cutting = threading.Thread(target=cut_again_and_again)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that threads take turns within a batch
     cutting.start()
     try:
         for _ in range(2_000):
@@ -31,6 +34,7 @@ def test_every_record_is_read_or_left_once_whenever_it_is_cut() -> None:
     finally:
         over.set()
         cutting.join()
+        sys.setswitchinterval(interval_s)
     assert cuts, "the other thread never cut anything, so nothing was shown"
 
 

@@ -113,14 +113,15 @@ class Oracle:
     def _dependencies(self) -> Iterator[str]:
         """Yield services that started before what they need, or ended after it."""
         needs = {(service.name, other) for service in self._services.values() for other in service.requires}
-        if not self._scenario.keep:
-            needs |= {(entry.within[-1][0], entry.name) for entry in self._log if entry.within}
+        seen = {(entry.within[-1][0], entry.name) for entry in self._log if entry.within}
+        if not self._scenario.keep:  # of kept services, it depends on the job which of them were seen by then
+            needs |= seen
         for name, other in needs:
             if name == other or not self._services[other].required:
                 continue
             for mine in self._instances[name].values():
                 yield from self._dependency(name, [at for at, _ in mine], other)
-        if not needs:
+        if not needs | seen:
             yield from self._reverse_order()
 
     def _dependency(self, name: str, mine: list[int], other: str) -> Iterator[str]:
