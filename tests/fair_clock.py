@@ -83,14 +83,14 @@ class FairClock:
     def _read_queued(self, threads: Path) -> None:
         own = str(self._reader.native_id)
         # A thread, or the whole process, may end meanwhile, or this is no Linux.
-        with suppress(OSError):
+        with suppress(OSError, IndexError):
             for thread in os.listdir(threads):
-                with suppress(OSError):
+                with suppress(OSError, IndexError):
                     if thread != own:
                         self._queued_ns[thread] = int((threads / thread / "schedstat").read_bytes().split()[1])
 
     def _stolen_s(self) -> float:
-        with suppress(OSError), (self._proc / "stat").open(encoding="ascii") as counts:
+        with suppress(OSError, IndexError), (self._proc / "stat").open(encoding="ascii") as counts:
             return int(counts.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
         return 0.0
 
