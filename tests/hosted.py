@@ -119,7 +119,7 @@ class Tools(BaseService):
         try:
             raise ValueError("seen there")
         except ValueError:
-            logging.getLogger("other.library").exception("it failed")
+            logging.getLogger("another.package").exception("it failed")
 
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)

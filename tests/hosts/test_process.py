@@ -489,7 +489,7 @@ def test_log_records_reach_the_loggers_of_the_driver_once(caplog: pytest.LogCapt
     assert [(record.name, record.levelname, record.getMessage()) for record in records] == [
         ("sage.user.tools", "WARNING", f"careful from {pid[0]}"),
         ("sage.user.tools", "INFO", f"by the way from {pid[0]}"),
-        ("other.library", "ERROR", "it failed"),
+        ("another.package", "ERROR", "it failed"),
     ]
     assert records[2].exc_text is not None
     assert records[2].exc_text.endswith("ValueError: seen there")
