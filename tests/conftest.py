@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from fair_clock import FairClock
 from recorded import Notes
@@ -25,6 +26,10 @@ pytest_plugins = ["sage.pytest_plugin"]
 # A shell that starts the tests in the background has them ignore SIGINT, and what the tests start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What an example takes says more about the machine than about the code; each test has a bound of its own.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -47,6 +48,7 @@ from sage import (
     ServiceTimeoutError,
     ServiceUnavailableError,
 )
+from sage._hosts.link import Link, LinkClosedError
 from sage._runtime.processes import process
 from sage.testing import assert_clean
 
@@ -911,6 +913,60 @@ def test_a_start_that_hangs_is_ended_with_its_process(hook: str, how: str, journ
     assert process(pid) is None
     assert "record" not in journal
     assert report.state is Outcome.FAILED
+
+
+class Slow(str):
+    """A place to import from that takes its time to be asked for on one thread."""
+
+    __slots__ = ("go_on", "is_asked", "thread_name")
+
+    def __bool__(self) -> bool:
+        if threading.current_thread().name == self.thread_name:
+            self.is_asked.set()
+            assert self.go_on.wait(SOON_S)
+        return True
+
+
+def test_a_start_that_is_given_up_before_it_has_a_process_gets_none(
+    journal: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acceptance 7: what was still on its way to the start finds out that nobody waits for it any more."""
+    place = Slow(sys.path[-1])
+    place.thread_name, place.is_asked, place.go_on = "sage-service-slow", threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "path", [*sys.path[:-1], place])
+    env = LocalEnvironment("given up")
+    env.register_service("slow", Tools, journal, options=options(start_timeout_s=0.2, kill_grace_s=0.5))
+    env.from_batch([1]).sink(lambda _: journal.append("record"))
+    with pytest.raises(JobError, match='service "slow" did not end its'):
+        env.submit(autostop=True)
+    assert place.is_asked.is_set()
+    late = [thread for thread in threading.enumerate() if thread.name == "sage-service-slow"]
+    place.go_on.set()
+    for thread in late:
+        thread.join(SOON_S)
+    assert late
+    assert report_of(env).service("slow").pid is None
+    assert list(journal) == []
+
+
+class Closing:
+    """Closes a socket when it is pickled."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+
+    def __reduce__(self) -> tuple[type[str], tuple[()]]:
+        self.end.close()
+        return str, ()
+
+
+def test_whoever_tells_the_other_side_something_hears_that_it_went_just_now() -> None:
+    here, there = socket.socketpair()
+    link = Link(here, lambda *_: None, {}, "telling", lambda: None)
+    with pytest.raises(LinkClosedError, match="the other side is gone"):
+        link.tell(Closing(there))
+    link.close(SOON_S)
+    here.close()
 
 
 @pytest.mark.parametrize("how", ["python", "C", "SIGSTOP"])

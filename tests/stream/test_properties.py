@@ -94,7 +94,7 @@ def sums(values: list[int], modulus: int, parallelism: int, backend: Backends, e
     return arrived
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(records, steps, st.integers(0, 10_000))
 def test_parallel_equals_serial_up_to_order(values: list[int], shape: list[Step], seed: int) -> None:
     serial = result(values, shape, lambda: StepBackend(seed), serial=True)
@@ -102,7 +102,7 @@ def test_parallel_equals_serial_up_to_order(values: list[int], shape: list[Step]
     assert Counter(parallel) == Counter(serial)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(records, steps, st.integers(0, 10_000))
 def test_every_schedule_equals_threads_up_to_order(values: list[int], shape: list[Step], seed: int) -> None:
     threads = result(values, shape, ThreadsBackend, serial=False)
@@ -110,7 +110,7 @@ def test_every_schedule_equals_threads_up_to_order(values: list[int], shape: lis
     assert Counter(stepped) == Counter(threads)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     records,
     st.lists(
@@ -126,7 +126,7 @@ def test_a_pipeline_without_parallel_tasks_keeps_the_order(values: list[int], sh
     assert result(values, shape, lambda: StepBackend(seed), serial=True) == threads
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(records, st.integers(1, 6), st.integers(1, 4), st.integers(0, 10_000))
 def test_a_parallel_reduce_equals_a_serial_one(values: list[int], modulus: int, parallelism: int, seed: int) -> None:
     expected = Counter(number % modulus for number in values)
@@ -139,7 +139,7 @@ def test_a_parallel_reduce_equals_a_serial_one(values: list[int], modulus: int, 
         assert [pair for pair in parallel if pair[0] == key] == [pair for pair in serial if pair[0] == key]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.binary(), st.tuples(st.integers()))),
     st.integers(1, 4),
@@ -155,7 +155,7 @@ def test_any_values_go_through_and_any_key_finds_its_task(values: list[Any], par
     assert Counter(map(repr, arrived)) == Counter(map(repr, values))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 3), st.integers(0, 10_000))
 def test_a_loop_processes_everything_on_every_schedule(values: list[int], parallelism: int, seed: int) -> None:
     env = LocalEnvironment("test", backend=lambda: StepBackend(seed))
@@ -174,7 +174,7 @@ def test_a_loop_processes_everything_on_every_schedule(values: list[int], parall
     assert Counter(arrived) == expected
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(records, steps, st.integers(0, 10_000))
 def test_a_seed_shows_the_same_schedule_again(values: list[int], shape: list[Step], seed: int) -> None:
     once = result(values, shape, lambda: StepBackend(seed), serial=False)

@@ -36,6 +36,9 @@ ORDER_BYTES_MAX = 65_536
 START_HOOKS = frozenset({"setup", "start", "ready"})
 """What has to have succeeded, as far as the service has it, before `stop` may follow."""
 
+ORDER_BOUND_S = 30.0
+"""How long the guardian may take to give its order; it stops its services one after another, within 10 s in all."""
+
 ORPHAN_STOP_S = 10.0
 """How long stop and cleanup may take together when driver and guardian are both gone."""
 
@@ -160,9 +163,10 @@ class Child:
 
     def _be_orphan(self) -> None:
         """Stop and clean up when the guardian says so, or at once if it is gone too."""
+        self._guard.settimeout(ORDER_BOUND_S)
         try:
             order = self._guard.recv(ORDER_BYTES_MAX)
-        except OSError:
+        except OSError:  # a guardian that hangs counts as gone
             order = b""
         due = time.monotonic() + (float(json.loads(order)["stop"]) if order else ORPHAN_STOP_S)
         errors: list[str] = []
@@ -243,6 +247,7 @@ class OwnCalls:
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
+        self._threads = CallThreads(instance.name, None)
 
     def method(self, name: str) -> Any:
         """Return an attribute of the instance."""
@@ -256,7 +261,7 @@ class OwnCalls:
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
     ) -> Future[Any]:
         """Call a method on another thread."""
-        return _on_thread(self._instance.name, name, lambda: self._instance.attribute(name)(*args, **kwargs), timeout_s)
+        return self._threads.submit(name, lambda: self._instance.attribute(name)(*args, **kwargs), timeout_s)
 
 
 class DriverCalls:
@@ -265,6 +270,7 @@ class DriverCalls:
     def __init__(self, link: Link, service: str) -> None:
         self._link = link
         self._service = service
+        self._threads = CallThreads(service, None)
 
     def method(self, name: str) -> Any:
         """Return an attribute of the service."""
@@ -281,7 +287,7 @@ class DriverCalls:
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
     ) -> Future[Any]:
         """Start a call; a thread waits for its answer."""
-        return _on_thread(self._service, name, lambda: self.call(name, args, kwargs, timeout_s), None)
+        return self._threads.submit(name, lambda: self.call(name, args, kwargs, timeout_s), None)
 
     def _ask(self, kind: str, *request: Any) -> Any:
         try:
@@ -292,13 +298,6 @@ class DriverCalls:
         except LinkClosedError:
             text = f'service "{self._service}" cannot be reached: the driver is gone'
             raise ServiceUnavailableError(text, service=self._service) from None
-
-
-def _on_thread(service: str, method: str, work: Callable[[], Any], timeout_s: float | None) -> Future[Any]:
-    threads = CallThreads(service, 1)
-    future = threads.submit(method, work, timeout_s)
-    future.add_done_callback(lambda _: threading.Thread(target=threads.close, daemon=True).start())
-    return future
 
 
 class Forward(logging.Handler):

@@ -121,12 +121,14 @@ class Link:
 
         Raises:
             LinkClosedError: the other side is gone.
-            OSError: it went just now.
         """
         connection = self.connect()
         # Open until the link is closed, as the other side may take the end of a connection for that of the asker.
         self._told.append(connection)
-        connection.send(encode(request))
+        try:
+            connection.send(encode(request))
+        except OSError:
+            raise LinkClosedError("the other side is gone") from None
 
     def connect(self) -> Connection:
         """Open a connection and hand its other end over.

@@ -57,7 +57,8 @@ class ProcessHost(GatedHost):
         self._is_ending = False
         self._is_kept = False
         self._death = ""
-        self._telling = threading.Lock()
+        self._given_up = 0  # the last incarnation that must not be started any more
+        self._lock = threading.Lock()
         self._answers: dict[str, Callable[..., Any]] = {
             "service": self._know,
             "attribute": self._attribute_of_other,
@@ -88,9 +89,10 @@ class ProcessHost(GatedHost):
         self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
     ) -> None:
         """Let another job run the hooks of an instance that is kept, or tell it at once that its process is gone."""
-        with self._telling:
+        with self._lock:
             super().adopt(context, backend, loop, on_died)
             self._is_kept = False
+            self._given_up = 0
             if self._death:
                 self._on_died(self._incarnation, self._death)
 
@@ -169,37 +171,43 @@ class ProcessHost(GatedHost):
         if self._link is not None:
             self._link.close(LINK_CLOSE_S)
         self._cookie = self._guard.announce(name, incarnation, "process", self.spec.requires)
+        path = [place or "." for place in sys.path]
         here, there = socket.socketpair()
         guardians, guarded = socket.socketpair()
         try:
-            path = [place or "." for place in sys.path]
             boot = BOOT.format(path=path, link=there.fileno(), guard=guarded.fileno(), name=name)
-            process = OwnProcess(
-                [sys.executable, "-c", boot],
-                self._cookie,
-                lambda: self._process_ended(process),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[there.fileno(), guarded.fileno()],
-            )
+            # An "exit" on another thread, if this start was given up, finds either no process or all of it.
+            with self._lock:
+                self._process = None
+                if incarnation <= self._given_up:
+                    raise ServiceError(f'service "{name}" was given up before its process was started')
+                process = OwnProcess(
+                    [sys.executable, "-c", boot],
+                    self._cookie,
+                    lambda: self._process_ended(process),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[there.fileno(), guarded.fileno()],
+                )
+                self._is_ending = False
+                self._death = ""
+                self._process = process
+                # Its handles are found by the name that is pickled for them, in the job that asks.
+                self._link = Link(here, self._answer, self._context._services, name, lambda: None)
+                self._link.begin()
+                process.watch()
+                self._guard.started(name, incarnation, process.pid, guardians.detach())
         except BaseException:
-            here.close()
+            if self._process is None:
+                here.close()
             guardians.close()
             raise
         finally:
             there.close()
             guarded.close()
-        self._is_ending = False
-        self._death = ""
-        self._process = process
-        # Its handles are found by the name that is pickled for them, in the job that asks.
-        self._link = Link(here, self._answer, self._context._services, name, lambda: None)
-        self._link.begin()
-        process.watch()
-        self._guard.started(name, incarnation, process.pid, guardians.detach())
 
     def _process_ended(self, process: OwnProcess) -> None:
         """Tell of a process that ended without being asked to; called by the thread that waits for it."""
-        with self._telling:
+        with self._lock:
             if process is not self._process or self._is_ending:
                 return
             if self._link is not None:
@@ -212,10 +220,12 @@ class ProcessHost(GatedHost):
             self._on_died(self._incarnation, self._death)
 
     def _exit(self, due: float | None) -> Exit | None:
-        process, link = self._process, self._link
+        with self._lock:
+            self._given_up = self._incarnation
+            self._is_ending = True
+            process, link = self._process, self._link
         if process is None or link is None:
             return None  # it could not be started
-        self._is_ending = True
         try:
             exit_ = process.end(lambda: self._ask_to_exit(link), self._guard.left_of, self._left(due))
         finally:
