@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sage._operators.fused import Inlined
 from sage._operators.operator import Operator
 from sage._operators.per_record import NOTHING, FlatMap, drop_requests
 from sage.records import Batch
@@ -38,6 +39,13 @@ class Reduce(Operator):
         if done.requests is not None:
             drop_requests(done.requests)
         return NOTHING
+
+    def inlined(self, *, has_key: bool) -> Inlined | None:
+        """Return the call, if the key is there and the function does not look at it."""
+        if not has_key or self._sees_keys:
+            return None
+        lines = ("if key in {state}:", "    value = {call}({state}[key], value)", "{state}[key] = value")
+        return Inlined(lines, self._call, self._combined, gives=self._emit_each)
 
     def _combine_each(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
         """Combine, and add what was combined so far after each record."""

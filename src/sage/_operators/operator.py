@@ -18,6 +18,7 @@ from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
+    from sage._operators.fused import Inlined
     from sage._plan.logical import Node
     from sage.functions import TaskContext
     from sage.records import Span
@@ -112,6 +113,14 @@ class Operator:
             port: the input they come from.
         """
         raise NotImplementedError
+
+    def inlined(self, *, has_key: bool) -> Inlined | None:  # noqa: ARG002
+        """Return what the operator does with one record, or None if it needs the batch.
+
+        Args:
+            has_key: whether records have got a key in the same loop.
+        """
+        return None
 
     def resume(self) -> Batch:
         """Return more of what the last record gives; called while `more` is set."""
@@ -210,6 +219,19 @@ class Operator:
             return True
         self.failure = self.blame(error, batch.values[place], attempts)
         return False
+
+    def fail_alone(self, record: Batch, error: BaseException) -> bool:
+        """Apply the policy to the one record that failed in a loop of several operators; see `process`.
+
+        Returns:
+            Whether the next record follows at once.
+        """
+        goes_on = self._goes_on(record, 0, error)
+        if goes_on:
+            self.metrics.records_in += 1
+        elif self.failure is None:
+            self.rest = record
+        return goes_on
 
     def blame(self, error: BaseException, record: Any, attempts: int = 1) -> FunctionError:
         """Return the error that names this operator and the record, with the original as its cause."""

@@ -6,6 +6,7 @@ from itertools import compress
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
+from sage._operators.fused import Inlined
 from sage._operators.operator import Operator, into_list, own
 from sage.functions import FlatMapFunction, MapFunction
 from sage.records import BATCH_RECORDS_MAX, Batch
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from sage._plan.logical import Node
 
 NOTHING = Batch([])
+
+DROP = ("    {dropped} += 1", "    continue")
+"""What ends an `if` of `Inlined` lines."""
 
 
 def drop_requests(requests: Iterable[Any]) -> None:
@@ -60,6 +64,13 @@ class Map(Operator):
         batch = self.apply(batch, self._loop, self._call, results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
 
+    def inlined(self, *, has_key: bool) -> Inlined | None:
+        """Return the call, and the drop if there is one."""
+        if has_key and self._sees_keys:
+            return None
+        dropping = ("if value is None:", *DROP) if self._drops_none else ()
+        return Inlined(("value = {call}(value)", *dropping), self._call)
+
 
 def keeping(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
     """Add the records for which the function says so."""
@@ -93,6 +104,12 @@ class Filter(Operator):
             drop_requests(compress(batch.requests, map(not_, kept)))
         return batch.select(kept)
 
+    def inlined(self, *, has_key: bool) -> Inlined | None:
+        """Return the question and the drop."""
+        if has_key and self._sees_keys:
+            return None
+        return Inlined(("if not {call}(value):", *DROP), self._call)
+
 
 def for_effect(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:  # noqa: ARG001
     """Call the function and add nothing."""
@@ -114,6 +131,10 @@ class Sink(Operator):
         if batch.requests is not None:
             drop_requests(batch.requests)
         return NOTHING
+
+    def inlined(self, *, has_key: bool) -> Inlined | None:
+        """Return the call."""
+        return None if has_key and self._sees_keys else Inlined(("{call}(value)",), self._call, gives=False)
 
 
 class Reply(Operator):
@@ -142,6 +163,12 @@ class KeyBy(Operator):
         keys: list[Any] = []
         batch = self.apply(batch, self._loop, self._call, keys)
         return Batch(batch.values, keys, batch.requests)
+
+    def inlined(self, *, has_key: bool) -> Inlined | None:
+        """Return the call."""
+        if has_key and self._sees_keys:
+            return None
+        return Inlined(("key = {call}(value)",), self._call, sets_key=True)
 
 
 class CoMap(Operator):

@@ -7,6 +7,7 @@ from enum import Enum
 from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from sage._operators.fused import segments_of
 from sage._operators.sources import Reader
 from sage._runtime.channel import ends
 from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened
@@ -17,6 +18,7 @@ from sage.records import BATCH_RECORDS_MAX, END_OF_STREAM, Batch, Span
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sage._operators.fused import Segment
     from sage._operators.operator import Operator
     from sage._plan.logical import Node
     from sage._runtime.channel import Channel, InFlight
@@ -143,6 +145,7 @@ class Task:
         self._now = now
         self._pace = pace
         self._reader = operators[0] if isinstance(operators[0], Reader) else None
+        self._segments: dict[int, Segment] = {}
         self._stash: list[tuple[int, Batch | None, int]] = []
         self._outgoing: deque[tuple[Output, int, Element]] = deque()
         self._held = 0
@@ -239,6 +242,7 @@ class Task:
                 operator.open()
             except BaseException as error:  # a task owns whatever its operators raise
                 raise _blamed(operator, "open", error) from error
+        self._segments = segments_of(self.operators)
         self.phase = Phase.OPENED
         self._report(TaskOpened(self.name))
         return Step.PROGRESSED
@@ -335,34 +339,24 @@ class Task:
         """
         limit = self._pace.limit()
         failures: list[BaseException] = []
-        before = perf_counter()
-        for place in range(index, len(self.operators)):
-            operator = self.operators[place]
-            if batch is None:
-                out = operator.resume()
+        place = index
+        while place < len(self.operators):
+            if batch is not None and len(batch.values) > limit:
+                # In parts at once: a rest that is cut again at each step would be copied as often.
+                for start in range(limit * ((len(batch) - 1) // limit), 0, -limit):
+                    self._stash.append((place, batch.slice(start, start + limit), port))
+                batch = batch.slice(0, limit)
+            segment = self._segments.get(place)
+            if segment is not None and batch is not None and segment.takes(batch):
+                out = segment.process(batch)
+                beyond = place + len(segment.operators)
             else:
-                if len(batch.values) > limit:
-                    # In parts at once: a rest that is cut again at each step would be copied as often.
-                    for start in range(limit * ((len(batch) - 1) // limit), 0, -limit):
-                        self._stash.append((place, batch.slice(start, start + limit), port))
-                    batch = batch.slice(0, limit)
-                out = operator.process(batch, port)
-            if operator.rest is not None:
-                self._stash.append((place, operator.rest, port))
-                operator.rest = None
-                if operator.wake_at is not None:
-                    self.wake_at, operator.wake_at = operator.wake_at, None
-            if operator.more:
-                self._stash.append((place, None, port))
-            if operator.letters:
-                self._emit(place, Batch([*operator.letters]), letters=True)
-                operator.letters.clear()
-            if operator.failure is not None:
-                failures.append(operator.failure)
-            operator.metrics.records_out += len(out.values)
-            now = perf_counter()
-            operator.metrics.busy_s += now - before
-            before, batch, port = now, out, 0
+                out = self._run_alone(self.operators[place], batch, port)
+                beyond = place + 1
+            while place < beyond:
+                failures += self._settle(place, port)
+                place, port = place + 1, 0
+            batch = out
             if not out.values:
                 break
         else:
@@ -372,6 +366,28 @@ class Task:
             self._report(TaskFailed(self.name, failure))
         if failures:
             raise failures[-1]
+
+    def _run_alone(self, operator: Operator, batch: Batch | None, port: int) -> Batch:
+        started_at = perf_counter()
+        out = operator.resume() if batch is None else operator.process(batch, port)
+        operator.metrics.busy_s += perf_counter() - started_at
+        operator.metrics.records_out += len(out.values)
+        return out
+
+    def _settle(self, place: int, port: int) -> list[BaseException]:
+        """Take from an operator what it left, and return its failure."""
+        operator = self.operators[place]
+        if operator.rest is not None:
+            self._stash.append((place, operator.rest, port))
+            operator.rest = None
+            if operator.wake_at is not None:
+                self.wake_at, operator.wake_at = operator.wake_at, None
+        if operator.more:
+            self._stash.append((place, None, port))
+        if operator.letters:
+            self._emit(place, Batch([*operator.letters]), letters=True)
+            operator.letters.clear()
+        return [] if operator.failure is None else [operator.failure]
 
     def _emit(self, place: int, batch: Batch, *, letters: bool) -> None:
         """Queue a batch for the consumers of the operator at `place`."""
