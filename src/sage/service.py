@@ -244,7 +244,7 @@ class UserContext:
         self.name = name
         self._services = services
         self._note = note
-        self._asked: set[str] = set()
+        self._found: dict[str, ServiceHandle[Any]] = {}
 
     def service(self, name: str) -> ServiceHandle[Any]:
         """Return the handle of the service `name`.
@@ -258,7 +258,7 @@ class UserContext:
             raise unknown_service(f'"{self.name}"', name, self._services) from None
         if self._note is not None:
             self._note(name)
-            self._asked.add(name)
+        self._found[name] = handle
         return handle
 
 
@@ -352,9 +352,9 @@ class ServiceContext(UserContext):
         self.incarnation = 1
         self._services, self._note = other._services, other._note
         self._supervision, self._claims = other._supervision, other._claims
-        for name in sorted(self._asked & self._services.keys()):
-            if self._note is not None:
-                self._note(name)  # what it calls has to outlive it in this job too
+        found, self._found = self._found, {}
+        for name in sorted(found.keys() & self._services.keys()):
+            self.service(name)  # what it calls has to outlive it in this job too
 
     @property
     def has_deferred(self) -> bool:
@@ -447,8 +447,10 @@ class ServiceUser:
             ServiceUnavailableError: the service has stopped or failed.
             Exception: whatever the method raises.
         """
-        ctx = self.ctx  # not by way of `service`, as this is called for each record
-        handle: ServiceHandle[Any] = ctx.service(name) if ctx is not None else self.service(name)
+        try:
+            handle = self.ctx._found[name]  # as this is called for each record
+        except (AttributeError, KeyError):
+            handle = self.service(name)
         if timeout is None:
             return getattr(handle, method or DEFAULT_METHOD)(*args, **kwargs)
         return handle._require().call(method or DEFAULT_METHOD, args, kwargs, timeout)

@@ -918,7 +918,9 @@ def test_a_start_that_hangs_is_ended_with_its_process(hook: str, how: str, journ
 class Slow(str):
     """A place to import from that takes its time to be asked for on one thread."""
 
-    __slots__ = ("go_on", "is_asked", "thread_name")
+    thread_name: str
+    is_asked: threading.Event
+    go_on: threading.Event
 
     def __bool__(self) -> bool:
         if threading.current_thread().name == self.thread_name:

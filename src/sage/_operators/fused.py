@@ -14,14 +14,12 @@ from sage.records import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import TracebackType
 
     from sage._operators.operator import Operator
 
-WORTH_IT_RECORDS = 64
-"""Smaller batches are run operator by operator: to put a loop together takes as long as some hundred records."""
-
 SAMPLE_EVERY = 32
-"""One batch of so many is run operator by operator, to measure how the time is shared among them."""
+"""One batch of so many is run operator by operator, to measure how the time is shared among them; at first more are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,6 @@ class Inlined:
         state: what else it needs.
         gives: whether a record goes on after the lines.
         sets_key: whether the lines put a key into `key`.
-        needs_key: whether they need one.
     """
 
     lines: tuple[str, ...]
@@ -43,7 +40,6 @@ class Inlined:
     state: Any = None
     gives: bool = True
     sets_key: bool = False
-    needs_key: bool = False
 
 
 class Segment:
@@ -59,14 +55,16 @@ class Segment:
         self._run: Callable[..., None] | None = None
         self._places: list[int] = []
         self._seen = 0
+        self._parts_s = [0.0] * len(operators)
         self._has_keys = any(one.sets_key for one in inlined)
 
     def takes(self, batch: Batch) -> bool:
         """Return whether this batch runs in the loop."""
-        if batch.keys is not None or batch.requests is not None or len(batch) < WORTH_IT_RECORDS:
+        if batch.keys is not None or batch.requests is not None:
             return False
         self._seen += 1
-        return self._seen % SAMPLE_EVERY != 1
+        is_early = self._seen & (self._seen - 1) == 0  # the first, the second, the fourth, ...
+        return self._seen % SAMPLE_EVERY != 0 and not is_early
 
     def process(self, batch: Batch) -> Batch:
         """Return what goes on, and count it for each of the operators."""
@@ -78,21 +76,22 @@ class Segment:
         out: list[Any] = []
         keys: list[Any] = []
         calls = [given for one in self._inlined for given in (one.call, one.state)]
-        run = self._run or self._assemble()
+        run = self._run = self._run or self._assemble()
         while True:
             reading = span.begin(values if begun == 0 else values[begun:])
             dropped = [0] * len(self.operators)
             try:
                 run(reading, out, keys, dropped, *calls)
+            except BaseException as error:  # every failure of a user's function is owned here
+                done = total - len(span.end())
+                self._count(done - 1 - begun, dropped)
+                begun = done
+                if not self._goes_on(error) or span.is_cut or begun == total:
+                    break
+            else:
                 done = total - len(span.end())
                 self._count(done - begun, dropped)
                 break
-            except BaseException as error:  # every failure of a user's function is owned here
-                done = total - len(span.end()) - 1
-                self._count(done - begun, dropped)
-                begun = done = done + 1
-                if not self._goes_on(error) or span.is_cut or begun == total:
-                    break
         if done < total:
             again = [] if first.rest is None else first.rest.values
             first.rest = Batch([*again, *values[done:]])
@@ -101,30 +100,38 @@ class Segment:
 
     def _goes_on(self, error: BaseException) -> bool:
         """Let the operator that failed apply its policy, and return whether the next record follows at once."""
-        here = error.__traceback__
-        loop = None if here is None else here.tb_next
-        if loop is None:
-            place, seen = 0, {}  # an interrupt that did not even meet the loop
-        else:
-            place, seen = self._places[loop.tb_lineno], loop.tb_frame.f_locals
+        place, seen = self._where(error.__traceback__)
         for passed in self.operators[:place]:
-            passed.metrics.records_in += 1
-            passed.metrics.records_out += 1
+            passed.passed(1, 1)
         has_key = any(one.sets_key for one in self._inlined[:place])
         failed = Batch([seen.get("value")], [seen["key"]] if has_key else None)
         return self.operators[place].fail_alone(failed, error)
 
+    def _where(self, traceback: TracebackType | None) -> tuple[int, dict[str, Any]]:
+        """Return the place of the operator at whose line the loop ended, and what the loop had in its variables."""
+        assert self._run is not None
+        while traceback is not None:
+            if traceback.tb_frame.f_code is self._run.__code__:
+                return self._places[traceback.tb_lineno], traceback.tb_frame.f_locals
+            traceback = traceback.tb_next
+        return 0, {}  # an interrupt that came before the loop began
+
     def _count(self, records: int, dropped: list[int]) -> None:
         for operator, inlined, less in zip(self.operators, self._inlined, dropped, strict=True):
-            operator.metrics.records_in += records
-            records = records - less if inlined.gives else 0
-            operator.metrics.records_out += records
+            out = records - less if inlined.gives else 0
+            operator.passed(records, out)
+            records = out
 
     def _share(self, elapsed_s: float) -> None:
-        """Share the time as it was shared before."""
-        whole_s = sum(operator.metrics.busy_s for operator in self.operators)
-        for operator in self.operators:
-            operator.metrics.busy_s += elapsed_s * operator.metrics.busy_s / whole_s
+        """Share the time in the way in which the operators took theirs when they ran alone."""
+        alone_s = [
+            operator.metrics.busy_s - part_s for operator, part_s in zip(self.operators, self._parts_s, strict=True)
+        ]
+        whole_s = sum(alone_s)
+        for place, operator in enumerate(self.operators):
+            part_s = elapsed_s * alone_s[place] / whole_s
+            self._parts_s[place] += part_s
+            operator.metrics.busy_s += part_s
 
     def _assemble(self) -> Callable[..., None]:
         """Put the loop together."""
@@ -142,14 +149,15 @@ class Segment:
             lines += [" " * 12 + line.format(**names) for line in inlined.lines]
             places += [number] * len(inlined.lines)
         if self._inlined[-1].gives:
-            lines += [" " * 12 + "out.append(value)", " " * 12 + "keys.append(key)" * self._has_keys]
+            lines.append("            out.append(value)")
+        if self._inlined[-1].gives and self._has_keys:
+            lines.append("            keys.append(key)")
         lines += ["    finally:", f"        dropped[:] = [{', '.join(f'dropped{number}' for number in numbers)}]"]
         title = f"<{', '.join(operator.node.name for operator in self.operators)}>"
         space: dict[str, Any] = {}
         exec(compile("\n".join(lines), title, "exec"), space)
         self._places = places + [0] * (len(lines) + 1 - len(places))
         run: Callable[..., None] = space["run"]
-        self._run = run
         return run
 
 
@@ -160,7 +168,7 @@ def segments_of(operators: Sequence[Operator]) -> dict[int, Segment]:
     for place, operator in enumerate([*operators, None]):
         has_key = any(part.sets_key for part in parts)
         inlined = None if operator is None else operator.inlined(has_key=has_key)
-        if inlined is not None and (has_key or not inlined.needs_key):
+        if inlined is not None:
             parts.append(inlined)
             if inlined.gives:
                 continue

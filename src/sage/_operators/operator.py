@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from sage.errors import FunctionError, describe, hint, short
@@ -49,19 +48,10 @@ Loop = Callable[[Iterable[Any], Callable[..., Any], list[Any]], None]
 
 def into_list(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
     """Add the result for each record."""
-    # The hot path of maps. CPython 3.11 runs a plain loop with append fastest for Python functions, and unlike a
-    # comprehension it keeps what was done before an exception.
+    # CPython 3.11 runs a plain loop with append fastest for Python functions, and unlike a comprehension it keeps what
+    # was done before an exception.
     for value in records:
         out.append(function(value))
-
-
-def own(loop: Loop) -> Loop:
-    """Return a copy of `loop` with bytecode of its own.
-
-    The interpreter specializes each call in the bytecode for the function that it meets there. Operators that shared
-    their loop would undo each other's specialization with every batch.
-    """
-    return FunctionType(loop.__code__.replace(), loop.__globals__, loop.__name__, None, loop.__closure__)
 
 
 class Operator:
@@ -220,8 +210,15 @@ class Operator:
         self.failure = self.blame(error, batch.values[place], attempts)
         return False
 
+    def passed(self, records: int, out: int) -> None:
+        """Count records that went through a loop of several operators, and what came of them."""
+        self.metrics.records_in += records
+        self.metrics.records_out += out
+        if records:
+            self._attempts = 0
+
     def fail_alone(self, record: Batch, error: BaseException) -> bool:
-        """Apply the policy to the one record that failed in a loop of several operators; see `process`.
+        """Apply the policy to the one record that failed in a loop of several operators.
 
         Returns:
             Whether the next record follows at once.

@@ -7,7 +7,7 @@ from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.fused import Inlined
-from sage._operators.operator import Operator, into_list, own
+from sage._operators.operator import Operator, into_list
 from sage.functions import FlatMapFunction, MapFunction
 from sage.records import BATCH_RECORDS_MAX, Batch
 
@@ -55,13 +55,12 @@ class Map(Operator):
     def prepare(self) -> None:
         """Bind the function; only a `MapFunction` drops records by returning None, as it always did."""
         self._call = self.callable_of()
-        self._loop = own(into_list)
         self._drops_none = isinstance(self._function, MapFunction)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the results."""
         results: list[Any] = []
-        batch = self.apply(batch, self._loop, self._call, results)
+        batch = self.apply(batch, into_list, self._call, results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
 
     def inlined(self, *, has_key: bool) -> Inlined | None:
@@ -91,13 +90,12 @@ class Filter(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
-        self._loop = own(keeping)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the records that stay."""
         kept: list[Any] = []
         if batch.keys is None and batch.requests is None:
-            self.apply(batch, self._loop, self._call, kept)
+            self.apply(batch, keeping, self._call, kept)
             return Batch(kept)
         batch = self.apply(batch, verdicts, self._call, kept)
         if batch.requests is not None:
@@ -123,11 +121,10 @@ class Sink(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
-        self._loop = own(for_effect)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return nothing."""
-        batch = self.apply(batch, self._loop, self._call, [])
+        batch = self.apply(batch, for_effect, self._call, [])
         if batch.requests is not None:
             drop_requests(batch.requests)
         return NOTHING
@@ -156,12 +153,11 @@ class KeyBy(Operator):
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
-        self._loop = own(into_list)
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the records with their keys."""
         keys: list[Any] = []
-        batch = self.apply(batch, self._loop, self._call, keys)
+        batch = self.apply(batch, into_list, self._call, keys)
         return Batch(batch.values, keys, batch.requests)
 
     def inlined(self, *, has_key: bool) -> Inlined | None:
@@ -200,6 +196,9 @@ class FlatMap(Operator):
     What the function returns is taken at once if it is a list or a tuple. Anything else is read as far as there is
     room, so that a generator may be long or endless: the operator cuts its own span, and `resume` reads on. A record
     that fails gives nothing, but for what went on already of a long generator.
+
+    When there is a batch's worth, what is left of the input waits. A function that makes ten records of one would
+    otherwise fill the processor's cache ten times over before anybody reads them, which takes a third of the speed.
     """
 
     def __init__(self, node: Node, surroundings: Surroundings) -> None:
@@ -251,6 +250,8 @@ class FlatMap(Operator):
                 out.extend(result)
             else:
                 self._take(result, out)
+            if len(out) >= BATCH_RECORDS_MAX:
+                self.span.cut()
 
     def _take_counted(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
         """Add what each record gives, and count it."""
@@ -258,6 +259,8 @@ class FlatMap(Operator):
             before = len(out)
             self._take(function(value), out)
             self._counts.append(len(out) - before)
+            if len(out) >= BATCH_RECORDS_MAX:
+                self.span.cut()
 
     def _take(self, result: Any, out: list[Any]) -> None:
         """Add what one record gives to the output, up to a bound."""
