@@ -55,15 +55,15 @@ class NoneForSome(MapFunction):
         return data if data % (self.modulus + 1) else None
 
 
-class FirstTime:
-    """Refuses some values the first time."""
+class ThirdTime:
+    """Refuses some values, each twice."""
 
     def __init__(self) -> None:
-        self.seen: set[int] = set()
+        self.refused: Counter[int] = Counter()
 
     def __call__(self, value: int) -> int:
-        if value % ODD == 0 and value not in self.seen:
-            self.seen.add(value)
+        if value % ODD == 0 and self.refused[value] < 2:
+            self.refused[value] += 1
             raise ConnectionError("once more")
         return value + 1
 
@@ -123,7 +123,7 @@ def run(values: list[int], steps: list[Step], backend: Callable[[], Backend]) ->
             case "letters":
                 stream = stream.map(refusing, on_error=sent, name=name)
             case "retry":
-                stream = stream.map(FirstTime(), on_error=Retry(3, (0.0, 0.0)), name=name)
+                stream = stream.map(ThirdTime(), on_error=Retry(3, (0.0, 0.0)), name=name)
             case "keyby":
                 stream = stream.keyby(lambda value, small=small: value % (small + 1), name=name)
             case "sum each":
