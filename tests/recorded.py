@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sage import BaseService, JobReport, LocalEnvironment
+from sage import BaseService
+
+# Every process of a test's service imports this module, so that what only names types is left out there.
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sage import JobReport, LocalEnvironment
 
 
 class Notes(Sequence[str]):
