@@ -1,5 +1,5 @@
 # The one door to the project. Every target first makes the part of .venv that it needs, and only once.
-.PHONY: demo test check bench ci lock
+.PHONY: demo test test-services check bench ci lock
 .NOTPARALLEL:
 PYTHON := .venv/bin/python
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
@@ -8,10 +8,12 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-
 export PYTHONDONTWRITEBYTECODE :=
 
 demo: .venv/base ; $(PYTHON) examples/ask_the_docs.py
-test: .venv/dev ; $(PYTHON) -m pytest -n 2
+test: .venv/dev ; $(PYTHON) -m pytest -n 2 --ignore tests/services --ignore tests/rag
+# The ready-made services with the real engines behind them, which are half a gigabyte to install.
+test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
 bench: .venv/bench ; $(PYTHON) -m benchmarks
-ci: check test
-check: .venv/dev
+ci: check test test-services
+check: .venv/services
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
@@ -20,6 +22,7 @@ check: .venv/dev
 lock:
 	$(LOCK) --group build --output-file requirements/base.txt
 	$(LOCK) --group dev --constraint requirements/base.txt --output-file requirements/dev.txt
+	$(LOCK) --group services --all-extras --constraint requirements/dev.txt --output-file requirements/services.txt
 	$(LOCK) --group bench --constraint requirements/dev.txt --output-file requirements/bench.txt
 
 .venv/base: requirements/base.txt pyproject.toml
@@ -27,6 +30,7 @@ lock:
 	$(INSTALL) --require-hashes --requirement requirements/base.txt
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
+# Each list is complete, so that nothing has to be added that a package asks for.
 .venv/%: requirements/%.txt .venv/base
-	$(INSTALL) --require-hashes --requirement $<
+	$(INSTALL) --require-hashes --no-deps --requirement $<
 	touch $@
