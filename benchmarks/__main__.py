@@ -35,6 +35,8 @@ CASES = {
     "process-stop": process_stop,
 }
 
+MARK, MARK_END = "<!-- figures -->", "<!-- end of figures -->"
+
 ROW = "{:<38} {:>8} {:<36} {:>17} {:>14}  {}"
 
 
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer records and rounds: seconds instead of minutes")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures into FILE (.svg or .png); takes matplotlib")
+    parser.add_argument("--readme", metavar="FILE", help="put the table into FILE, between the lines that mark it")
     options = parser.parse_args(arguments)
     unknown = set(options.cases) - set(CASES)
     if unknown:
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             json.dump(as_json(figures), file, indent=2)
     if options.plot:
         plot(figures, options.plot)
+    if options.readme:
+        put_into(options.readme, figures)
     return 0 if all(figure.is_met for figure in figures) else 1
 
 
@@ -71,6 +76,23 @@ def row(figure: Figure) -> str:
     target = f"{figure.bound} {figure.target:g}"
     met = "yes" if figure.is_met else "NO"
     return ROW.format(figure.case, f"{figure.measured:.3g}", figure.unit, quartiles, target, met)
+
+
+def put_into(path: str, figures: Sequence[Figure]) -> None:
+    """Replace what stands between the marks in a Markdown file by a table of the figures."""
+    rows = ["| case | unit | median | quartiles | target | met |", "|---|---|---|---|---|---|"]
+    for figure in figures:
+        spread = f"{figure.low:.3g} to {figure.high:.3g}"
+        met = "yes" if figure.is_met else "no"
+        target = f"{figure.bound} {figure.target:g}"
+        rows.append(f"| {figure.case} | {figure.unit} | {figure.measured:.3g} | {spread} | {target} | {met} |")
+    with open(path, encoding="utf-8") as file:
+        before, _, rest = file.read().partition(MARK)
+        _, _, after = rest.partition(MARK_END)
+    if not after:
+        raise SystemExit(f"{path} has no lines {MARK} and {MARK_END}")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join([before + MARK, "", *rows, "", MARK_END + after]))
 
 
 def as_json(figures: Sequence[Figure]) -> dict[str, object]:
