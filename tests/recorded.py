@@ -164,6 +164,6 @@ def assert_same(found: BaseException | None, error: BaseException, host: str) ->
 
 def report_of(env: LocalEnvironment) -> JobReport:
     """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
-    report = env.jobmanager.jobs[env.env_uuid].report
-    assert isinstance(report, JobReport)
+    report: JobReport | None = env.jobmanager.jobs[env.env_uuid].report
+    assert report is not None
     return report
