@@ -206,3 +206,11 @@ def test_the_time_is_shared_among_the_operators_as_they_take_it() -> None:
     assert report.operator("slow").busy_s > 4 * report.operator("quick").busy_s
     assert report.operator("slow").busy_s > 4 * report.operator("out").busy_s
     assert report.operator("out").busy_s > 0
+
+
+def test_names_need_not_be_fit_for_files() -> None:
+    env = LocalEnvironment("chain")
+    arrived: list[int] = []
+    env.from_batch(range(100)).map(abs, name="nu\0l").map(abs, name="half \ud800").sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == list(range(100))

@@ -153,7 +153,7 @@ class Segment:
         if self._inlined[-1].gives and self._has_keys:
             lines.append("            keys.append(key)")
         lines += ["    finally:", f"        dropped[:] = [{', '.join(f'dropped{number}' for number in numbers)}]"]
-        title = f"<{', '.join(operator.node.name for operator in self.operators)}>"
+        title = f"<{', '.join(ascii(operator.node.name) for operator in self.operators)}>"
         space: dict[str, Any] = {}
         exec(compile("\n".join(lines), title, "exec"), space)
         self._places = places + [0] * (len(lines) + 1 - len(places))
