@@ -244,7 +244,7 @@ class ChromaStore(VectorStore):
         return found
 
     def _shape_of(self, collection: Any) -> Shape:
-        space = collection.configuration["hnsw"]["space"]
+        space = collection.configuration_json["hnsw"]["space"]
         dimension = (collection.metadata or {}).get(DIMENSION)
         if dimension is None:  # another program has made it
             vectors = collection.get(limit=1, include=["embeddings"])["embeddings"]

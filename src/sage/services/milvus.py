@@ -43,9 +43,9 @@ OPPOSITES = {"$lt": ">=", "$lte": ">", "$gt": "<=", "$gte": "<"}
 class MilvusStore(VectorStore):
     """A vector store in Milvus, in this process with `path` (Milvus Lite), or in a server with `uri`.
 
-    A collection has the fields `id`, `vector`, `document` and `metadata`; the metadata is a JSON object with the objects
-    `number`, `text` and `bool`, so that values of different kinds are never compared. Documents have at most 65,535
-    bytes.
+    A collection has the fields `id`, `vector`, `document` and `metadata`; the metadata is a JSON object that holds the
+    objects `number`, `text` and `bool`, so that values of different kinds are never compared. Documents have at most
+    65,535 bytes.
 
     Milvus Lite is for one store at a time. It listens on a port of 127.0.0.1 while it is open; its library gRPC keeps
     some descriptors for the life of the process from the first use on. What was written since the last search is made
@@ -166,7 +166,10 @@ class MilvusStore(VectorStore):
         self._address = f'Milvus folder "{path}"'
         start = load("milvus_lite.adapter.grpc.server", "milvus").start_server_in_thread
         self._folder = OpenFolder(path, "Milvus folder")
-        self._server, self._files, port = start(path, host="127.0.0.1", port=0)
+        try:
+            self._server, self._files, port = start(path, host="127.0.0.1", port=0)
+        except (OSError, load("milvus_lite.exceptions", "milvus").MilvusLiteError) as error:
+            raise ServiceError(f"{self._address} cannot be opened: {error}", fault="external") from error
         return f"http://127.0.0.1:{port}"
 
     @contextmanager
@@ -190,8 +193,6 @@ class MilvusStore(VectorStore):
         except library.MilvusException as error:
             code = "UNAVAILABLE" if self._is_unavailable(error) else ""
             raise self._refusal(code, error.message, error) from error
-        except (OSError, load("milvus_lite.exceptions", "milvus").MilvusLiteError if self.path else OSError) as error:
-            raise ServiceError(f"{self._address} cannot be used: {error}", fault="external") from error
 
     def _is_unavailable(self, error: Any) -> bool:
         return error.code == 2 or "UNAVAILABLE" in error.message or "DEADLINE_EXCEEDED" in error.message
@@ -376,24 +377,22 @@ def translated(condition: Condition) -> str:
             return " and ".join(f"({translated(part)})" for part in parts)
         case AnyOf(parts):
             return " or ".join(f"({translated(part)})" for part in parts)
-        case OneOf(field, values, False):
-            return " or ".join(f"({_path(field, value)} == {_literal(value)})" for value in values)
-        case OneOf(field, values, True):
-            tests = (f"(not (exists {_path(field, value)}) or {_differs(field, value)})" for value in values)
-            return " and ".join(tests)
-        case Compare(field, name, value, False):
-            return f"{_path(field, value)} {OPERATORS[name]} {_literal(value)}"
-        case Compare(field, name, value):
+        case OneOf(field, values, is_negated):
+            if not is_negated:
+                return " or ".join(f"({_path(field, value)} == {_literal(value)})" for value in values)
+            return " and ".join(
+                f"(not (exists {_path(field, value)}) or {_path(field, value)} != {_literal(value)})"
+                for value in values
+            )
+        case Compare(field, name, value, is_negated):
             path = _path(field, value)
+            if not is_negated:
+                return f"{path} {OPERATORS[name]} {_literal(value)}"
             return f"not (exists {path}) or {path} {OPPOSITES[name]} {_literal(value)}"
 
 
 def _path(field: str, value: Scalar) -> str:
     return f'metadata["{kind_of(value)}"][{_literal(field)}]'
-
-
-def _differs(field: str, value: Scalar) -> str:
-    return f"{_path(field, value)} != {_literal(value)}"
 
 
 def _literal(value: Scalar) -> str:
