@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -113,7 +112,6 @@ class ChromaStore(VectorStore):
         self._folder: OpenFolder | None = None
         self._client: Any = None
         self._found: dict[str, tuple[Any, Shape]] = {}
-        self._lock = threading.Lock()
         self._address = ""
 
     def setup(self) -> None:

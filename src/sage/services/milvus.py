@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,10 @@ K_MAX = 16_384
 
 WRITE_MAX, READ_MAX, SEARCH_MAX = 1_000, 8_000, 1_000
 """How many entries are written, read, and searched for in one request, which may take 64 MB."""
+
+THREADS_MAX = 10
+MESSAGE_BYTES_MAX = 256 * 1024 * 1024
+"""How many requests the server in this process answers at once, and how long one may be: as a Milvus server does."""
 
 STOP_S = 2.0
 """How long requests in hand may take when the server in this process is stopped."""
@@ -90,11 +94,11 @@ class MilvusStore(VectorStore):
         self._token = token
         self._folder: OpenFolder | None = None
         self._server: Any = None
+        self._threads: ThreadPoolExecutor | None = None
         self._files: Any = None
         self._client: Any = None
         self._found: dict[str, Shape] = {}
         self._unflushed: set[str] = set()
-        self._lock = threading.Lock()
         self._address = ""
 
     def setup(self) -> None:
@@ -123,6 +127,7 @@ class MilvusStore(VectorStore):
         """Close the folder or the connection."""
         client, self._client = self._client, None
         server, self._server = self._server, None
+        threads, self._threads = self._threads, None
         files, self._files = self._files, None
         folder, self._folder = self._folder, None
         self._found, self._unflushed = {}, set()
@@ -131,6 +136,8 @@ class MilvusStore(VectorStore):
                 client.close()
             if server is not None:
                 server.stop(grace=STOP_S).wait()
+            if threads is not None:
+                threads.shutdown()
         finally:
             try:
                 if files is not None:
@@ -164,12 +171,20 @@ class MilvusStore(VectorStore):
         It is not left to the client, which hides why a folder cannot be opened and does not wait for the end.
         """
         self._address = f'Milvus folder "{path}"'
-        start = load("milvus_lite.adapter.grpc.server", "milvus").start_server_in_thread
+        grpc, servicers = load("grpc", "milvus"), load("milvus_lite.adapter.grpc.servicer", "milvus")
+        register = load("pymilvus.grpc_gen.milvus_pb2_grpc", "milvus").add_MilvusServiceServicer_to_server
         self._folder = OpenFolder(path, "Milvus folder")
         try:
-            self._server, self._files, port = start(path, host="127.0.0.1", port=0)
+            self._files = load("milvus_lite.db", "milvus").MilvusLite(path)
         except (OSError, load("milvus_lite.exceptions", "milvus").MilvusLiteError) as error:
             raise ServiceError(f"{self._address} cannot be opened: {error}", fault="external") from error
+        # gRPC does not end the threads that it is given.
+        self._threads = ThreadPoolExecutor(THREADS_MAX, "milvus-lite")
+        sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES_MAX) for way in ("send", "receive")]
+        self._server = grpc.server(self._threads, options=sizes)
+        register(servicers.MilvusServicer(self._files), self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
         return f"http://127.0.0.1:{port}"
 
     @contextmanager
