@@ -240,7 +240,7 @@ def test_bad_searches_are_refused(place: Place) -> None:
             with pytest.raises(ValueError, match=f'collection "{place.name}" has vectors of dimension 2, not 3'):
                 store.search([1, 2, 3])
             with pytest.raises(ValueError, match="vector 1 of the search has a value that is not finite"):
-                store.search_batch([[1, 2], [float("nan"), 2]])
+                store.search_batch(np.array([[1, 2], [np.nan, 2]]))
             with pytest.raises(ValueError, match="vector 0 of the search is all zeros and has no cosine"):
                 store.search([0, 0])
             with pytest.raises(ValueError, match=r"the vector of a search has shape \(1, 2\), not \(dimension,\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
 import urllib.error
@@ -9,6 +10,7 @@ import urllib.request
 from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
+from urllib.parse import quote
 
 from sage.command import Http
 from sage.errors import ServiceError, ServiceUnavailableError, describe, hint
@@ -111,6 +113,7 @@ class ChromaStore(VectorStore):
         self._token = token
         self._folder: OpenFolder | None = None
         self._client: Any = None
+        self._sessions: list[Any] = []
         self._found: dict[str, tuple[Any, Shape]] = {}
         self._address = ""
 
@@ -144,18 +147,24 @@ class ChromaStore(VectorStore):
                     tenant=self.tenant,
                     database=self.database,
                 )
-            # The library offers no setting for it, and waits for ever by default.
-            self._client._server._session.timeout = self.timeout_s
+            # The library offers no setting for the time-out, and does not close the connections.
+            # It makes a second one that only its constructor uses.
+            self._sessions = [part._server._session for part in (self._client, self._client._admin_client)]
+            for session in self._sessions:
+                session.timeout = self.timeout_s
         self._check_own_collection()
 
     def cleanup(self) -> None:
         """Close the folder or the connections."""
         client, self._client = self._client, None
+        sessions, self._sessions = self._sessions, []
         folder, self._folder = self._folder, None
         self._found = {}
         try:
             if client is not None:
                 client.close()
+            for session in sessions:
+                session.close()
         finally:
             if folder is not None:
                 folder.close()
@@ -181,15 +190,19 @@ class ChromaStore(VectorStore):
         return self._client
 
     def _ask_first(self, url: str, headers: Mapping[str, str]) -> None:
-        """Find out within the time-out whether a Chroma server answers, and lets us in."""
-        request = urllib.request.Request(f"{url}{HEARTBEAT}", headers=dict(headers))
+        """Find out within the time-out whether the server answers and lets us in; the library leaks if it does not."""
+        names = (quote(name, safe="") for name in (self.tenant, self.database))
+        address = "{}/api/v2/tenants/{}/databases/{}".format(url, *names)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s):
+            with urllib.request.urlopen(urllib.request.Request(address, headers=dict(headers)), timeout=self.timeout_s):
                 return
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refusal(error.code, f"{error.code} {error.reason}") from None
-        except (OSError, ValueError) as error:
+                text = f"{error.code} {error.reason}"
+                if error.code == http.HTTPStatus.NOT_FOUND:
+                    text = f'it has no database "{self.database}" of tenant "{self.tenant}"'
+                raise self._refusal(error.code, text) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ServiceUnavailableError(f"{self._address} does not answer: {reason}", fault="external") from error
 
@@ -203,18 +216,18 @@ class ChromaStore(VectorStore):
         """Tell what the library says with the place that it says it of; close everything if it was not open yet."""
         was_open = self._client is not None
         library = sys.modules["chromadb.errors"].ChromaError
-        http = sys.modules["httpx"]
+        transport = sys.modules["httpx"]
         try:
             yield
         except Exception as error:
             if not was_open:
                 self.cleanup()
-            if isinstance(error, http.TransportError):
+            if isinstance(error, transport.TransportError):
                 text = f"{self._address} does not answer: {describe(error)}"
                 raise ServiceUnavailableError(text, fault="external") from error
             # What is no answer of Chroma itself, such as that of a proxy, is raised as a plain exception.
             status = getattr(getattr(error.__context__, "response", None), "status_code", None)
-            if isinstance(error, library) or type(error) in (Exception, RuntimeError, http.HTTPStatusError):
+            if isinstance(error, library) or type(error) in (Exception, RuntimeError, transport.HTTPStatusError):
                 raise self._refusal(status, str(error)) from error
             if isinstance(error, ValueError) and not was_open:
                 raise self._refusal(status, str(error)) from error

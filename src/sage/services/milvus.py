@@ -117,8 +117,10 @@ class MilvusStore(VectorStore):
                 self._address = f"Milvus at {uri}"
             else:
                 uri = self._open_folder(self.path)
-            options = {"token": self._token} if self._token is not None else {}
-            self._client = client(uri=uri, db_name=self.database, timeout=self.timeout_s, **options)
+            options: dict[str, Any] = {} if self._token is None else {"token": self._token}
+            # The library keeps connections that clients share for the life of the process.
+            options |= {"db_name": self.database, "dedicated": True}
+            self._client = client(uri=uri, timeout=self.timeout_s, **options)
             # The connection alone shows neither the token nor the database to be right.
             self._client.list_collections(timeout=self.timeout_s)
         self._check_own_collection()
@@ -253,13 +255,9 @@ class MilvusStore(VectorStore):
         parameters.add_index("vector", index_type=self.index, metric_type=METRICS[shape.metric])
         with self._told():
             # "Strong": a read sees everything that was written before it.
-            client.create_collection(
-                name,
-                schema=schema,
-                index_params=parameters,
-                consistency_level="Strong",
-                timeout=self.timeout_s,
-            )
+            client.create_collection(name, schema=schema, consistency_level="Strong", timeout=self.timeout_s)
+            client.create_index(name, parameters, timeout=self.timeout_s, sync=False)
+            client.load_collection(name, timeout=self.timeout_s)
 
     def _names(self) -> Collection[str]:
         with self._told():
@@ -321,15 +319,14 @@ class MilvusStore(VectorStore):
         return [one for one in unique if one in found]
 
     def _matching(self, name: str, condition: Condition) -> list[str]:
+        text = "" if condition == ALWAYS else translated(condition)
+        settings = {"output_fields": ["id"], "timeout": self.timeout_s}
         with self._told():
             self._ready(name)
-            iterator = self._open.query_iterator(
-                name,
-                batch_size=READ_MAX,
-                filter="" if condition == ALWAYS else translated(condition),
-                output_fields=["id"],
-                timeout=self.timeout_s,
-            )
+            if self.path is not None:
+                return [row["id"] for row in self._open.query(name, filter=text, **settings)]
+            # A server limits the size of one answer.
+            iterator = self._open.query_iterator(name, batch_size=READ_MAX, filter=text, **settings)
             try:
                 found: list[str] = []
                 while rows := iterator.next():
