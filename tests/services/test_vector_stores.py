@@ -1,0 +1,373 @@
+"""What every vector store does, with the real engines. A Milvus server is stood in for by Milvus Lite as a server."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import KEPT, Place, ids_of, vectors_of
+from wheres import metadatas, reference, wheres
+
+from sage import LocalEnvironment, ServiceOptions
+from sage.errors import ServiceError, ServiceUnavailableError
+from sage.services.numpy_store import NumpyStore
+from sage.services.vector_store import DuplicateIdError, Hit, UnknownCollectionError, VectorStore
+from sage.testing import assert_clean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXACT = 2e-5
+
+
+def fill(store: VectorStore, count: int = 50, **more: Any) -> None:
+    numbers = range(count)
+    store.upsert(
+        ids_of(count),
+        vectors_of(count),
+        documents=[f"text {number}" for number in numbers],
+        metadatas=[{"n": number, "even": number % 2 == 0, "word": f"w{number % 3}"} for number in numbers],
+        **more,
+    )
+
+
+def same_hits(found: Sequence[Hit], expected: Sequence[Hit]) -> None:
+    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=EXACT)
+    assert [(hit.id, hit.document, hit.metadata) for hit in found] == [
+        (hit.id, hit.document, hit.metadata) for hit in expected
+    ]
+
+
+def exact(**more: Any) -> NumpyStore:
+    store = NumpyStore(**more)
+    store.setup()
+    return store
+
+
+def test_what_is_added_is_there(place: Place) -> None:
+    with place.opened() as store:
+        store.add(["a", "b"], [[1, 2, 3], [4, 5, 6]], documents=["one", None], metadatas=[{"x": 1.5, "y": True}, {}])
+        first, missing, second = store.get(["a", "nobody", "b"])
+        assert missing is None
+        assert first is not None
+        assert second is not None
+        assert first.vector == pytest.approx([1, 2, 3], abs=EXACT)
+        assert (str(first.vector.dtype), first.vector.shape) == ("float32", (3,))
+        assert (first.id, first.document, first.metadata) == ("a", "one", {"x": 1.5, "y": True})
+        assert (second.document, second.metadata) == (None, {})
+        assert store.count() == 2
+        assert store.get([]) == []
+
+
+def test_an_id_that_is_known_is_not_added_again(place: Place) -> None:
+    with place.opened() as store:
+        store.add(["a", "b"], [[1, 2], [3, 4]])
+        with pytest.raises(DuplicateIdError, match=f"collection \"{place.name}\" has id 'b' already") as caught:
+            store.add(["c", "b"], [[5, 6], [7, 8]])
+        assert caught.value.__notes__ == ["upsert() takes the place of what is there."]
+        assert store.count() == 2
+        assert store.get(["c"]) == [None]
+
+
+def test_upsert_takes_the_place_of_what_was_there(place: Place) -> None:
+    with place.opened() as store:
+        store.upsert(["a", "b"], [[1, 2], [3, 4]], documents=["x", "y"], metadatas=[{"m": 1, "n": 2}, {"n": 3}])
+        store.upsert(
+            ["b", "a", "c"], [[5, 6], [1, 0], [0, 1]], documents=[None, "z", None], metadatas=[{}, {"o": 1}, {}]
+        )
+        found = store.get(["a", "b", "c"])
+        assert [(entry.document, entry.metadata) for entry in found if entry] == [
+            ("z", {"o": 1}),
+            (None, {}),
+            (None, {}),
+        ]
+        assert [entry.vector.tolist() for entry in found if entry] == [
+            pytest.approx([1, 0], abs=EXACT),
+            pytest.approx([5, 6], abs=EXACT),
+            pytest.approx([0, 1], abs=EXACT),
+        ]
+        assert store.count() == 3
+        assert [hit.id for hit in store.search([1, 0.1], 3)] == ["a", "b", "c"]
+
+
+def test_delete_says_how_many_there_were(place: Place) -> None:
+    with place.opened() as store:
+        fill(store, 10)
+        assert store.delete(["id1", "nobody", "id2", "id1"]) == 2
+        assert store.delete(["id1"]) == 0
+        assert store.delete([]) == 0
+        assert store.delete(where={"even": True}) == 4
+        assert store.delete(["id3", "id5", "id7"], where={"n": {"$gt": 4}}) == 2
+        assert [entry is not None for entry in store.get(ids_of(10))] == [n in (3, 9) for n in range(10)]
+        assert [hit.id for hit in store.search(vectors_of(10)[4], 10)] != []
+        assert store.delete(where={}) == 2
+        assert store.count() == 0
+        assert store.search(vectors_of(1)[0]) == []
+        fill(store, 5)
+        assert store.count() == 5
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
+def test_results_are_those_of_the_reference(place: Place, metric: Any) -> None:
+    expected = exact(metric=metric)
+    fill(expected)
+    queries = vectors_of(7, seed=1)
+    with place.opened(metric=metric) as store:
+        fill(store)
+        for k in (1, 5, 50, 80):
+            for found, right in zip(store.search_batch(queries, k), expected.search_batch(queries, k), strict=True):
+                same_hits(found, right)
+        same_hits(store.search(queries[0], 3), expected.search(queries[0], 3))
+        where = {"even": True, "n": {"$lt": 20}}
+        for found, right in zip(
+            store.search_batch(queries, 20, where=where), expected.search_batch(queries, 20, where=where), strict=True
+        ):
+            assert len(found) == 10
+            same_hits(found, right)
+        assert store.search_batch(np.empty((0, 8)), 3) == []
+
+
+def test_nearly_all_of_a_larger_collection_is_found(place: Place) -> None:
+    expected = exact()
+    queries = vectors_of(20, 32, seed=1)
+    with place.opened() as store:
+        for start in range(0, 2_000, 250):
+            part = vectors_of(2_000, 32)[start : start + 250]
+            expected.upsert(ids_of(250, start), part)
+            store.upsert(ids_of(250, start), part)
+        pairs = zip(store.search_batch(queries), expected.search_batch(queries), strict=True)
+        shares = [len({hit.id for hit in found} & {hit.id for hit in right}) / 10 for found, right in pairs]
+        assert np.mean(shares) > (0.9 if place.kind.startswith("chroma") else 0.999)
+        assert store.count() == 2_000
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_filters_hold_as_the_reference_says(place: Place, filtered: VectorStore, data: st.DataObject) -> None:
+    known = data.draw(st.lists(metadatas(), min_size=6, max_size=6))
+    ids = ids_of(6)
+    filtered.upsert(ids, np.eye(6) + 0.1, metadatas=known)
+    for _ in range(4):
+        where = data.draw(wheres())
+        held = {one for one, metadata in zip(ids, known, strict=True) if reference(where, metadata)}
+        assert {hit.id for hit in filtered.search(np.ones(6), 6, where=where)} == held
+        assert filtered.count(where=where) == len(held)
+    assert [entry and entry.metadata for entry in filtered.get(ids)] == known
+
+
+@pytest.fixture
+def filtered(place: Place) -> Any:
+    with place.opened() as store:
+        yield store
+
+
+def test_collections_are_apart(place: Place) -> None:
+    other = f"{place.name}x"
+    with place.opened() as store:
+        assert store.count() == 0
+        assert store.search([1, 2]) == []
+        assert store.get(["a"]) == [None]
+        assert store.delete(["a"]) == 0
+        assert place.name not in store.collections()
+        store.upsert(["a"], [[1, 2]])
+        store.upsert(["a", "b"], [[1, 2, 3], [4, 5, 6]], collection=other)
+        assert {place.name, other} <= set(store.collections())
+        assert (store.count(), store.count(collection=other)) == (1, 2)
+        assert len(store.search([1, 2, 3], collection=other)) == 2
+        assert store.drop(other) is True
+        assert store.drop(other) is False
+        assert other not in store.collections()
+        with pytest.raises(UnknownCollectionError, match=f'there is no collection "{other}"') as caught:
+            store.search([1, 2, 3], collection=other)
+        assert place.name in caught.value.__notes__[0]
+        store.upsert(["c"], [[1.0, 2, 3, 4]], collection=other)
+        assert store.count(collection=other) == 1
+        assert store.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "more", "kind", "message"),
+    [
+        (["x"], [[1, 2, 3]], {}, ValueError, "has vectors of dimension 2, not 3, from id 'x' on"),
+        (
+            ["x", "y"],
+            [[1, 2], [float("nan"), 1]],
+            {},
+            ValueError,
+            "the vector of id 'y' has a value that is not finite",
+        ),
+        (["x"], [[float("inf"), 1]], {}, ValueError, "the vector of id 'x' has a value that is not finite"),
+        (["x"], [[0, 0]], {}, ValueError, "the vector of id 'x' is all zeros and has no cosine"),
+        (["x", ""], [[1, 2], [3, 4]], {}, ValueError, "id 1 is '', which is empty"),
+        (["x", "y", "x"], [[1, 2]] * 3, {}, DuplicateIdError, "id 'x' is given twice"),
+        ([1], [[1, 2]], {}, TypeError, "id 0 is 1, of type int and not a string"),
+        ("xy", [[1, 2]], {}, TypeError, "ids is 'xy', a string and not a list"),
+        (["x", "y"], [[1, 2]], {}, ValueError, "there are 2 ids and 1 vectors"),
+        (["x"], [1, 2], {}, ValueError, "there are 1 ids and 2 vectors"),
+        (["x", "y"], [1, 2], {}, ValueError, r"the vectors have shape \(2,\), not \(n, dimension\)"),
+        (["x", "y"], [[1, 2], [1]], {}, ValueError, "the vectors are no array of numbers"),
+        (["x"], [["a", "b"]], {}, ValueError, "the vectors are no array of numbers"),
+        (["x"], [[1, 2]], {"documents": ["a", "b"]}, ValueError, "there are 1 ids and 2 documents"),
+        (["x"], [[1, 2]], {"documents": "a"}, TypeError, "documents is 'a', a string and not a list"),
+        (["x"], [[1, 2]], {"documents": [3]}, TypeError, "the document of id 'x' is of type int"),
+        (["x"], [[1, 2]], {"metadatas": [3]}, TypeError, "the metadata of id 'x' is 3, not a mapping"),
+        (["x"], [[1, 2]], {"metadatas": [{"a": None}]}, TypeError, "the metadata of id 'x' has 'a': None, which is of"),
+        (["x"], [[1, 2]], {"metadatas": [{"a": float("nan")}]}, ValueError, "'a': nan, which is not finite"),
+        (["x"], [[1, 2]], {"metadatas": [{"": 1}]}, ValueError, "the metadata of id 'x' has the field ''"),
+        (["x"], [[1, 2]], {"metadatas": [{"$a": 1}]}, ValueError, "the metadata of id 'x' has the field"),
+        (["x"], [[1, 2]], {"collection": "no spaces"}, ValueError, "a collection cannot have the name 'no spaces'"),
+    ],
+)
+def test_bad_rows_are_refused_and_nothing_is_stored(
+    place: Place, ids: Any, vectors: Any, more: Any, kind: type[Exception], message: str
+) -> None:
+    with place.opened() as store:
+        store.upsert(["a"], [[1, 2]])
+        for write in (store.add, store.upsert):
+            with pytest.raises(kind, match=message):
+                write(ids, vectors, **more)
+        assert store.count() == 1
+        store.upsert([], [])
+
+
+def test_bad_searches_are_refused(place: Place) -> None:
+    with place.opened(dimension=2) as store:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f'collection "{place.name}" has vectors of dimension 2, not 3'):
+                store.search([1, 2, 3])
+            with pytest.raises(ValueError, match="vector 1 of the search has a value that is not finite"):
+                store.search_batch(np.array([[1, 2], [np.nan, 2]]))
+            with pytest.raises(ValueError, match="vector 0 of the search is all zeros and has no cosine"):
+                store.search([0, 0])
+            with pytest.raises(ValueError, match=r"the vector of a search has shape \(1, 2\), not \(dimension,\)"):
+                store.search([[1, 2]])
+            with pytest.raises(ValueError, match="k is 0, not a whole number from 1 on"):
+                store.search([1, 2], 0)
+            with pytest.raises(ValueError, match=r"has the unknown operator '\$like'"):
+                store.search([1, 2], where={"a": {"$like": "x"}})
+            with pytest.raises(ValueError, match="delete is given neither ids nor a filter"):
+                store.delete()
+            store.upsert(["a"], [[1, 2]])
+
+
+def test_a_store_that_is_not_open_says_so(place: Place) -> None:
+    store = place.store()
+    with pytest.raises(ServiceUnavailableError, match="Store is not open"):
+        store.count()
+    assert store.health() is False
+    store.cleanup()  # type: ignore[attr-defined]
+
+
+def test_the_settings_are_checked(place: Place) -> None:
+    with pytest.raises(ValueError, match="the dimension is 0, not a whole number from 1 on"):
+        place.store(dimension=0)
+    with pytest.raises(ValueError, match="the metric is 'manhattan'"):
+        place.store(metric="manhattan")
+    with pytest.raises(ValueError, match="a collection cannot have the name ''"):
+        place.store(collection="")
+
+
+def test_it_describes_and_measures_itself(place: Place) -> None:
+    with place.opened(dimension=8) as store:
+        fill(store)
+        store.search_batch(vectors_of(3))
+        with pytest.raises(ValueError, match="dimension 8, not 2"):
+            store.search([1, 2])
+        measures = store.measures()
+        assert (measures["upsert"].calls, measures["upsert"].items) == (1, 50)
+        assert (measures["search_batch"].batch_max, measures["search"].errors) == (3, 1)
+        described = store.describe()
+        assert (described["collection"], described["dimension"], described["metric"]) == (place.name, 8, "cosine")
+        assert store.health() is True
+
+
+def test_many_threads_may_use_it(place: Place) -> None:
+    def work(number: int) -> None:
+        try:
+            for turn in range(4):
+                first = 100 * number + 10 * turn
+                store.upsert(ids_of(10, first), vectors_of(10, seed=first))
+                assert store.search(vectors_of(10, seed=first)[3], 1)[0].id == f"id{first + 3}"
+                store.delete(ids_of(5, first))
+        except BaseException as error:  # it is raised again where the test sees it
+            errors.append(error)
+
+    errors: list[BaseException] = []
+    with place.opened() as store:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert store.count() == 4 * 4 * 5
+
+
+def test_it_opens_again_with_everything(place: Place) -> None:
+    if place.kind == "numpy":
+        pytest.skip("it keeps nothing")
+    expected = exact()
+    fill(expected)
+    with place.opened() as store:
+        fill(store)
+        store.flush()
+        store.delete(["id7"])
+        expected.delete(["id7"])
+    for _ in range(2):
+        with place.opened() as store:
+            assert store.count() == 49
+            same_hits(store.search(vectors_of(1, seed=9)[0], 49), expected.search(vectors_of(1, seed=9)[0], 49))
+            assert store.count(where={"word": "w1"}) == expected.count(where={"word": "w1"})
+    with (
+        pytest.raises(ValueError, match=f'collection "{place.name}" has vectors of dimension 8, not 9'),
+        place.opened(dimension=9),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=f'collection "{place.name}" was made for the metric "cosine"'),
+        place.opened(metric="l2"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("host", ["inline", "process"])
+def test_two_jobs_use_it_one_after_the_other(place: Place, host: Any) -> None:
+    if place.kind == "numpy":
+        pytest.skip("it keeps nothing")
+    chosen, arguments = place.arguments
+    with assert_clean(ignore=["temporary *", "shared memory *"]):
+        for turn in range(2):
+            env = LocalEnvironment(f"job {turn}")
+            options = ServiceOptions(host=host, concurrency=None)
+            store = env.register_service("store", chosen, **arguments, options=options)
+            found: list[tuple[int, str]] = []
+
+            def ingest(number: int, store: Any = store) -> int:
+                store.upsert([f"id{number}"], vectors_of(1, seed=number), documents=[f"text {number}"])
+                return number
+
+            def look(number: int, store: Any = store, turn: int = turn) -> tuple[int, str]:
+                first = store.search(vectors_of(1, seed=number % 10)[0], 1)[0]
+                return number, first.document
+
+            env.from_batch(range(10 * turn, 10 * turn + 10)).map(ingest).map(look).sink(found.append)
+            report = env.submit(autostop=True).wait()
+            assert report.service("store").state == "stopped"
+            assert found == [(number, f"text {number % 10}") for number in range(10 * turn, 10 * turn + 10)]
+    with place.opened() as opened:
+        assert opened.count() == 20
+
+
+@pytest.mark.parametrize("place", [kind for kind in KEPT if kind != "sqlite"], indirect=True)
+def test_a_folder_is_for_one_store_at_a_time(place: Place) -> None:
+    with place.opened() as store:
+        fill(store)
+        second = place.store()
+        with pytest.raises(ServiceError, match=r'folder ".*store\.db" is in use by process \d+'):
+            second.setup()  # type: ignore[attr-defined]
+        second.cleanup()  # type: ignore[attr-defined]
+        assert store.count() == 50
