@@ -45,7 +45,7 @@ def wrong_key(request: Request) -> JSONResponse | None:
     return None if sent == f"Bearer {KEY}" else refused(401, f"Incorrect API key provided: {sent}")
 
 
-async def trouble(model: str) -> Response | None:
+async def trouble(request: Request, model: str) -> Response | None:
     count = len(asked[model])
     match model.split("/")[0]:
         case "limited" if count == 1:
@@ -69,10 +69,9 @@ async def trouble(model: str) -> Response | None:
         case "odd":
             return JSONResponse({"object": "surprise"})
         case "slow":
-            try:
-                await asyncio.sleep(LONG_S)
-            finally:
-                left[model] += 1
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.02)
+            left[model] += 1
     return None
 
 
@@ -96,7 +95,7 @@ async def chat(request: Request) -> Response:
     is_open[model] += 1
     open_max[model] = max(open_max[model], is_open[model])
     try:
-        response = await trouble(model)
+        response = await trouble(request, model)
         if model.startswith("busy/"):
             await asyncio.sleep(0.1)
     finally:
@@ -145,7 +144,7 @@ async def embeddings(request: Request) -> Response:
     body = await request.json()
     model = body["model"]
     asked[model].append(time.monotonic())
-    found = wrong_key(request) or await trouble(model)
+    found = wrong_key(request) or await trouble(request, model)
     if found is not None:
         return found
     dimension = body.get("dimensions", 8)

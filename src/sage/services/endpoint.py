@@ -81,6 +81,10 @@ class Endpoint:
         model: the name of the model, for messages.
         options: how the server is reached.
         on_retry: called before a request is sent again.
+
+    Attributes:
+        url: the address, with all that was given.
+        is_open: whether requests of threads are taken.
     """
 
     def __init__(
@@ -104,21 +108,22 @@ class Endpoint:
         self._closing: set[object] = set()
         self._key = ""
         self.url = base_url if isinstance(base_url, str) else "not known yet"
+        self.is_open = False
 
     @property
     def shown_url(self) -> str:
         """The address without what may be secret in it."""
         return shown(self.url)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether requests can be sent."""
-        return self._thread is not None
-
     def describe(self) -> dict[str, object]:
         """Return the settings, without the key."""
         options = {field.name: getattr(self._options, field.name) for field in fields(self._options)}
         return {"base_url": self.shown_url, "key": f"from {self._secret.source}", **options}
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """What a request says of its headers: without a key, that there is to be none for it."""
+        return {} if self._key else {"extra_headers": {"Authorization": self._openai.Omit()}}
 
     def without_key(self, text: str) -> str:
         """Return a text in which the key does not stand."""
@@ -138,19 +143,20 @@ class Endpoint:
         self.url = resolved(self._base_url)
         checked_url(self.url)
         # Retries are counted and bounded here, for threads and coroutines alike.
-        self._settings = {"base_url": self.url, "api_key": self._key, "max_retries": 0}
-        self._settings["timeout"] = self._options.timeout_s
-        if not self._key:
-            self._settings["default_headers"] = {"Authorization": self._openai.Omit()}
+        self._settings = {"base_url": self.url, "max_retries": 0, "timeout": self._options.timeout_s}
+        self._settings["api_key"] = self._key or "none"  # The client insists on one, and would look for it elsewhere.
+        self.is_open = True
         self._thread = LoopThread(f"requests to {self.shown_url}")
 
     def end(self) -> None:
         """Let go whoever waits for an answer on a thread."""
+        self.is_open = False
         if self._thread is not None:
-            self._thread.cancel()
+            self._thread.end()
 
     def close(self) -> None:
         """Close every connection on the loop that it belongs to. Does nothing twice."""
+        self.end()
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.close()

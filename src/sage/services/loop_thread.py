@@ -11,9 +11,10 @@ from sage.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-    from concurrent.futures import Future
 
 T = TypeVar("T")
+
+ENDED = "the service was stopped before there was an answer"
 
 
 class LoopThread:
@@ -27,8 +28,8 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._lock = threading.Lock()
-        self._running: set[Future[Any]] = set()
-        self._is_closed = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_ended = False
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name=name, daemon=True)
         self._thread.start()
@@ -38,40 +39,51 @@ class LoopThread:
         """Run a coroutine to its end and return its result; any thread but the loop's own may call it.
 
         Raises:
-            ServiceUnavailableError: the loop was closed, or `cancel` was called meanwhile.
+            ServiceUnavailableError: `end` was called before or meanwhile.
         """
         with self._lock:
-            if self._is_closed:
+            if self._is_ended:
                 coroutine.close()
-                raise ServiceUnavailableError("the service was closed before it could answer")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-            self._running.add(future)
+                raise ServiceUnavailableError(ENDED)
+            future = asyncio.run_coroutine_threadsafe(self._listed(coroutine), self._loop)
         try:
             return future.result()
         except CancelledError:
-            raise ServiceUnavailableError("the service was stopped before there was an answer") from None
+            raise ServiceUnavailableError(ENDED) from None
         finally:
-            with self._lock:
-                self._running.discard(future)
-            future.cancel()  # Whoever was interrupted wants no answer any more.
+            if not future.done():  # Whoever was interrupted wants no answer any more.
+                future.cancel()
 
-    def cancel(self) -> None:
-        """Cancel what runs; whoever waits for it is told."""
+    def end(self) -> None:
+        """Cancel what runs, and take nothing more; whoever waits is told when it has ended. Does nothing twice."""
         with self._lock:
-            running = tuple(self._running)
-        for future in running:
-            future.cancel()
+            if not self._is_ended:
+                self._is_ended = True
+                self._loop.call_soon_threadsafe(self._cancel_all)
 
     def close(self) -> None:
-        """Cancel what runs, and end the loop with its asynchronous generators and its thread. Does nothing twice."""
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._loop.call_soon_threadsafe(self._closing.set)
-        self._thread.join()
+        """End the loop with its asynchronous generators and its thread. Does nothing twice."""
+        self.end()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
 
     async def _live(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
         self._started.set()
         await self._closing.wait()
+
+    async def _listed(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await coroutine
+        finally:
+            self._tasks.discard(task)
+
+    def _cancel_all(self) -> None:
+        # The tasks and not the futures that threads wait for: those would be over before what they stand for is.
+        for task in self._tasks:
+            task.cancel()

@@ -151,7 +151,10 @@ class OpenAILLM(LLMService):
         return request
 
     async def _answer(self, request: Mapping[str, Any]) -> Answer:
-        completion: Any = await self._endpoint.call(lambda client: client.chat.completions.create(**request))
+        def send(client: AsyncOpenAI) -> Awaitable[Any]:
+            return client.chat.completions.create(**request, **self._endpoint.headers)
+
+        completion = await self._endpoint.call(send)
         try:
             choice = completion.choices[0]
             text = choice.message.content
@@ -188,7 +191,7 @@ class OpenAILLM(LLMService):
             streamed["stream_options"] = {"include_usage": True}
 
         def send(client: AsyncOpenAI) -> Awaitable[Any]:
-            return client.chat.completions.create(**streamed)
+            return client.chat.completions.create(**streamed, **self._endpoint.headers)
 
         with self.measured(method):
             try:
@@ -321,7 +324,11 @@ class OpenAIEmbeddings(EmbeddingService):
         request: dict[str, Any] = {"model": self._model, "input": texts, "encoding_format": "float"}
         if self._shortened:
             request["dimensions"] = self._dimension
-        answer: Any = await self._endpoint.call(lambda client: client.embeddings.create(**request))
+
+        def send(client: AsyncOpenAI) -> Awaitable[Any]:
+            return client.embeddings.create(**request, **self._endpoint.headers)
+
+        answer = await self._endpoint.call(send)
         try:
             rows = {int(row.index): [float(number) for number in row.embedding] for row in answer.data}
             vectors = [rows[place] for place in range(len(texts))]
