@@ -115,6 +115,11 @@ class Endpoint:
         """The address without what may be secret in it."""
         return shown(self.url)
 
+    @property
+    def lasting_url(self) -> str:
+        """The address as it is in the next run too, or nothing where it is that of a service."""
+        return self.shown_url if isinstance(self._base_url, str) else ""
+
     def describe(self) -> dict[str, object]:
         """Return the settings, without the key."""
         options = {field.name: getattr(self._options, field.name) for field in fields(self._options)}

@@ -313,8 +313,8 @@ class OpenAIEmbeddings(EmbeddingService):
         return self._dimension
 
     def _identity(self) -> str:
-        # Servers may have different models under one name.
-        return f"{super()._identity()}/{self._endpoint.shown_url}"
+        # Servers may have different models under one name; that of a command has another port each time.
+        return f"{super()._identity()}/{self._endpoint.lasting_url}"
 
     def _encode(self, texts: list[str]) -> Any:
         return self._endpoint.run(self._aencode(texts))
