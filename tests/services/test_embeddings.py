@@ -96,7 +96,7 @@ def test_no_texts_are_no_rows(kind: Callable[..., EmbeddingService]) -> None:
 
 def test_odd_texts_have_vectors_too(kind: Callable[..., EmbeddingService]) -> None:
     with opened(kind()) as service:
-        vectors = service.embed([text for text in ODD if text != "\ud800"])
+        vectors = service.embed(ODD)
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
 
 

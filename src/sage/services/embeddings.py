@@ -262,7 +262,11 @@ class HashingEmbeddings(EmbeddingService):
         vectors = numpy.zeros((len(texts), self._dimension), numpy.float32)
         for row, text in zip(vectors, texts, strict=True):
             features = features_of(text)
-            hashes = numpy.fromiter((zlib.crc32(feature.encode()) for feature in features), numpy.uint64, len(features))
+            hashes = numpy.fromiter(
+                (zlib.crc32(feature.encode("utf-8", "surrogatepass")) for feature in features),
+                numpy.uint64,
+                len(features),
+            )
             # A checksum alone keeps patterns of its input; this spreads them over all bits.
             hashes = (hashes * numpy.uint64(0x9E3779B97F4A7C15)) >> numpy.uint64(16)
             signs = numpy.where(hashes & numpy.uint64(1), 1.0, -1.0)
@@ -308,6 +312,11 @@ def words_of(text: str) -> list[str]:
 def key_of(text: str) -> bytes:
     """Return what a text is known by in a cache: short, however long the text is."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def well_formed(text: str) -> str:
+    """Return a text that can be written as UTF-8: halves of characters, as broken file names have, become "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def texts_of(texts: Any) -> list[str]:

@@ -175,7 +175,7 @@ class ExtractiveLLM(LLMService):
 
         The answer does not depend on `temperature`: nothing is drawn here.
         """
-        messages = messages_of(prompt)
+        messages = conversation_of(prompt)
         stops = stops_of(stop)
         checked_tokens(max_tokens)
         with self.measured("generate"):
@@ -198,6 +198,7 @@ QUESTION_MARK = re.compile(r"^[ \t]*question[ \t]*:", re.IGNORECASE | re.MULTILI
 ANSWER_MARK = re.compile(r"^[ \t]*answer[ \t]*:[ \t]*\Z", re.IGNORECASE | re.MULTILINE)
 PARAGRAPH_END = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
+ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.\Z")
 LABEL = re.compile(r"\s*(\[[^\[\]\n]{1,40}\])\s*")
 ENDINGS = ("ations", "ation", "ings", "ing", "edly", "ies", "ied", "ers", "er", "ed", "es", "ly", "s", "e", "y")
 
@@ -226,10 +227,14 @@ def sentences_of(context: str) -> list[Sentence]:
     for passage in re.split(r"\n\s*\n|\n(?=\s*\[[^\[\]\n]{1,40}\])", context):
         match = LABEL.match(passage)
         label = match.group(1) if match is not None else ""
+        begun = ""
         for text in SENTENCE_END.split(passage[match.end() if match is not None else 0 :]):
-            joined = " ".join(text.split())
-            if joined:
+            joined = " ".join([*begun.split(), *text.split()])
+            begun = joined if ABBREVIATION.search(joined) else ""
+            if joined and not begun:
                 found.append(Sentence(len(found), joined, label, stems_of(joined)))
+        if begun:
+            found.append(Sentence(len(found), begun, label, stems_of(begun)))
     return found
 
 
@@ -267,7 +272,7 @@ def pieces_of(text: str) -> list[str]:
     return re.findall(r"\s*\S+|\s+\Z", text)
 
 
-def messages_of(prompt: Any) -> list[Message]:
+def conversation_of(prompt: Any) -> list[Message]:
     """Return a prompt as messages.
 
     Raises:

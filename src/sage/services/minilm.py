@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sage.errors import ServiceError, describe, hint
-from sage.services.embeddings import EmbeddingService
+from sage.services.embeddings import EmbeddingService, well_formed
 from sage.services.extras import MissingExtraError, load
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class MiniLMEmbeddings(EmbeddingService):
     def _encode(self, texts: list[str]) -> Any:
         assert self._encoder is not None
         # One by one, because a batch would start threads in the tokenizer that never end and that no fork survives.
-        return self._encoder.encode([self._tokenizer.encode(text).ids for text in texts])
+        return self._encoder.encode([self._tokenizer.encode(well_formed(text)).ids for text in texts])
 
 
 class Encoder:

@@ -66,8 +66,8 @@ class OllamaHas:
             connection.close()
         wanted = self.model if ":" in self.model else f"{self.model}:latest"
         if wanted not in names:
-            error = LookupError(f'Ollama has no model "{wanted}", it has: {", ".join(names) or "none"}')
-            raise hint(error, f"Fetch it first: ollama pull {self.model}")
+            missing = LookupError(f'Ollama has no model "{wanted}", it has: {", ".join(names) or "none"}')
+            raise hint(missing, f"Fetch it first: ollama pull {self.model}")
         return True
 
 

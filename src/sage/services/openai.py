@@ -6,9 +6,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 
 from sage.errors import ServiceError, short
-from sage.services.embeddings import EmbeddingService
+from sage.services.embeddings import EmbeddingService, well_formed
 from sage.services.endpoint import OPENAI_URL, BaseUrl, Endpoint, EndpointOptions
-from sage.services.llm import Answer, LLMService, checked_tokens, messages_of, stops_of
+from sage.services.llm import Answer, LLMService, checked_tokens, conversation_of, stops_of
 from sage.services.secret import Secret
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class OpenAILLM(LLMService):
         api_key_env: the environment variable that holds the key; for OpenAI's own address it is OPENAI_API_KEY, for
             another server there is no key unless one is given.
         api_key_file: the file that holds the key.
-        options: time-outs, retries and the limit on open requests.
+        request_options: time-outs, retries and the limit on open requests.
         stream_usage: whether to ask for the count of tokens of streamed answers, which not every server can give.
         token_limit: the field that carries `max_tokens`; OpenAI's newer models want the second one.
         extra: further fields of each request that the server knows, such as {"top_p": 0.9}.
@@ -44,15 +44,15 @@ class OpenAILLM(LLMService):
         api_key: str | None = None,
         api_key_env: str | None = None,
         api_key_file: str | os.PathLike[str] | None = None,
-        options: EndpointOptions | None = None,
+        request_options: EndpointOptions | None = None,
         stream_usage: bool = True,
         token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         extra: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         secret = Secret(api_key, api_key_env, api_key_file)
-        self._options = options or EndpointOptions()
-        self._endpoint = Endpoint(base_url, secret, model, self._options, lambda: self.counted("retries"))
+        options = request_options or EndpointOptions()
+        self._endpoint = Endpoint(base_url, secret, model, options, lambda: self.counted("retries"))
         self._model = model
         self._stream_usage = stream_usage
         self._token_limit = token_limit
@@ -136,7 +136,9 @@ class OpenAILLM(LLMService):
     # --- behind it ---
 
     def _request(self, prompt: Any, max_tokens: Any, temperature: Any, stop: Any) -> dict[str, Any]:
-        messages = [{"role": message.role, "content": message.content} for message in messages_of(prompt)]
+        messages = [
+            {"role": message.role, "content": well_formed(message.content)} for message in conversation_of(prompt)
+        ]
         request: dict[str, Any] = {"model": self._model, "messages": messages}
         checked_tokens(max_tokens)
         stops = stops_of(stop)
@@ -237,7 +239,7 @@ class OpenAIEmbeddings(EmbeddingService):
         api_key: the key; see `OpenAILLM`.
         api_key_env: the environment variable that holds the key.
         api_key_file: the file that holds the key.
-        options: time-outs, retries and the limit on open requests.
+        request_options: time-outs, retries and the limit on open requests.
         **settings: those of `EmbeddingService`; `batch_max` is how many texts one request has.
     """
 
@@ -251,16 +253,15 @@ class OpenAIEmbeddings(EmbeddingService):
         api_key: str | None = None,
         api_key_env: str | None = None,
         api_key_file: str | os.PathLike[str] | None = None,
-        options: EndpointOptions | None = None,
+        request_options: EndpointOptions | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         if shortened and dimension is None:
             raise ValueError("shortened needs a dimension to shorten vectors to")
         secret = Secret(api_key, api_key_env, api_key_file)
-        self._endpoint = Endpoint(
-            base_url, secret, model, options or EndpointOptions(), lambda: self.counted("retries")
-        )
+        options = request_options or EndpointOptions()
+        self._endpoint = Endpoint(base_url, secret, model, options, lambda: self.counted("retries"))
         self._model = model
         self._dimension = dimension
         self._shortened = shortened
@@ -321,7 +322,11 @@ class OpenAIEmbeddings(EmbeddingService):
 
     async def _aencode(self, texts: list[str]) -> Any:
         # As numbers: the client would ask for base64 otherwise, which many servers do not know.
-        request: dict[str, Any] = {"model": self._model, "input": texts, "encoding_format": "float"}
+        request: dict[str, Any] = {
+            "model": self._model,
+            "input": [well_formed(text) for text in texts],
+            "encoding_format": "float",
+        }
         if self._shortened:
             request["dimensions"] = self._dimension
 
