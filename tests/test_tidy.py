@@ -51,6 +51,7 @@ OLD_WORDS = {
     "BaseFunction": "SAGE programs import it",
     "BaseJoinFunction": "SAGE programs import it",
     "BaseService": "SAGE programs import it",
+    "Message": "the protocol of every model server calls it so",
     "items": "the protocol of mappings",
     "register_service_factory": "SAGE programs call it",
 }
