@@ -98,11 +98,12 @@ def at_once(count: int, function: Callable[[int], T]) -> list[T]:
     return [answers[number] for number in range(count)]
 
 
-def program(text: str, *words: str, folder: Path) -> subprocess.Popen[str]:
+def program(text: str, *words: str, folder: Path, stdin: int | None = None) -> subprocess.Popen[str]:
     """Start a program of its own, whose output can be read line by line."""
     paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(text), *words],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -68,6 +68,10 @@ class SqliteFile:
         Raises:
             ServiceError: it cannot be opened or is no database, or its tables are of a newer version.
         """
+        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+            # SQLite would call it an error of the disk where the file is exclusive.
+            what, note = PROBLEMS[sqlite3.SQLITE_READONLY]
+            raise hint(ServiceError(f'file "{self.path}" {what}: no permission', fault="external"), note)
         with self._lock:
             self._openings += 1
             self._is_open = True
