@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_S = 5.0
 """How long a call waits for another program that writes to the file."""
+
+RETRY_S = 0.005
+"""The pause between two tries of what SQLite does not wait for itself."""
 
 IDLE_CONNECTIONS_MAX = 8
 """Each call has a connection to itself; so many stay open between calls, as opening one costs more than most calls."""
@@ -146,12 +150,24 @@ class SqliteFile:
         try:
             if self._is_exclusive:
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+            self._write_ahead(connection, timeout_s)
             connection.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _write_ahead(self, connection: sqlite3.Connection, timeout_s: float) -> None:
+        """Switch to write-ahead mode; where two programs do so at once, SQLite refuses one of them without waiting."""
+        due = time.monotonic() + timeout_s
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL").fetchall()
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > due:
+                    raise
+            threading.Event().wait(RETRY_S)
 
     def _take_back(self, connection: sqlite3.Connection, opening: int) -> None:
         with suppress(sqlite3.Error):  # the error of the block is the one to tell, and a broken connection is closed
