@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 KINDS = ["sqlite", pytest.param("redis", marks=needs_redis)]
 
-Make = "Callable[[], KeyValueStore]"
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:

@@ -86,7 +86,7 @@ class Memory(MeasuredService):
         path: the file; it is made if it is not there.
         embeddings: what turns texts into vectors: a handle of a service, or an object with `embed(texts)`.
         index: what finds vectors, such as a `VectorStore` or a handle of one, with a collection for this memory alone;
-            without one every vector of the session is compared, 10,000 of them in about 50 ms.
+            without one every vector of the session is compared, 10,000 of 384 numbers in about 0.1 s.
         turns_max: how many turns of a session are kept.
         tokens_max: how many tokens the turns that `turns` returns may have together.
         count_tokens: tells how many tokens a text has; an estimate by default.
