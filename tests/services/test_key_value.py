@@ -15,6 +15,7 @@ from services.kept import (
     PASSWORD,
     REDIS_SERVER,
     at_once,
+    killed_after,
     left_clean,
     needs_redis,
     notes_of,
@@ -347,6 +348,24 @@ def test_in_a_job(kind: str, host: Any, tmp_path: Path, request: pytest.FixtureR
 
 
 class TestSqlite:
+    def test_a_program_that_is_killed_loses_at_most_the_write_in_flight(self, tmp_path: Path) -> None:
+        text = """
+            import itertools
+            from sage.services.key_value import SqliteKeyValue
+            store = SqliteKeyValue("keys.db")
+            store.setup()
+            for number in itertools.count(1):
+                store.put_many({f"{number} first": number, f"{number} second": number})
+                store.increment("total")
+                print(number, flush=True)
+        """
+        said = killed_after(300, text, folder=tmp_path)
+        with opened(SqliteKeyValue(tmp_path / "keys.db")) as store:
+            total = store.get("total")
+            assert len(said) <= total <= len(said) + 1
+            assert store.count() - 1 in (2 * total, 2 * total + 2)
+            store.put("more", 1)
+
     def test_time_passes_by_the_clock(self, tmp_path: Path) -> None:
         clock = ManualClock()
         with opened(SqliteKeyValue(tmp_path / "keys.db", clock=clock)) as store:
@@ -423,7 +442,7 @@ class TestRedis:
         assert "refuses the password" in str(cause)
         assert server in str(cause)
         assert "password_file" in notes_of(cause)
-        assert wrong not in f"{cause!r} {caught.value!r} {notes_of(caught.value)}"
+        assert wrong not in f"{cause!r} {caught.value!r} {notes_of(caught.value)} {env.explain()}"
 
     def test_no_password_where_one_is_wanted(self, server: str) -> None:
         with left_clean(), pytest.raises(ServiceError, match="refuses the password"):

@@ -482,25 +482,20 @@ class TestJobs:
     def test_the_contract_of_sage(self, host: Any, indexed: bool, tmp_path: Path) -> None:
         """`memory.recall(q)` in a lambda, with the embeddings and the index as services of the same job."""
         options = ServiceOptions(host=host, concurrency=4)
-        facts = {1: ["my cat is called Tom", "I like green tea"], 2: ["something else"]}
-        for round_ in (1, 2):
-            arrived: list[list[Recollection]] = []
-            with left_clean(), LocalEnvironment("talk") as env:
+        arrived: list[list[Recollection]] = []
+        for task in ("tell", "ask"):
+            with left_clean(), LocalEnvironment(task) as env:
                 words = env.register_service("words", Words, options=options)
                 index = env.register_service("shelf", Shelf, options=ServiceOptions(host=host)) if indexed else None
                 memory = env.register_service(
                     "memory", Memory, tmp_path / "memory.db", words, index=index, options=options
                 )
-                env.from_batch(facts[round_]).map(memory.remember).name("remember").print()
-                env.submit(autostop=True)
-            with left_clean(), LocalEnvironment("ask") as env:
-                words = env.register_service("words", Words, options=options)
-                index = env.register_service("shelf", Shelf, options=ServiceOptions(host=host)) if indexed else None
-                memory = env.register_service(
-                    "memory", Memory, tmp_path / "memory.db", words, index=index, options=options
-                )
-                ask(env, memory, self.QUESTIONS, arrived)
-            assert [found[0].text for found in arrived] == ["my cat is called Tom", "I like green tea"]
+                if task == "tell":
+                    env.from_batch(["my cat is called Tom", "I like green tea"]).map(memory.remember).print()
+                    env.submit(autostop=True)
+                else:
+                    ask(env, memory, self.QUESTIONS, arrived)
+        assert [found[0].text for found in arrived] == ["my cat is called Tom", "I like green tea"]
         assert os.listdir(tmp_path) == ["memory.db"]
 
     def test_an_object_as_embeddings_is_sent_along(self, tmp_path: Path) -> None:
