@@ -1,0 +1,32 @@
+"""Libraries that only some services need: imported on use, and named with their extra where they are missing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sage.errors import ServiceError, hint
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class MissingExtraError(ServiceError, ImportError):
+    """A library cannot be imported that the service needs; the note says how to install it."""
+
+
+def load(module: str, extra: str) -> ModuleType:
+    """Return a module of a library that is no requirement of SAGE itself.
+
+    Args:
+        module: the module's full name, such as "chromadb.config".
+        extra: the extra of SAGE that installs it, such as "chroma".
+
+    Raises:
+        MissingExtraError: it cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = MissingExtraError(f'module "{module}" cannot be imported: {error}', fault="user")
+        raise hint(missing, f'Install it with: pip install "sage-dataflow[{extra}]"') from error
