@@ -108,3 +108,16 @@ class MeasuredService(BaseService):
                 tally.items += items
                 tally.batch_max = max(tally.batch_max, items)
                 tally.latencies_s.append(elapsed_s)
+
+    def counted(self, what: str, items: int = 1) -> None:
+        """Count something that takes no time of its own, such as tokens, retries or hits of a cache.
+
+        Args:
+            what: the name that `measures` has it under.
+            items: how many there were at once.
+        """
+        with self._tallies_lock:
+            tally = self._tallies.setdefault(what, Tally())
+            tally.calls += 1
+            tally.items += items
+            tally.batch_max = max(tally.batch_max, items)
