@@ -1,0 +1,47 @@
+"""A limit on how much runs at once, for threads and coroutines together."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from concurrent.futures import Future
+
+
+class Slots:
+    """A number of places that are taken and given back; who comes first is served first.
+
+    Args:
+        slots_max: how many there are.
+    """
+
+    def __init__(self, slots_max: int) -> None:
+        self._free = slots_max
+        self._waiting: deque[Future[None]] = deque()
+        self._lock = threading.Lock()
+
+    def take(self) -> Future[None]:
+        """Return a future that is done when a slot was taken.
+
+        A thread waits for it by `result()`, a coroutine by `asyncio.wrap_future`; who no longer wants it calls `leave`.
+        """
+        future: Future[None] = Future()
+        with self._lock:
+            if self._free > 0:
+                self._free -= 1
+                future.set_result(None)
+            else:
+                self._waiting.append(future)
+        return future
+
+    def leave(self, future: Future[None]) -> None:
+        """Give a slot back, or give up waiting for it."""
+        if future.cancel() or future.cancelled():
+            return
+        with self._lock:
+            while self._waiting:
+                following = self._waiting.popleft()
+                # One that was cancelled is passed over; from here on this one cannot be cancelled.
+                if following.set_running_or_notify_cancel():
+                    following.set_result(None)
+                    return
+            self._free += 1
