@@ -1,0 +1,361 @@
+"""Key-value stores: the contract, and the one that keeps everything in a SQLite file."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from sage.errors import ServiceError, hint, short
+from sage.services.measures import MeasuredService
+from sage.services.sqlite_file import SqliteFile
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Mapping
+
+TTL_MAX_S = 3_155_760_000.0
+"""A hundred years, in seconds; a longer time to live would be a mistake, and overflow the one of Redis."""
+
+COUNTER_MIN, COUNTER_MAX = -(2**63), 2**63 - 1
+"""What a counter can hold; the bounds are those of Redis, so that all stores have the same."""
+
+EXPIRED_AT_ONCE_MAX = 100
+"""How many expired entries a write removes besides, so that they go away without anybody calling `expire`."""
+
+
+class KeyValueStore(MeasuredService):
+    """Values by key, each with a time to live if it is given one. Keys are strings, values are those of JSON.
+
+    What is read is what was written: a value that JSON would change, such as a tuple or a dict with numbers as keys, is
+    refused. Each call takes effect as a whole or not at all, those of many keys included. An entry whose time to live
+    is over is not there for any method. All methods may be called from any number of threads.
+
+    An implementation has the methods that begin with an underscore; they are given checked arguments, and values as
+    text.
+    """
+
+    def process(self, key: str) -> Any:
+        """Return what `get` returns."""
+        return self.get(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, or `default`.
+
+        Raises:
+            TypeError: the key is no string.
+        """
+        checked_key(key)
+        with self.measured("get"):
+            found = self._get_many([key])
+        return json_value(key, found[key]) if key in found else default
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Return the values of those of the keys that are there."""
+        wanted = [checked_key(key) for key in _no_string("get_many", keys)]
+        with self.measured("get_many", len(wanted)):
+            found = self._get_many(wanted)
+        return {key: json_value(key, text) for key, text in found.items()}
+
+    def put(self, key: str, value: Any, *, ttl_s: float | None = None) -> None:
+        """Set the value of a key, and its time to live; an earlier one of either is gone.
+
+        Args:
+            key: any string.
+            value: what JSON can hold.
+            ttl_s: the time to live in seconds; for ever without one.
+
+        Raises:
+            TypeError: the key is no string, or the value cannot be written as JSON.
+            ValueError: the time to live is not above 0.
+        """
+        entries = {checked_key(key): json_text(key, value)}
+        checked_ttl(ttl_s)
+        with self.measured("put"):
+            self._put_many(entries, ttl_s)
+
+    def put_many(self, entries: Mapping[str, Any], *, ttl_s: float | None = None) -> None:
+        """Set the values of several keys at once, all of them with the same time to live."""
+        texts = {checked_key(key): json_text(key, value) for key, value in entries.items()}
+        checked_ttl(ttl_s)
+        with self.measured("put_many", len(texts)):
+            if texts:
+                self._put_many(texts, ttl_s)
+
+    def delete(self, key: str) -> bool:
+        """Remove a key, and return whether it was there."""
+        checked_key(key)
+        with self.measured("delete"):
+            return self._delete(key)
+
+    def increment(self, key: str, by: int = 1) -> int:
+        """Add to the whole number of a key and return the sum; a key that is not there counts as 0.
+
+        The time to live stays what it was. Parallel calls each count.
+
+        Raises:
+            TypeError: the value, or `by`, is no whole number.
+            OverflowError: the sum does not fit into 64 bits.
+        """
+        checked_key(key)
+        if type(by) is not int:
+            raise TypeError(f"increment({short(key)}) by {short(by)}, which is no whole number")
+        if not COUNTER_MIN <= by <= COUNTER_MAX:
+            raise counter_overflow(key, by)
+        with self.measured("increment"):
+            return self._increment(key, by)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin with `prefix`, in order."""
+        checked_key(prefix)
+        with self.measured("keys"):
+            return self._keys(prefix)
+
+    def count(self) -> int:
+        """Return how many keys there are."""
+        with self.measured("count"):
+            return self._count()
+
+    def expire(self) -> int:
+        """Remove all entries whose time to live is over, and return how many it removed.
+
+        Nothing reads them anyway; a store that removes them by itself has none.
+        """
+        with self.measured("expire"):
+            return self._expire()
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Open the store.
+
+        Raises:
+            ServiceError: it cannot be opened.
+        """
+
+    @abstractmethod
+    def cleanup(self) -> None:
+        """Close the store; a second call does nothing."""
+
+    @abstractmethod
+    def _get_many(self, keys: list[str]) -> dict[str, str]:
+        """Return the texts of those keys that are there."""
+
+    @abstractmethod
+    def _put_many(self, entries: dict[str, str], ttl_s: float | None) -> None:
+        """Set texts."""
+
+    @abstractmethod
+    def _delete(self, key: str) -> bool:
+        """Remove a key and return whether it was there."""
+
+    @abstractmethod
+    def _increment(self, key: str, by: int) -> int:
+        """Add to a number and return the sum."""
+
+    @abstractmethod
+    def _keys(self, prefix: str) -> list[str]:
+        """Return keys in order."""
+
+    @abstractmethod
+    def _count(self) -> int:
+        """Return how many keys there are."""
+
+    @abstractmethod
+    def _expire(self) -> int:
+        """Remove what is over, and return how many it removed."""
+
+
+class SqliteKeyValue(KeyValueStore):
+    """Keeps everything in a SQLite file, which survives a restart, and SIGKILL without the write in flight.
+
+    Several programs may use one file.
+
+    Args:
+        path: the file; it is made if it is not there.
+        clock: what tells the time, in seconds since the epoch; times to live end by it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._file = SqliteFile(path, "key_value", 1, SCHEMA)
+        self._clock = clock
+
+    def setup(self) -> None:
+        """Open the file.
+
+        Raises:
+            ServiceError: it cannot be opened, or is no database.
+        """
+        self._file.open()
+
+    def cleanup(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def health(self) -> bool:
+        """Return whether the file can be read."""
+        return self._file.health()
+
+    def describe(self) -> dict[str, object]:
+        """Return the settings that a person may see."""
+        return {**super().describe(), "path": self._file.path}
+
+    def _get_many(self, keys: list[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        now = self._clock()
+        with self._file.reading() as connection:
+            for key in keys:
+                row = connection.execute(f"SELECT value FROM key_value WHERE key = ? AND {LIVE}", (key, now)).fetchone()
+                if row is not None:
+                    found[key] = row[0]
+        return found
+
+    def _put_many(self, entries: dict[str, str], ttl_s: float | None) -> None:
+        now = self._clock()
+        expires_at = None if ttl_s is None else now + ttl_s
+        with self._file.writing() as connection:
+            rows = [(key, text, expires_at) for key, text in entries.items()]
+            connection.executemany(PUT, rows)
+            connection.execute(f"{EXPIRE} LIMIT {EXPIRED_AT_ONCE_MAX})", (now,))
+
+    def _delete(self, key: str) -> bool:
+        with self._file.writing() as connection:
+            done = connection.execute(f"DELETE FROM key_value WHERE key = ? AND {LIVE}", (key, self._clock()))
+            return done.rowcount > 0
+
+    def _increment(self, key: str, by: int) -> int:
+        now = self._clock()
+        with self._file.writing() as connection:
+            select = f"SELECT value, expires_at FROM key_value WHERE key = ? AND {LIVE}"
+            text, expires_at = connection.execute(select, (key, now)).fetchone() or ("0", None)
+            value = json_value(key, text)
+            if type(value) is not int:
+                raise no_counter(key, text)
+            total = value + by
+            if not COUNTER_MIN <= total <= COUNTER_MAX:
+                raise counter_overflow(key, by)
+            connection.execute(PUT, (key, str(total), expires_at))
+        return total
+
+    def _keys(self, prefix: str) -> list[str]:
+        bound = _behind(prefix)
+        where, arguments = ("AND key < ?", [bound]) if bound is not None else ("", [])
+        select = f"SELECT key FROM key_value WHERE key >= ? AND {LIVE} {where} ORDER BY key"
+        with self._file.reading() as connection:
+            rows = connection.execute(select, (prefix, self._clock(), *arguments))
+            return [key for (key,) in rows.fetchall()]
+
+    def _count(self) -> int:
+        with self._file.reading() as connection:
+            row = connection.execute(f"SELECT count(*) FROM key_value WHERE {LIVE}", (self._clock(),)).fetchone()
+        return int(row[0])
+
+    def _expire(self) -> int:
+        with self._file.writing() as connection:
+            return connection.execute(f"{EXPIRE})", (self._clock(),)).rowcount
+
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS key_value (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires_at REAL);
+CREATE INDEX IF NOT EXISTS key_value_expiry ON key_value (expires_at) WHERE expires_at IS NOT NULL
+"""
+
+PUT = "INSERT OR REPLACE INTO key_value (key, value, expires_at) VALUES (?, ?, ?)"
+LIVE = "(expires_at IS NULL OR expires_at > ?)"
+EXPIRE = "DELETE FROM key_value WHERE rowid IN (SELECT rowid FROM key_value WHERE expires_at <= ?"
+
+
+def checked_key(key: str) -> str:
+    """Return a key that any store can hold.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it has half a surrogate pair, which no encoding can write.
+    """
+    if not isinstance(key, str):
+        error = TypeError(f"the key {short(key)} is of type {type(key).__name__}, not a string")
+        raise hint(error, "Write str(key), or json.dumps(key) for keys of several parts.")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the key {short(key)} cannot be written as UTF-8: {error.reason}") from None
+    return key
+
+
+def checked_ttl(ttl_s: float | None) -> float | None:
+    """Return a time to live.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not above 0, or above a hundred years.
+    """
+    if ttl_s is None:
+        return None
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float):
+        raise TypeError(f"ttl_s is {short(ttl_s)}, not a number of seconds")
+    if math.isnan(ttl_s) or ttl_s <= 0:
+        error = ValueError(f"ttl_s is {ttl_s}, and a time to live is above 0 seconds")
+        raise hint(error, "Leave it out for a value that stays; call delete(key) for one that goes at once.")
+    if ttl_s > TTL_MAX_S:
+        raise ValueError(f"ttl_s is {ttl_s}, more than a hundred years ({TTL_MAX_S:.0f} seconds)")
+    return ttl_s
+
+
+def json_text(name: str, value: Any) -> str:
+    """Return a value as JSON.
+
+    Raises:
+        TypeError: JSON cannot hold it, or would change it.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+        is_same = bool(json.loads(text) == value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _no_json(name, value, str(error)) from None
+    if not is_same:
+        raise _no_json(name, value, f"it would come back as {short(json.loads(text))}")
+    return text
+
+
+def _no_json(name: str, value: Any, reason: str) -> TypeError:
+    error = TypeError(f"the value of {short(name)} is {short(value)}, which JSON cannot hold: {reason}")
+    return hint(error, "Values are None, booleans, numbers, strings, lists, and dicts with strings as keys.")
+
+
+def json_value(key: str, text: str) -> Any:
+    """Return the value that a text stands for.
+
+    Raises:
+        ServiceError: it is no JSON; another program wrote it.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ServiceError(f"the value of {short(key)} is no JSON: {short(text)}", fault="external") from None
+
+
+def no_counter(key: str, text: str) -> TypeError:
+    """Return the error for a number that is none."""
+    return TypeError(f"increment({short(key)}): its value is {short(text)}, which is no whole number")
+
+
+def counter_overflow(key: str, by: int) -> OverflowError:
+    """Return the error for a sum that is too large."""
+    return OverflowError(f"increment({short(key)}) by {by} does not fit into 64 bits")
+
+
+def _no_string(method: str, keys: Iterable[str]) -> Iterable[str]:
+    if isinstance(keys, str):
+        raise hint(TypeError(f"{method}({short(keys)}) takes a list of keys"), f"Write {method}([{short(keys)}]).")
+    return keys
+
+
+def _behind(prefix: str) -> str | None:
+    """Return the first string behind all that begin with `prefix`, or None if nothing can be."""
+    kept = prefix.rstrip("\U0010ffff")
+    if not kept:
+        return None
+    following = ord(kept[-1]) + 1
+    return kept[:-1] + chr(0xE000 if following == 0xD800 else following)

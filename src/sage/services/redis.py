@@ -1,0 +1,262 @@
+"""A key-value store in Redis."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from sage.command import own_value
+from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
+from sage.services.extras import load
+from sage.services.key_value import KeyValueStore, counter_overflow, no_counter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import redis
+
+    from sage.service import ServiceMethod
+
+SCAN_COUNT = 1_000
+"""How many keys the server looks at before it answers other clients in between."""
+
+GLOB = re.compile(r"([*?\[\]\\^-])")
+
+
+class RedisKeyValue(KeyValueStore):
+    """Keeps everything in a Redis server, which ends times to live by itself.
+
+    What survives a restart of the server is what the server is set up to keep. A call whose connection breaks is tried
+    once more if that can change nothing: increments and deletions are not.
+
+    Args:
+        url: "redis://host:port/database", "rediss://..." or "unix:///path"; the attribute `url` of a command's handle
+            may be given as it is. Without one it is that of the variable REDIS_URL, or in the file that REDIS_URL_FILE
+            names.
+        password: without one it is in `password_file`, in REDIS_PASSWORD, in the file that REDIS_PASSWORD_FILE names,
+            or in the url.
+        password_file: a file that holds the password and nothing else.
+        prefix: what the server's keys begin with; the store sees and counts no others.
+        timeout_s: bound of connecting and of each answer, in seconds.
+    """
+
+    def __init__(
+        self,
+        url: str | ServiceMethod | None = None,
+        *,
+        password: str | None = None,
+        password_file: str | os.PathLike[str] | None = None,
+        prefix: str = "sage:",
+        timeout_s: float = 5.0,
+    ) -> None:
+        super().__init__()
+        self._url = url
+        self._password = password
+        self._password_file = password_file
+        self._prefix = prefix
+        self._timeout_s = timeout_s
+        self._client: redis.Redis | None = None
+        self._place = ""
+        self._secrets: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        """Connect.
+
+        Raises:
+            MissingExtraError: the package redis is not installed.
+            ServiceError: the server cannot be reached, refuses the password, or there is no usable url.
+        """
+        module = load("redis", "redis")
+        backoff = load("redis.backoff", "redis")
+        url = own_value(self._url) if self._url is not None else setting("REDIS_URL")
+        if url is None:
+            error = ServiceError("redis has no url")
+            raise hint(error, 'Give one such as "redis://127.0.0.1:6379/0", or set REDIS_URL or REDIS_URL_FILE.')
+        password = self._password
+        if password is None and self._password_file is not None:
+            password = secret_in(self._password_file)
+        elif password is None:
+            password = setting("REDIS_PASSWORD")
+        self._place = shown(url)
+        self._secrets = tuple(filter(None, (password, *secrets_in(url))))
+        settings: dict[str, Any] = {} if password is None else {"password": password}
+        try:
+            self._client = module.Redis.from_url(
+                url,
+                socket_timeout=self._timeout_s,
+                socket_connect_timeout=self._timeout_s,
+                # What may be tried again is known here, and not to the library, which would count increments twice.
+                retry=load("redis.retry", "redis").Retry(backoff.NoBackoff(), 0),
+                **settings,
+            )
+        except ValueError as error:
+            wrong = ServiceError(f'redis cannot use the url "{self._place}": {self._scrubbed(error)}')
+            raise hint(wrong, "It begins with redis://, rediss:// or unix://.") from None
+        if password is not None:
+            # The one in the url would come before the one that was given.
+            self._client.connection_pool.connection_kwargs["password"] = password
+        with self._told():
+            self._client.ping()
+
+    def cleanup(self) -> None:
+        """Close all connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+            client.connection_pool.disconnect()
+
+    def health(self) -> bool:
+        """Return whether the server answers."""
+        try:
+            with self._told():
+                return bool(self._connected().ping())
+        except ServiceError:
+            return False
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the settings that a person may see; the url stands there without name and password."""
+        return {**super().describe(), "url": self._place, "prefix": self._prefix, "timeout_s": self._timeout_s}
+
+    def _get_many(self, keys: list[str]) -> dict[str, str]:
+        if not keys:
+            return {}
+        found: Any = self._twice("mget", [self._prefix + key for key in keys])
+        return {key: text_of(value) for key, value in zip(keys, found, strict=True) if value is not None}
+
+    def _put_many(self, entries: dict[str, str], ttl_s: float | None) -> None:
+        milliseconds = None if ttl_s is None else max(1, round(ttl_s * 1000))
+        if len(entries) == 1:
+            [(key, text)] = entries.items()
+            self._twice("set", self._prefix + key, text, px=milliseconds)
+            return
+        with self._told(), self._connected().pipeline(transaction=True) as pipeline:
+            for key, text in entries.items():
+                pipeline.set(self._prefix + key, text, px=milliseconds)
+            pipeline.execute()
+
+    def _delete(self, key: str) -> bool:
+        with self._told():
+            return bool(self._connected().delete(self._prefix + key))
+
+    def _increment(self, key: str, by: int) -> int:
+        try:
+            with self._told():
+                total: Any = self._connected().incrby(self._prefix + key, by)
+        except ServiceError as error:
+            cause = str(error.__cause__)
+            if "overflow" in cause:
+                raise counter_overflow(key, by) from None
+            if "not an integer" in cause:
+                text = self._get_many([key]).get(key, "gone")
+                raise no_counter(key, text) from None
+            raise
+        return int(total)
+
+    def _keys(self, prefix: str) -> list[str]:
+        return sorted(self._scan(prefix))
+
+    def _count(self) -> int:
+        return len(self._scan(""))
+
+    def _expire(self) -> int:
+        return 0
+
+    def _scan(self, prefix: str) -> set[str]:
+        pattern = GLOB.sub(r"\\\1", self._prefix + prefix) + "*"
+        with self._told():
+            # A scan may name a key twice while the server's table grows.
+            found = set(self._connected().scan_iter(match=pattern.encode(), count=SCAN_COUNT))
+        return {text_of(key)[len(self._prefix) :] for key in found}
+
+    def _twice(self, command: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a command that may run twice, and do so if the connection broke."""
+        try:
+            with self._told():
+                return getattr(self._connected(), command)(*args, **kwargs)
+        except ServiceUnavailableError:
+            with self._told():
+                return getattr(self._connected(), command)(*args, **kwargs)
+
+    def _connected(self) -> redis.Redis:
+        if self._client is None:
+            error = ServiceUnavailableError(f'redis at "{self._place}" is not connected')
+            raise hint(error, "Outside of a job, call setup() before anything else, and nothing after cleanup().")
+        return self._client
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise what the library raises as errors that name the server and no secret."""
+        errors = load("redis.exceptions", "redis")
+        where = f'redis at "{self._place}"'
+        try:
+            yield
+        except errors.AuthenticationError as error:
+            told = ServiceError(f"{where} refuses the password: {self._scrubbed(error)}", fault="external")
+            raise hint(told, "Give password= or password_file=, or set REDIS_PASSWORD.") from None
+        except errors.TimeoutError as error:
+            text = f"{where} gave no answer within {self._timeout_s:g} s"
+            raise ServiceTimeoutError(text, fault="external") from error
+        except errors.ConnectionError as error:
+            lost = ServiceUnavailableError(f"{where} cannot be reached: {self._scrubbed(error)}", fault="external")
+            raise hint(lost, "Is the server running, and is the url right?") from error
+        except errors.RedisError as error:
+            raise ServiceError(f"{where} refused: {self._scrubbed(error)}", fault="external") from error
+
+    def _scrubbed(self, error: Exception) -> str:
+        text = str(error)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def setting(variable: str) -> str | None:
+    """Return the value of an environment variable, or the content of the file that VARIABLE_FILE names."""
+    value = os.environ.get(variable)
+    if value:
+        return value
+    file = os.environ.get(f"{variable}_FILE")
+    return secret_in(file) if file else None
+
+
+def secret_in(file: str | os.PathLike[str]) -> str:
+    """Return what a file holds, without the end of its line.
+
+    Raises:
+        ServiceError: it cannot be read.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ServiceError(f'file "{os.fspath(file)}" cannot be read: {reason}') from None
+
+
+def secrets_in(url: str) -> tuple[str, ...]:
+    """Return what must not be shown of a url, as it stands there and as it is meant."""
+    rest = url.partition("://")[2]
+    authority, _, _ = rest.partition("/")
+    user, _, _ = authority.rpartition("@")
+    password = user.partition(":")[2]
+    query = [part.partition("=")[2] for part in rest.partition("?")[2].split("&") if part.startswith("password=")]
+    return tuple(found for text in (password, *query) if text for found in (text, unquote(text)))
+
+
+def shown(url: str) -> str:
+    """Return a url without name, password and settings."""
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port is not None else ""
+    except ValueError:
+        return "(not a url)"
+    if "://" not in url:
+        return "(not a url)"
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+
+
+def text_of(value: bytes | str) -> str:
+    """Return what the server keeps as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,181 @@
+"""A SQLite file that a service keeps its data in: opened in `setup`, closed in `cleanup`, used from any thread."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from sage.errors import ServiceError, ServiceUnavailableError, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUSY_TIMEOUT_S = 5.0
+"""How long a call waits for another program that writes to the file."""
+
+IDLE_CONNECTIONS_MAX = 8
+"""Each call has a connection to itself; so many stay open between calls, as opening one costs more than most calls."""
+
+PROBLEMS = {
+    sqlite3.SQLITE_NOTADB: ("is no SQLite database", "Name another file, or move this one away."),
+    sqlite3.SQLITE_CORRUPT: ("is damaged", "Restore it from a backup; the command `sqlite3 FILE .recover` may help."),
+    sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "Its folder must be there, and this user must be allowed to write."),
+    sqlite3.SQLITE_PERM: ("cannot be opened", "This user must be allowed to read and write it, and its folder."),
+    sqlite3.SQLITE_READONLY: ("cannot be written", "This user must be allowed to write it, and its folder."),
+    sqlite3.SQLITE_IOERR: ("cannot be read or written", "Is the disk full, or a limit of the size of files reached?"),
+    sqlite3.SQLITE_FULL: ("cannot be written", "Make room on the disk."),
+    sqlite3.SQLITE_BUSY: ("is in use by another program", "End that program, or name another file."),
+    sqlite3.SQLITE_LOCKED: ("is in use by another program", "End that program, or name another file."),
+}
+
+
+class SqliteFile:
+    """One file, in write-ahead mode: readers go on while one writes, and a commit survives the end of the process.
+
+    What was committed survives SIGKILL, and what was not is undone when the file is opened again. The loss of power
+    can undo the last commits, but leaves the file whole. Several services may share a file, and several programs too,
+    unless it is exclusive. Every call has a connection of its own for as long as it takes; `close` closes those that
+    are idle, and a call that is still running then closes its own.
+
+    Args:
+        path: the file; it is made if it is not there, its folder is not.
+        kind: what is kept in it, as a word; one file can hold several kinds.
+        version: of the tables; a file that holds a newer one is refused.
+        schema: statements that make the tables and may run again.
+        is_exclusive: whether no other program, and no other service, may use the file meanwhile.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, version: int, schema: str, *, is_exclusive: bool = False
+    ) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._kind = kind
+        self._version = version
+        self._schema = schema
+        self._is_exclusive = is_exclusive
+        self._idle: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._openings = 0
+        self._is_open = False
+
+    def open(self) -> None:
+        """Open the file and make its tables.
+
+        Raises:
+            ServiceError: it cannot be opened or is no database, or its tables are of a newer version.
+        """
+        with self._lock:
+            self._openings += 1
+            self._is_open = True
+        try:
+            with self.writing() as connection:
+                self._make_tables(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close every connection that is not in use; a second call does nothing."""
+        with self._lock:
+            self._is_open = False
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for statements that see the file as it is at the first of them.
+
+        Raises:
+            ServiceUnavailableError: the file is not open.
+            ServiceError: it cannot be read.
+        """
+        with self._borrowed() as connection:
+            connection.execute("BEGIN")
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for statements that take effect together at the end of the block, or not at all.
+
+        Raises:
+            ServiceUnavailableError: the file is not open.
+            ServiceError: it cannot be written.
+        """
+        # SQLite lets the writers of one process wait by polling; a lock is faster and serves all of them.
+        with self._write_lock, self._borrowed() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+
+    def health(self) -> bool:
+        """Return whether the file can be read."""
+        with suppress(ServiceError), self.reading() as connection:
+            return bool(connection.execute("SELECT 1").fetchone())
+        return False
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            if not self._is_open:
+                error = ServiceUnavailableError(f'file "{self.path}" is not open')
+                raise hint(error, "Outside of a job, call setup() before anything else, and nothing after cleanup().")
+            opening = self._openings
+            connection = self._idle.pop() if self._idle else None
+        try:
+            connection = connection or self._connect()
+            yield connection
+        except sqlite3.DatabaseError as error:
+            raise self._problem(error) from error
+        finally:
+            if connection is not None:
+                self._take_back(connection, opening)
+
+    def _connect(self) -> sqlite3.Connection:
+        # Whoever has an exclusive file keeps it, so that waiting for long is in vain.
+        timeout_s = BUSY_TIMEOUT_S / 10 if self._is_exclusive else BUSY_TIMEOUT_S
+        connection = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        try:
+            if self._is_exclusive:
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+            connection.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _take_back(self, connection: sqlite3.Connection, opening: int) -> None:
+        with suppress(sqlite3.Error):  # the error of the block is the one to tell, and a broken connection is closed
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        with self._lock:
+            is_wanted = self._is_open and opening == self._openings and len(self._idle) < IDLE_CONNECTIONS_MAX
+            if is_wanted and not connection.in_transaction:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _make_tables(self, connection: sqlite3.Connection) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS sage_kinds (kind TEXT PRIMARY KEY, version INTEGER NOT NULL)")
+        found = connection.execute("SELECT version FROM sage_kinds WHERE kind = ?", (self._kind,)).fetchone()
+        if found is not None and found[0] > self._version:
+            text = f'file "{self.path}" holds version {found[0]} of "{self._kind}", newer than {self._version}'
+            raise hint(ServiceError(text), "A newer SAGE wrote it; install that one, or name another file.")
+        for statement in self._schema.split(";"):
+            connection.execute(statement)
+        row = (self._kind, self._version)
+        connection.execute("INSERT OR REPLACE INTO sage_kinds (kind, version) VALUES (?, ?)", row)
+
+    def _problem(self, error: sqlite3.DatabaseError) -> Exception:
+        # Misuse of the module, which would be a bug of ours, has no code and stays what it is.
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is None:
+            return error
+        what, note = PROBLEMS.get(code & 0xFF, ("cannot be used", ""))
+        problem = ServiceError(f'file "{self.path}" {what}: {error}', fault="external")
+        return hint(problem, note) if note else problem
