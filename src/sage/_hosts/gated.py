@@ -194,14 +194,14 @@ class GatedHost(ABC):
     def method(self, name: str) -> Any:
         """Return a method behind the gate, or another attribute as it is."""
         if self.is_coroutine(name):
-            return lambda *args, **kwargs: self._answer(name, args, kwargs)
+            return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
         if not self._is_there:
             return lambda *args, **kwargs: self._later(name, args, kwargs)
         attribute = self._attribute(name)
         if not callable(attribute):
             return attribute
         if self.is_coroutine(name):  # which only the instance could tell
-            return lambda *args, **kwargs: self._answer(name, args, kwargs)
+            return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
         options = self.spec.options
         if options.call_timeout_s is not None:
             return lambda *args, **kwargs: self.call(name, args, kwargs, options.call_timeout_s)
@@ -268,7 +268,7 @@ class GatedHost(ABC):
 
     # --- behind it ---
 
-    def _answer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_or_await(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a coroutine method: run it to its end for a thread, and let a coroutine await it."""
         timeout_s = self.spec.options.call_timeout_s
         if is_on_loop():
