@@ -7,11 +7,13 @@ import selectors
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVarTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextvars import Context
 
+Arguments = TypeVarTuple("Arguments")
 Events = list[tuple[selectors.SelectorKey, int]]
 
 
@@ -55,7 +57,9 @@ class SteppedLoop(asyncio.SelectorEventLoop):
         """Return the time of the clock."""
         return self._now() + self._added_s
 
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Arguments], object], *args: *Arguments, context: Context | None = None
+    ) -> asyncio.Handle:
         """Have something called in the next round."""
         self._has_more = True
         return super().call_soon_threadsafe(callback, *args, context=context)

@@ -9,8 +9,8 @@ from sage._operators.operator import Operator
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sage._plan.logical import Node
     from sage._operators.operator import Surroundings
+    from sage._plan.logical import Node
     from sage.records import Batch
 
 

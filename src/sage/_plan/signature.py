@@ -81,7 +81,9 @@ def async_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fu
     if not functions.is_coroutine_function(target if method is None else method):
         label = _label(target) if method is None else f"{_label(target)}.execute"
         error = GraphError(f"map_async({_label(target)}): {label} is no coroutine function")
-        raise hint(error, "Write async def, also where a lambda returns a coroutine; map(...) takes what does not wait.")
+        raise hint(
+            error, "Write async def, also where a lambda returns a coroutine; map(...) takes what does not wait."
+        )
     return spec
 
 

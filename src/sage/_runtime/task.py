@@ -365,7 +365,7 @@ class Task:
     def _push(self, index: int, batch: Batch | None, port: int, failures: Sequence[BaseException] = ()) -> None:
         """Run operators from `index` on over a batch (None: what operator `index` still has of the last record).
 
-        It raises the last of the `failures` that there were before and that come. What an operator does not take now is stashed; the deepest comes out first, so the order of records is kept. An
+        What an operator does not take now is stashed; the deepest comes out first, so the order of records is kept. An
         operator that fails leaves what came before the failing record, which still goes on to the end of the chain.
         """
         limit = self._pace.limit()
