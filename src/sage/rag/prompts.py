@@ -95,5 +95,6 @@ class Prompt:
 
 
 def block_of(number: int, passage: Passage) -> str:
-    """Return a passage as it stands in a prompt: without blank lines, which end a passage there."""
-    return f"[{number}] {BLANK_LINES.sub(chr(10), passage.searchable.strip())}"
+    """Return a passage as it stands in a prompt: without blank lines, and after its headings."""
+    text = BLANK_LINES.sub("\n", passage.text.strip())
+    return f"[{number}] {passage.heading}:\n{text}" if passage.heading else f"[{number}] {text}"
