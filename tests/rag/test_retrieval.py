@@ -154,13 +154,15 @@ def indexed(folder: Path, questions: list[str], on_error: object = None) -> tupl
     answers: list[list[str]] = []
     with assert_clean():
         env = LocalEnvironment("rag")
-        handles = {
-            "keywords": env.register_service("keywords", KeywordIndex),
-            "vectors": env.register_service("vectors", NumpyStore),
-            "embeddings": env.register_service("embeddings", HashingEmbeddings),
-        }
-        passages = env.from_batch(Files, folder).flatmap(Load).flatmap(SplitByStructure, 40)
-        stored = passages.map_batches(Index, max_records=16, **handles)
+        keywords = env.register_service("keywords", KeywordIndex)
+        vectors = env.register_service("vectors", NumpyStore)
+        embeddings = env.register_service("embeddings", HashingEmbeddings)
+        stored = (
+            env.from_batch(Files, folder)
+            .flatmap(Load)
+            .flatmap(SplitByStructure, 40)
+            .map_batches(Index, max_records=16, keywords=keywords, vectors=vectors, embeddings=embeddings)
+        )
 
         class Ask:
             """Waits for the last passage, then asks."""
@@ -171,8 +173,8 @@ def indexed(folder: Path, questions: list[str], on_error: object = None) -> tupl
             def finish(self) -> list[str]:
                 return questions
 
-        found = stored.process(Ask).map(Retrieve, 1, name="retrieve", on_error=on_error, **handles)
-        found.map(ids).sink(answers.append)
+        retrieve = Retrieve(1, keywords=keywords, vectors=vectors, embeddings=embeddings)
+        stored.process(Ask).map(retrieve, name="retrieve", on_error=on_error).map(ids).sink(answers.append)
         return answers, str(env.submit(autostop=True).report)
 
 
