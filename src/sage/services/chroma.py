@@ -1,0 +1,419 @@
+"""Vectors in Chroma: embedded in this process, or in a server."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from sage.command import Http
+from sage.errors import ServiceError, ServiceUnavailableError, describe, hint
+from sage.service import ServiceMethod
+from sage.services.extras import load
+from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of, predicate
+from sage.services.open_folder import OpenFolder
+from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from sage.services.filters import Condition, Scalar
+    from sage.services.vector_store import Metric, Rows, Vectors
+
+SPACES = {"cosine": "cosine", "dot": "ip", "l2": "l2"}
+METRICS = {space: metric for metric, space in SPACES.items()}
+DIMENSION = "sage_dimension"
+"""Where a collection of ours keeps its dimension, among its own metadata."""
+
+HEARTBEAT = "/api/v2/heartbeat"
+READ_MAX = 10_000
+"""How many entries are read at once where all of a collection are gone through."""
+
+
+class CommandArguments(TypedDict):
+    """Arguments of `Environment.register_command`."""
+
+    argv: list[str | os.PathLike[str]]
+    ready: Http
+    health: Http
+
+
+def chroma_command(path: str | os.PathLike[str] | None = None, *, program: str | None = None) -> CommandArguments:
+    """Return the arguments with which `env.register_command(name, **chroma_command())` runs a Chroma server.
+
+    It listens on a free port of 127.0.0.1; the handle's `url` is for `ChromaStore(url=...)`.
+
+    Args:
+        path: the folder that it keeps its data in; by default a private one that is gone after the job.
+        program: the program `chroma`; by default the one beside this Python, or else the one that is found first.
+    """
+    beside = os.path.join(os.path.dirname(sys.executable), "chroma")
+    found = program or (beside if os.path.exists(beside) else "chroma")
+    folder: str | os.PathLike[str] = (
+        "{folder}" if path is None else os.path.abspath(path).replace("{", "{{").replace("}", "}}")
+    )
+    return {
+        "argv": [found, "run", "--host", "127.0.0.1", "--port", "{port}", "--path", folder],
+        "ready": Http(HEARTBEAT),
+        "health": Http(HEARTBEAT),
+    }
+
+
+class ChromaStore(VectorStore):
+    """A vector store in Chroma, embedded with `path`, or in a server with `url`.
+
+    Chroma searches with an index that may miss an entry now and then; it finds nearly all. A comparison by order of
+    texts, and a `$not` around a comparison by order, is done here and reads the metadata of the whole collection.
+    An entry that takes the place of another one is removed and stored again, as Chroma would mix the two.
+
+    Embedded, a folder is for one store at a time. The library keeps a pair of sockets for the life of the process from
+    the first use on, and a process must not be forked while a store is open: run it with `host="process"` where that
+    matters.
+
+    Args:
+        path: the folder of an embedded Chroma, which is made if it is not there.
+        dimension: see `VectorStore`.
+        url: the address of a server, or that of a command service: `env.register_command(...).url`.
+        token: what the server, or what stands before it, takes as `Authorization: Bearer`.
+        tenant: the tenant on the server.
+        database: the database of the tenant.
+        metric: see `VectorStore`.
+        collection: see `VectorStore`.
+        timeout_s: how long one request to a server may take, in seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        dimension: int | None = None,
+        *,
+        url: str | ServiceMethod | None = None,
+        token: str | None = None,
+        tenant: str = "default_tenant",
+        database: str = "default_database",
+        metric: Metric = "cosine",
+        collection: str = "default",
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__(dimension, metric=metric, collection=collection)
+        if (path is None) is (url is None):
+            raise ValueError("ChromaStore takes either a path or a url")
+        if token is not None and url is None:
+            raise ValueError("ChromaStore takes a token only with a url")
+        self.path = None if path is None else os.path.abspath(os.fspath(path))
+        self.url = url
+        self.tenant, self.database = tenant, database
+        self.timeout_s = timeout_s
+        self._token = token
+        self._folder: OpenFolder | None = None
+        self._client: Any = None
+        self._found: dict[str, tuple[Any, Shape]] = {}
+        self._lock = threading.Lock()
+        self._address = ""
+
+    def setup(self) -> None:
+        """Open the folder, or connect to the server.
+
+        Raises:
+            ServiceUnavailableError: nothing answers at the address within `timeout_s`.
+            ServiceError: the folder is in use, or the server refuses the token, the tenant or the database.
+            ValueError: the store's own collection has another dimension or metric.
+            MissingExtraError: Chroma is not installed.
+        """
+        chromadb = load("chromadb", "chroma")
+        settings = {"anonymized_telemetry": False}
+        if self.path is not None:
+            self._address = f'Chroma folder "{self.path}"'
+            self._folder = OpenFolder(self.path, "Chroma folder")
+            with self._told():
+                self._client = chromadb.PersistentClient(path=self.path, settings=chromadb.Settings(**settings))
+        else:
+            url = str(self.url.resolve() if isinstance(self.url, ServiceMethod) else self.url).rstrip("/")
+            self._address = f"Chroma at {url}"
+            headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+            self._ask_first(url, headers)
+            with self._told():
+                self._client = chromadb.HttpClient(
+                    host=url,
+                    ssl=url.startswith("https:"),
+                    headers=dict(headers),
+                    settings=chromadb.Settings(**settings),
+                    tenant=self.tenant,
+                    database=self.database,
+                )
+            # The library offers no setting for it, and waits for ever by default.
+            self._client._server._session.timeout = self.timeout_s
+        self._check_own_collection()
+
+    def cleanup(self) -> None:
+        """Close the folder or the connections."""
+        client, self._client = self._client, None
+        folder, self._folder = self._folder, None
+        self._found = {}
+        try:
+            if client is not None:
+                client.close()
+        finally:
+            if folder is not None:
+                folder.close()
+
+    def health(self) -> bool:
+        """Return whether Chroma answers."""
+        try:
+            with self._told():
+                self._open.heartbeat()
+        except ServiceError:
+            return False
+        return True
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the settings that a person may see."""
+        place = {"path": self.path} if self.path is not None else {"url": str(self._address), "database": self.database}
+        return {**super().describe(), **place}
+
+    @property
+    def _open(self) -> Any:
+        if self._client is None:
+            raise closed_error(self)
+        return self._client
+
+    def _ask_first(self, url: str, headers: Mapping[str, str]) -> None:
+        """Find out within the time-out whether a Chroma server answers, and lets us in."""
+        request = urllib.request.Request(f"{url}{HEARTBEAT}", headers=dict(headers))
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s):
+                return
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error.code, f"{error.code} {error.reason}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ServiceUnavailableError(f"{self._address} does not answer: {reason}", fault="external") from error
+
+    def _refusal(self, code: int | None, text: str) -> ServiceError:
+        if code in (401, 403):
+            return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
+        return ServiceError(f"{self._address} has failed: {text}", fault="external")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell what the library says with the place that it says it of; close everything if it was not open yet."""
+        was_open = self._client is not None
+        library = sys.modules["chromadb.errors"].ChromaError
+        http = sys.modules["httpx"]
+        try:
+            yield
+        except Exception as error:
+            if not was_open:
+                self.cleanup()
+            if isinstance(error, http.TransportError):
+                text = f"{self._address} does not answer: {describe(error)}"
+                raise ServiceUnavailableError(text, fault="external") from error
+            # What is no answer of Chroma itself, such as that of a proxy, is raised as a plain exception.
+            status = getattr(getattr(error.__context__, "response", None), "status_code", None)
+            if isinstance(error, library) or type(error) in (Exception, RuntimeError, http.HTTPStatusError):
+                raise self._refusal(status, str(error)) from error
+            if isinstance(error, ValueError) and not was_open:
+                raise self._refusal(status, str(error)) from error
+            raise
+
+    # --- collections ---
+
+    def _shape(self, name: str) -> Shape | None:
+        try:
+            return self._collection(name)[1]
+        except KeyError:
+            return None
+
+    def _collection(self, name: str) -> tuple[Any, Shape]:
+        """Return a collection; KeyError says that there is none."""
+        client = self._open
+        found = self._found.get(name)
+        if found is None:
+            with self._told():
+                try:
+                    collection = client.get_collection(name, embedding_function=None)
+                except sys.modules["chromadb.errors"].NotFoundError:
+                    raise KeyError(name) from None
+                found = self._found[name] = (collection, self._shape_of(collection))
+        return found
+
+    def _shape_of(self, collection: Any) -> Shape:
+        space = collection.configuration["hnsw"]["space"]
+        dimension = (collection.metadata or {}).get(DIMENSION)
+        if dimension is None:  # another program has made it
+            vectors = collection.get(limit=1, include=["embeddings"])["embeddings"]
+            dimension = len(vectors[0]) if len(vectors) else self.dimension or 1
+        return Shape(int(dimension), METRICS[space])
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[Any]:
+        """Give a collection, and look it up again the next time if another program has removed it."""
+        try:
+            collection = self._collection(name)[0]
+            with self._told():
+                yield collection
+        except (KeyError, ServiceError) as error:
+            gone = isinstance(error.__cause__, sys.modules["chromadb.errors"].NotFoundError)
+            if gone or isinstance(error, KeyError):
+                self._found.pop(name, None)
+                text = f'collection "{name}" was removed from {self._address} meanwhile'
+                raise ServiceError(text, fault="external") from error
+            raise
+
+    def _create(self, name: str, shape: Shape) -> None:
+        with self._told():
+            self._open.create_collection(
+                name,
+                embedding_function=None,
+                configuration={"hnsw": {"space": SPACES[shape.metric]}},
+                metadata={DIMENSION: shape.dimension},
+                get_or_create=True,
+            )
+
+    def _names(self) -> Collection[str]:
+        with self._told():
+            return [collection.name for collection in self._open.list_collections()]
+
+    def _discard(self, name: str) -> None:
+        with self._told():
+            self._open.delete_collection(name)
+        self._found.pop(name, None)
+
+    # --- entries ---
+
+    def _write(self, name: str, rows: Rows) -> None:
+        step: int = self._open.get_max_batch_size()
+        with self._using(name) as collection:
+            for start in range(0, len(rows.ids), step):
+                part = rows.cut(start, start + step)
+                known = collection.get(ids=list(part.ids), include=[])["ids"]
+                if known:
+                    # To Chroma, an upsert keeps the fields that the new metadata has not, and moves the vector within
+                    # its index, which takes a hundred times as long as a new one.
+                    collection.delete(ids=known)
+                collection.add(
+                    ids=list(part.ids),
+                    embeddings=part.vectors,
+                    documents=list(part.documents) if any(text is not None for text in part.documents) else None,
+                    metadatas=[metadata or None for metadata in part.metadatas] if any(part.metadatas) else None,
+                )
+
+    def _remove(self, name: str, ids: Sequence[str]) -> None:
+        step: int = self._open.get_max_batch_size()
+        with self._using(name) as collection:
+            for start in range(0, len(ids), step):
+                collection.delete(ids=list(ids[start : start + step]))
+
+    def _known(self, name: str, ids: Sequence[str]) -> list[str]:
+        found: set[str] = set()
+        unique = list(dict.fromkeys(ids))
+        with self._using(name) as collection:
+            for start in range(0, len(unique), READ_MAX):
+                found.update(collection.get(ids=unique[start : start + READ_MAX], include=[])["ids"])
+        return [one for one in unique if one in found]
+
+    def _matching(self, name: str, condition: Condition) -> list[str]:
+        where, is_exact = translated(condition)
+        holds = predicate(condition)
+        found: list[str] = []
+        with self._using(name) as collection:
+            start, is_more = 0, True
+            while is_more:
+                include = [] if is_exact else ["metadatas"]
+                part = collection.get(where=where, include=include, limit=READ_MAX, offset=start)
+                ids = part["ids"]
+                found += (
+                    ids
+                    if is_exact
+                    else [one for one, metadata in zip(ids, part["metadatas"], strict=True) if holds(metadata or {})]
+                )
+                start, is_more = start + len(ids), len(ids) == READ_MAX
+        return found
+
+    def _nearest(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        where, is_exact = translated(condition)
+        ids = None if is_exact else self._matching(name, condition)
+        if ids == []:
+            return [[] for _ in vectors]
+        with self._using(name) as collection:
+            found = collection.query(
+                query_embeddings=vectors,
+                n_results=k,
+                ids=ids,
+                where=where,
+                include=["metadatas", "documents", "distances"],
+            )
+        metric = self._collection(name)[1].metric
+        columns = zip(found["ids"], found["distances"], found["documents"], found["metadatas"], strict=True)
+        return [
+            [
+                Hit(one, _score(metric, distance), document, metadata or {})
+                for one, distance, document, metadata in zip(*column, strict=True)
+            ]
+            for column in columns
+        ]
+
+    def _fetch(self, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+        np = load("numpy", "vector")
+        unique = list(dict.fromkeys(ids))
+        entries: dict[str, Entry] = {}
+        with self._using(name) as collection:
+            for start in range(0, len(unique), READ_MAX):
+                part = collection.get(
+                    ids=unique[start : start + READ_MAX], include=["embeddings", "documents", "metadatas"]
+                )
+                columns = zip(part["ids"], part["embeddings"], part["documents"], part["metadatas"], strict=True)
+                for one, vector, document, metadata in columns:
+                    entries[one] = Entry(one, np.asarray(vector, dtype=np.float32), document, metadata or {})
+        return entries
+
+    def _count(self, name: str, condition: Condition) -> int:
+        if condition != ALWAYS:
+            return len(self._matching(name, condition))
+        with self._using(name) as collection:
+            count: int = collection.count()
+            return count
+
+
+def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:
+    """Return a condition in Chroma's language, or None for no filter, and whether it means the same.
+
+    Where it does not, it holds for more than the condition.
+    """
+    match condition:
+        case All(parts):
+            found = [translated(part) for part in parts]
+            wheres = [where for where, _ in found if where is not None]
+            return _joined("$and", wheres), all(is_exact for _, is_exact in found)
+        case AnyOf(parts):
+            found = [translated(part) for part in parts]
+            if any(where is None for where, _ in found):
+                return None, False
+            return _joined("$or", [where for where, _ in found if where]), all(is_exact for _, is_exact in found)
+        case OneOf(field, values, is_negated):
+            # A list is of one type.
+            by_type: dict[type, list[Scalar]] = defaultdict(list)
+            for value in values:
+                by_type[type(value)].append(value)
+            name, join = ("$nin", "$and") if is_negated else ("$in", "$or")
+            return _joined(join, [{field: {name: same}} for same in by_type.values()]), True
+        case Compare(field, name, value, is_negated):
+            if is_negated or kind_of(value) == "text":
+                return None, False
+            return {field: {name: value}}, True
+
+
+def _joined(name: str, wheres: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if len(wheres) > 1:
+        return {name: wheres}
+    return wheres[0] if wheres else None
+
+
+def _score(metric: str, distance: float) -> float:
+    return -(float(distance) ** 0.5) if metric == "l2" else 1 - distance

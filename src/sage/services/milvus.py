@@ -1,0 +1,421 @@
+"""Vectors in Milvus: Milvus Lite in this process, or a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from sage.errors import ServiceError, ServiceUnavailableError, hint, short
+from sage.service import ServiceMethod
+from sage.services.extras import load
+from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of
+from sage.services.open_folder import OpenFolder
+from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from sage.services.filters import Condition, Metadata, Scalar
+    from sage.services.vector_store import Metric, Rows, Vectors
+
+METRICS = {"cosine": "COSINE", "dot": "IP", "l2": "L2"}
+NAMES = {name: metric for metric, name in METRICS.items()}
+
+TEXT_BYTES_MAX = 65_535
+"""The longest text that a Milvus server takes in one field."""
+
+K_MAX = 16_384
+"""How many entries a Milvus server gives in one answer."""
+
+WRITE_MAX, READ_MAX, SEARCH_MAX = 1_000, 8_000, 1_000
+"""How many entries are written, read, and searched for in one request, which may take 64 MB."""
+
+STOP_S = 2.0
+"""How long requests in hand may take when the server in this process is stopped."""
+
+OPERATORS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
+OPPOSITES = {"$lt": ">=", "$lte": ">", "$gt": "<=", "$gte": "<"}
+
+
+class MilvusStore(VectorStore):
+    """A vector store in Milvus, in this process with `path` (Milvus Lite), or in a server with `uri`.
+
+    A collection has the fields `id`, `vector`, `document` and `metadata`; the metadata is a JSON object with the objects
+    `number`, `text` and `bool`, so that values of different kinds are never compared. Documents have at most 65,535
+    bytes.
+
+    Milvus Lite is for one store at a time. It listens on a port of 127.0.0.1 while it is open; its library gRPC keeps
+    some descriptors for the life of the process from the first use on. What was written since the last search is made
+    searchable by the next one, so write in batches and search in batches.
+
+    Args:
+        path: the folder of Milvus Lite, which is made if it is not there.
+        dimension: see `VectorStore`.
+        uri: the address of a server, such as "http://127.0.0.1:19530", or that of a command service.
+        token: for the server: a key, or "user:password".
+        database: the database of the server.
+        metric: see `VectorStore`.
+        collection: see `VectorStore`.
+        index: the kind of index of new collections; by default "FLAT", which is exact, with `path`, and "AUTOINDEX",
+            which the server chooses, with `uri`.
+        timeout_s: how long one request may take, in seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        dimension: int | None = None,
+        *,
+        uri: str | ServiceMethod | None = None,
+        token: str | None = None,
+        database: str = "",
+        metric: Metric = "cosine",
+        collection: str = "default",
+        index: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__(dimension, metric=metric, collection=collection)
+        if (path is None) is (uri is None):
+            raise ValueError("MilvusStore takes either a path or a uri")
+        if token is not None and uri is None:
+            raise ValueError("MilvusStore takes a token only with a uri")
+        self.path = None if path is None else os.path.abspath(os.fspath(path))
+        self.uri = uri
+        self.database = database
+        self.index = index or ("FLAT" if uri is None else "AUTOINDEX")
+        self.timeout_s = timeout_s
+        self._token = token
+        self._folder: OpenFolder | None = None
+        self._server: Any = None
+        self._files: Any = None
+        self._client: Any = None
+        self._found: dict[str, Shape] = {}
+        self._unflushed: set[str] = set()
+        self._lock = threading.Lock()
+        self._address = ""
+
+    def setup(self) -> None:
+        """Open the folder, or connect to the server.
+
+        Raises:
+            ServiceUnavailableError: nothing answers at the address within `timeout_s`.
+            ServiceError: the folder is in use, or the server refuses the token or the database.
+            ValueError: the store's own collection has another dimension or metric.
+            MissingExtraError: Milvus is not installed.
+        """
+        client = load("pymilvus", "milvus").MilvusClient
+        with self._opening():
+            if self.path is None:
+                uri = str(self.uri.resolve() if isinstance(self.uri, ServiceMethod) else self.uri)
+                self._address = f"Milvus at {uri}"
+            else:
+                uri = self._open_folder(self.path)
+            options = {"token": self._token} if self._token is not None else {}
+            self._client = client(uri=uri, db_name=self.database, timeout=self.timeout_s, **options)
+            # The connection alone shows neither the token nor the database to be right.
+            self._client.list_collections(timeout=self.timeout_s)
+        self._check_own_collection()
+
+    def cleanup(self) -> None:
+        """Close the folder or the connection."""
+        client, self._client = self._client, None
+        server, self._server = self._server, None
+        files, self._files = self._files, None
+        folder, self._folder = self._folder, None
+        self._found, self._unflushed = {}, set()
+        try:
+            if client is not None:
+                client.close()
+            if server is not None:
+                server.stop(grace=STOP_S).wait()
+        finally:
+            try:
+                if files is not None:
+                    files.close()
+            finally:
+                if folder is not None:
+                    folder.close()
+
+    def health(self) -> bool:
+        """Return whether Milvus answers."""
+        try:
+            self._names()
+        except ServiceError:
+            return False
+        return True
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the settings that a person may see."""
+        place = {"path": self.path} if self.path is not None else {"uri": self._address, "database": self.database}
+        return {**super().describe(), **place, "index": self.index}
+
+    @property
+    def _open(self) -> Any:
+        if self._client is None:
+            raise closed_error(self)
+        return self._client
+
+    def _open_folder(self, path: str) -> str:
+        """Start Milvus Lite in this process and return its address.
+
+        It is not left to the client, which hides why a folder cannot be opened and does not wait for the end.
+        """
+        self._address = f'Milvus folder "{path}"'
+        start = load("milvus_lite.adapter.grpc.server", "milvus").start_server_in_thread
+        self._folder = OpenFolder(path, "Milvus folder")
+        self._server, self._files, port = start(path, host="127.0.0.1", port=0)
+        return f"http://127.0.0.1:{port}"
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        try:
+            with self._told():
+                yield
+        except BaseException:
+            with suppress(ServiceError):
+                self.cleanup()
+            raise
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell what the library says with the place that it says it of."""
+        grpc, library = load("grpc", "milvus"), load("pymilvus.exceptions", "milvus")
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._refusal(error.code().name, error.details() or "", error) from error
+        except library.MilvusException as error:
+            code = "UNAVAILABLE" if self._is_unavailable(error) else ""
+            raise self._refusal(code, error.message, error) from error
+        except (OSError, load("milvus_lite.exceptions", "milvus").MilvusLiteError if self.path else OSError) as error:
+            raise ServiceError(f"{self._address} cannot be used: {error}", fault="external") from error
+
+    def _is_unavailable(self, error: Any) -> bool:
+        return error.code == 2 or "UNAVAILABLE" in error.message or "DEADLINE_EXCEEDED" in error.message
+
+    def _refusal(self, code: str, text: str, error: BaseException) -> ServiceError:
+        if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "auth" in text.lower():
+            return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
+        if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+            return ServiceUnavailableError(f"{self._address} does not answer: {text}", fault="external")
+        return ServiceError(f"{self._address} has failed: {text or error}", fault="external")
+
+    # --- collections ---
+
+    def _shape(self, name: str) -> Shape | None:
+        client = self._open
+        found = self._found.get(name)
+        if found is None:
+            with self._told():
+                if not client.has_collection(name, timeout=self.timeout_s):
+                    return None
+                described = client.describe_collection(name, timeout=self.timeout_s)
+                fields = {field["name"]: field for field in described["fields"]}
+                if not {"id", "vector", "document", "metadata"} <= fields.keys():
+                    raise ServiceError(f'collection "{name}" in {self._address} was made by another program')
+                index = client.describe_index(name, "vector", timeout=self.timeout_s)
+                # A collection that was made before has to be loaded by whoever opens it.
+                client.load_collection(name, timeout=self.timeout_s)
+            shape = Shape(int(fields["vector"]["params"]["dim"]), NAMES[index["metric_type"]])
+            found = self._found[name] = shape
+            # What a killed program had written is in a log, and searching that is slow.
+            self._unflushed.add(name)
+        return found
+
+    def _create(self, name: str, shape: Shape) -> None:
+        kinds = load("pymilvus", "milvus").DataType
+        client = self._open
+        schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("id", kinds.VARCHAR, max_length=TEXT_BYTES_MAX, is_primary=True)
+        schema.add_field("vector", kinds.FLOAT_VECTOR, dim=shape.dimension)
+        schema.add_field("document", kinds.VARCHAR, max_length=TEXT_BYTES_MAX, nullable=True)
+        schema.add_field("metadata", kinds.JSON)
+        parameters = client.prepare_index_params()
+        parameters.add_index("vector", index_type=self.index, metric_type=METRICS[shape.metric])
+        with self._told():
+            # "Strong": a read sees everything that was written before it.
+            client.create_collection(
+                name,
+                schema=schema,
+                index_params=parameters,
+                consistency_level="Strong",
+                timeout=self.timeout_s,
+            )
+
+    def _names(self) -> Collection[str]:
+        with self._told():
+            names: list[str] = self._open.list_collections(timeout=self.timeout_s)
+            return names
+
+    def _discard(self, name: str) -> None:
+        with self._told():
+            self._open.drop_collection(name, timeout=self.timeout_s)
+        self._found.pop(name, None)
+        self._unflushed.discard(name)
+
+    def _ready(self, name: str) -> None:
+        """Have what was written in a form that can be searched fast; a server does so by itself."""
+        if self.path is not None and name in self._unflushed:
+            with self._writing:
+                if name in self._unflushed:
+                    self._open.flush(name, timeout=self.timeout_s)
+                    self._unflushed.discard(name)
+
+    # --- entries ---
+
+    def _write(self, name: str, rows: Rows) -> None:
+        for one, document in zip(rows.ids, rows.documents, strict=True):
+            if document is not None and len(document) * 4 > TEXT_BYTES_MAX:
+                size = len(document.encode())
+                if size > TEXT_BYTES_MAX:
+                    text = f"the document of id {short(one)} has {size} bytes, and Milvus takes {TEXT_BYTES_MAX}"
+                    raise ValueError(text)
+        with self._told():
+            for start in range(0, len(rows.ids), WRITE_MAX):
+                part = rows.cut(start, start + WRITE_MAX)
+                columns = zip(part.ids, part.vectors, part.documents, part.metadatas, strict=True)
+                self._unflushed.add(name)
+                self._open.upsert(
+                    name,
+                    [
+                        {"id": one, "vector": vector, "document": document, "metadata": _by_kind(metadata)}
+                        for one, vector, document, metadata in columns
+                    ],
+                    timeout=self.timeout_s,
+                )
+
+    def _remove(self, name: str, ids: Sequence[str]) -> None:
+        with self._told():
+            for start in range(0, len(ids), READ_MAX):
+                self._unflushed.add(name)
+                self._open.delete(name, ids=list(ids[start : start + READ_MAX]), timeout=self.timeout_s)
+
+    def _read(self, name: str, ids: Sequence[str], fields: list[str]) -> Iterator[Mapping[str, Any]]:
+        with self._told():
+            for start in range(0, len(ids), READ_MAX):
+                part = list(ids[start : start + READ_MAX])
+                yield from self._open.query(name, ids=part, output_fields=fields, timeout=self.timeout_s)
+
+    def _known(self, name: str, ids: Sequence[str]) -> list[str]:
+        unique = list(dict.fromkeys(ids))
+        found = {row["id"] for row in self._read(name, unique, ["id"])}
+        return [one for one in unique if one in found]
+
+    def _matching(self, name: str, condition: Condition) -> list[str]:
+        with self._told():
+            self._ready(name)
+            iterator = self._open.query_iterator(
+                name,
+                batch_size=READ_MAX,
+                filter="" if condition == ALWAYS else translated(condition),
+                output_fields=["id"],
+                timeout=self.timeout_s,
+            )
+            try:
+                found: list[str] = []
+                while rows := iterator.next():
+                    found += [row["id"] for row in rows]
+                return found
+            finally:
+                iterator.close()
+
+    def _nearest(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        if k > K_MAX:
+            raise ValueError(f"k is {k}, and Milvus gives {K_MAX} at most")
+        metric = self._found[name].metric
+        found: list[list[Hit]] = []
+        with self._told():
+            self._ready(name)
+            for start in range(0, len(vectors), SEARCH_MAX):
+                answer = self._open.search(
+                    name,
+                    data=list(vectors[start : start + SEARCH_MAX]),
+                    limit=k,
+                    filter="" if condition == ALWAYS else translated(condition),
+                    output_fields=["document", "metadata"],
+                    search_params={"metric_type": METRICS[metric]},
+                    timeout=self.timeout_s,
+                )
+                found += [[_hit(metric, hit) for hit in hits] for hits in answer]
+        return found
+
+    def _fetch(self, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+        np = load("numpy", "vector")
+        rows = self._read(name, list(dict.fromkeys(ids)), ["id", "vector", "document", "metadata"])
+        return {
+            row["id"]: Entry(
+                row["id"], np.asarray(row["vector"], dtype=np.float32), row["document"], _flat(row["metadata"])
+            )
+            for row in rows
+        }
+
+    def _count(self, name: str, condition: Condition) -> int:
+        with self._told():
+            self._ready(name)
+            text = "" if condition == ALWAYS else translated(condition)
+            rows = self._open.query(name, filter=text, output_fields=["count(*)"], timeout=self.timeout_s)
+            return int(rows[0]["count(*)"])
+
+    def _flush(self) -> None:
+        with self._told():
+            for name in sorted(self._unflushed):
+                self._open.flush(name, timeout=self.timeout_s)
+                self._unflushed.discard(name)
+
+
+def translated(condition: Condition) -> str:
+    """Return a condition other than `ALWAYS` and `NEVER` in the language of Milvus.
+
+    Nothing is said of a path that may be missing but by "exists", as versions do not agree on what `!=` means there.
+    """
+    match condition:
+        case All(parts):
+            return " and ".join(f"({translated(part)})" for part in parts)
+        case AnyOf(parts):
+            return " or ".join(f"({translated(part)})" for part in parts)
+        case OneOf(field, values, False):
+            return " or ".join(f"({_path(field, value)} == {_literal(value)})" for value in values)
+        case OneOf(field, values, True):
+            tests = (f"(not (exists {_path(field, value)}) or {_differs(field, value)})" for value in values)
+            return " and ".join(tests)
+        case Compare(field, name, value, False):
+            return f"{_path(field, value)} {OPERATORS[name]} {_literal(value)}"
+        case Compare(field, name, value):
+            path = _path(field, value)
+            return f"not (exists {path}) or {path} {OPPOSITES[name]} {_literal(value)}"
+
+
+def _path(field: str, value: Scalar) -> str:
+    return f'metadata["{kind_of(value)}"][{_literal(field)}]'
+
+
+def _differs(field: str, value: Scalar) -> str:
+    return f"{_path(field, value)} != {_literal(value)}"
+
+
+def _literal(value: Scalar) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _by_kind(metadata: Metadata) -> dict[str, dict[str, Scalar]]:
+    kinds: dict[str, dict[str, Scalar]] = {}
+    for field, value in metadata.items():
+        kinds.setdefault(kind_of(value), {})[field] = value
+    return kinds
+
+
+def _flat(kinds: Any) -> Metadata:
+    if isinstance(kinds, str):
+        kinds = json.loads(kinds)
+    return {field: value for values in (kinds or {}).values() for field, value in values.items()}
+
+
+def _hit(metric: str, hit: Any) -> Hit:
+    entity = hit["entity"]
+    distance = hit["distance"]
+    # Milvus gives the square of the distance, and what it calls distance is higher for nearer ones otherwise.
+    score = -(max(distance, 0.0) ** 0.5) if metric == "l2" else distance
+    return Hit(hit["id"], score, entity["document"], _flat(entity["metadata"]))

@@ -1,0 +1,228 @@
+"""Vectors in memory, found by comparing with all of them."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from sage.services.extras import load
+from sage.services.filters import ALWAYS, predicate
+from sage.services.vector_store import Entry, Hit, VectorStore, closed_error
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from numpy import float32, intp
+    from numpy.typing import NDArray
+
+    from sage.services.filters import Condition, Metadata
+    from sage.services.vector_store import Rows, Shape, Vectors
+
+SCORES_MAX = 16_000_000
+"""How many scores are held at once, which are 64 MB: searches in a large collection are done some at a time."""
+
+PLACES_MIN = 256
+
+
+class Shelf:
+    """One collection in memory. Its entries have no gaps: the last one moves to where one is removed.
+
+    It is safe for any number of threads.
+
+    Attributes:
+        shape: its dimension and metric.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        np = load("numpy", "vector")
+        self.shape = shape
+        self._lock = threading.Lock()
+        self._ids: list[str] = []
+        self._places: dict[str, int] = {}
+        self._documents: list[str | None] = []
+        self._metadatas: list[Metadata] = []
+        self._vectors: Vectors = np.empty((PLACES_MIN, shape.dimension), dtype=np.float32)
+        # One over the length for the cosine, the square of the length for the distance.
+        self._lengths: NDArray[float32] = np.empty(PLACES_MIN, dtype=np.float32)
+
+    def put(self, rows: Rows) -> None:
+        """Store rows, in place of those with the same ids."""
+        np = load("numpy", "vector")
+        with self._lock:
+            places = np.empty(len(rows.ids), dtype=np.intp)
+            for place, one in enumerate(rows.ids):
+                known = self._places.get(one)
+                if known is None:
+                    known = self._places[one] = len(self._ids)
+                    self._ids.append(one)
+                    self._documents.append(None)
+                    self._metadatas.append({})
+                places[place] = known
+                self._documents[known] = rows.documents[place]
+                self._metadatas[known] = rows.metadatas[place]
+            self._grow(len(self._ids))
+            self._vectors[places] = rows.vectors
+            squares = np.einsum("ij,ij->i", rows.vectors, rows.vectors)
+            self._lengths[places] = 1 / np.sqrt(squares) if self.shape.metric == "cosine" else squares
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove entries that are there."""
+        with self._lock:
+            for one in ids:
+                place = self._places.pop(one)
+                last = len(self._ids) - 1
+                moved = self._ids.pop(), self._documents.pop(), self._metadatas.pop()
+                if place != last:
+                    self._places[moved[0]] = place
+                    self._ids[place], self._documents[place], self._metadatas[place] = moved
+                    self._vectors[place] = self._vectors[last]
+                    self._lengths[place] = self._lengths[last]
+
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Return those of the ids that are there, each once."""
+        with self._lock:
+            return [one for one in dict.fromkeys(ids) if one in self._places]
+
+    def matching(self, condition: Condition) -> list[str]:
+        """Return the ids that a condition holds for."""
+        with self._lock:
+            return [self._ids[place] for place in self._held(condition)]
+
+    def count(self, condition: Condition) -> int:
+        """Return for how many entries a condition holds."""
+        with self._lock:
+            return len(self._held(condition))
+
+    def fetch(self, ids: Sequence[str]) -> dict[str, Entry]:
+        """Return the entries that are there."""
+        with self._lock:
+            found = [(one, self._places[one]) for one in ids if one in self._places]
+            return {
+                one: Entry(one, self._vectors[place].copy(), self._documents[place], dict(self._metadatas[place]))
+                for one, place in found
+            }
+
+    def nearest(self, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        """Return the nearest entries of each vector; those with the same score are in the order of their ids."""
+        with self._lock:
+            held = self._held(condition)
+            if not held:
+                return [[] for _ in vectors]
+            np = load("numpy", "vector")
+            places = np.arange(len(held)) if isinstance(held, range) else np.asarray(held)
+            among = self._vectors[: len(held)] if isinstance(held, range) else self._vectors[places]
+            step = max(1, SCORES_MAX // len(held))
+            hits: list[list[Hit]] = []
+            for start in range(0, len(vectors), step):
+                hits += self._nearest_of(vectors[start : start + step], among, places, min(k, len(held)))
+            return hits
+
+    def _nearest_of(self, vectors: Vectors, among: Vectors, places: NDArray[intp], k: int) -> list[list[Hit]]:
+        np = load("numpy", "vector")
+        scores = vectors @ among.T
+        if self.shape.metric == "cosine":
+            scores *= self._lengths[places]
+            scores /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        elif self.shape.metric == "l2":
+            # Less the square of the searched vector, which is the same for all entries.
+            scores = 2 * scores - self._lengths[places]
+        best = (
+            np.argpartition(-scores, k - 1, axis=1)[:, :k]
+            if k < len(places)
+            else np.tile(np.arange(k), (len(vectors), 1))
+        )
+        if self.shape.metric == "l2":
+            # The difference of large squares says little about small distances.
+            best_scores = -np.linalg.norm(among[best] - vectors[:, None, :], axis=2)
+        else:
+            best_scores = np.take_along_axis(scores, best, axis=1)
+        ids, documents, metadatas = self._ids, self._documents, self._metadatas
+        hits = []
+        for chosen, found in zip(places[best].tolist(), best_scores.tolist(), strict=True):
+            order = sorted((-score, ids[place], place) for score, place in zip(found, chosen, strict=True))
+            hits.append([Hit(one, -score, documents[place], dict(metadatas[place])) for score, one, place in order])
+        return hits
+
+    def _held(self, condition: Condition) -> Sequence[int]:
+        if condition == ALWAYS:
+            return range(len(self._ids))
+        holds = predicate(condition)
+        return [place for place, metadata in enumerate(self._metadatas) if holds(metadata)]
+
+    def _grow(self, count: int) -> None:
+        if count <= len(self._lengths):
+            return
+        np = load("numpy", "vector")
+        places = max(count, 2 * len(self._lengths))
+        vectors = np.empty((places, self.shape.dimension), dtype=np.float32)
+        lengths = np.empty(places, dtype=np.float32)
+        vectors[: len(self._vectors)] = self._vectors
+        lengths[: len(self._lengths)] = self._lengths
+        self._vectors, self._lengths = vectors, lengths
+
+
+class NumpyStore(VectorStore):
+    """A vector store in the memory of its process, exact and without a trace: `cleanup` forgets everything.
+
+    A search compares with every entry, which for up to some hundred thousand of them is as fast as an index.
+    The arguments are those of `VectorStore`.
+    """
+
+    _shelves: dict[str, Shelf] | None = None
+
+    def setup(self) -> None:
+        """Begin without collections.
+
+        Raises:
+            MissingExtraError: numpy is not installed.
+        """
+        load("numpy", "vector")
+        self._shelves = {}
+
+    def cleanup(self) -> None:
+        """Forget everything."""
+        self._shelves = None
+
+    def health(self) -> bool:
+        """Return whether it is open."""
+        return self._shelves is not None
+
+    @property
+    def _open(self) -> dict[str, Shelf]:
+        if self._shelves is None:
+            raise closed_error(self)
+        return self._shelves
+
+    def _shape(self, name: str) -> Shape | None:
+        shelf = self._open.get(name)
+        return None if shelf is None else shelf.shape
+
+    def _create(self, name: str, shape: Shape) -> None:
+        self._open[name] = Shelf(shape)
+
+    def _write(self, name: str, rows: Rows) -> None:
+        self._open[name].put(rows)
+
+    def _remove(self, name: str, ids: Sequence[str]) -> None:
+        self._open[name].remove(ids)
+
+    def _known(self, name: str, ids: Sequence[str]) -> list[str]:
+        return self._open[name].known(ids)
+
+    def _matching(self, name: str, condition: Condition) -> list[str]:
+        return self._open[name].matching(condition)
+
+    def _nearest(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        return self._open[name].nearest(vectors, k, condition)
+
+    def _fetch(self, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+        return self._open[name].fetch(ids)
+
+    def _count(self, name: str, condition: Condition) -> int:
+        return self._open[name].count(condition)
+
+    def _names(self) -> Collection[str]:
+        return list(self._open)
+
+    def _discard(self, name: str) -> None:
+        del self._open[name]

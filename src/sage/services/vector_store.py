@@ -1,0 +1,535 @@
+"""Vector stores: what all of them have in common, and the checks of what they are given."""
+
+from __future__ import annotations
+
+import re
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from sage.errors import ServiceUnavailableError, hint, short
+from sage.services.extras import load
+from sage.services.filters import NEVER, condition_of, matches, problem_of
+from sage.services.measures import MeasuredService
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from sage.services.filters import Condition, Metadata, Where
+
+    Vectors: TypeAlias = NDArray[np.float32]
+
+__all__ = [
+    "DuplicateIdError",
+    "Entry",
+    "Hit",
+    "Metric",
+    "Rows",
+    "Shape",
+    "UnknownCollectionError",
+    "VectorStore",
+    "matches",
+]
+
+Metric = Literal["cosine", "dot", "l2"]
+
+COLLECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{1,98}[A-Za-z0-9]", re.ASCII)
+"""What Chroma and Milvus both take."""
+
+
+class DuplicateIdError(ValueError):
+    """An id is given twice, or is in the collection already and was to be added."""
+
+
+class UnknownCollectionError(LookupError):
+    """A collection is asked that is not there; the message lists the known ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What a search found.
+
+    Attributes:
+        id: the id.
+        score: how near it is, higher is nearer: the cosine, the dot product or the negative distance.
+        document: its text, or None.
+        metadata: its metadata.
+    """
+
+    id: str
+    score: float
+    document: str | None
+    metadata: Metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a collection keeps under an id.
+
+    Attributes:
+        id: the id.
+        vector: float32 array of shape (dimension,). Stores may return it with a rounding error.
+        document: its text, or None.
+        metadata: its metadata.
+    """
+
+    id: str
+    vector: Vectors
+    document: str | None
+    metadata: Metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Entries that were checked, as columns of the same length; no id is there twice.
+
+    Attributes:
+        ids: the ids.
+        vectors: float32 array of shape (n, dimension).
+        documents: the texts, or None.
+        metadatas: the metadata of each.
+    """
+
+    ids: Sequence[str]
+    vectors: Vectors
+    documents: Sequence[str | None]
+    metadatas: Sequence[Metadata]
+
+    def cut(self, start: int, end: int) -> Rows:
+        """Return some of the rows."""
+        return Rows(self.ids[start:end], self.vectors[start:end], self.documents[start:end], self.metadatas[start:end])
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is fixed when a collection is made: the dimension of its vectors, and how they are compared."""
+
+    dimension: int
+    metric: str
+
+
+class VectorStore(MeasuredService, ABC):
+    """Keeps vectors with texts and metadata in collections, and finds the nearest ones.
+
+    A collection is made by the first write to it. The store's own one can be read before that, and is empty then. Any
+    number of threads may call a store; its writes run one after another. What a write stored is seen by every read that
+    begins after it has returned, and is there after the program was killed, but for stores in memory.
+
+    An implementation opens in `setup` and closes in `cleanup`, and offers the methods that begin with an underscore:
+    they are given what was checked, and the ones that write are called by one thread at a time.
+
+    Args:
+        dimension: of the vectors in the store's own collection; the first write decides if it is None.
+        metric: how the vectors of a collection are compared that this store makes.
+        collection: the store's own collection, for calls that name none.
+    """
+
+    def __init__(self, dimension: int | None = None, *, metric: Metric = "cosine", collection: str = "default") -> None:
+        super().__init__()
+        if dimension is not None:
+            _check_from_one("the dimension", dimension)
+        if metric not in get_args(Metric):
+            raise hint(ValueError(f"the metric is {short(metric)}"), 'It is "cosine", "dot" or "l2".')
+        self.dimension = dimension
+        self.metric: Metric = metric
+        self.collection = _collection_name(collection)
+        self._writing = threading.RLock()
+
+    # --- what users call ---
+
+    def add(
+        self,
+        ids: Sequence[str],
+        vectors: ArrayLike,
+        *,
+        documents: Sequence[str | None] | None = None,
+        metadatas: Sequence[Metadata] | None = None,
+        collection: str | None = None,
+    ) -> None:
+        """Store entries under new ids.
+
+        Args:
+            ids: not empty, and no two the same.
+            vectors: float32 array of shape (n, dimension).
+            documents: as many texts.
+            metadatas: as many mappings of names to numbers, texts, True or False.
+            collection: the store's own one by default.
+
+        Raises:
+            DuplicateIdError: an id is known or is there twice; nothing was stored.
+            ValueError: something has a wrong shape or value; the id is named, and nothing was stored.
+            TypeError: something has a wrong type.
+        """
+        with self.measured("add", len(ids)):
+            self._put(ids, vectors, documents, metadatas, collection, is_new=True)
+
+    def upsert(
+        self,
+        ids: Sequence[str],
+        vectors: ArrayLike,
+        *,
+        documents: Sequence[str | None] | None = None,
+        metadatas: Sequence[Metadata] | None = None,
+        collection: str | None = None,
+    ) -> None:
+        """Store entries, in place of those that have the same ids. The arguments are those of `add`.
+
+        Raises:
+            ValueError: something has a wrong shape or value; the id is named, and nothing was stored.
+            TypeError: something has a wrong type.
+        """
+        with self.measured("upsert", len(ids)):
+            self._put(ids, vectors, documents, metadatas, collection, is_new=False)
+
+    def delete(
+        self, ids: Sequence[str] | None = None, *, where: Where | None = None, collection: str | None = None
+    ) -> int:
+        """Remove entries, those with the ids that the filter holds for, and return how many there were.
+
+        Raises:
+            UnknownCollectionError: there is no such collection.
+            ValueError: neither ids nor a filter are given.
+        """
+        if ids is None and where is None:
+            raise hint(ValueError("delete is given neither ids nor a filter"), "delete(where={}) removes all entries.")
+        given = None if ids is None else _checked_ids(ids, may_repeat=True)
+        condition = condition_of(where)
+        with self.measured("delete", 1 if given is None else len(given)), self._writing:
+            name, shape = self._find(collection)
+            if shape is None or condition == NEVER:
+                return 0
+            found = self._known(name, given) if given is not None else None
+            if where is not None and found != []:
+                held = self._matching(name, condition)
+                found = held if found is None else [one for one in found if one in set(held)]
+            if found:
+                self._remove(name, found)
+            return len(found or ())
+
+    def search(
+        self, vector: ArrayLike, k: int = 10, *, where: Where | None = None, collection: str | None = None
+    ) -> list[Hit]:
+        """Return the nearest entries, the nearest first. `search_batch` is faster for several vectors.
+
+        Args:
+            vector: float32 array of shape (dimension,).
+            k: how many entries at most.
+            where: a filter, see `sage.services.filters`.
+            collection: the store's own one by default.
+
+        Raises:
+            UnknownCollectionError: there is no such collection.
+            ValueError: the vector or `k` cannot be used.
+        """
+        with self.measured("search"):
+            array = _array(vector)
+            if array.ndim != 1:
+                raise ValueError(f"the vector of a search has shape {array.shape}, not (dimension,)")
+            return self._search(array[None], k, where, collection)[0]
+
+    def search_batch(
+        self, vectors: ArrayLike, k: int = 10, *, where: Where | None = None, collection: str | None = None
+    ) -> list[list[Hit]]:
+        """Return for each vector what `search` would.
+
+        Args:
+            vectors: float32 array of shape (m, dimension).
+            k: how many entries at most for each.
+            where: a filter for all of them.
+            collection: the store's own one by default.
+
+        Raises:
+            UnknownCollectionError: there is no such collection.
+            ValueError: a vector or `k` cannot be used.
+        """
+        array = _array(vectors)
+        with self.measured("search_batch", len(array) if array.ndim else 1):
+            if array.ndim != 2 and array.size:
+                raise ValueError(f"the vectors of a search have shape {array.shape}, not (m, dimension)")
+            return self._search(array, k, where, collection) if array.size else [[] for _ in array]
+
+    def get(self, ids: Sequence[str], *, collection: str | None = None) -> list[Entry | None]:
+        """Return the entries of ids, None for those that are not there.
+
+        Raises:
+            UnknownCollectionError: there is no such collection.
+        """
+        with self.measured("get", len(ids)):
+            given = _checked_ids(ids, may_repeat=True)
+            name, shape = self._find(collection)
+            found = self._fetch(name, given) if given and shape is not None else {}
+            return [found.get(one) for one in given]
+
+    def count(self, *, where: Where | None = None, collection: str | None = None) -> int:
+        """Return how many entries there are, or how many a filter holds for.
+
+        Raises:
+            UnknownCollectionError: there is no such collection.
+        """
+        with self.measured("count"):
+            condition = condition_of(where)
+            name, shape = self._find(collection)
+            return 0 if shape is None or condition == NEVER else self._count(name, condition)
+
+    def collections(self) -> list[str]:
+        """Return the names of the collections, in order."""
+        with self.measured("collections"):
+            return sorted(self._names())
+
+    def drop(self, collection: str) -> bool:
+        """Remove a collection with all its entries, and return whether there was one."""
+        with self.measured("drop"), self._writing:
+            name = _collection_name(collection)
+            if self._shape(name) is None:
+                return False
+            self._discard(name)
+            return True
+
+    def flush(self) -> None:
+        """Return when everything is on the disk, so that it outlasts a crash of the machine too."""
+        with self.measured("flush"), self._writing:
+            self._flush()
+
+    def process(self, data: ArrayLike) -> list[Hit]:
+        """Search for one vector."""
+        return self.search(data)
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the settings that a person may see."""
+        return {
+            **super().describe(),
+            "collection": self.collection,
+            "dimension": self.dimension,
+            "metric": self.metric,
+        }
+
+    # --- what implementations offer ---
+
+    @abstractmethod
+    def _shape(self, name: str) -> Shape | None:
+        """Return what is fixed about a collection, or None if there is none."""
+
+    @abstractmethod
+    def _create(self, name: str, shape: Shape) -> None:
+        """Make a collection; called before the first write."""
+
+    @abstractmethod
+    def _write(self, name: str, rows: Rows) -> None:
+        """Store rows, in place of those with the same ids."""
+
+    @abstractmethod
+    def _remove(self, name: str, ids: Sequence[str]) -> None:
+        """Remove entries that are there."""
+
+    @abstractmethod
+    def _known(self, name: str, ids: Sequence[str]) -> list[str]:
+        """Return those of the ids that are there, each once."""
+
+    @abstractmethod
+    def _matching(self, name: str, condition: Condition) -> list[str]:
+        """Return the ids that a condition holds for."""
+
+    @abstractmethod
+    def _nearest(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        """Return the nearest entries of each vector; the condition is not `NEVER`."""
+
+    @abstractmethod
+    def _fetch(self, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+        """Return the entries that are there."""
+
+    @abstractmethod
+    def _count(self, name: str, condition: Condition) -> int:
+        """Return for how many entries a condition holds."""
+
+    @abstractmethod
+    def _names(self) -> Collection[str]:
+        """Return the names of the collections."""
+
+    @abstractmethod
+    def _discard(self, name: str) -> None:
+        """Remove a collection that is there."""
+
+    def _flush(self) -> None:
+        """Bring everything to the disk, where that is not done already."""
+
+    # --- the checks ---
+
+    def _check_own_collection(self) -> None:
+        """Refuse to open a store whose own collection is not what the settings say."""
+        shape = self._shape(self.collection)
+        if shape is None:
+            return
+        if self.dimension not in (None, shape.dimension):
+            raise _dimension_error(f'collection "{self.collection}"', shape.dimension, f"{self.dimension}")
+        if shape.metric != self.metric:
+            error = ValueError(f'collection "{self.collection}" was made for the metric "{shape.metric}"')
+            raise hint(error, f'Give metric="{shape.metric}", or take another collection for "{self.metric}".')
+
+    def _put(
+        self,
+        ids: Sequence[str],
+        vectors: ArrayLike,
+        documents: Sequence[str | None] | None,
+        metadatas: Sequence[Metadata] | None,
+        collection: str | None,
+        *,
+        is_new: bool,
+    ) -> None:
+        rows = _rows(ids, vectors, documents, metadatas)
+        name = self.collection if collection is None else _collection_name(collection)
+        if not rows.ids:
+            return
+        with self._writing:
+            shape = self._shape(name)
+            expected = self.dimension if shape is None and name == self.collection else shape and shape.dimension
+            found = rows.vectors.shape[1]
+            if expected not in (None, found):
+                raise _dimension_error(f'collection "{name}"', expected, f"{found}, from id {short(rows.ids[0])} on")
+            if (self.metric if shape is None else shape.metric) == "cosine":
+                _refuse_zeros(rows)
+            if shape is None:
+                self._create(name, Shape(found, self.metric))
+            elif is_new and (known := self._known(name, rows.ids)):
+                raise _known_error(name, known)
+            self._write(name, rows)
+
+    def _search(self, vectors: Vectors, k: int, where: Where | None, collection: str | None) -> list[list[Hit]]:
+        _check_from_one("k", k)
+        condition = condition_of(where)
+        name, shape = self._find(collection)
+        expected = self.dimension if shape is None and name == self.collection else shape and shape.dimension
+        if expected not in (None, vectors.shape[1]):
+            raise _dimension_error(f'collection "{name}"', expected, f"{vectors.shape[1]} as that of the search")
+        np = load("numpy", "vector")
+        if not np.isfinite(vectors).all():
+            place = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+            raise ValueError(f"vector {place} of the search has a value that is not finite")
+        if (self.metric if shape is None else shape.metric) == "cosine" and not vectors.any(axis=1).all():
+            place = int(np.flatnonzero(~vectors.any(axis=1))[0])
+            raise ValueError(f"vector {place} of the search is all zeros and has no cosine")
+        if shape is None or condition == NEVER:
+            return [[] for _ in vectors]
+        return self._nearest(name, vectors, k, condition)
+
+    def _find(self, collection: str | None) -> tuple[str, Shape | None]:
+        """Return the name and the shape of a collection that is read; only the own one may not be there yet."""
+        name = self.collection if collection is None else _collection_name(collection)
+        shape = self._shape(name)
+        if shape is None and name != self.collection:
+            known = ", ".join(sorted(self._names())) or "none"
+            raise hint(UnknownCollectionError(f'there is no collection "{name}"'), f"There are: {known}.")
+        return name, shape
+
+
+def closed_error(store: VectorStore) -> ServiceUnavailableError:
+    """Return the error for a call of a store that is not open."""
+    return hint(ServiceUnavailableError(f"{type(store).__name__} is not open"), "Call setup() first.")
+
+
+def _rows(
+    ids: Sequence[str],
+    vectors: ArrayLike,
+    documents: Sequence[str | None] | None,
+    metadatas: Sequence[Metadata] | None,
+) -> Rows:
+    given = _checked_ids(ids, may_repeat=False)
+    array = _array(vectors)
+    for what, values in (("vectors", array), ("documents", documents), ("metadatas", metadatas)):
+        if isinstance(values, str):
+            raise TypeError(f"{what} is {short(values)}, a string and not a list")
+        if values is not None and (count := len(values) if getattr(values, "ndim", 1) else 1) != len(given):
+            raise ValueError(f"there are {len(given)} ids and {count} {what}")
+    if given and (array.ndim != 2 or not array.shape[1]):
+        raise ValueError(f"the vectors have shape {array.shape}, not (n, dimension)")
+    np = load("numpy", "vector")
+    if given and not (finite := np.isfinite(array).all(axis=1)).all():
+        place = int(np.flatnonzero(~finite)[0])
+        raise ValueError(f"the vector of id {short(given[place])} has a value that is not finite")
+    texts = [None] * len(given) if documents is None else list(documents)
+    for one, text in zip(given, texts, strict=True):
+        if text is not None:
+            _check_document(one, text)
+    mappings = [{}] * len(given) if metadatas is None else list(map(_metadata, given, metadatas))
+    return Rows(given, array, texts, mappings)
+
+
+def _check_document(one: str, text: Any) -> None:
+    problem = problem_of(text) if isinstance(text, str) else f"is of type {type(text).__name__}"
+    if problem is not None:
+        kind = ValueError if isinstance(text, str) else TypeError
+        raise kind(f"the document of id {short(one)} {problem}")
+
+
+def _metadata(one: str, metadata: Any) -> Metadata:
+    if metadata is None:
+        return {}
+    if not hasattr(metadata, "items"):
+        raise TypeError(f"the metadata of id {short(one)} is {short(metadata)}, not a mapping")
+    for field, value in metadata.items():
+        if not isinstance(field, str) or not field or field.startswith("$") or problem_of(field):
+            raise ValueError(f"the metadata of id {short(one)} has the field {short(field)}")
+        problem = problem_of(value)
+        if problem is not None:
+            kind = TypeError if problem.startswith("is of type") else ValueError
+            error = kind(f"the metadata of id {short(one)} has {short(field)}: {short(value)}, which {problem}")
+            raise hint(error, "Values are str, bool, finite float and int of 64 bits; leave out what has none.")
+    return dict(metadata)
+
+
+def _checked_ids(ids: Sequence[str], *, may_repeat: bool) -> list[str]:
+    if isinstance(ids, str):
+        raise TypeError(f"ids is {short(ids)}, a string and not a list")
+    given = list(ids)
+    for place, one in enumerate(given):
+        if not isinstance(one, str):
+            raise TypeError(f"id {place} is {short(one)}, of type {type(one).__name__} and not a string")
+        if not one or problem_of(one):
+            raise ValueError(f"id {place} is {short(one)}, which " + (problem_of(one) or "is empty"))
+    if not may_repeat and len(set(given)) < len(given):
+        seen: set[str] = set()
+        twice = next(one for one in given if one in seen or seen.add(one))  # type: ignore[func-returns-value]
+        raise DuplicateIdError(f"id {short(twice)} is given twice")
+    return given
+
+
+def _array(vectors: Any) -> Vectors:
+    np = load("numpy", "vector")
+    try:
+        array: Vectors = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the vectors are no array of numbers: {error}") from None
+    return array
+
+
+def _refuse_zeros(rows: Rows) -> None:
+    has_length = rows.vectors.any(axis=1)
+    if not has_length.all():
+        place = int(has_length.argmin())
+        error = ValueError(f"the vector of id {short(rows.ids[place])} is all zeros and has no cosine")
+        raise hint(error, 'Leave it out, or take metric="l2" or "dot".')
+
+
+def _dimension_error(what: str, expected: object, found: str) -> ValueError:
+    return ValueError(f"{what} has vectors of dimension {expected}, not {found}")
+
+
+def _known_error(name: str, known: Sequence[str]) -> DuplicateIdError:
+    more = f" and {len(known) - 1} more" if len(known) > 1 else ""
+    error = DuplicateIdError(f'collection "{name}" has id {short(known[0])}{more} already')
+    return hint(error, "upsert() takes the place of what is there.")
+
+
+def _check_from_one(what: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{what} is {short(number)}, not a whole number from 1 on")
+
+
+def _collection_name(name: Any) -> str:
+    if not isinstance(name, str) or not COLLECTION_NAME.fullmatch(name):
+        error = ValueError(f"a collection cannot have the name {short(name)}")
+        raise hint(error, "3 to 100 letters, digits and underscores, a letter first and no underscore last.")
+    return name
