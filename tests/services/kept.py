@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,17 +11,19 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy
 import pytest
 
-from sage import Line, LocalEnvironment
+from sage import BaseService, Line, LocalEnvironment
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from sage._leftovers import CleanBlock
     from sage.service import ServiceHandle
@@ -97,7 +100,7 @@ def at_once(count: int, function: Callable[[int], T]) -> list[T]:
 
 def program(text: str, *words: str, folder: Path) -> subprocess.Popen[str]:
     """Start a program of its own, whose output can be read line by line."""
-    paths = [str(ROOT / "src"), str(ROOT / "tests" / "services"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(text), *words],
         stdout=subprocess.PIPE,
@@ -132,3 +135,61 @@ def killed_after(lines: int, text: str, *words: str, folder: Path) -> list[str]:
 
 def notes_of(error: BaseException) -> str:
     return "\n".join(getattr(error, "__notes__", ()))
+
+
+class Words(BaseService):
+    """Embeds texts by their words: texts that share words are similar. `EmbeddingService` in little."""
+
+    def __init__(self, dimension: int = 64, name: str = "words") -> None:
+        self.dimension = dimension
+        self.model = name
+        self.texts_seen = 0
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        self.texts_seen += len(texts)
+        vectors = numpy.zeros((len(texts), self.dimension), numpy.float32)
+        for row, text in enumerate(texts):
+            for word in re.findall(r"\w+", text.lower()):
+                vectors[row, zlib.crc32(word.encode()) % self.dimension] += 1
+        return vectors
+
+
+class Hit(NamedTuple):
+    id: str
+    score: float
+
+
+class Shelf(BaseService):
+    """Finds vectors by comparing all of them. `VectorStore` in little; it keeps nothing beyond its own life."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.rows: dict[str, tuple[Any, Mapping[str, Any]]] = {}
+        self.is_broken = False
+
+    def upsert(self, ids: Sequence[str], vectors: Any, *, metadatas: Sequence[Mapping[str, Any]]) -> None:
+        if self.is_broken:
+            raise OSError("the shelf is broken")
+        with self.lock:
+            self.rows.update({name: (row, data) for name, row, data in zip(ids, vectors, metadatas, strict=True)})
+
+    def search(self, vector: Any, k: int, *, where: Mapping[str, Any] | None) -> list[Hit]:
+        with self.lock:
+            hits = [
+                Hit(name, float(row @ vector))
+                for name, (row, data) in self.rows.items()
+                if all(data[key] == value for key, value in (where or {}).items())
+            ]
+        return sorted(hits, key=lambda hit: -hit.score)[:k]
+
+    def delete(self, ids: Sequence[str]) -> None:
+        with self.lock:
+            for name in ids:
+                self.rows.pop(name, None)
+
+    def count(self) -> int:
+        return len(self.rows)

@@ -25,8 +25,9 @@ from services.kept import (
 
 from sage import LocalEnvironment, ServiceOptions
 from sage.errors import JobError, ServiceError, ServiceTimeoutError, ServiceUnavailableError
-from sage.services.key_value import COUNTER_MAX, TTL_MAX_S, KeyValueStore, SqliteKeyValue
+from sage.services.key_value import COUNTER_MAX, KeyValueStore, SqliteKeyValue
 from sage.services.redis import RedisKeyValue
+from sage.services.values import TTL_MAX_S
 from sage.testing import ManualClock
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sage.errors import ServiceUnavailableError, hint, short
 from sage.services.extras import load
-from sage.services.key_value import json_text
 from sage.services.measures import MeasuredService
 from sage.services.sqlite_file import SqliteFile
+from sage.services.values import checked_text, json_text
 
 if TYPE_CHECKING:
     import os
@@ -152,11 +152,11 @@ class GraphStore(MeasuredService):
         Raises:
             TypeError: an id is no string, or a property is nothing that JSON can hold; nothing was added then.
         """
-        node_rows = [(_checked("id", node.id), _text(node.id, node.properties)) for node in nodes]
+        node_rows = [(checked_text("id", node.id), _text(node.id, node.properties)) for node in nodes]
         edge_rows = [
             (
-                *(_checked("source", edge.source), _checked("target", edge.target)),
-                *(_checked("relation", edge.relation), _text(f"{edge.source} -> {edge.target}", edge.properties)),
+                *(checked_text("source", edge.source), checked_text("target", edge.target)),
+                *(checked_text("relation", edge.relation), _text(f"{edge.source} -> {edge.target}", edge.properties)),
             )
             for edge in edges
         ]
@@ -350,16 +350,6 @@ PUT_EDGE = (
     "INSERT INTO graph_edges (source, target, relation, properties) VALUES (?, ?, ?, ?) "
     "ON CONFLICT (source, target, relation) DO UPDATE SET properties = excluded.properties"
 )
-
-
-def _checked(what: str, text: str) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"the {what} {short(text)} is of type {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the {what} {short(text)} cannot be written as UTF-8: {error.reason}") from None
-    return text
 
 
 def _text(name: str, properties: Mapping[str, Any]) -> str:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from sage.errors import ServiceError, hint, short
+from sage.errors import hint, short
 from sage.services.measures import MeasuredService
 from sage.services.sqlite_file import SqliteFile
+from sage.services.values import checked_text, checked_ttl, json_text, json_value
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
-
-TTL_MAX_S = 3_155_760_000.0
-"""A hundred years, in seconds; a longer time to live would be a mistake, and overflow the one of Redis."""
 
 COUNTER_MIN, COUNTER_MAX = -(2**63), 2**63 - 1
 """What a counter can hold; the bounds are those of Redis, so that all stores have the same."""
@@ -47,14 +43,14 @@ class KeyValueStore(MeasuredService):
         Raises:
             TypeError: the key is no string.
         """
-        checked_key(key)
+        checked_text("key", key)
         with self.measured("get"):
             found = self._get_many([key])
         return json_value(key, found[key]) if key in found else default
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """Return the values of those of the keys that are there."""
-        wanted = [checked_key(key) for key in _no_string("get_many", keys)]
+        wanted = [checked_text("key", key) for key in _no_string("get_many", keys)]
         with self.measured("get_many", len(wanted)):
             found = self._get_many(wanted)
         return {key: json_value(key, text) for key, text in found.items()}
@@ -71,14 +67,14 @@ class KeyValueStore(MeasuredService):
             TypeError: the key is no string, or the value cannot be written as JSON.
             ValueError: the time to live is not above 0.
         """
-        entries = {checked_key(key): json_text(key, value)}
+        entries = {checked_text("key", key): json_text(key, value)}
         checked_ttl(ttl_s)
         with self.measured("put"):
             self._put_many(entries, ttl_s)
 
     def put_many(self, entries: Mapping[str, Any], *, ttl_s: float | None = None) -> None:
         """Set the values of several keys at once, all of them with the same time to live."""
-        texts = {checked_key(key): json_text(key, value) for key, value in entries.items()}
+        texts = {checked_text("key", key): json_text(key, value) for key, value in entries.items()}
         checked_ttl(ttl_s)
         with self.measured("put_many", len(texts)):
             if texts:
@@ -86,7 +82,7 @@ class KeyValueStore(MeasuredService):
 
     def delete(self, key: str) -> bool:
         """Remove a key, and return whether it was there."""
-        checked_key(key)
+        checked_text("key", key)
         with self.measured("delete"):
             return self._delete(key)
 
@@ -99,7 +95,7 @@ class KeyValueStore(MeasuredService):
             TypeError: the value, or `by`, is no whole number.
             OverflowError: the sum does not fit into 64 bits.
         """
-        checked_key(key)
+        checked_text("key", key)
         if type(by) is not int:
             raise TypeError(f"increment({short(key)}) by {short(by)}, which is no whole number")
         if not COUNTER_MIN <= by <= COUNTER_MAX:
@@ -109,7 +105,7 @@ class KeyValueStore(MeasuredService):
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, in order."""
-        checked_key(prefix)
+        checked_text("key", prefix)
         with self.measured("keys"):
             return self._keys(prefix)
 
@@ -265,75 +261,6 @@ CREATE INDEX IF NOT EXISTS key_value_expiry ON key_value (expires_at) WHERE expi
 PUT = "INSERT OR REPLACE INTO key_value (key, value, expires_at) VALUES (?, ?, ?)"
 LIVE = "(expires_at IS NULL OR expires_at > ?)"
 EXPIRE = "DELETE FROM key_value WHERE rowid IN (SELECT rowid FROM key_value WHERE expires_at <= ?"
-
-
-def checked_key(key: str) -> str:
-    """Return a key that any store can hold.
-
-    Raises:
-        TypeError: it is no string.
-        ValueError: it has half a surrogate pair, which no encoding can write.
-    """
-    if not isinstance(key, str):
-        error = TypeError(f"the key {short(key)} is of type {type(key).__name__}, not a string")
-        raise hint(error, "Write str(key), or json.dumps(key) for keys of several parts.")
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the key {short(key)} cannot be written as UTF-8: {error.reason}") from None
-    return key
-
-
-def checked_ttl(ttl_s: float | None) -> float | None:
-    """Return a time to live.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is not above 0, or above a hundred years.
-    """
-    if ttl_s is None:
-        return None
-    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float):
-        raise TypeError(f"ttl_s is {short(ttl_s)}, not a number of seconds")
-    if math.isnan(ttl_s) or ttl_s <= 0:
-        error = ValueError(f"ttl_s is {ttl_s}, and a time to live is above 0 seconds")
-        raise hint(error, "Leave it out for a value that stays; call delete(key) for one that goes at once.")
-    if ttl_s > TTL_MAX_S:
-        raise ValueError(f"ttl_s is {ttl_s}, more than a hundred years ({TTL_MAX_S:.0f} seconds)")
-    return ttl_s
-
-
-def json_text(name: str, value: Any) -> str:
-    """Return a value as JSON.
-
-    Raises:
-        TypeError: JSON cannot hold it, or would change it.
-    """
-    try:
-        text = json.dumps(value, allow_nan=False)
-        is_same = bool(json.loads(text) == value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _no_json(name, value, str(error)) from None
-    if not is_same:
-        raise _no_json(name, value, f"it would come back as {short(json.loads(text))}")
-    return text
-
-
-def _no_json(name: str, value: Any, reason: str) -> TypeError:
-    error = TypeError(f"the value of {short(name)} is {short(value)}, which JSON cannot hold: {reason}")
-    return hint(error, "Values are None, booleans, numbers, strings, lists, and dicts with strings as keys.")
-
-
-def json_value(key: str, text: str) -> Any:
-    """Return the value that a text stands for.
-
-    Raises:
-        ServiceError: it is no JSON; another program wrote it.
-    """
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ServiceError(f"the value of {short(key)} is no JSON: {short(text)}", fault="external") from None
 
 
 def no_counter(key: str, text: str) -> TypeError:

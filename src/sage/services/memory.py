@@ -1,0 +1,523 @@
+"""The memory of a conversation: the last turns of each session, and what is remembered of it for long."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sage.errors import GraphError, ServiceError, hint, short
+from sage.services import memory_lines, memory_rows
+from sage.services.extras import load
+from sage.services.key_value import EXPIRED_AT_ONCE_MAX
+from sage.services.measures import MeasuredService
+from sage.services.memory_lines import MemoryLine, TurnLine
+from sage.services.memory_rows import Recollection, Row, Turn
+from sage.services.recollection import HALF_LIFE_S, Weights, best
+from sage.services.sqlite_file import SqliteFile
+from sage.services.values import checked_text, checked_ttl, json_text
+
+if TYPE_CHECKING:
+    import os
+    import sqlite3
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from sage.service import ServiceHandle
+    from sage.services.recollection import Floats
+
+__all__ = ["Embeddings", "Memory", "Recollection", "Turn", "VectorIndex", "Weights", "estimated_tokens"]
+
+SESSION = "default"
+
+CANDIDATES_MIN = 100
+"""How many memories a vector store is asked for at least, so that recency and importance have something to choose."""
+
+BATCH_ROWS = 500
+"""How many memories an index is given at once."""
+
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Embeddings(Protocol):
+    """What turns texts into vectors; `EmbeddingService` does."""
+
+    def embed(self, texts: Sequence[str], /) -> Any:
+        """Return a float32 array of shape (len(texts), dim)."""
+
+
+class VectorIndex(Protocol):
+    """What finds vectors; `VectorStore` does."""
+
+    def upsert(self, ids: Sequence[str], vectors: Any, *, metadatas: Sequence[Mapping[str, Any]]) -> Any:
+        """Keep vectors."""
+
+    def search(self, vector: Any, k: int, *, where: Mapping[str, Any] | None) -> Sequence[Any]:
+        """Return hits with an `id`, the nearest first."""
+
+    def count(self) -> int:
+        """Return how many vectors it holds."""
+
+    def delete(self, ids: Sequence[str]) -> Any:
+        """Forget vectors; ids that are not there are none of its concern."""
+
+
+def estimated_tokens(text: str) -> int:
+    """Return about how many tokens a text has: its words and marks, or a quarter of its bytes if that is more."""
+    return max(len(WORD.findall(text)), math.ceil(len(text.encode(errors="replace")) / 4))
+
+
+class Memory(MeasuredService):
+    """Remembers what is said in any number of sessions, in one SQLite file.
+
+    Short-term memory is the last turns of a session, within a budget of tokens. Long-term memory is any number of texts
+    with vectors, which `recall` finds by similarity, recency and importance; `sage.services.recollection` says how, and
+    where that comes from. Recalling a memory makes it recent again.
+
+    What a method has returned from survives a restart and SIGKILL; a write in flight is lost as a whole. All methods
+    may be called from any number of threads, and several programs may use one file. Texts are embedded by the service
+    that is given, outside of any lock; a file holds the vectors of one model.
+
+    With an index, the file still holds every vector, and is what counts. An index that raises leaves memories that are
+    recalled all the same; what it lacks, after that or a crash, is put there by `setup`.
+
+    Args:
+        path: the file; it is made if it is not there.
+        embeddings: what turns texts into vectors: a handle of a service, or an object with `embed(texts)`.
+        index: what finds vectors, such as a `VectorStore` or a handle of one, with a collection for this memory alone;
+            without one every vector of the session is compared, 10,000 of them in about 50 ms.
+        turns_max: how many turns of a session are kept.
+        tokens_max: how many tokens the turns that `turns` returns may have together.
+        count_tokens: tells how many tokens a text has; an estimate by default.
+        half_life_s: after so many seconds recency is half of what it was.
+        weights: how much similarity, recency and importance count.
+        ttl_s: the time to live of memories that are given none, in seconds; for ever by default.
+        clock: tells the time, in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        embeddings: Embeddings | ServiceHandle[Any],
+        *,
+        index: VectorIndex | ServiceHandle[Any] | None = None,
+        turns_max: int = 20,
+        tokens_max: int = 2_000,
+        count_tokens: Callable[[str], int] = estimated_tokens,
+        half_life_s: float = HALF_LIFE_S,
+        weights: Weights | None = None,
+        ttl_s: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__()
+        if turns_max < 1 or tokens_max < 1:
+            raise ValueError(f"a memory keeps at least 1 turn and 1 token, not {turns_max} and {tokens_max}")
+        if not half_life_s > 0:
+            raise ValueError(f"half_life_s is {half_life_s}, and a half-life is above 0 seconds")
+        self._file = SqliteFile(path, "memory", 1, memory_rows.SCHEMA)
+        self._embeddings = embeddings
+        self._index = index
+        self._turns_max = turns_max
+        self._tokens_max = tokens_max
+        self._count_tokens = count_tokens
+        self._half_life_s = half_life_s
+        self._weights = weights or Weights()
+        self._ttl_s = checked_ttl(ttl_s)
+        self._clock = clock
+        self._model: str | None = None
+
+    # --- hooks ---
+
+    def setup(self) -> None:
+        """Open the file, and give the index what it lacks.
+
+        Raises:
+            MissingExtraError: the package numpy is not installed.
+            ServiceError: the file cannot be opened or is no database, or holds vectors of another model.
+        """
+        load("numpy", "vector")
+        self._file.open()
+        try:
+            self._model = model_of(self._embeddings)
+            with self._file.reading() as connection:
+                known = memory_rows.settings(connection).get("model", self._model)
+                if self._model is not None and known != self._model:
+                    raise self._other_model(f"model {known!r}", f"{self._model!r}")
+            if self._index is not None:
+                self._complete_index(self._index)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def cleanup(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def health(self) -> bool:
+        """Return whether the file can be read."""
+        return self._file.health()
+
+    def describe(self) -> dict[str, object]:
+        """Return the settings that a person may see."""
+        settings = {
+            "path": self._file.path,
+            "model": self._model,
+            "turns_max": self._turns_max,
+            "tokens_max": self._tokens_max,
+            "half_life_s": self._half_life_s,
+            "ttl_s": self._ttl_s,
+        }
+        return {**super().describe(), **settings}
+
+    def process(self, query: str) -> list[Recollection]:
+        """Return what `recall` returns."""
+        return self.recall(query)
+
+    # --- short-term memory ---
+
+    def add_turn(
+        self, role: str, content: str, *, session: str = SESSION, importance: float | None = None
+    ) -> str | None:
+        """Add a turn to a session; one with an importance is remembered for long too, and its id returned.
+
+        Raises:
+            TypeError: an argument is no string.
+            ValueError: the importance is not from 0 to 1.
+        """
+        for name, text in (("role", role), ("content", content), ("session", session)):
+            checked_text(name, text)
+        rows = []
+        if importance is not None:
+            rows = self._rows([content], session, importance, {"role": role}, self._ttl_s)
+        turn = (uuid.uuid4().hex, session, role, content, self._clock())
+        with self.measured("add_turn"):
+            self._store(rows, [turn])
+        return rows[0][0] if rows else None
+
+    def turns(
+        self, session: str = SESSION, *, turns_max: int | None = None, tokens_max: int | None = None
+    ) -> list[Turn]:
+        """Return the last turns of a session, the oldest first, no more than fit into the budget of tokens.
+
+        The first turn from the end that does not fit ends it, so that there is no gap; the list is empty if not even
+        the last one fits.
+
+        Args:
+            session: which.
+            turns_max: at most so many; as many as are kept by default.
+            tokens_max: at most so many tokens in all; what the memory was made with by default.
+
+        Raises:
+            ValueError: one of the bounds is negative.
+        """
+        checked_text("session", session)
+        turns_max = self._turns_max if turns_max is None else turns_max
+        budget = self._tokens_max if tokens_max is None else tokens_max
+        if turns_max < 0 or budget < 0:
+            raise ValueError(f"turns_max is {turns_max} and tokens_max {budget}; neither can be negative")
+        select = "SELECT role, content, at FROM memory_turns WHERE session = ? ORDER BY number DESC LIMIT ?"
+        with self.measured("turns"), self._file.reading() as connection:
+            rows = connection.execute(select, (session, turns_max)).fetchall()
+        found: list[Turn] = []
+        for role, content, at in rows:
+            budget -= self._count_tokens(content)
+            if budget < 0:
+                break
+            found.append(Turn(role, content, at))
+        return found[::-1]
+
+    # --- long-term memory ---
+
+    def remember(
+        self,
+        text: str,
+        *,
+        session: str = SESSION,
+        importance: float = 0.5,
+        metadata: Mapping[str, Any] | None = None,
+        ttl_s: float | None = None,
+    ) -> str:
+        """Remember a text for long, and return its id.
+
+        Args:
+            text: what to remember.
+            session: whose it is.
+            importance: from 0 to 1.
+            metadata: values of JSON to keep with it.
+            ttl_s: after so many seconds it is forgotten; what the memory was made with by default.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ValueError: the text is blank, the importance is not from 0 to 1, or the time to live not above 0.
+            ServiceError: the file cannot be written, or the vectors are not what they should be.
+        """
+        return self.remember_many([text], session=session, importance=importance, metadata=metadata, ttl_s=ttl_s)[0]
+
+    def remember_many(
+        self,
+        texts: Sequence[str],
+        *,
+        session: str = SESSION,
+        importance: float = 0.5,
+        metadata: Mapping[str, Any] | None = None,
+        ttl_s: float | None = None,
+    ) -> list[str]:
+        """Remember several texts in one step, all or none of them, and return their ids; arguments as in `remember`."""
+        checked_text("session", session)
+        with self.measured("remember", len(texts)):
+            rows = self._rows(
+                texts, session, importance, metadata or {}, self._ttl_s if ttl_s is None else checked_ttl(ttl_s)
+            )
+            self._store(rows, [])
+        return [row[0] for row in rows]
+
+    def recall(
+        self, query: str, k: int = 5, *, session: str | None = SESSION, weights: Weights | None = None
+    ) -> list[Recollection]:
+        """Return the memories that fit best, the best first.
+
+        Args:
+            query: what to think of.
+            k: how many, at most.
+            session: whose memories; None for those of all sessions.
+            weights: how much each part counts; what the memory was made with by default.
+
+        Raises:
+            TypeError: the query is no string.
+            ValueError: the query is blank, or `k` is below 1.
+            ServiceError: the file cannot be used, or the vector is not what it should be.
+        """
+        checked_text("query", query)
+        if not query.strip():
+            raise ValueError("the query is blank")
+        if type(k) is not int or k < 1:
+            raise ValueError(f"k is {short(k)}, not a whole number of at least 1")
+        if session is not None:
+            checked_text("session", session)
+        with self.measured("recall"):
+            vector = self._embed([query])[0]
+            now = self._clock()
+            ids = self._found(vector, k, session)
+            with self._file.reading() as connection:
+                self._check_dimension(connection, len(vector))
+                candidates = memory_rows.candidates(connection, now, session, ids)
+                chosen = weights or self._weights
+                scores = best(vector, candidates, k, now=now, half_life_s=self._half_life_s, weights=chosen)
+                found = [memory_rows.recollection(connection, score) for score in scores]
+                gone = memory_rows.unknown(connection, ids or [])
+            self._unindex(gone)
+            if found:
+                with self._file.writing() as connection:
+                    recalled = [(now, score.number) for score in scores]
+                    connection.executemany("UPDATE memories SET recalled_at = ? WHERE number = ?", recalled)
+        return found
+
+    def forget(
+        self, ids: Iterable[str] | None = None, *, session: str | None = None, before: float | None = None
+    ) -> int:
+        """Forget what all that is given applies to, and return how many memories there were.
+
+        Without ids, turns are forgotten too.
+
+        Args:
+            ids: these memories.
+            session: of this session.
+            before: made before this moment, in seconds since the epoch.
+
+        Raises:
+            ValueError: nothing is given; forgetting everything is removing the file.
+        """
+        if ids is None and session is None and before is None:
+            raise hint(ValueError("forget() of nothing in particular"), "Give ids, session or before.")
+        if isinstance(ids, str):
+            raise hint(TypeError(f"forget({short(ids)}) takes a list of ids"), f"Write forget([{short(ids)}]).")
+        wanted = None if ids is None else [checked_text("id", name) for name in ids]
+        where = "(? IS NULL OR session = ?) AND (? IS NULL OR {moment} < ?)"
+        bounds = (session, session, before, before)
+        with self.measured("forget"):
+            with self._file.writing() as connection:
+                select = f"SELECT id FROM memories WHERE {where.format(moment='created_at')}"
+                if wanted is None:
+                    rows = connection.execute(select, bounds).fetchall()
+                    connection.execute(f"DELETE FROM memory_turns WHERE {where.format(moment='at')}", bounds)
+                else:
+                    rows = [
+                        row
+                        for name in dict.fromkeys(wanted)
+                        for row in connection.execute(f"{select} AND id = ?", (*bounds, name))
+                    ]
+                connection.executemany("DELETE FROM memories WHERE id = ?", rows)
+            self._unindex([name for (name,) in rows])
+        return len(rows)
+
+    def expire(self) -> int:
+        """Forget all memories whose time to live is over, and return how many there were.
+
+        Nothing recalls them anyway.
+        """
+        with self.measured("expire"):
+            with self._file.writing() as connection:
+                ids = memory_rows.take_expired(connection, self._clock())
+            self._unindex(ids)
+        return len(ids)
+
+    def count(self, session: str | None = None) -> int:
+        """Return how many memories a session has, or all sessions together."""
+        select = f"SELECT count(*) FROM memories WHERE (? IS NULL OR session = ?) AND {memory_rows.LIVE}"
+        with self.measured("count"), self._file.reading() as connection:
+            return int(connection.execute(select, (session, session, self._clock())).fetchone()[0])
+
+    def sessions(self) -> list[str]:
+        """Return the names of the sessions, in order."""
+        live = f"SELECT session FROM memories WHERE {memory_rows.LIVE}"
+        select = f"{live} UNION SELECT session FROM memory_turns ORDER BY session"
+        with self.measured("sessions"), self._file.reading() as connection:
+            return [name for (name,) in connection.execute(select, (self._clock(),)).fetchall()]
+
+    # --- export and import ---
+
+    def export(self, path: str | os.PathLike[str], *, session: str | None = None) -> int:
+        """Write memories and turns to a file of JSON Lines, and return how many.
+
+        The file is there when it is complete, and not before; `import_` reads it. The first line names the model.
+
+        Raises:
+            ServiceError: the file cannot be written.
+        """
+        with self.measured("export"), self._file.reading() as connection:
+            model = memory_rows.settings(connection).get("model")
+            return memory_lines.write(path, model, memory_rows.lines(connection, self._clock(), session))
+
+    def import_(self, path: str | os.PathLike[str]) -> int:
+        """Read what `export` wrote, all or nothing of it, and return how many memories and turns it were.
+
+        One whose id is known takes the place of what is there. Vectors of another model are made anew.
+
+        Raises:
+            ServiceError: the file cannot be read, or a line is not what it should be; it is named.
+        """
+        model, lines = memory_lines.read(path)
+        memories = [line for line in lines if isinstance(line, MemoryLine)]
+        with self.measured("import_", len(lines)):
+            numpy = load("numpy", "vector")
+            if model is not None and model == self._model:
+                blobs = [numpy.asarray(line.vector, numpy.float32).tobytes() for line in memories]
+            else:
+                blobs = [row.tobytes() for row in self._embed([line.text for line in memories])] if memories else []
+            rows: list[Row] = [
+                (
+                    *(line.id, line.session, line.text, line.importance, line.created_at, line.recalled_at),
+                    *(line.expires_at, json_text("metadata", line.metadata), blob),
+                )
+                for line, blob in zip(memories, blobs, strict=True)
+            ]
+            turns = [
+                (line.id, line.session, line.role, line.content, line.at)
+                for line in lines
+                if isinstance(line, TurnLine)
+            ]
+            self._store(rows, turns)
+        return len(lines)
+
+    # --- the parts of it ---
+
+    def _rows(
+        self, texts: Sequence[str], session: str, importance: float, metadata: Mapping[str, Any], ttl_s: float | None
+    ) -> list[Row]:
+        if isinstance(texts, str):
+            raise hint(TypeError(f"remember_many({short(texts)}) takes a list of texts"), "Call remember for one.")
+        for text in texts:
+            if not checked_text("text", text).strip():
+                raise ValueError("the text is blank, so that there is nothing to remember")
+        number: Any = importance
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
+            raise ValueError(f"the importance is {short(number)}, not a number from 0 to 1")
+        kept = json_text("metadata", dict(metadata))
+        vectors: Iterable[Any] = self._embed(texts) if texts else ()
+        now = self._clock()
+        expires_at = None if ttl_s is None else now + ttl_s
+        return [
+            (uuid.uuid4().hex, session, text, float(number), now, now, expires_at, kept, vector.tobytes())
+            for text, vector in zip(texts, vectors, strict=True)
+        ]
+
+    def _store(self, rows: list[Row], turns: list[memory_rows.TurnRow]) -> None:
+        """Write memories and turns in one step, then tell the index."""
+        with self._file.writing() as connection:
+            for size in dict.fromkeys(len(row[-1]) // 4 for row in rows):
+                self._check_dimension(connection, size)
+                settings = {"dimension": str(size), **({"model": self._model} if self._model is not None else {})}
+                connection.executemany("INSERT OR IGNORE INTO memory_settings VALUES (?, ?)", settings.items())
+            connection.executemany(memory_rows.PUT_MEMORY, rows)
+            memory_rows.put_turns(connection, turns, self._turns_max)
+            expired = memory_rows.take_expired(connection, self._clock(), EXPIRED_AT_ONCE_MAX)
+        self._unindex(expired)
+        if self._index is not None and rows:
+            self._add_to_index(self._index, rows)
+
+    def _embed(self, texts: Sequence[str]) -> Floats:
+        numpy = load("numpy", "vector")
+        made = self._embeddings.embed(list(texts))
+        try:
+            vectors: Floats = numpy.ascontiguousarray(made, numpy.float32)
+        except (TypeError, ValueError) as error:
+            raise ServiceError(f"embed returned {short(made)}, which is no array of numbers: {error}") from error
+        if vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.shape[1]:
+            raise ServiceError(f"embed returned an array of shape {vectors.shape} for {len(texts)} texts, not (n, dim)")
+        wrong = numpy.flatnonzero(~numpy.isfinite(vectors).all(axis=1))
+        if len(wrong):
+            raise ServiceError(f"embed returned a vector with NaN or infinity for {short(texts[int(wrong[0])])}")
+        return vectors
+
+    def _check_dimension(self, connection: sqlite3.Connection, size: int) -> None:
+        known = memory_rows.settings(connection).get("dimension", str(size))
+        if known != str(size):
+            raise self._other_model(f"{known} numbers each", f"{size}")
+
+    def _other_model(self, known: str, now: str) -> ServiceError:
+        error = ServiceError(f'file "{self._file.path}" holds vectors of {known}, not {now}')
+        return hint(error, "Export with the embeddings it was made with, and import into a new file.")
+
+    # --- the index ---
+
+    def _found(self, vector: Floats, k: int, session: str | None) -> list[str] | None:
+        if self._index is None:
+            return None
+        where = None if session is None else {"session": session}
+        return [hit.id for hit in self._index.search(vector, max(CANDIDATES_MIN, 10 * k), where=where)]
+
+    def _add_to_index(self, index: Any, rows: Sequence[Row]) -> None:
+        numpy = load("numpy", "vector")
+        ids = [row[0] for row in rows]
+        vectors = numpy.stack([numpy.frombuffer(row[-1], numpy.float32) for row in rows])
+        index.upsert(ids, vectors, metadatas=[{"session": row[1]} for row in rows])
+        with self._file.writing() as connection:
+            connection.executemany("UPDATE memories SET is_indexed = 1 WHERE id = ?", [(name,) for name in ids])
+
+    def _complete_index(self, index: Any) -> None:
+        """Give the index what it lacks: what was in flight at a crash, or everything if it is a new one."""
+        with self._file.writing() as connection:
+            (indexed,) = connection.execute("SELECT count(*) FROM memories WHERE is_indexed = 1").fetchone()
+            if index.count() < indexed:
+                connection.execute("UPDATE memories SET is_indexed = 0")
+            rows = connection.execute(f"SELECT {memory_rows.COLUMNS} FROM memories WHERE is_indexed = 0").fetchall()
+        for start in range(0, len(rows), BATCH_ROWS):
+            self._add_to_index(index, rows[start : start + BATCH_ROWS])
+        if rows:
+            self.logger.info("index completed memories=%d", len(rows))
+
+    def _unindex(self, ids: list[str]) -> None:
+        if self._index is not None and ids:
+            self._index.delete(ids)
+
+
+def model_of(embeddings: Any) -> str | None:
+    """Return the name of the model behind embeddings, or None if they do not tell.
+
+    Any service has a name; only together with a dimension is it one of a model.
+    """
+    try:
+        return f"{embeddings.name}" if isinstance(embeddings.dimension, int) else None
+    except (AttributeError, GraphError):
+        return None

@@ -1,0 +1,80 @@
+"""What services keep: texts, values of JSON and times to live, checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from sage.errors import ServiceError, hint, short
+
+TTL_MAX_S = 3_155_760_000.0
+"""A hundred years, in seconds; a longer time to live would be a mistake, and overflow the one of Redis."""
+
+
+def checked_text(name: str, text: str) -> str:
+    """Return a text that can be kept.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it has half a surrogate pair, which no encoding can write.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"the {name} {short(text)} is of type {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} {short(text)} cannot be written as UTF-8: {error.reason}") from None
+    return text
+
+
+def checked_ttl(ttl_s: float | None) -> float | None:
+    """Return a time to live.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not above 0, or above a hundred years.
+    """
+    if ttl_s is None:
+        return None
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float):
+        raise TypeError(f"ttl_s is {short(ttl_s)}, not a number of seconds")
+    if math.isnan(ttl_s) or ttl_s <= 0:
+        error = ValueError(f"ttl_s is {ttl_s}, and a time to live is above 0 seconds")
+        raise hint(error, "Leave it out for a value that stays; call delete(key) for one that goes at once.")
+    if ttl_s > TTL_MAX_S:
+        raise ValueError(f"ttl_s is {ttl_s}, more than a hundred years ({TTL_MAX_S:.0f} seconds)")
+    return ttl_s
+
+
+def json_text(name: str, value: Any) -> str:
+    """Return a value as JSON.
+
+    Raises:
+        TypeError: JSON cannot hold it, or would change it.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+        is_same = bool(json.loads(text) == value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _no_json(name, value, str(error)) from None
+    if not is_same:
+        raise _no_json(name, value, f"it would come back as {short(json.loads(text))}")
+    return text
+
+
+def _no_json(name: str, value: Any, reason: str) -> TypeError:
+    error = TypeError(f"the value of {short(name)} is {short(value)}, which JSON cannot hold: {reason}")
+    return hint(error, "Values are None, booleans, numbers, strings, lists, and dicts with strings as keys.")
+
+
+def json_value(key: str, text: str) -> Any:
+    """Return the value that a text stands for.
+
+    Raises:
+        ServiceError: it is no JSON; another program wrote it.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ServiceError(f"the value of {short(key)} is no JSON: {short(text)}", fault="external") from None
