@@ -107,7 +107,7 @@ class EmbeddingService(MeasuredService):
         return {
             **super().describe(),
             "model": self.name,
-            "dimension": self.dimension,
+            "dimension": self._shown_dimension(),
             "batch_max": self._batch_max,
             "cache_entries_max": self._cache_entries_max,
             "cache": where if self._cache_entries_max else "off",
@@ -152,6 +152,10 @@ class EmbeddingService(MeasuredService):
     async def _aencode(self, texts: list[str]) -> Any:
         """Return what `_encode` does; by default from another thread, as computing would hold up the loop."""
         return await asyncio.to_thread(self._encode, texts)
+
+    def _shown_dimension(self) -> int | None:
+        """Return the dimension, or None where it is not known before `setup`."""
+        return self.dimension
 
     def _identity(self) -> str:
         """Return what vectors of the same text have to agree in to be the same."""

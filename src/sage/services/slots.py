@@ -1,4 +1,4 @@
-"""A limit on how much runs at once, for threads and coroutines together."""
+"""A limit on how much runs at once, for the coroutines of several event loops together."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Slots:
         self._lock = threading.Lock()
 
     def take(self) -> Future[None]:
-        """Return a future that is done when a slot was taken.
+        """Return a future that is done when a slot was taken; `leave` must follow, whatever comes of the waiting.
 
-        A thread waits for it by `result()`, a coroutine by `asyncio.wrap_future`; who no longer wants it calls `leave`.
+        A coroutine waits for it by `asyncio.wrap_future`, as the one that leaves may belong to another loop.
         """
         future: Future[None] = Future()
         with self._lock:

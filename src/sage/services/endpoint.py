@@ -1,0 +1,393 @@
+"""A server that speaks the OpenAI protocol, as one service sees it: clients, retries, time-outs and a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import random
+import threading
+import time
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint, short
+from sage.service import ServiceHandle, ServiceMethod
+from sage.services.extras import load
+from sage.services.loop_thread import LoopThread
+from sage.services.secret import HIDDEN, Secret, told, without
+from sage.services.slots import Slots
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+
+    from openai import AsyncOpenAI
+
+T = TypeVar("T")
+
+OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_VARIABLE = "OPENAI_API_KEY"
+"""Holds the key for OpenAI's own address, and is sent to no other one unless it is named."""
+
+RETRY_AFTER_MAX_S = 60.0
+"""A server that wants more patience than this is not waited for."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""Bound of closing the connections of one event loop."""
+
+BaseUrl = str | ServiceHandle[Any] | ServiceMethod
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """How a server is reached.
+
+    Attributes:
+        timeout_s: how long the server may be silent: while it is connected to, before the first byte of an answer, and
+            between two bytes, in seconds.
+        retries_max: how often a request is sent again after 429, 408, a 5xx answer or a connection that failed.
+        backoff_s: first and longest pause before it is sent again, in seconds; the pause doubles each time, and a part
+            that is drawn is taken off, so that clients do not come back together. A `Retry-After` of the server counts
+            instead, up to 60 s.
+        concurrency_max: how many requests of this service are open at once; others wait for their turn.
+    """
+
+    timeout_s: float = 60.0
+    retries_max: int = 3
+    backoff_s: tuple[float, float] = (0.5, 8.0)
+    concurrency_max: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}, which leaves no time for an answer")
+        if self.retries_max < 0:
+            raise ValueError(f"retries_max is {self.retries_max}, a negative number of retries")
+        if self.concurrency_max < 1:
+            raise ValueError(f"concurrency_max is {self.concurrency_max}, but at least 1 request must be allowed")
+        if min(self.backoff_s) < 0:
+            raise ValueError(f"backoff_s is {self.backoff_s}, with a negative number of seconds")
+
+
+class Endpoint:
+    """Sends requests to one server and makes errors of what goes wrong with them.
+
+    Args:
+        base_url: the address up to and with the version, such as "http://127.0.0.1:8000/v1"; of a service that is a
+            command, its handle or `handle.url`.
+        secret: the key, if there is one.
+        model: the name of the model, for messages.
+        options: how the server is reached.
+        on_retry: called before a request is sent again.
+    """
+
+    def __init__(
+        self, base_url: BaseUrl, secret: Secret, model: str, options: EndpointOptions, on_retry: Callable[[], object]
+    ) -> None:
+        if secret == Secret() and base_url == OPENAI_URL:
+            secret = Secret(variable=OPENAI_VARIABLE)
+        if isinstance(base_url, str):
+            checked_url(base_url)
+        self._base_url = base_url
+        self._secret = secret
+        self._model = model
+        self._options = options
+        self._on_retry = on_retry
+        self._slots = Slots(options.concurrency_max)
+        self._openai: Any = None
+        self._settings: dict[str, Any] = {}
+        self._thread: LoopThread | None = None
+        self._lock = threading.Lock()
+        self._of_loops: dict[AbstractEventLoop, tuple[AsyncGenerator[AsyncOpenAI, None], AsyncOpenAI]] = {}
+        self._closing: set[object] = set()
+        self._key = ""
+        self.url = base_url if isinstance(base_url, str) else "not known yet"
+
+    @property
+    def shown_url(self) -> str:
+        """The address without what may be secret in it."""
+        return shown(self.url)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be sent."""
+        return self._thread is not None
+
+    def describe(self) -> dict[str, object]:
+        """Return the settings, without the key."""
+        options = {field.name: getattr(self._options, field.name) for field in fields(self._options)}
+        return {"base_url": self.shown_url, "key": f"from {self._secret.source}", **options}
+
+    def without_key(self, text: str) -> str:
+        """Return a text in which the key does not stand."""
+        return without(text, self._key)
+
+    # --- from setup to cleanup ---
+
+    def open(self) -> None:
+        """Load the client library and read the key. Nothing is sent yet.
+
+        Raises:
+            MissingExtraError: the library is not installed.
+            ServiceError: the key or the address is not there.
+        """
+        self._openai = load("openai", "llm")
+        self._key = self._secret.read()
+        self.url = resolved(self._base_url)
+        checked_url(self.url)
+        # Retries are counted and bounded here, for threads and coroutines alike.
+        self._settings = {"base_url": self.url, "api_key": self._key, "max_retries": 0}
+        self._settings["timeout"] = self._options.timeout_s
+        if not self._key:
+            self._settings["default_headers"] = {"Authorization": self._openai.Omit()}
+        self._thread = LoopThread(f"requests to {self.shown_url}")
+
+    def end(self) -> None:
+        """Let go whoever waits for an answer on a thread."""
+        if self._thread is not None:
+            self._thread.cancel()
+
+    def close(self) -> None:
+        """Close every connection on the loop that it belongs to. Does nothing twice."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.close()
+        with self._lock:
+            left = [(loop, generator) for loop, (generator, _) in self._of_loops.items()]
+        for loop, generator in left:
+            self._close_on(loop, generator)
+
+    def _close_on(self, loop: AbstractEventLoop, generator: AsyncGenerator[AsyncOpenAI, None]) -> None:
+        async def end() -> None:
+            await generator.aclose()
+
+        if not loop.is_running():
+            return  # It closes them itself, as it ends; see `_of_loop`.
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if here is loop:
+            task = loop.create_task(end())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+            return
+        future = asyncio.run_coroutine_threadsafe(end(), loop)
+        future.result(CLOSE_TIMEOUT_S)
+
+    # --- requests ---
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait on a thread for a coroutine of this endpoint, which runs on its own loop.
+
+        Raises:
+            ServiceUnavailableError: the service was stopped meanwhile.
+        """
+        if self._thread is None:
+            coroutine.close()
+            raise self._ended()
+        return self._thread.run(coroutine)
+
+    async def call(self, send: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
+        """Return what `send` returns, which is given a client and is called again after errors that may pass.
+
+        Raises:
+            ServiceError: there is no answer, for a reason that the message names.
+        """
+        async with self.opened(send) as answer:
+            return answer
+
+    @asynccontextmanager
+    async def opened(self, send: Callable[[AsyncOpenAI], Awaitable[T]]) -> AsyncIterator[T]:
+        """Give what `send` returns, and count it as an open request until the block ends.
+
+        What goes wrong in the block with an answer that comes in pieces becomes an error like others, and is not
+        tried again.
+        """
+        tries = Tries(self)
+        while True:
+            slot = self._slots.take()
+            try:
+                await asyncio.wrap_future(slot)
+                answer, pause_s = await self._one_try(send, tries)
+                if pause_s is None:
+                    with self._explained(tries):
+                        yield answer
+                    return
+            finally:
+                self._slots.leave(slot)
+            await asyncio.sleep(pause_s)
+
+    async def _one_try(self, send: Callable[[AsyncOpenAI], Awaitable[T]], tries: Tries) -> tuple[Any, float | None]:
+        client = await self._of_loop()
+        failure: Exception
+        try:
+            return await send(client), None
+        except (self._openai.OpenAIError, ValueError) as error:
+            failure = error
+        # Raised outside of the handler, so that the client's error, which holds the request and its key, stays behind.
+        return None, tries.pause_s(failure)
+
+    @contextmanager
+    def _explained(self, tries: Tries) -> Iterator[None]:
+        failure: Exception | None = None
+        try:
+            yield
+        except (self._openai.OpenAIError, ValueError) as error:
+            failure = error
+        if failure is not None:
+            raise tries.explained(failure)
+
+    async def _of_loop(self) -> AsyncOpenAI:
+        """Return the client of the loop that runs; its connections can be used on no other.
+
+        It lives in an asynchronous generator: a loop that ends in order closes those that wait on it, so the
+        connections are closed on their own loop, also if the loop ends before the service does.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            known = self._of_loops.get(loop)
+        if known is not None:
+            return known[1]
+        if self._thread is None:
+            raise self._ended()
+        generator = self._living(loop)
+        # Nothing else runs on this loop until the generator has given its client.
+        client = await anext(generator)
+        with self._lock:
+            self._of_loops[loop] = generator, client
+        return client
+
+    async def _living(self, loop: AbstractEventLoop) -> AsyncGenerator[AsyncOpenAI, None]:
+        client = self._openai.AsyncOpenAI(**self._settings)
+        try:
+            yield client
+        finally:
+            with self._lock:
+                self._of_loops.pop(loop, None)
+            await client.close()
+
+    def _ended(self) -> ServiceUnavailableError:
+        error = ServiceUnavailableError(f"the client of model server {self.shown_url} is not open")
+        return hint(error, "It is open from setup() to cleanup(), which a job calls.")
+
+
+class Tries:
+    """The tries of one request: how many there were, what follows a failure, and how it is told."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._openai = endpoint._openai
+        self._count = 0
+
+    def pause_s(self, failure: Exception) -> float:
+        """Return how long to wait before the next try, in seconds.
+
+        Raises:
+            ServiceError: there is no next one.
+        """
+        options = self._endpoint._options
+        asked_s = self._retry_after_s(failure)
+        self._count += 1
+        if not self._may_pass(failure) or self._count > options.retries_max or (asked_s or 0) > RETRY_AFTER_MAX_S:
+            raise self.explained(failure)
+        self._endpoint._on_retry()
+        first_s, longest_s = options.backoff_s
+        backoff_s = min(first_s * 2.0 ** min(self._count - 1, 30), longest_s)
+        # Never earlier than the server asked for, and all at once neither.
+        return random.uniform(0.5, 1.0) * backoff_s if asked_s is None else asked_s + random.uniform(0, 0.1) * asked_s
+
+    def explained(self, failure: Exception) -> ServiceError:
+        """Return what a failure means, for the user, without the key."""
+        openai, endpoint = self._openai, self._endpoint
+        server = f"model server {endpoint.shown_url}"
+        model = f'model "{endpoint._model}"'
+        tries = f" in {self._count} tries" if self._count > 1 else ""
+        text = told(failure, endpoint._key)
+        if isinstance(failure, openai.APITimeoutError):
+            silent = f"{server} was silent for {endpoint._options.timeout_s:g} s, asked for {model}{tries}"
+            return hint(ServiceTimeoutError(silent, fault="external"), "Raise timeout_s if the model needs longer.")
+        if isinstance(failure, openai.APIStatusError):
+            return self._status_explained(
+                failure, f"{server} answered {failure.status_code} for {model}{tries}: {text}"
+            )
+        if isinstance(failure, openai.APIConnectionError):
+            cause = told(failure.__cause__ or failure, endpoint._key)
+            error = ServiceUnavailableError(f"{server} cannot be reached{tries}: {cause}", fault="external")
+            return hint(error, "Look whether it runs and whether base_url is right, with its port and /v1.")
+        if isinstance(failure, openai.OpenAIError):
+            return ServiceError(f"{server} broke off, asked for {model}: {text}", fault="external")
+        return ServiceError(f"{server} gave a malformed answer for {model}: {text}", fault="external")
+
+    def _status_explained(self, failure: Any, text: str) -> ServiceError:
+        secret = self._endpoint._secret
+        match failure.status_code:
+            case 401 | 403:
+                error = ServiceError(text, fault="user")
+                return hint(error, f"The key came from {secret.source}; the server refuses it.")
+            case 404:
+                error = ServiceError(text, fault="user")
+                return hint(
+                    error, f"Look for the model in {self._endpoint.shown_url}/models, and whether base_url is right."
+                )
+            case 429:
+                asked_s = self._retry_after_s(failure)
+                error = ServiceError(text, fault="external")
+                wait = "" if asked_s is None else f" It asks to wait for {asked_s:g} s."
+                return hint(error, f"The server takes no more for now.{wait} A lower concurrency_max may help.")
+            case status:
+                return ServiceError(text, fault="user" if status < 500 else "external")
+
+    def _may_pass(self, failure: Exception) -> bool:
+        openai = self._openai
+        if isinstance(failure, openai.APIStatusError):
+            # A server may know that trying again is useless, such as without money left.
+            useless = failure.response.headers.get("x-should-retry") == "false"
+            return not useless and (failure.status_code in (408, 429) or failure.status_code >= 500)
+        if isinstance(failure, openai.APITimeoutError):
+            # A model that is slow would be asked a second time for what it still works on.
+            return type(failure.__cause__).__name__ == "ConnectTimeout"
+        return isinstance(failure, openai.APIConnectionError)
+
+    def _retry_after_s(self, failure: Exception) -> float | None:
+        if not isinstance(failure, self._openai.APIStatusError):
+            return None
+        value = failure.response.headers.get("retry-after", "").strip()
+        try:
+            seconds = float(value)
+        except ValueError:
+            date = email.utils.parsedate_tz(value)
+            seconds = float("nan") if date is None else email.utils.mktime_tz(date) - time.time()
+        return max(seconds, 0.0) if seconds == seconds else None
+
+
+def resolved(base_url: BaseUrl) -> str:
+    """Return an address as text, asking the service that it is taken of."""
+    if isinstance(base_url, ServiceHandle):
+        base_url = base_url.url
+    value: Any = base_url.resolve() if isinstance(base_url, ServiceMethod) else base_url
+    return str(value)
+
+
+def checked_url(url: str) -> None:
+    """Refuse what is no address.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise hint(
+            ValueError(f"base_url is {short(shown(url))}, no http address"),
+            'It is one like "http://127.0.0.1:8000/v1".',
+        )
+
+
+def shown(url: str) -> str:
+    """Return an address without user, password and query."""
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    hidden = f"{HIDDEN}@{place}" if "@" in parts.netloc else place
+    return urlunsplit((parts.scheme, hidden, parts.path, "", ""))

@@ -1,0 +1,85 @@
+"""Keys of servers: where they come from, and how they stay out of everything that is shown."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sage.errors import ServiceError, describe, hint
+
+HIDDEN = "***"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """A key that was asked for, and is read when it is needed.
+
+    Attributes:
+        value: the key itself, or None.
+        variable: the environment variable that has it, or None.
+        path: the file that has it, or None; blanks and line ends around it do not count.
+    """
+
+    value: str | None = None
+    variable: str | None = None
+    path: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse two places for one key."""
+        given = [
+            name
+            for name, place in zip(("api_key", "api_key_env", "api_key_file"), self._places(), strict=True)
+            if place
+        ]
+        if len(given) > 1:
+            raise ValueError(f"the key is given by {' and by '.join(given)}, but it can come from one place only")
+
+    @property
+    def source(self) -> str:
+        """Where the key comes from, for people to read."""
+        if self.variable is not None:
+            return f"environment variable {self.variable}"
+        if self.path is not None:
+            return f"file {os.fspath(self.path)!r}"
+        return "argument api_key" if self.value else "nowhere"
+
+    def read(self) -> str:
+        """Return the key, or an empty text where none was asked for.
+
+        Raises:
+            ServiceError: it is not where it should be.
+        """
+        if self.variable is not None:
+            key = os.environ.get(self.variable, "").strip()
+            if not key:
+                error = ServiceError(f"environment variable {self.variable}, which should hold the key, is not set")
+                raise hint(error, f"Set it before the program starts: export {self.variable}=...")
+            return key
+        if self.path is not None:
+            try:
+                key = Path(self.path).expanduser().read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                text = f"{self.source}, which should hold the key, cannot be read: {type(error).__name__}"
+                raise ServiceError(text) from None
+            if not key:
+                raise ServiceError(f"{self.source}, which should hold the key, is empty")
+            return key
+        return self.value or ""
+
+    def __repr__(self) -> str:
+        return f"<Secret from {self.source}>"
+
+    def _places(self) -> tuple[object, object, object]:
+        return self.value, self.variable, self.path
+
+
+def without(text: str, key: str) -> str:
+    """Return a text in which a key does not stand."""
+    return text.replace(key, HIDDEN) if key else text
+
+
+def told(error: BaseException, key: str, length_max: int = 300) -> str:
+    """Return what an error says, without the key and not longer than can be read."""
+    text = " ".join(without(describe(error), key).split())
+    return text if len(text) <= length_max else text[: length_max - 3] + "..."

@@ -1,0 +1,193 @@
+"""A server that speaks the OpenAI protocol and misbehaves on demand: `python openai_server.py PORT`.
+
+The first part of the model's name says how it behaves, and requests are counted for each full name. At /v1 it wants the
+key, at /open/v1 it wants none to be sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections import defaultdict
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+
+KEY = "sk-right-0123456789"
+LONG_S = 60.0
+
+asked: defaultdict[str, list[float]] = defaultdict(list)
+left: defaultdict[str, int] = defaultdict(int)
+is_open: defaultdict[str, int] = defaultdict(int)
+open_max: defaultdict[str, int] = defaultdict(int)
+
+
+def refused(status: int, text: str, headers: dict[str, str] | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"message": text, "type": "refused", "code": code}}, status, headers)
+
+
+def wrong_key(request: Request) -> JSONResponse | None:
+    sent = request.headers.get("authorization")
+    if request.url.path.startswith("/open/"):
+        return refused(400, "an Authorization header was sent to an open server") if sent is not None else None
+    # A server that shows what was wrong is the worst that can happen to a key.
+    return None if sent == f"Bearer {KEY}" else refused(401, f"Incorrect API key provided: {sent}")
+
+
+async def trouble(model: str) -> Response | None:
+    count = len(asked[model])
+    match model.split("/")[0]:
+        case "limited" if count == 1:
+            return refused(429, "too many requests", {"Retry-After": "0.4"})
+        case "closed":
+            return refused(429, "come back tomorrow", {"Retry-After": "86400"})
+        case "penniless":
+            return refused(429, "you have no money left", {"x-should-retry": "false"}, "insufficient_quota")
+        case "flaky" if count <= 2:
+            return refused(500 + count, "it is not my day")
+        case "down":
+            return refused(503, "no")
+        case "unknown":
+            return refused(404, f"The model `{model}` does not exist", code="model_not_found")
+        case "picky":
+            return refused(400, "the prompt is not to my liking")
+        case "malformed":
+            return Response('{"choices": [', media_type="application/json")
+        case "page":
+            return PlainTextResponse("<html>welcome</html>", media_type="text/html")
+        case "odd":
+            return JSONResponse({"object": "surprise"})
+        case "slow":
+            try:
+                await asyncio.sleep(LONG_S)
+            finally:
+                left[model] += 1
+    return None
+
+
+def answer_to(body: dict[str, Any]) -> tuple[str, str]:
+    asked_for = " ".join(message["content"] for message in body["messages"])
+    words = f"You said: {asked_for}".split()
+    limit = body.get("max_tokens", body.get("max_completion_tokens"))
+    text = " ".join(words[:limit])
+    for word in body.get("stop", []):
+        text = text.partition(word)[0]
+    return text, "length" if limit is not None and len(words) > limit else "stop"
+
+
+async def chat(request: Request) -> Response:
+    body = await request.json()
+    model = body["model"]
+    asked[model].append(time.monotonic())
+    found = wrong_key(request)
+    if found is not None:
+        return found
+    is_open[model] += 1
+    open_max[model] = max(open_max[model], is_open[model])
+    try:
+        response = await trouble(model)
+        if model.startswith("busy/"):
+            await asyncio.sleep(0.1)
+    finally:
+        is_open[model] -= 1
+    if response is not None:
+        return response
+    text, reason = answer_to(body)
+    if model.startswith("settings/"):
+        text = json.dumps({key: value for key, value in body.items() if key != "messages"})
+    if body.get("stream"):
+        return StreamingResponse(events(body, text, reason), media_type="text/event-stream")
+    usage = {"prompt_tokens": 7, "completion_tokens": len(text.split()), "total_tokens": 0}
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
+    return JSONResponse({"id": "1", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage})
+
+
+async def events(body: dict[str, Any], text: str, reason: str) -> AsyncIterator[str]:
+    model = body["model"]
+
+    def event(content: str | None, end: str | None = None) -> str:
+        choice = {"index": 0, "delta": {"content": content} if content else {}, "finish_reason": end}
+        return f"data: {json.dumps({'id': '1', 'model': model, 'choices': [choice]})}\n\n"
+
+    words = text.split(" ")
+    try:
+        for place, word in enumerate(words):
+            if place == 2 and model.startswith("broken/"):
+                raise ConnectionAbortedError  # The connection ends without an end of the answer.
+            if place == 2 and model.startswith("cut/"):
+                return
+            if place == 2 and model.startswith("garbled/"):
+                yield "data: {oops\n\n"
+            if place == 2 and model.startswith("stuck/"):
+                await asyncio.sleep(LONG_S)
+            yield event(word if place == 0 else f" {word}")
+        yield event(None, reason)
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 7, "completion_tokens": len(words), "total_tokens": 0}
+            yield f"data: {json.dumps({'id': '1', 'model': model, 'choices': [], 'usage': usage})}\n\n"
+        yield "data: [DONE]\n\n"
+    finally:
+        left[model] += 1
+
+
+async def embeddings(request: Request) -> Response:
+    body = await request.json()
+    model = body["model"]
+    asked[model].append(time.monotonic())
+    found = wrong_key(request) or await trouble(model)
+    if found is not None:
+        return found
+    dimension = body.get("dimensions", 8)
+    if len(body["input"]) > 100:
+        return refused(400, "at most 100 texts")
+    rows = [
+        {
+            "index": place,
+            "embedding": [0.0 if model.startswith("zero/") else float(len(text) + 1), *range(1, dimension)],
+        }
+        for place, text in enumerate(body["input"])
+    ]
+    for row in rows:
+        if model.startswith("zero/"):
+            row["embedding"] = [0.0] * dimension
+    # The order of the answer is the server's own business.
+    answer = {"object": "list", "data": rows[::-1], "model": model, "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+    return JSONResponse(answer)
+
+
+async def seen(request: Request) -> Response:
+    model = request.query_params["model"]
+    times = asked[model]
+    pauses = [after - before for before, after in pairwise(times)]
+    return JSONResponse({"asked": len(times), "pauses_s": pauses, "left": left[model], "open_max": open_max[model]})
+
+
+async def health(request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+app = Starlette(
+    routes=[
+        *(
+            Route(f"{base}/{path}", endpoint, methods=["POST"])
+            for base in ("/v1", "/open/v1")
+            for path, endpoint in (("chat/completions", chat), ("embeddings", embeddings))
+        ),
+        Route("/seen", seen),
+        Route("/health", health),
+    ]
+)
+
+if __name__ == "__main__":
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="critical", timeout_graceful_shutdown=1)
