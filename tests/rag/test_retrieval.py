@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from sage.services.numpy_store import NumpyStore
 
 from sage import FunctionError, GraphError, LocalEnvironment
 from sage.rag.documents import Document, Passage
@@ -17,6 +16,7 @@ from sage.rag.loaders import Files, Load
 from sage.rag.retrieval import Found, Index, Question, Retrieve, Retrieved, fuse, metadata_of, passage_of
 from sage.rag.splitters import SplitByStructure
 from sage.services.embeddings import HashingEmbeddings
+from sage.services.numpy_store import NumpyStore
 from sage.services.vector_store import Hit
 from sage.testing import assert_clean
 

@@ -19,7 +19,28 @@ if TYPE_CHECKING:
     Remembering: TypeAlias = "ServiceHandle[Memory] | Memory"
 
 TELLING_WORDS_MIN = 3
-"""A question with fewer telling words than this is searched for together with the one before it."""
+"""A question that refers to something and has fewer telling words than this does not say what it is about."""
+
+REFERRING_WORDS = frozenset(
+    [
+        "he",
+        "her",
+        "him",
+        "his",
+        "it",
+        "its",
+        "one",
+        "ones",
+        "she",
+        "that",
+        "their",
+        "them",
+        "these",
+        "they",
+        "this",
+        "those",
+    ]
+)
 
 
 class Converse(MapFunction):
@@ -70,12 +91,18 @@ class Converse(MapFunction):
 def with_history(question: Question, history: tuple[Message, ...]) -> Question:
     """Return a question as part of a conversation.
 
-    One that says too little by itself, such as "And who stops it?", is searched for together with the question of the
-    user before it.
+    One that says too little by itself, such as "And who stops it?" or "Why?", is searched for together with the
+    question of the user before it.
     """
     asked = [message.content for message in history if message.role == "user"]
-    telling = [word for word in words_of(question.text) if word not in FREQUENT_WORDS]
     query = question.query
-    if not query and asked and question.text.strip() and len(telling) < TELLING_WORDS_MIN:
+    if asked and not query and question.text.strip() and says_too_little(question.text):
         query = f"{asked[-1]} {question.text}"
     return replace(question, query=query, history=history)
+
+
+def says_too_little(question: str) -> bool:
+    """Return whether a question means something only after another one, as far as its words tell."""
+    words = words_of(question)
+    telling = [word for word in words if word not in FREQUENT_WORDS and word not in REFERRING_WORDS]
+    return not telling or (len(telling) < TELLING_WORDS_MIN and not REFERRING_WORDS.isdisjoint(words))
