@@ -113,7 +113,7 @@ def test_questions_are_typed(docs: Path) -> None:
 
 
 def test_a_conversation_goes_on_in_the_next_run(docs: Path) -> None:
-    base = ["--docs", docs, "--interactive", "--keep", "kept", "--top", "1", "--session"]
+    base: list[str | Path] = ["--docs", docs, "--interactive", "--keep", "kept", "--top", "1", "--session"]
     begun = {"one": ("What drains?", "guide.md#stopping"), "other": ("What does a key do?", "guide.md#keys")}
     for session, (question, passage) in begun.items():
         assert passage in ask(docs.parent, *base, session, typed=f"{question}\n").stdout
