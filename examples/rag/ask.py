@@ -27,7 +27,7 @@ from sage.services.memory import Memory
 from sage.services.milvus import MilvusStore
 from sage.services.minilm import MiniLMEmbeddings
 from sage.services.numpy_store import NumpyStore
-from sage.services.openai import OpenAILLM
+from sage.services.openai import OPENAI_URL, OpenAILLM
 from sage.services.sqlite_store import SqliteStore
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +65,7 @@ def index(env: LocalEnvironment, docs: list[Path], services: Services) -> None:
         env.from_batch(Files, *docs, name="files")
         .flatmap(Load, name="load", on_error=unread)
         .flatmap(SplitByStructure, name="split")
-        .map_batches(Index, **services, max_records=64, name="index")
+        .map_batches(Index(**services), max_records=64, name="index")
         .sink(lambda passage: stored.append(passage.document), name="count")
     )
     unread.sink(complain, name="complain")
@@ -81,8 +81,9 @@ def converse(env: LocalEnvironment, options: argparse.Namespace, services: Servi
     """Register model and memory, and return what answers a question."""
     memory = env.register_service("memory", Memory, folder / "memory.db", services["embeddings"])
     if options.llm == "openai":
-        settings = {"base_url": options.base_url} if options.base_url else {}
-        llm = env.register_service("llm", OpenAILLM, options.model, api_key_env="OPENAI_API_KEY", **settings)
+        llm = env.register_service(
+            "llm", OpenAILLM, options.model, base_url=options.base_url, api_key_env="OPENAI_API_KEY"
+        )
     else:
         llm = env.register_service("llm", ExtractiveLLM)
     return Converse(Retrieve(options.top, **services), Generate(llm), memory, session=options.session)
@@ -155,7 +156,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--store", choices=["memory", "sqlite", "chroma", "milvus"], default="sqlite")
     parser.add_argument("--embeddings", choices=EMBEDDINGS, default="hashing")
     parser.add_argument("--llm", choices=["extractive", "openai"], default="extractive")
-    parser.add_argument("--base-url", help="of a server that speaks the protocol of OpenAI; its own by default")
+    parser.add_argument("--base-url", default=OPENAI_URL, help="of a server that speaks the protocol of OpenAI")
     parser.add_argument("--model", default="gpt-4o-mini", help="for --llm openai; the key is in OPENAI_API_KEY")
     parser.add_argument("--top", type=int, default=4, help="how many passages answer a question")
     parser.add_argument("--session", default="default", help="which conversation goes on")
