@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from sage.service import ServiceUser, UserContext
@@ -166,3 +167,8 @@ class BaseJoinFunction(BaseFunction):
 
 class FutureFunction(BaseFunction):
     """Stands for a stream that is filled later; see `Environment.from_future`."""
+
+
+def is_coroutine_function(target: Any) -> bool:
+    """Return whether calling `target` gives a coroutine, also for objects with `__call__`."""
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004

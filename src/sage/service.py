@@ -13,7 +13,8 @@ from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from concurrent.futures import Future
+
+    from sage._calls import CallFuture
 
 T = TypeVar("T")
 
@@ -96,8 +97,11 @@ class ServiceCalls(Protocol):
 
     def call_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Future[Any]:
-        """Start a call on the service's own threads."""
+    ) -> CallFuture:
+        """Start a call on the service's own threads; a coroutine of a job may await the future."""
+
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether `name` is a coroutine method, whose calls in coroutines of a job have to be awaited."""
 
 
 class ServiceHandle(Generic[T]):
@@ -106,6 +110,11 @@ class ServiceHandle(Generic[T]):
     It can be captured by lambdas, given to functions and to other services as an argument, and passed on itself as a
     function: `stream.map(handle.recall)`. Its own attributes begin with an underscore, so that every public name is one
     of the service. Calling the handle itself calls `process`.
+
+    A coroutine method is run to its end for whoever calls it, as any other method. In a coroutine on the event loop of
+    a job, such as a function of `map_async`, the call is awaited instead: `await handle.generate(prompt)`. It waits for
+    its place under the service's concurrency without keeping other coroutines from going on. A plain method blocks
+    them all while it runs; `await self.call_service_async(...)` moves such a call to another thread.
     """
 
     def __init__(self, name: str, target: object) -> None:
@@ -457,8 +466,10 @@ class ServiceUser:
 
     def call_service_async(
         self, name: str, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
-    ) -> Future[Any]:
+    ) -> CallFuture:
         """Start a call of a service on the service's own threads and return a future of its answer.
+
+        In a coroutine of a job, the future may be awaited.
 
         Args are those of `call_service`. With a `timeout`, the future fails with `ServiceTimeoutError` in time.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
-from sage._plan.signature import comap_spec, function_spec
+from sage._plan.signature import async_spec, comap_spec, function_spec
 from sage.errors import GraphError, hint
 from sage.failure import FAIL, POLICIES, ErrorPolicy, Retry
 
@@ -94,6 +94,119 @@ class DataStream:
         """
         spec = function_spec(Kind.MAP, function, args, kwargs)
         return self._stream(self._then(Kind.MAP, spec, parallelism=parallelism, name=name, on_error=on_error))
+
+    def map_async(
+        self,
+        function: Any,
+        *args: Any,
+        concurrency: int = 16,
+        ordered: bool = True,
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+        parallelism: int | None = None,
+        name: str | None = None,
+        on_error: Any = None,
+        **kwargs: Any,
+    ) -> DataStream:
+        """Replace each record by what the coroutine function `function` returns for it, many records at a time.
+
+        The coroutines run on the event loop of the job. What they await runs meanwhile; what blocks, blocks all of
+        them. A result goes on as soon as it is there, or with `ordered` when those of all records before it are. When
+        a job is cancelled or fails, the coroutines that run are cancelled and awaited before `close()` of the function.
+
+        Args:
+            function: a coroutine function, a class or instance with `async def execute`, or a method of a service. A
+                `MapFunction` that returns None drops the record, and `self.ctx.get_key()` tells a coroutine the key of
+                its own record.
+            *args: arguments of a function class.
+            concurrency: how many records each task has in the function at a time, those included that wait for their
+                next attempt. No more results wait to go on, so that a slow record holds up at most as many.
+            ordered: whether results keep the order of their records.
+            timeout_s: how long each attempt may take, in seconds; it fails with `TimeoutError` then.
+            retry: how often a record is tried, with which pauses; `on_error` says what follows the last attempt.
+            parallelism: see the class.
+            name: see the class.
+            on_error: see the class.
+            **kwargs: keyword arguments of a function class.
+
+        Raises:
+            GraphError: `function` is no coroutine function, or a number cannot work.
+
+        >>> from sage.testing import run
+        >>> async def double(x): return x * 2
+        >>> run([1, 2, 3], lambda stream: stream.map_async(double, concurrency=2))
+        [2, 4, 6]
+        """
+        _check_count("map_async", "concurrency", concurrency)
+        if timeout_s is not None:
+            _check_seconds("map_async", "timeout_s", timeout_s, least_text="more than 0", is_right=timeout_s > 0)
+        spec = async_spec(function, args, kwargs)
+        id_ = self._then(
+            Kind.MAP_ASYNC,
+            spec,
+            parallelism=parallelism,
+            name=name,
+            on_error=_with_retry("map_async", retry, on_error),
+            concurrency=concurrency,
+            ordered=ordered,
+            timeout_s=timeout_s,
+        )
+        return self._stream(id_)
+
+    def map_batches(
+        self,
+        function: Any,
+        *args: Any,
+        max_records: int = 64,
+        max_wait_s: float = 0.0,
+        batch_format: Literal["list", "numpy"] = "list",
+        parallelism: int | None = None,
+        name: str | None = None,
+        on_error: Any = None,
+        **kwargs: Any,
+    ) -> DataStream:
+        """Replace records by what `function` returns for a batch of them: one result for each, in their order.
+
+        Keys are kept. When the function raises, or returns another number of results, the batch as a whole has failed:
+        `on_error` concerns every record of it. `Retry` calls the function again with the same batch, "skip" drops all
+        of its records, and each of them becomes a dead letter of its own.
+
+        Args:
+            function: takes a list or an array of 1 to `max_records` records, and returns a list, a tuple or an array.
+            *args: arguments of a function class.
+            max_records: how many records a batch has at most.
+            max_wait_s: how long a record may wait for the batch to fill, in seconds; 0 takes what is there. The end of
+                the stream ends the waiting.
+            batch_format: "list", or "numpy" for `numpy.asarray` of the records; numpy has to be installed then.
+            parallelism: see the class.
+            name: see the class.
+            on_error: see the class.
+            **kwargs: keyword arguments of a function class.
+
+        Raises:
+            GraphError: the function cannot be called with one argument, or an option cannot work.
+
+        >>> from sage.testing import run
+        >>> run([1, 2, 3], lambda stream: stream.map_batches(lambda batch: [x * 2 for x in batch], max_records=2))
+        [2, 4, 6]
+        """
+        _check_count("map_batches", "max_records", max_records)
+        is_right = 0 <= max_wait_s < float("inf")
+        _check_seconds("map_batches", "max_wait_s", max_wait_s, least_text="0 or more, and finite", is_right=is_right)
+        if batch_format not in ("list", "numpy"):
+            raise hint(GraphError(f"map_batches: batch_format is {batch_format!r}"), 'It is "list" or "numpy".')
+        spec = function_spec(Kind.MAP_BATCHES, function, args, kwargs)
+        id_ = self._then(
+            Kind.MAP_BATCHES,
+            spec,
+            parallelism=parallelism,
+            name=name,
+            on_error=on_error,
+            max_records=max_records,
+            max_wait_s=max_wait_s,
+            batch_format=batch_format,
+        )
+        return self._stream(id_)
 
     def filter(
         self,
@@ -400,6 +513,26 @@ def _check_stream(builder: GraphBuilder, method: str, stream: object) -> None:
     if stream._builder is not builder:
         error = GraphError(f"{method}: the streams belong to two environments")
         raise hint(error, "Build both in the same environment.")
+
+
+def _check_count(method: str, option: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise GraphError(f"{method}: {option} is {value!r}, which is not a positive number")
+
+
+def _check_seconds(method: str, option: str, value: float, *, least_text: str, is_right: bool) -> None:
+    if not is_right:
+        raise hint(GraphError(f"{method}: {option} is {value!r}"), f"It is a number of seconds, {least_text}.")
+
+
+def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:
+    """Return both as one `on_error`."""
+    if retry is None:
+        return on_error
+    if on_error is not None and (isinstance(on_error, Retry) or retry.then != "fail"):
+        error = GraphError(f"{method}: retry and on_error both say what follows the last attempt")
+        raise hint(error, "Leave `then` out of the Retry, or give the Retry alone.")
+    return retry if on_error is None else Retry(retry.attempts_max, retry.backoff_s, on_error)
 
 
 def _printer(prefix: str, separator: str, colored: bool) -> Callable[[Any], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sage._leftovers import assert_clean
@@ -16,6 +17,7 @@ from sage.records import Span
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from sage._backends.stepped_loop import SteppedLoop
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
     from sage.stream import DataStream
@@ -27,6 +29,9 @@ STEPS_MAX = 5_000_000
 
 STEP_S = 0.001
 """How much virtual time a step of a task takes, in seconds: little, but bounds come true while tasks have work."""
+
+OUTSIDE_S = 30.0
+"""How long coroutines may wait for something outside of the job, in seconds of real time."""
 
 LIMITS = (1, 2, 3, 7, 64, 1024)
 CAPACITIES = (1, 2, 5, 100, 4096)
@@ -143,6 +148,7 @@ class StepLane:
 class StepBackend(Backend):
     """Runs a whole job on the calling thread: one step of a task, a hook, or one event at a time, drawn from a seed.
 
+    Coroutines run on a thread of their own, one round of their loop at a time, while everything else stands still.
     Time is virtual: each step of a task takes `STEP_S`, and when there is nothing to do, time moves to the next moment
     that somebody waits for. Sizes of batches, cuts and capacities are drawn too, so thousands of seeds see thousands of
     schedules, and each seed sees the same one every time. The job runs while somebody waits for it: in
@@ -161,6 +167,7 @@ class StepBackend(Backend):
         self._tasks: list[Task] = []
         self._lanes: list[StepLane] = []
         self._ready: set[Task] = set()
+        self._loops: list[SteppedLoop] = []
 
     def now(self) -> float:
         """Return the virtual time."""
@@ -179,6 +186,22 @@ class StepBackend(Backend):
         lane = StepLane()
         self._lanes.append(lane)
         return lane
+
+    def event_loop(self) -> SteppedLoop:
+        """Return a loop that goes one round at its turn, on the virtual time."""
+        from sage._backends.stepped_loop import SteppedLoop  # importing asyncio takes longer than a small job
+
+        loop = SteppedLoop(self.now)
+        self._loops.append(loop)
+        return loop
+
+    @contextmanager
+    def loop_going_on(self) -> Iterator[None]:
+        """Let the loop go on by itself while a function waits for a coroutine."""
+        with ExitStack() as stack:
+            for loop in self._loops:
+                stack.enter_context(loop.going_on())
+            yield
 
     def start(self, supervisor: Supervisor) -> None:
         """Do nothing: the job runs while somebody waits for it."""
@@ -219,7 +242,9 @@ class StepBackend(Backend):
         return len(self._events)
 
     def turn(self, supervisor: Supervisor) -> None:
-        """Do one thing: a step of a task, a hook, or one event; a subclass may do something before it.
+        """Do one thing: a step of a task, a round of coroutines, a hook, or one event.
+
+        A subclass may do something before it.
 
         Raises:
             InternalError: nothing can go on.
@@ -229,6 +254,7 @@ class StepBackend(Backend):
         choices: list[Any] = [*lanes, *tasks]
         if self._events:
             choices.append(None)
+        choices += [loop for loop in self._loops if loop.is_ready]
         if not choices:
             self._pass_time(supervisor)
             return
@@ -238,7 +264,10 @@ class StepBackend(Backend):
         elif isinstance(chosen, StepLane):
             chosen.waiting.pop(0)()
         else:
-            self._step(chosen)
+            if chosen in self._loops:
+                chosen.go_round()
+            else:
+                self._step(chosen)
             self.clock.advance(STEP_S)
             self._ring(supervisor)
 
@@ -254,6 +283,9 @@ class StepBackend(Backend):
         dues = [task.wake_at for task in self._tasks if task.wake_at is not None]
         if supervisor.next_due is not None:
             dues.append(supervisor.next_due)
+        dues += [loop.due for loop in self._loops if loop.due is not None]
+        if any(loop.waits_outside(0.0 if dues else OUTSIDE_S) for loop in self._loops):
+            return
         if not dues:
             states = {task.name: task.phase for task in self._tasks}
             raise InternalError(f"seed {self.seed}: nothing can go on; {supervisor.state.job}, {states}")

@@ -16,11 +16,12 @@ from sage._control import doctor as health
 from sage._control import timeline
 from sage._control.explanation import explaining
 from sage._control.program import Program
+from sage._control.projects import make_project
 from sage._control.saved import read
 from sage._hosts.guard import runs_folder
 from sage._hosts.guardian import reap_folder, stale_folders
 from sage.environment import Environment
-from sage.errors import GraphError
+from sage.errors import ControlError, GraphError
 from sage.observability import append_to
 from sage.report import Cleanliness, Outcome
 
@@ -139,6 +140,27 @@ def report(file: Path, html: Path | None, svg: Path | None) -> None:
     if saved.unread_count:
         lines = "1 line was" if saved.unread_count == 1 else f"{saved.unread_count} lines were"
         click.echo(f"{lines} not readable and left out", err=True)
+
+
+@main.group()
+def new() -> None:
+    """Make a new project: a folder with a pipeline, a config and tests that pass."""
+
+
+@new.command()
+@click.argument("folder", metavar="NAME", type=FOLDER)
+def rag(folder: Path) -> None:
+    """Make the project NAME, which answers questions from documents and names the passages.
+
+    NAME is a new folder here, or a path to one.
+    """
+    try:
+        files = make_project("rag", folder)
+    except ControlError as error:
+        raise click.ClickException("\n".join([str(error), *getattr(error, "__notes__", ())])) from error
+    for file in files:
+        click.echo(str(file))
+    click.echo(f"\nNext: cd {folder}, python pipeline.py, python -m pytest")
 
 
 @main.command()

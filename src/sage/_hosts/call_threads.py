@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from sage._calls import CallFuture
 from sage._runtime.inside import carried
-from sage.errors import ServiceTimeoutError, ServiceUnavailableError
+from sage.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CALL_THREADS_MAX = 32
-
-
-class CallFuture(Future[Any]):
-    """The future of a call, which fails with `ServiceTimeoutError` when its time is over."""
-
-    def __init__(self, service: str, method: str, timeout_s: float | None) -> None:
-        super().__init__()
-        self._service = service
-        self._method = method
-        self._timeout_s = timeout_s
-        self._due = None if timeout_s is None else time.monotonic() + timeout_s
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Return the answer; see `concurrent.futures.Future.result`."""
-        self._wait(timeout)
-        return super().result(0 if self.done() else timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the call raised; see `concurrent.futures.Future.exception`."""
-        self._wait(timeout)
-        return super().exception(0 if self.done() else timeout)
-
-    def _wait(self, timeout: float | None) -> None:
-        if self._due is None or self.done():
-            return
-        left = self._due - time.monotonic()
-        if timeout is not None and timeout < left:
-            return
-        with self._condition:
-            if self._condition.wait_for(self.done, max(left, 0)):
-                return
-        self.cancel()
-        raise ServiceTimeoutError(
-            f'service "{self._service}" did not answer {self._method} within {self._timeout_s:g} s',
-            service=self._service,
-            fault="external",
-        )
 
 
 class CallThreads:

@@ -21,14 +21,14 @@ from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
 from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
 from sage._hosts.wire import encode
-from sage._runtime.coroutines import CoroutineLoop
+from sage._runtime.coroutines import CoroutineLoop, is_on_loop
 from sage.errors import ServiceError, ServiceUnavailableError, describe
 from sage.service import ServiceContext, ServiceHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from concurrent.futures import Future
 
+    from sage._calls import CallFuture
     from sage._hosts.wire import Connection
 
 ORDER_BYTES_MAX = 65_536
@@ -114,9 +114,9 @@ class Child:
             return method(*args, **kwargs)
 
     def _attribute(self, name: str) -> tuple[bool, Any]:
-        """Return whether an attribute is a method, and its value if it is not."""
+        """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""
         attribute = self._instance.attribute(name)
-        return (True, None) if callable(attribute) else (False, attribute)
+        return (True, self._instance.coroutine_method(name) is not None) if callable(attribute) else (False, attribute)
 
     def _where(self) -> str:
         """Return where the threads of this process stand, but for those that only wait for requests."""
@@ -259,9 +259,13 @@ class OwnCalls:
 
     def call_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Future[Any]:
+    ) -> CallFuture:
         """Call a method on another thread."""
         return self._threads.submit(name, lambda: self._instance.attribute(name)(*args, **kwargs), timeout_s)
+
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether it is a coroutine method."""
+        return self._instance.coroutine_method(name) is not None
 
 
 class DriverCalls:
@@ -270,6 +274,7 @@ class DriverCalls:
     def __init__(self, link: Link, service: str) -> None:
         self._link = link
         self._service = service
+        self._coroutines: set[str] = set()
         self._threads = CallThreads(service, None)
 
     def method(self, name: str) -> Any:
@@ -277,17 +282,25 @@ class DriverCalls:
         is_method, value = self._ask("attribute", name)
         if not is_method:
             return value
+        if value:
+            self._coroutines.add(name)
         return lambda *args, **kwargs: self.call(name, args, kwargs, None)
+
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether it is known as a coroutine method."""
+        return name in self._coroutines
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
         """Call a method; the driver sees to the time-out."""
+        if is_on_loop() and self.is_coroutine(name):
+            return self.call_async(name, args, kwargs, timeout_s)
         return self._ask("call", name, args, kwargs, timeout_s)
 
     def call_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Future[Any]:
+    ) -> CallFuture:
         """Start a call; a thread waits for its answer."""
-        return self._threads.submit(name, lambda: self.call(name, args, kwargs, timeout_s), None)
+        return self._threads.submit(name, lambda: self._ask("call", name, args, kwargs, timeout_s), None)
 
     def _ask(self, kind: str, *request: Any) -> Any:
         try:

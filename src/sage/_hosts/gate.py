@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sage._runtime.coroutines import is_on_loop
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from asyncio import Future
+    from collections.abc import Awaitable, Callable, Coroutine
+
+_inside: ContextVar[frozenset[Any]] = ContextVar("inside", default=frozenset())
+"""The gates that let through the call in which a coroutine runs."""
 
 
 class Gate(Protocol):
@@ -76,14 +84,20 @@ class SerialGate:
 
 
 class SharedGate:
-    """Several calls at a time, up to a limit or without one."""
+    """Several calls at a time, up to a limit or without one: of threads, and of coroutines, which do not block.
+
+    A plain method that is called on an event loop runs between the awaits of the coroutines there, so it does not wait
+    for them: they could not go on.
+    """
 
     def __init__(self, calls_max: int | None) -> None:
         self.is_open = False
         self.call_count = 0
         self.error_count = 0
         self._calls_max = calls_max
-        self._running: dict[int, int] = {}
+        self._running: dict[object, int] = {}  # by the identity of a thread, or an object for the call of a coroutine
+        self._coroutines = 0
+        self._awaiting: deque[Future[None]] = deque()
         self._waiting = 0
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -107,11 +121,42 @@ class SharedGate:
 
         return call
 
+    def bind_coroutine(
+        self,
+        method: Callable[..., Awaitable[Any]],
+        otherwise: Callable[..., Awaitable[Any]],
+        *,
+        passes_closed: bool = False,
+    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """Return a coroutine method behind the limit; like `bind`, for calls that are awaited."""
+
+        def call(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+            # Seen by the caller's thread: a service that calls itself needs no second place.
+            return enter(self in _inside.get() or threading.get_ident() in self._running, args, kwargs)
+
+        async def enter(is_inside: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            me = object()
+            if not await self._enter_awaiting(me, is_inside, passes_closed):
+                return await otherwise(*args, **kwargs)
+            before = _inside.set(_inside.get() | {self})
+            try:
+                return await method(*args, **kwargs)
+            except BaseException:
+                self.error_count += 1
+                raise
+            finally:
+                _inside.reset(before)
+                self._leave(me, is_coroutine=True)
+
+        return call
+
     def close(self) -> None:
         """Let nothing more through, and send away what waits."""
         with self._lock:
             self.is_open = False
             self._changed.notify_all()
+            while self._awaiting:
+                self._wake_one()
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call runs."""
@@ -126,7 +171,7 @@ class SharedGate:
         with self._lock:
             if self._calls_max is not None and me not in self._running:
                 # A thread that is inside already, because the service calls itself, needs no place of its own.
-                while (self.is_open or passes_closed) and len(self._running) >= self._calls_max:
+                while (self.is_open or passes_closed) and self._is_full_for_thread(self._calls_max):
                     self._waiting += 1
                     self._changed.wait()
                     self._waiting -= 1
@@ -136,12 +181,55 @@ class SharedGate:
             self.call_count += 1
             return True
 
-    def _leave(self, me: int) -> None:
+    def _is_full_for_thread(self, calls_max: int) -> bool:
+        if len(self._running) < calls_max:
+            return False
+        beside = self._coroutines if is_on_loop() else 0
+        return len(self._running) - beside >= calls_max and self not in _inside.get()
+
+    async def _enter_awaiting(self, me: object, is_inside: bool, passes_closed: bool) -> bool:
+        import asyncio
+
+        while True:
+            with self._lock:
+                if not self.is_open and not passes_closed:
+                    return False
+                if is_inside or self._calls_max is None or len(self._running) < self._calls_max:
+                    self._running[me] = 1
+                    self._coroutines += 1
+                    self.call_count += 1
+                    return True
+                place: Future[None] = asyncio.get_running_loop().create_future()
+                self._awaiting.append(place)
+            try:
+                await place
+            except asyncio.CancelledError:
+                with self._lock:
+                    if place in self._awaiting:
+                        self._awaiting.remove(place)
+                    elif self._awaiting:
+                        self._wake_one()  # it was its turn, and it does not come
+                raise
+
+    def _leave(self, me: object, *, is_coroutine: bool = False) -> None:
         with self._lock:
             depth = self._running[me] - 1
             if depth:
                 self._running[me] = depth
-            else:
-                del self._running[me]
-                if self._waiting:
-                    self._changed.notify_all()
+                return
+            del self._running[me]
+            self._coroutines -= is_coroutine
+            if self._waiting:
+                self._changed.notify_all()
+            if self._awaiting:
+                self._wake_one()
+
+    def _wake_one(self) -> None:
+        """Let the coroutine that has waited longest try again; the lock is held."""
+        place = self._awaiting.popleft()
+        place.get_loop().call_soon_threadsafe(_set, place)
+
+
+def _set(place: Future[None]) -> None:
+    if not place.done():
+        place.set_result(None)

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from sage._calls import not_in_time
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.gate import SerialGate, SharedGate
 from sage._runtime.backend import HostFacts
+from sage._runtime.coroutines import is_on_loop
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
+    from collections.abc import Callable, Coroutine
 
+    from sage._calls import CallFuture
     from sage._hosts.gate import Gate
     from sage._plan.logical import ServiceSpec
     from sage._runtime.backend import Backend, Lane
     from sage._runtime.coroutines import CoroutineLoop
     from sage.service import ServiceContext, ServiceOptions
+
+
+CLOSED = object()
+"""What stands for the answer of a call that found its gate closed."""
+
+
+async def _closed(*_: Any, **__: Any) -> object:
+    return CLOSED
 
 
 class GatedHost(ABC):
@@ -182,23 +193,36 @@ class GatedHost(ABC):
 
     def method(self, name: str) -> Any:
         """Return a method behind the gate, or another attribute as it is."""
+        if self.is_coroutine(name):
+            return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
         if not self._is_there:
             return lambda *args, **kwargs: self._later(name, args, kwargs)
         attribute = self._attribute(name)
         if not callable(attribute):
             return attribute
+        if self.is_coroutine(name):  # which only the instance could tell
+            return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
         options = self.spec.options
         if options.call_timeout_s is not None:
             return lambda *args, **kwargs: self.call(name, args, kwargs, options.call_timeout_s)
         return self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))
 
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether `name` is a coroutine method; of a callable's object, once it is there."""
+        target = self.spec.target
+        if isinstance(target, type):
+            return inspect.iscoroutinefunction(getattr(target, name, None))
+        return self._coroutine_method(name) is not None
+
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
         """Call a method, with a time-out on the service's own threads."""
+        if is_on_loop() and self.is_coroutine(name):
+            return self._awaitable(name, args, kwargs, timeout_s)
         return self.call_async(name, args, kwargs, timeout_s).result()
 
     def call_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Future[Any]:
+    ) -> CallFuture:
         """Start a call on the service's own threads."""
         if timeout_s is None:
             timeout_s = self.spec.options.call_timeout_s
@@ -226,6 +250,10 @@ class GatedHost(ABC):
             UnknownServiceError: there is none of this name.
         """
 
+    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:  # noqa: ARG002
+        """Return what the job's loop can await for a coroutine method, or None if a thread has to wait for it."""
+        return None
+
     @abstractmethod
     def _build(self) -> frozenset[str]:
         """Make an instance and return the names of the hooks it has."""
@@ -240,10 +268,57 @@ class GatedHost(ABC):
 
     # --- behind it ---
 
+    def _run_or_await(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a coroutine method: run it to its end for a thread, and let a coroutine await it."""
+        timeout_s = self.spec.options.call_timeout_s
+        if is_on_loop():
+            return self._awaitable(name, args, kwargs, timeout_s)
+        if timeout_s is not None:
+            return self.call(name, args, kwargs, timeout_s)
+        if not self._is_there:
+            return self._later(name, args, kwargs)
+        gated = self._gated(name)
+        if gated is None:
+            attribute = self._attribute(name)
+            return self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))(*args, **kwargs)
+        return self._loop.run(gated(*args, **kwargs))
+
+    def _awaitable(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+        gated = self._gated(name)
+        if gated is None:
+            return self.call_async(name, args, kwargs, timeout_s)
+        coroutine = gated(*args, **kwargs)
+        return self._loop.answer(coroutine if timeout_s is None else self._in_time(name, coroutine, timeout_s))
+
+    def _gated(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]] | None:
+        """Return a coroutine method behind the gate, or None where threads have to call it."""
+        method = self._coroutine_method(name)
+        if method is None or not isinstance(self._gate, SharedGate):
+            return None
+        return self._gate.bind_coroutine(method, lambda *args, **kwargs: self.call_async(name, args, kwargs, None))
+
+    async def _in_time(self, name: str, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+        import asyncio
+
+        bound = asyncio.timeout(timeout_s)
+        try:
+            async with bound:
+                return await coroutine
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise not_in_time(self.spec.name, name, timeout_s) from None
+
     def _admitted(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that was taken in while the service ran; the drain waits for it, so the gate may be closed."""
         if not self._is_there:
             return self._later(name, args, kwargs)
+        method = self._coroutine_method(name)
+        if method is not None and isinstance(self._gate, SharedGate):
+            # It takes its place on the loop: a thread that kept one meanwhile would keep others from going on there.
+            gated = self._gate.bind_coroutine(method, _closed, passes_closed=self._refused)
+            answer = self._loop.run(gated(*args, **kwargs))
+            return self._later(name, args, kwargs) if answer is CLOSED else answer
         attribute = self._attribute(name)
 
         def call() -> Any:

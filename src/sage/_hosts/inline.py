@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from sage._hosts.gate import SharedGate
 from sage._hosts.gated import GatedHost
 from sage._hosts.instance import Instance
 
@@ -59,7 +60,12 @@ class InlineHost(GatedHost):
         instance = self._latest = Instance(self.spec.name, self._loop)
         instance.build(self.spec.target, self.spec.args, self.spec.kwargs, self._context)
         self._instance = instance
+        if instance.has_coroutines:
+            self._gate = SharedGate(self.spec.options.concurrency)  # a lock of threads would block the loop
         return instance.hooks
+
+    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+        return None if self._instance is None else self._instance.coroutine_method(name)
 
     def _run_hook(self, hook: str, due: float | None) -> Any:  # noqa: ARG002
         return self._latest.run_hook(hook)

@@ -74,6 +74,8 @@ class Instance:
     def attribute(self, name: str) -> Any:
         """Return an attribute; a method is returned as a plain function, coroutine functions too.
 
+        Only for a caller on the loop, what a coroutine function returns has to be awaited.
+
         Raises:
             UnknownServiceError: there is none of this name; the methods are listed.
         """
@@ -83,7 +85,19 @@ class Instance:
             raise self._unknown(name) from None
         if not inspect.iscoroutinefunction(attribute):
             return attribute
-        return lambda *args, **kwargs: self.loop.run(attribute(*args, **kwargs))
+        return lambda *args, **kwargs: self.loop.answer(attribute(*args, **kwargs))
+
+    def coroutine_method(self, name: str) -> Callable[..., Any] | None:
+        """Return a coroutine method as it is, or None if this is something else."""
+        attribute = getattr(self._target, name, None)
+        return attribute if inspect.iscoroutinefunction(attribute) else None
+
+    @property
+    def has_coroutines(self) -> bool:
+        """Whether any of the methods that callers may use is a coroutine function."""
+        names = (name for name in dir(self._target) if not name.startswith("_") and name not in HOOKS)
+        found = (inspect.getattr_static(self._target, name, None) for name in names)
+        return any(inspect.iscoroutinefunction(getattr(attribute, "__func__", attribute)) for attribute in found)
 
     def _clean(self) -> None:
         """Call the cleanup, at most once, whoever asks for it, and what was deferred."""

@@ -52,7 +52,7 @@ class ProcessHost(GatedHost):
         self._link: Link | None = None
         self._cookie = ""
         self._hooks: frozenset[str] = frozenset()
-        self._methods: set[str] = set()
+        self._methods: dict[str, bool] = {}  # whether each is a coroutine method
         self._is_built_there = False
         self._is_ending = False
         self._is_kept = False
@@ -140,7 +140,7 @@ class ProcessHost(GatedHost):
             is_method, value = self._ask("attribute", name)
             if not is_method:
                 return value
-            self._methods.add(name)
+            self._methods[name] = value
         link = self._link
 
         def remote(*args: Any, **kwargs: Any) -> Any:
@@ -148,8 +148,12 @@ class ProcessHost(GatedHost):
 
         return remote
 
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether `name` is a coroutine method, as far as its class or its process has told."""
+        return super().is_coroutine(name) or self._methods.get(name, False)
+
     def _build(self) -> frozenset[str]:
-        self._methods = set()
+        self._methods = {}
         self._hooks = frozenset()
         self._start()
         spec = self.spec
@@ -279,8 +283,9 @@ class ProcessHost(GatedHost):
         self._handle(name)
 
     def _attribute_of_other(self, service: str, name: str) -> tuple[bool, Any]:
-        attribute = getattr(self._handle(service), name)
-        return (True, None) if callable(attribute) else (False, attribute)
+        handle = self._handle(service)
+        attribute = getattr(handle, name)
+        return (True, handle._require().is_coroutine(name)) if callable(attribute) else (False, attribute)
 
     def _call_other(
         self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None

@@ -256,6 +256,22 @@ class SharedHost(GatedHost):
         assert self.instance is not None
         return self.instance.host.calls.method(name)
 
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether `name` is a coroutine method of the instance."""
+        instance = self.instance
+        return super().is_coroutine(name) if instance is None else instance.host.calls.is_coroutine(name)
+
+    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+        instance = self.instance
+        if instance is None or not instance.host.calls.is_coroutine(name):
+            return None
+
+        # On the loop of this job, the host of the instance gives something to await.
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._attribute(name)(*args, **kwargs)
+
+        return call
+
     def _new_gate(self) -> Gate:
         return SharedGate(None)
 

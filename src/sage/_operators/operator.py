@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage.errors import FunctionError, describe, hint, short
 from sage.failure import DeadLetter
-from sage.functions import BaseFunction
+from sage.functions import BaseFunction, is_coroutine_function
 from sage.observability import OperatorMetrics
 from sage.records import Batch
 from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod
@@ -32,6 +32,7 @@ class Surroundings:
         span: where the operator says which list it works through.
         now: the monotonic clock of the backend, in seconds.
         run_coroutine: runs a coroutine on the job's event loop and returns its result.
+        post: has the job's event loop call something soon.
         is_alone: whether no other task runs the operator, so that an instance that the user gave serves it as it is.
     """
 
@@ -39,6 +40,7 @@ class Surroundings:
     span: Span
     now: Callable[[], float]
     run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any]
+    post: Callable[[Callable[[], None]], None]
     is_alone: bool = False
 
 
@@ -126,7 +128,15 @@ class Operator:
             self._call_now(self._function.close)
 
     def callable_of(self, method: str = "execute") -> Callable[..., Any]:
-        """Return what to call with a record: a method of the function, or the function itself."""
+        """Return what to call with a record; a coroutine function is called and run to its end."""
+        target = self.target_of(method)
+        if is_coroutine_function(target):
+            run = self._surroundings.run_coroutine
+            return lambda *args: run(target(*args))
+        return target
+
+    def target_of(self, method: str = "execute") -> Callable[..., Any]:
+        """Return what the user wrote to be called with a record: a method of the function, or the function itself."""
         function = self._function
         if isinstance(function, ServiceMethod):
             return function.resolve()
@@ -134,9 +144,6 @@ class Operator:
             function = getattr(function, DEFAULT_METHOD)
         target: Callable[..., Any] = getattr(function, method) if hasattr(function, method) else function
         self._sees_keys = isinstance(function, BaseFunction)
-        if is_coroutine_function(target):
-            run = self._surroundings.run_coroutine
-            return lambda *args: run(target(*args))
         return target
 
     def apply(
@@ -191,17 +198,32 @@ class Operator:
 
     def _goes_on(self, batch: Batch, place: int, error: BaseException) -> bool:
         """Apply the policy to a failed record and return whether the next one follows at once."""
-        policy = self.node.on_error
         # A record that is tried again is the first of its batch: what was counted before this one was another's.
         self._attempts = 1 if place else self._attempts + 1
-        request = batch.requests[place] if batch.requests is not None else None
-        if isinstance(error, Exception):
-            if policy.retry is not None and self._attempts < policy.retry.attempts_max:
-                self.wake_at = self._surroundings.now() + policy.retry.pause_s(self._attempts)
-                return False
-            if request is not None:
-                request.fail(error)
+        pause_s = self.pause_s(error, self._attempts)
+        if pause_s is not None:
+            self.wake_at = self._surroundings.now() + pause_s
+            return False
         attempts, self._attempts = self._attempts, 0
+        return self.give_up(batch, place, error, attempts)
+
+    def pause_s(self, error: BaseException, attempts: int) -> float | None:
+        """Return after how many seconds a record that failed so often is tried again, or None if it is not."""
+        retry = self.node.on_error.retry
+        if retry is None or attempts >= retry.attempts_max or not isinstance(error, Exception):
+            return None
+        return retry.pause_s(attempts)
+
+    def give_up(self, batch: Batch, place: int, error: BaseException, attempts: int) -> bool:
+        """Do what the policy says of a record that is not tried again.
+
+        Returns:
+            Whether the next record follows; if not, `failure` is set.
+        """
+        policy = self.node.on_error
+        request = batch.requests[place] if batch.requests is not None else None
+        if request is not None and isinstance(error, Exception):
+            request.fail(error)
         self.metrics.failed += 1
         if isinstance(error, Exception) and (request is not None or policy.then != "fail"):
             if request is None and policy.then == "letters":
@@ -261,11 +283,6 @@ def _telling_keys(reading: Iterator[Any], keys: list[Any], context: TaskContext)
     """Yield what is read, with the key of each in the context."""
     for value, context.key in zip(reading, keys, strict=False):
         yield value
-
-
-def is_coroutine_function(target: Any) -> bool:
-    """Return whether calling `target` gives a coroutine, also for objects with `__call__`."""
-    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
 
 
 def _copy(function: BaseFunction, operator: str) -> BaseFunction:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sage._operators.asynchronous import MapAsync
+from sage._operators.batched import MapBatches
 from sage._operators.keyed import Join, Reduce
 from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Reply, Sink
 from sage._operators.sources import Reader
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 OPERATORS: dict[Kind, type[Operator]] = {
     Kind.SOURCE: Reader,
     Kind.MAP: Map,
+    Kind.MAP_ASYNC: MapAsync,
+    Kind.MAP_BATCHES: MapBatches,
     Kind.FILTER: Filter,
     Kind.FLATMAP: FlatMap,
     Kind.SINK: Sink,

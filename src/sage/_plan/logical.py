@@ -24,6 +24,8 @@ class Kind(StrEnum):
 
     SOURCE = "source"
     MAP = "map"
+    MAP_ASYNC = "map_async"
+    MAP_BATCHES = "map_batches"
     FILTER = "filter"
     FLATMAP = "flatmap"
     SINK = "sink"
@@ -36,6 +38,10 @@ class Kind(StrEnum):
     FUTURE = "future"
     LETTERS = "letters"
     REPLY = "reply"
+
+
+HOLDING = frozenset({Kind.MAP_ASYNC, Kind.MAP_BATCHES})
+"""What holds records for longer than a step, so that a task begins with it: nothing before it may keep it waiting."""
 
 
 class Route(StrEnum):

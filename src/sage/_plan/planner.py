@@ -11,8 +11,8 @@ from sage._plan.logical import Kind, LogicalGraph, Node, ServiceSpec
 from sage._plan.rules import RULES, edges_of, loops_of, lower, ordered
 from sage.connector import Source
 from sage.errors import GraphError, UnknownServiceError, hint
-from sage.functions import BaseFunction, ProcessFunction
-from sage.service import ServiceHandle, ServiceMethod, unknown_service
+from sage.functions import BaseFunction, ProcessFunction, is_coroutine_function
+from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod, unknown_service
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -160,6 +160,8 @@ def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
                 yield unknown_service(f'operator "{node.name}"', handle._name, known)
         elif method is not None and isinstance(service.target, type):
             yield from _method(node, service, method)
+    if node.kind is Kind.MAP_ASYNC and isinstance(target, ServiceMethod | ServiceHandle):
+        yield from _awaited(node, target, known)
 
 
 def _method(node: Node, service: ServiceSpec, method: str) -> Iterator[GraphError]:
@@ -170,6 +172,22 @@ def _method(node: Node, service: ServiceSpec, method: str) -> Iterator[GraphErro
     methods = ", ".join(name for name in dir(type_) if not name.startswith("_") and callable(getattr(type_, name)))
     error = UnknownServiceError(f'operator "{node.name}" uses "{method}" of service "{service.name}", which it lacks')
     yield hint(error, f"{type_.__name__} has: {methods or 'no methods'}.")
+
+
+def _awaited(
+    node: Node, target: ServiceMethod | ServiceHandle[Any], known: dict[str, ServiceSpec]
+) -> Iterator[GraphError]:
+    """Yield an error if `map_async` was given a method of a service that cannot be awaited."""
+    name, method = (
+        (target.handle._name, target.__name__) if isinstance(target, ServiceMethod) else (target._name, DEFAULT_METHOD)
+    )
+    type_ = known[name].target if name in known else None
+    function = getattr(type_, method, None) if isinstance(type_, type) else None
+    if function is not None and not is_coroutine_function(function):
+        error = GraphError(
+            f'operator "{node.name}" awaits "{method}" of service "{name}", which is no coroutine method'
+        )
+        yield hint(error, "Write async def, or use map(...), which calls it for one record at a time.")
 
 
 def _sets(type_: type, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sage._plan.logical import Kind, LogicalGraph, Node, Route
+from sage._plan.logical import HOLDING, Kind, LogicalGraph, Node, Route
 from sage._plan.physical import Chain, Edge, PhysicalPlan
 
 if TYPE_CHECKING:
@@ -126,7 +126,10 @@ def choose_routes(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
 
 
 def fuse(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
-    """Put neighbours into one chain: a forward edge, equal parallelism, and no other edge at either end of it."""
+    """Put neighbours into one chain: a forward edge, equal parallelism, and no other edge at either end of it.
+
+    What holds records begins a chain.
+    """
     chains = {chain.nodes[0].id: chain for chain in plan.chains}
     head = {id_: id_ for id_ in graph.nodes}
     for edge in sorted(plan.edges, key=lambda edge: edge.target):
@@ -134,6 +137,7 @@ def fuse(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
         alone_in = [other for other in plan.edges if other.target == edge.target] == [edge]
         same = graph.nodes[edge.source].parallelism == graph.nodes[edge.target].parallelism
         plain = edge.route is Route.FORWARD and not edge.feedback and not edge.letters
+        plain = plain and graph.nodes[edge.target].kind not in HOLDING
         if plain and same and alone_out and alone_in:
             first = head[edge.source]
             joined = chains.pop(edge.target)

@@ -16,6 +16,8 @@ from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
     Kind.SOURCE: ((functions.BatchFunction, functions.SourceFunction), 0),
     Kind.MAP: ((functions.MapFunction,), 1),
+    Kind.MAP_ASYNC: ((functions.MapFunction,), 1),
+    Kind.MAP_BATCHES: ((functions.MapFunction,), 1),
     Kind.FILTER: ((functions.FilterFunction,), 1),
     Kind.FLATMAP: ((functions.FlatMapFunction,), 1),
     Kind.PROCESS: ((functions.ProcessFunction,), 1),
@@ -63,6 +65,26 @@ def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[s
         raise hint(error, "Give a function class, an instance of one, or a callable.")
     _check_records(kind, target, None, bound=True)
     return FunctionSpec(target)
+
+
+def async_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionSpec:
+    """Check a function of `map_async`, which has to be a coroutine function, and return it as a spec.
+
+    Raises:
+        GraphError: it is none, or what `function_spec` refuses.
+        TypeError: its constructor does not take these arguments, or it takes none.
+    """
+    spec = function_spec(Kind.MAP_ASYNC, target, args, kwargs)
+    if isinstance(target, ServiceMethod | ServiceHandle):
+        return spec  # the class of the service, if there is one, is looked at with the whole graph
+    method = getattr(target, "execute", None)
+    if not functions.is_coroutine_function(target if method is None else method):
+        label = _label(target) if method is None else f"{_label(target)}.execute"
+        error = GraphError(f"map_async({_label(target)}): {label} is no coroutine function")
+        raise hint(
+            error, "Write async def, also where a lambda returns a coroutine; map(...) takes what does not wait."
+        )
+    return spec
 
 
 def _is_function_class(target: type) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
     from sage._plan.logical import ServiceSpec
@@ -157,6 +159,16 @@ class Backend(ABC):
     @abstractmethod
     def lane(self, name: str) -> Lane:
         """Return a new lane."""
+
+    def event_loop(self) -> AbstractEventLoop:
+        """Return a new loop for the coroutines of a job, which is run on a thread of its own."""
+        import asyncio
+
+        return asyncio.new_event_loop()
+
+    def loop_going_on(self) -> AbstractContextManager[None]:
+        """Return what keeps the loop going while a thread waits for it."""
+        return nullcontext()
 
     @abstractmethod
     def start(self, supervisor: Supervisor) -> None:

@@ -58,7 +58,8 @@ def _task(
     for node in chain.nodes:
         context = TaskContext(node.name, services, index, chain.parallelism)
         alone = chain.parallelism == 1
-        operators.append(OPERATORS[node.kind](node, Surroundings(context, span, backend.now, loop.run, alone)))
+        surroundings = Surroundings(context, span, backend.now, loop.run, loop.post, alone)
+        operators.append(OPERATORS[node.kind](node, surroundings))
     name = chain.name if chain.parallelism == 1 else f"{chain.name} [{index}]"
     task = Task(name, tuple(operators), span, report, backend.now, backend.pace())
     if not chain.is_source:

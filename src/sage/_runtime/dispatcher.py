@@ -50,7 +50,7 @@ class Dispatcher:
     ) -> None:
         self.plan = plan
         self._claims = claims
-        self._loop = CoroutineLoop(plan.name if plan is not None else "sage")
+        self._loop = CoroutineLoop(plan.name if plan is not None else "sage", backend)
         self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
         self._dependencies = Dependencies()
         hosts = self._hosts(services, backend, make_host, adopted)

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from sage._operators.fused import segments_of
+from sage._operators.holder import Holder
 from sage._operators.sources import Reader
 from sage._runtime.channel import ends
 from sage._runtime.lifecycle import TaskClosing, TaskEnded, TaskFailed, TaskOpened
@@ -16,7 +17,7 @@ from sage.errors import FunctionError, ServiceUnavailableError, describe
 from sage.records import BATCH_RECORDS_MAX, END_OF_STREAM, Batch, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sage._operators.fused import Segment
     from sage._operators.operator import Operator
@@ -115,7 +116,6 @@ class Task:
     Attributes:
         name: the names of its operators, and its number where there are several.
         wake: called by whoever has something for the task; the backend sets it.
-        wake_at: when to step again although nobody wakes it, in seconds of `now`, or None.
         span: the list it works through, for the watch.
         undelivered: how many records were dropped here by a stop, a cancel or a failure.
     """
@@ -133,7 +133,6 @@ class Task:
         self.operators = operators
         self.span = span
         self.wake: Callable[[], None] = lambda: None
-        self.wake_at: float | None = None
         self.inbox: Channel | None = None
         self.outputs: dict[int, tuple[Output, ...]] = {}
         self.producers = 0
@@ -145,6 +144,10 @@ class Task:
         self._now = now
         self._pace = pace
         self._reader = operators[0] if isinstance(operators[0], Reader) else None
+        self._holder = operators[0] if isinstance(operators[0], Holder) else None
+        if self._holder is not None:
+            self._holder.wake = lambda: self.wake()
+        self._paused_until: float | None = None
         self._segments: dict[int, Segment] = {}
         self._stash: list[tuple[int, Batch | None, int]] = []
         self._outgoing: deque[tuple[Output, int, Element]] = deque()
@@ -163,6 +166,13 @@ class Task:
     def nodes(self) -> tuple[Node, ...]:
         """The operators of the graph that the task runs."""
         return tuple(operator.node for operator in self.operators)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to step again although nobody wakes it, in seconds of the backend's clock, or None."""
+        if self._paused_until is not None or self._holder is None or self._outgoing:
+            return self._paused_until
+        return self._holder.due
 
     def request_open(self) -> None:
         """Let the task build and open its functions."""
@@ -197,10 +207,10 @@ class Task:
         """Do what can be done now without waiting."""
         if self.phase is Phase.DONE:
             return Step.DONE
-        if self.wake_at is not None and not self.span.cancelled and not self._stopping:
-            if self._now() < self.wake_at:
+        if self._paused_until is not None and not self.span.cancelled and not self._stopping:
+            if self._now() < self._paused_until:
                 return Step.IDLE
-            self.wake_at = None
+            self._paused_until = None
         if self.span.cancelled and self.phase is not Phase.CLOSING:
             self._drop()
             self.phase = Phase.CLOSING
@@ -220,7 +230,7 @@ class Task:
 
     def _drop(self) -> None:
         """Count and forget everything that waits here, but for an error that the source was about to raise."""
-        self.wake_at = None
+        self._paused_until = None
         overtaken = self._reader.overtaken() if self._reader is not None else None
         if overtaken is not None:
             self._failed = True
@@ -229,6 +239,8 @@ class Task:
         self.undelivered += sum(len(element) for _, _, element in self._outgoing)
         self._stash.clear()
         self._outgoing.clear()
+        if self._holder is not None:
+            self.undelivered += self._holder.drop()
         if self.inbox is not None:
             self.undelivered += self.inbox.close()
 
@@ -269,7 +281,7 @@ class Task:
                 return Step.IDLE
             records = read
         else:
-            taken = self._take()
+            taken = self._take() if self._holder is None else self._hold(self._holder)
             if taken is None:
                 return Step.IDLE
             records = taken
@@ -295,9 +307,28 @@ class Task:
                 self.phase = Phase.FINISHING
         elif self.loop is not None and self._stopping:
             self.undelivered += len(element)
+        elif isinstance(element, Batch) and self._holder is not None:
+            self._holder.take(element)
         elif isinstance(element, Batch):
             self._push(0, element, port)
         return len(element)
+
+    def _hold(self, holder: Holder) -> int | None:
+        """Let an operator take in what it has room for, and hand on what it has; None if there was neither."""
+        taken = self._take() if holder.has_room else None
+        handed_on = self._hand_on(holder, is_all=taken is None)
+        return handed_on if taken is None else taken + (handed_on or 0)
+
+    def _hand_on(self, holder: Holder, *, is_all: bool) -> int | None:
+        """Push the results of an operator that holds records, and return how many there were, or None."""
+        started_at = perf_counter()
+        out = holder.hand_on(is_all=is_all, has_ended=self.phase is Phase.FINISHING)
+        holder.metrics.busy_s += perf_counter() - started_at
+        if out is None:
+            return None
+        holder.metrics.records_out += len(out)
+        self._push(1, out, 0, self._settle(0, 0))
+        return len(out)
 
     def _read(self, reader: Reader) -> int | None:
         """Read and process the next records of the source; None when there are none now."""
@@ -321,26 +352,26 @@ class Task:
         if len(batch):
             self._idle_pause_s = IDLE_PAUSE_MIN_S
             if reader.delay_s:
-                self.wake_at = self._now() + reader.delay_s
+                self._paused_until = self._now() + reader.delay_s
             self._push(1, batch, 0)
             return len(batch)
         if reader.wake_at is not None:
-            self.wake_at, reader.wake_at = reader.wake_at, None
+            self._paused_until, reader.wake_at = reader.wake_at, None
         elif not reader.span.is_cut:
-            self.wake_at = self._now() + (reader.delay_s or self._idle_pause_s)
+            self._paused_until = self._now() + (reader.delay_s or self._idle_pause_s)
             self._idle_pause_s = min(self._idle_pause_s * 2, IDLE_PAUSE_MAX_S)
-        return None if self.wake_at is not None else 0
+        return None if self._paused_until is not None else 0
 
-    def _push(self, index: int, batch: Batch | None, port: int) -> None:
+    def _push(self, index: int, batch: Batch | None, port: int, failures: Sequence[BaseException] = ()) -> None:
         """Run operators from `index` on over a batch (None: what operator `index` still has of the last record).
 
         What an operator does not take now is stashed; the deepest comes out first, so the order of records is kept. An
         operator that fails leaves what came before the failing record, which still goes on to the end of the chain.
         """
         limit = self._pace.limit()
-        failures: list[BaseException] = []
+        failures = list(failures)
         place = index
-        while place < len(self.operators):
+        while place < len(self.operators) and (batch is None or batch.values):
             if batch is not None and len(batch.values) > limit:
                 # In parts at once: a rest that is cut again at each step would be copied as often.
                 for start in range(limit * ((len(batch) - 1) // limit), 0, -limit):
@@ -357,11 +388,8 @@ class Task:
                 failures += self._settle(place, port)
                 place, port = place + 1, 0
             batch = out
-            if not out.values:
-                break
-        else:
-            if batch is not None:
-                self._emit(len(self.operators) - 1, batch, letters=False)
+        if batch is not None and batch.values:
+            self._emit(len(self.operators) - 1, batch, letters=False)
         for failure in failures[:-1]:
             self._report(TaskFailed(self.name, failure))
         if failures:
@@ -381,7 +409,7 @@ class Task:
             self._stash.append((place, operator.rest, port))
             operator.rest = None
             if operator.wake_at is not None:
-                self.wake_at, operator.wake_at = operator.wake_at, None
+                self._paused_until, operator.wake_at = operator.wake_at, None
         if operator.more:
             self._stash.append((place, None, port))
         if operator.letters:
@@ -412,7 +440,7 @@ class Task:
             outgoing.popleft()
             if output.enters is not None and ends(element):
                 output.enters.add(-1)
-        if self._held and not self._stash:
+        if self._held and not self._stash and (self._holder is None or not self._holder.held):
             self._release()
         return True
 
@@ -430,6 +458,8 @@ class Task:
             index, batch, port = self._stash.pop()
             self._push(index, batch, port)
             return Step.PROGRESSED
+        if self._holder is not None and self._holder.held:
+            return Step.IDLE if self._hand_on(self._holder, is_all=True) is None else Step.PROGRESSED
         if self._finished < len(self.operators):
             place = self._finished
             self._finished += 1
@@ -462,6 +492,8 @@ class Task:
 
     def _close(self) -> Step:
         """Close one function, from source to sink; a failing one does not keep the others from it."""
+        if self._holder is not None and not self._holder.is_quiet:
+            return Step.IDLE
         unopened = len(self.operators) - self._opened
         place = unopened + self._closed
         if place < len(self.operators):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,11 @@ from sage.errors import ServiceError, hint
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+
+# Services start side by side. Two threads that import modules which need each other wait for each other, and Python
+# then shows one of them a module that is half imported.
+_importing = threading.RLock()
 
 
 class MissingExtraError(ServiceError, ImportError):
@@ -26,7 +32,8 @@ def load(module: str, extra: str) -> ModuleType:
         MissingExtraError: it cannot be imported.
     """
     try:
-        return import_module(module)
+        with _importing:
+            return import_module(module)
     except ImportError as error:
         missing = MissingExtraError(f'module "{module}" cannot be imported: {error}', fault="user")
         raise hint(missing, f'Install it with: pip install "sage-dataflow[{extra}]"') from error

@@ -1,0 +1,185 @@
+"""Ask a folder of documents: index it, answer questions in batch or one after the other, and remember the conversation.
+
+Everything runs on this machine by default: passages are found by keywords and by hashed vectors, and the answer is made
+of sentences of the passages. `--embeddings minilm` and `--llm openai` take models. Each run indexes the folder anew,
+and with `--keep FOLDER` index and conversation are there for the next one.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sage import DeadLetter, LocalEnvironment, SageError, ServiceHandle, ServiceOptions
+from sage.rag.conversation import Converse
+from sage.rag.generation import Answered, Generate
+from sage.rag.keywords import KeywordIndex
+from sage.rag.loaders import Files, Load
+from sage.rag.retrieval import Index, Retrieve
+from sage.rag.splitters import SplitByStructure
+from sage.services.chroma import ChromaStore
+from sage.services.embeddings import HashingEmbeddings
+from sage.services.llm import ExtractiveLLM
+from sage.services.memory import Memory
+from sage.services.milvus import MilvusStore
+from sage.services.minilm import MiniLMEmbeddings
+from sage.services.numpy_store import NumpyStore
+from sage.services.openai import OPENAI_URL, OpenAILLM
+from sage.services.sqlite_store import SqliteStore
+
+HERE = Path(__file__).resolve().parent
+EMBEDDINGS = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
+
+# Two environments use the index, so the first one builds it and the last one cleans it up.
+SHARED = ServiceOptions(shared=True, concurrency=None)
+
+Services = dict[str, ServiceHandle[Any]]
+
+
+def register_index(env: LocalEnvironment, options: argparse.Namespace, folder: Path) -> Services:
+    """Register what holds the passages and return the handles."""
+    # The vectors of two models must not meet in one collection.
+    collection = f"docs_{options.embeddings}"
+    vectors: tuple[Any, ...] = {
+        "memory": (NumpyStore,),
+        "sqlite": (SqliteStore, folder / "vectors.db"),
+        "chroma": (ChromaStore, folder / "chroma"),
+        "milvus": (MilvusStore, folder / "milvus.db"),
+    }[options.store]
+    words = () if options.store == "memory" else (folder / f"words_{options.embeddings}.db",)
+    return {
+        "keywords": env.register_service("keywords", KeywordIndex, *words, options=SHARED),
+        "vectors": env.register_service("vectors", *vectors, collection=collection, options=SHARED),
+        "embeddings": env.register_service("embeddings", EMBEDDINGS[options.embeddings], options=SHARED),
+    }
+
+
+def index(env: LocalEnvironment, docs: list[Path], services: Services) -> None:
+    """Read, split and store the documents. What cannot be read is named on standard error, and the rest goes on."""
+    unread = env.dead_letters("unread")
+    stored: list[str] = []
+    (
+        env.from_batch(Files, *docs, name="files")
+        .flatmap(Load, name="load", on_error=unread)
+        .flatmap(SplitByStructure, name="split")
+        .map_batches(Index(**services), max_records=64, name="index")
+        .sink(lambda passage: stored.append(passage.document), name="count")
+    )
+    unread.sink(complain, name="complain")
+    env.submit(autostop=True, keep_services=True)
+    print(f"{len(stored)} passages of {len(set(stored))} documents")
+
+
+def complain(letter: DeadLetter) -> None:
+    print(f"left out: {letter.error}", file=sys.stderr)
+
+
+def converse(env: LocalEnvironment, options: argparse.Namespace, services: Services, folder: Path) -> Converse:
+    """Register model and memory, and return what answers a question."""
+    memory = env.register_service("memory", Memory, folder / "memory.db", services["embeddings"])
+    if options.llm == "openai":
+        llm = env.register_service(
+            "llm", OpenAILLM, options.model, base_url=options.base_url, api_key_env="OPENAI_API_KEY"
+        )
+    else:
+        llm = env.register_service("llm", ExtractiveLLM)
+    return Converse(Retrieve(options.top, **services), Generate(llm), memory, session=options.session)
+
+
+def show(answer: Answered) -> None:
+    print(f"\n{answer.question.text}\n  {answer.text}")
+    for citation in {each.number: each for each in answer.citations}.values():
+        print(f"  [{citation.number}] {citation.passage or 'no such passage'}")
+
+
+def answer_all(env: LocalEnvironment, answering: Converse, questions: list[str]) -> str:
+    """Answer a list of questions in one job and return its report."""
+    env.from_batch(questions, name="questions").map(answering, name="answer").sink(show, name="show")
+    return str(env.submit(autostop=True).report)
+
+
+def answer_each(env: LocalEnvironment, answering: Converse, lines: Iterable[str]) -> str:
+    """Answer what is typed, line by line, by a served pipeline and return the report of its job."""
+    ask = env.serve("ask", lambda requests: requests.map(answering, name="answer"))
+    # A pipeline that only answers requests ends when everything else has: this keeps the job until it is stopped.
+    env.from_source(lambda: None, name="wait", delay=0.1).sink(lambda _: None, name="nothing")
+    job = env.submit()
+    for line in lines:
+        if not line.strip():
+            break
+        try:
+            show(ask.process(line.strip()))
+        except (SageError, ValueError) as error:
+            print(f"  {error}")
+    job.stop()
+    return str(job.report)
+
+
+def typed() -> Iterable[str]:
+    """Yield lines of standard input until its end, with a prompt on a terminal."""
+    while True:
+        print("\nquestion (empty to end): " if sys.stdin.isatty() else "", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def run(options: argparse.Namespace) -> None:
+    """Index, answer and clean up."""
+    with ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        indexing = stack.enter_context(LocalEnvironment("index"))
+        index(indexing, options.docs, register_index(indexing, options, folder))
+        # The first environment keeps the index until its end, so that this one finds it filled.
+        asking = stack.enter_context(LocalEnvironment("ask"))
+        answering = converse(asking, options, register_index(asking, options, folder), folder)
+        if options.interactive:
+            report = answer_each(asking, answering, typed())
+        else:
+            lines = options.questions.read_text(encoding="utf-8").splitlines()
+            report = answer_all(asking, answering, [line.strip() for line in lines if line.strip()])
+    print(f"\n{report}")
+
+
+def parsed() -> argparse.Namespace:
+    """Return the options, or end the program with what is wrong."""
+    parser = argparse.ArgumentParser(description="Ask a folder of documents.")
+    docs = [HERE.parents[1] / "docs"]
+    parser.add_argument("--docs", type=Path, nargs="+", default=docs, help="folders and files; this project's docs")
+    parser.add_argument("--questions", type=Path, default=HERE / "questions.txt", help="a file, one question a line")
+    parser.add_argument("--interactive", action="store_true", help="read questions from standard input")
+    parser.add_argument("--store", choices=["memory", "sqlite", "chroma", "milvus"], default="sqlite")
+    parser.add_argument("--embeddings", choices=EMBEDDINGS, default="hashing")
+    parser.add_argument("--llm", choices=["extractive", "openai"], default="extractive")
+    parser.add_argument("--base-url", default=OPENAI_URL, help="of a server that speaks the protocol of OpenAI")
+    parser.add_argument("--model", default="gpt-4o-mini", help="for --llm openai; the key is in OPENAI_API_KEY")
+    parser.add_argument("--top", type=int, default=4, help="how many passages answer a question")
+    parser.add_argument("--session", default="default", help="which conversation goes on")
+    parser.add_argument("--keep", type=Path, help="a folder for index and memory; without it they are gone at the end")
+    options = parser.parse_args()
+    missing = [str(path) for path in options.docs if not path.exists()]
+    if missing:
+        sys.exit(f"there is no {missing[0]}; name folders or files with --docs")
+    if not options.interactive and not options.questions.is_file():
+        sys.exit(f"there is no file {options.questions}; name one with --questions")
+    if options.top < 1:
+        sys.exit(f"--top is {options.top}, but at least 1 passage must be asked for")
+    return options
+
+
+def main() -> None:
+    try:
+        run(parsed())
+    except SageError as error:
+        sys.exit("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The future of a call of a service, for threads that wait for it and coroutines that await it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from sage.errors import ServiceTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+def not_in_time(service: str, method: str, timeout_s: float | None) -> ServiceTimeoutError:
+    """Return the error of a call whose time is over."""
+    text = f'service "{service}" did not answer {method} within {timeout_s:g} s'
+    return ServiceTimeoutError(text, service=service, fault="external")
+
+
+class CallFuture(Future[Any]):
+    """The future of a call, which fails with `ServiceTimeoutError` when its time is over; a coroutine may await it."""
+
+    def __init__(self, service: str, method: str, timeout_s: float | None) -> None:
+        super().__init__()
+        self._service = service
+        self._method = method
+        self._timeout_s = timeout_s
+        self._due = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the answer; see `concurrent.futures.Future.result`."""
+        self._wait(timeout)
+        return super().result(0 if self.done() else timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the call raised; see `concurrent.futures.Future.exception`."""
+        self._wait(timeout)
+        return super().exception(0 if self.done() else timeout)
+
+    def _wait(self, timeout: float | None) -> None:
+        if self._due is None or self.done():
+            return
+        left = self._due - time.monotonic()
+        if timeout is not None and timeout < left:
+            return
+        with self._condition:
+            if self._condition.wait_for(self.done, max(left, 0)):
+                return
+        self.cancel()
+        raise not_in_time(self._service, self._method, self._timeout_s)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Any:
+        import asyncio
+
+        left_s = None if self._due is None else self._due - time.monotonic()
+        bound = asyncio.timeout(left_s)
+        try:
+            async with bound:
+                return await asyncio.wrap_future(self)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise not_in_time(self._service, self._method, self._timeout_s) from None

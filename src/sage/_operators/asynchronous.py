@@ -1,0 +1,258 @@
+"""Coroutine functions, many at a time on the event loop of the job."""
+
+from __future__ import annotations
+
+import contextvars
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from sage._operators.holder import Holder
+from sage.functions import MapFunction, TaskContext
+from sage.records import Batch
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from sage._operators.operator import Surroundings
+    from sage._plan.logical import Node
+
+_key: contextvars.ContextVar[Any] = contextvars.ContextVar("key", default=None)
+
+
+class CoroutineContext(TaskContext):
+    """A context in which each coroutine sees the key of its own record."""
+
+    @property
+    def key(self) -> Any:
+        """The key of the record for which the current coroutine runs."""
+        return _key.get()
+
+    @key.setter
+    def key(self, value: Any) -> None:
+        _key.set(value)
+
+
+class Slot:
+    """A record in flight, and what came of it."""
+
+    __slots__ = ("attempts", "error", "is_done", "key", "request", "result", "task", "value")
+
+    def __init__(self, value: Any, key: Any, request: Any) -> None:
+        self.value = value
+        self.key = key
+        self.request = request
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.attempts = 0
+        self.is_done = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class MapAsync(Holder):
+    """One record out for each record in, as coroutines give them.
+
+    Records wait in one queue, from which the loop starts the next call when one ends, without asking the task. Of what
+    both threads see, each list and number is only ever changed at one end by one of them.
+
+    No more than `concurrency` calls run, and no more results wait to go on.
+    """
+
+    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+        super().__init__(node, surroundings)
+        given = surroundings.context
+        self.context = CoroutineContext(given.name, given._services, given.parallel_index, given.parallelism)
+        self._concurrency: int = node.settings["concurrency"]
+        self._timeout_s: float | None = node.settings["timeout_s"]
+        self._is_ordered: bool = node.settings["ordered"]
+        self._has_keys = False
+        self._has_requests = False
+        # The task adds at the end of these, and the loop takes from the front of the first.
+        self._waiting: deque[Slot] = deque()
+        self._order: deque[Slot] = deque()
+        self._handed_on = 0
+        # The loop adds at the end, and the task takes from the front.
+        self._done: deque[Slot] = deque()
+        self._running: set[Slot] = set()
+        self._started = 0
+        # Flags say what the other side has to be told, or was told already.
+        self._is_posted = False
+        self._is_rung = False
+        self._is_full = False
+        self._is_dropped = False
+        self._is_cancelled = False
+
+    def prepare(self) -> None:
+        """Bind the function; a `MapFunction` that returns None drops the record, as for `map`."""
+        self._call = self.target_of()
+        self._drops_none = isinstance(self._function, MapFunction)
+        self._around = contextvars.copy_context()
+
+    # --- on the thread of the task ---
+
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer records are held than the loop may work through before it is asked again."""
+        return self.held < 2 * self._concurrency
+
+    def take(self, batch: Batch) -> None:
+        """Put records into the queue of the loop."""
+        nothing = [None] * len(batch)
+        slots = list(map(Slot, batch.values, batch.keys or nothing, batch.requests or nothing))
+        self._has_keys = self._has_keys or batch.keys is not None
+        self._has_requests = self._has_requests or batch.requests is not None
+        self.held += len(slots)
+        if self._is_ordered:
+            self._order.extend(slots)
+        self._waiting.extend(slots)
+        if not self._is_posted:
+            self._is_posted = True
+            self._surroundings.post(self._poked)
+
+    def hand_on(self, *, is_all: bool, has_ended: bool) -> Batch | None:  # noqa: ARG002
+        """Return the results that are there."""
+        self._is_rung = False
+        done: list[Slot] = []
+        if self._is_ordered:
+            while self._order and self._order[0].is_done:
+                done.append(self._order.popleft())
+        else:
+            while self._done:
+                done.append(self._done.popleft())
+        if not done:
+            return None
+        self.held -= len(done)
+        self._handed_on += len(done)
+        if self._is_full:
+            self._is_full = False
+            self._surroundings.post(self._poked)
+        return self._batch_of(done)
+
+    def drop(self) -> int:
+        """Forget what waits, and have the coroutines cancelled."""
+        held, self.held = self.held, 0
+        if held:
+            self.is_quiet = False
+            self._is_dropped = True
+            self._surroundings.post(self._cancel)
+        return held
+
+    def _batch_of(self, done: list[Slot]) -> Batch:
+        """Apply the policy to what failed, and return the other results with their keys and requests."""
+        kept: list[Slot] = []
+        for place, slot in enumerate(done):
+            if slot.error is not None:
+                failed = Batch([slot.value], None, [slot.request])
+                if not self.give_up(failed, 0, slot.error, slot.attempts):
+                    self.held += len(done) - place - 1  # those after the record that fails the job were not delivered
+                    break
+            elif not (self._drops_none and slot.result is None):
+                kept.append(slot)
+            elif slot.request is not None:
+                slot.request.drop()
+            self.metrics.records_in += 1
+        return Batch(
+            [slot.result for slot in kept],
+            [slot.key for slot in kept] if self._has_keys else None,
+            [slot.request for slot in kept] if self._has_requests else None,
+        )
+
+    # --- on the loop ---
+
+    def _poked(self) -> None:
+        self._is_posted = False
+        self._start_more()
+
+    def _start_more(self) -> None:
+        """Start calls while there are records and places."""
+        import asyncio
+
+        running, waiting = self._running, self._waiting
+        create_task = asyncio.get_running_loop().create_task
+        while waiting and len(running) < self._concurrency and not self._is_dropped:
+            if self._has_too_many():
+                # Said before it is looked at again, so that the task, which looks the other way round, misses nothing.
+                self._is_full = True
+                if self._has_too_many():
+                    return
+            slot = waiting.popleft()
+            self._started += 1
+            around = self._around.copy()  # and not that of the record whose end made room
+            if self._has_keys:
+                around.run(_key.set, slot.key)
+            running.add(slot)
+            slot.task = create_task(self._attend(slot), context=around)
+
+    def _has_too_many(self) -> bool:
+        return self._started - self._handed_on >= 2 * self._concurrency
+
+    async def _attend(self, slot: Slot) -> None:
+        """Call the function until there is a result or no attempt is left."""
+        try:
+            await self._try(slot)
+        except BaseException as error:  # the policy of the operator decides, on the thread of the task
+            slot.error = error
+        self._running.discard(slot)
+        slot.is_done = True
+        slot.task = None
+        if self._is_dropped:
+            self._end_if_over()
+            return
+        if not self._is_ordered:
+            self._done.append(slot)
+        if not self._is_rung and self._can_go_on():
+            self._is_rung = True
+            self.wake()
+        self._start_more()
+
+    async def _try(self, slot: Slot) -> None:
+        import asyncio
+
+        while True:
+            slot.attempts += 1
+            try:
+                slot.result = await (self._call(slot.value) if self._timeout_s is None else self._in_time(slot.value))
+                return
+            except Exception as error:
+                pause_s = self.pause_s(error, slot.attempts)
+                if pause_s is None or self._is_dropped:
+                    raise
+            await asyncio.sleep(pause_s)
+
+    async def _in_time(self, value: Any) -> Any:
+        import asyncio
+
+        assert self._timeout_s is not None
+        bound = asyncio.timeout(self._timeout_s)
+        try:
+            async with bound:
+                return await self._call(value)
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            raise TimeoutError(f"no result within {self._timeout_s:g} s") from error
+
+    def _can_go_on(self) -> bool:
+        """Return whether the task would find anything to hand on."""
+        if not self._is_ordered:
+            return True
+        try:
+            return self._order[0].is_done
+        except IndexError:  # it has just been there
+            return False
+
+    def _cancel(self) -> None:
+        self._is_cancelled = True
+        for slot in tuple(self._running):
+            assert slot.task is not None
+            slot.task.cancel()
+            if not slot.attempts:
+                self._running.discard(slot)  # it never begins
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._is_cancelled and not self._running:
+            self._waiting.clear()
+            self._order.clear()
+            self._done.clear()
+            self.is_quiet = True
+            self.wake()

@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation: from files to answers that name their passages."""

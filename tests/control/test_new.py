@@ -1,0 +1,116 @@
+"""`sage new` makes projects that run, and whose own tests pass."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sage._control.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FILES = [
+    *(".gitignore", "README.md", "config.toml", "docs/welcome.md", "pipeline.py", "pyproject.toml", "questions.txt"),
+    *("tests/questions.jsonl", "tests/test_pipeline.py"),
+]
+
+
+def new(*args: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["new", *args])
+    return result.exit_code, result.output
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAGE_")}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    return subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", *command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "shop-guide"
+    code, output = new("rag", str(folder))
+    assert code == 0, output
+    assert output.splitlines()[-1] == f"Next: cd {folder}, python pipeline.py, python -m pytest"
+    return folder
+
+
+@pytest.mark.timeout(120)
+def test_the_tests_of_a_new_project_pass(project: Path) -> None:
+    made = sorted(str(path.relative_to(project)) for path in project.rglob("*") if path.is_file())
+    assert made == FILES
+    ended = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert ended.returncode == 0, ended.stdout
+    assert "4 passed" in ended.stdout
+    assert not (project / "index").exists()
+
+
+def test_a_new_project_answers(project: Path) -> None:
+    assert "# Welcome to shop-guide\n" in (project / "docs" / "welcome.md").read_text("utf-8")
+    for _ in range(2):
+        ended = run(project, "pipeline.py")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.startswith("3 passages\n\nWhere do I put my documents?\n")
+        assert "[1] welcome.md#documents" in ended.stdout
+
+
+TOOLS = [
+    ["ruff", "check", "--isolated", "--no-cache", "--line-length=120", "--select=E,F,W,I,UP,B,SIM,RUF,PT", "."],
+    ["ruff", "format", "--isolated", "--no-cache", "--line-length=120", "--check", "--diff", "."],
+    pytest.param(["mypy", "--strict", "pipeline.py", "tests"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_new_project_is_as_tidy_as_this_one(project: Path, tool: list[str]) -> None:
+    ended = run(project, "-m", *tool)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_nothing_is_overwritten(project: Path) -> None:
+    (project / "config.toml").write_text("mine", "utf-8")
+    code, output = new("rag", str(project))
+    assert (code, output) == (
+        1,
+        f'Error: "{project}" is there already\nChoose another name, or an empty folder.\n',
+    )
+    assert (project / "config.toml").read_text("utf-8") == "mine"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert new("rag", str(tmp_path / "a"))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["-x", "1st", "no blanks", "dot."])
+def test_a_name_that_is_none(tmp_path: Path, name: str) -> None:
+    code, output = new("rag", "--", str(tmp_path / name))
+    assert code == 1
+    assert f'"{name}" cannot be the name of a project' in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    code, output = new("rag", str(tmp_path / "file" / "project"))
+    assert code == 1
+    assert re.search(r'Error: ".*project" cannot be written: Not a directory', output)
+
+
+def test_it_is_named_in_the_help() -> None:
+    assert "Make the project NAME" in new("rag", "--help")[1]

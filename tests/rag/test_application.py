@@ -1,0 +1,219 @@
+"""The application in examples/rag: every store, conversation, interruption, and the quality of its retrieval."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from rag.small_pdf import pdf_of
+
+from sage.testing import assert_clean
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "rag"
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+GUIDE = """\
+# Guide
+
+## Keys
+
+Records of the same key go to the same task.
+
+## Stopping
+
+A stop drains the records that are in flight.
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return an environment in which temporary files are those of the program alone."""
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    return {**os.environ, "PYTHONPATH": str(SOURCE), "TMPDIR": str(temporary)}
+
+
+def ask(folder: Path, *args: str | Path, typed: str | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the application and see that it leaves nothing in the folder for temporary files."""
+    with assert_clean(within_s=5.0, ignore="temporary *"):
+        ended = subprocess.run(
+            [sys.executable, "-W", "error::ResourceWarning", EXAMPLE / "ask.py", *args],
+            input=typed or "",
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=folder,
+            env=environment(folder),
+        )
+    assert ended.returncode == code, ended.stderr
+    left = [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("sage-")]
+    assert left == []
+    return ended
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "guide.md").write_text(GUIDE, "utf-8")
+    (tmp_path / "questions.txt").write_text("Which task does a key go to?\n\nAnd what drains?\n", "utf-8")
+    return folder
+
+
+STORES = ["memory", "sqlite", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chroma", "milvus"))]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store", STORES)
+def test_every_store_answers_and_ends_clean(docs: Path, store: str) -> None:
+    folder = docs.parent
+    for _ in range(2):
+        ended = ask(
+            folder, "--docs", docs, "--questions", "questions.txt", "--store", store, "--top", "1", "--keep", "kept"
+        )
+        assert "left out" not in ended.stderr
+        lines = [line.strip() for line in ended.stdout.splitlines() if line.strip()]
+        assert lines[:7] == [
+            "2 passages of 1 documents",
+            "Which task does a key go to?",
+            "Guide > Keys: Records of the same key go to the same task. [1]",
+            "[1] guide.md#keys",
+            "And what drains?",
+            "Guide > Stopping: A stop drains the records that are in flight. [1]",
+            "[1] guide.md#stopping",
+        ]
+        assert 'job "ask": COMPLETED and CLEAN' in ended.stdout
+
+
+def test_without_a_folder_to_keep_nothing_is_left(docs: Path) -> None:
+    before = {path.name for path in docs.parent.iterdir()} | {"tmp"}
+    ask(docs.parent, "--docs", docs, "--questions", "questions.txt")
+    assert {path.name for path in docs.parent.iterdir()} == before
+
+
+def test_this_projects_docs_are_asked(tmp_path: Path) -> None:
+    ended = ask(tmp_path)
+    questions = (EXAMPLE / "questions.txt").read_text("utf-8").splitlines()
+    assert [line for line in ended.stdout.splitlines() if line in questions] == questions
+    assert re.search(r"answer +1 +5 +5 +0 ", ended.stdout)
+
+
+def test_questions_are_typed(docs: Path) -> None:
+    typed = "Which task does a key go to?\nWhat drains?\n\nnot read\n"
+    ended = ask(docs.parent, "--docs", docs, "--interactive", "--store", "memory", "--top", "1", typed=typed)
+    assert ended.stdout.count("[1] guide.md#keys") == ended.stdout.count("[1] guide.md#stopping") == 1
+    assert "not read" not in ended.stdout
+    assert 'job "ask": STOPPED and CLEAN' in ended.stdout
+
+
+def test_a_conversation_goes_on_in_the_next_run(docs: Path) -> None:
+    base: list[str | Path] = ["--docs", docs, "--interactive", "--keep", "kept", "--top", "1", "--session"]
+    begun = {"one": ("What drains?", "guide.md#stopping"), "other": ("What does a key do?", "guide.md#keys")}
+    for session, (question, passage) in begun.items():
+        assert passage in ask(docs.parent, *base, session, typed=f"{question}\n").stdout
+    for session, (_, passage) in begun.items():
+        assert passage in ask(docs.parent, *base, session, typed="Which records does it mean?\n").stdout
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_asked(docs: Path) -> None:
+    (docs / "broken.pdf").write_bytes(pdf_of("text")[:100])
+    (docs / "report.pdf").write_bytes(pdf_of("The loom costs thirty coins."))
+    (docs / "list.jsonl").write_text('{"text": "Tape costs two coins."}\nno json\n', "utf-8")
+    (docs / "page.html").write_text("<h1>Hours</h1><p>The shop opens at nine.</p>", "utf-8")
+    (docs.parent / "questions.txt").write_text(
+        "What costs the loom?\nWhat costs tape?\nWhen opens the shop?\n", "utf-8"
+    )
+    ended = ask(docs.parent, "--docs", docs, "--questions", "questions.txt", "--top", "1")
+    assert re.findall(r"left out: (.*)", ended.stderr) == [
+        'file "broken.pdf": is no PDF that can be read: PdfStreamError: Stream has ended unexpectedly',
+        'file "list.jsonl", line 2: is no JSON: Expecting value: line 1 column 1 (char 0)',
+    ]
+    assert re.findall(r"\[1\] (\w+\.\S+)", ended.stdout) == [
+        "report.pdf#page=1",
+        "list.jsonl#line=1",
+        "page.html#hours",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--docs", "none"], "there is no none; name folders or files with --docs"),
+        (["--questions", "none"], "there is no file none; name one with --questions"),
+        (["--top", "0"], "--top is 0, but at least 1 passage must be asked for"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, args: list[str], message: str) -> None:
+    ended = ask(tmp_path, *args, code=1)
+    assert (ended.stdout, ended.stderr.strip()) == ("", message)
+
+
+def test_ctrl_c_while_it_waits_for_a_question(docs: Path) -> None:
+    with assert_clean(within_s=5.0, ignore="temporary *"):
+        program = subprocess.Popen(
+            [sys.executable, EXAMPLE / "ask.py", "--docs", docs, "--interactive", "--store", "sqlite", "--top", "1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=docs.parent,
+            env=environment(docs.parent),
+        )
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write("What drains?\n")
+        program.stdin.flush()
+        # The answer is there, so that it waits for the next question now.
+        assert any("[1] guide.md#stopping" in line for line in program.stdout)
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=30)
+    assert (program.returncode, errors) == (130, "")
+    assert list((docs.parent / "tmp").iterdir()) == []
+
+
+LABELS = [json.loads(line) for line in (EXAMPLE / "questions.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_the_labels_are_whole() -> None:
+    assert len(LABELS) >= 200
+    assert all(set(label) == {"question", "passage", "quote"} for label in LABELS)
+    assert len({label["question"] for label in LABELS}) == len(LABELS)
+
+
+def measured(*args: str) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Return how many questions were asked, and recall and MRR of each way to find passages."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = subprocess.run(
+            [sys.executable, EXAMPLE / "measure.py", *args],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env=environment(Path(folder)),
+        )
+    assert ended.returncode == 0, ended.stderr
+    print(ended.stdout)
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", ended.stdout, re.MULTILINE)
+    return int(ended.stdout.split()[0]), {name: (float(found), float(rank)) for name, found, rank in rows}
+
+
+def test_the_labels_hold_and_keywords_find_passages() -> None:
+    questions, scores = measured("--embeddings", "hashing")
+    assert questions >= 200
+    assert list(scores) == ["keywords", "vectors", "hybrid"]
+    assert scores["keywords"][0] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_ways_together_are_at_least_as_good_as_either() -> None:
+    questions, scores = measured("--embeddings", "minilm")
+    assert questions >= 200
+    for number in (0, 1):
+        assert scores["hybrid"][number] >= max(scores["keywords"][number], scores["vectors"][number])
+    assert scores["hybrid"][0] > 0.65
