@@ -90,5 +90,4 @@ noted = {key: value for key, value in os.environ.items() if key.startswith(("HF_
 Path(os.environ["NOTED"]).write_text(json.dumps({"words": sys.argv[1:], "environment": noted}))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 with ThreadingHTTPServer((host, port), Answers) as server:
-    server.daemon_threads = True
     server.serve_forever()

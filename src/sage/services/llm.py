@@ -15,7 +15,7 @@ from sage.services.embeddings import FREQUENT_WORDS, words_of
 from sage.services.measures import MeasuredService
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 
 Role = Literal["system", "user", "assistant"]
 ROLES = ("system", "user", "assistant")
@@ -100,7 +100,7 @@ class LLMService(MeasuredService):
         max_tokens: int | None = None,
         temperature: float | None = None,
         stop: str | Sequence[str] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer in pieces as they come; together they are the text of the answer.
 
         It has to be called where the service runs: an iterator cannot leave a process of its own.
@@ -114,7 +114,7 @@ class LLMService(MeasuredService):
         max_tokens: int | None = None,
         temperature: float | None = None,
         stop: str | Sequence[str] | None = None,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Yield what `stream` does, and let other coroutines go on meanwhile."""
         answer = await self.agenerate(prompt, max_tokens=max_tokens, temperature=temperature, stop=stop)
         for piece in pieces_of(answer.text):

@@ -13,7 +13,7 @@ from sage.services.secret import Secret
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 
     from openai import AsyncOpenAI
 
@@ -112,7 +112,7 @@ class OpenAILLM(LLMService):
         max_tokens: int | None = None,
         temperature: float | None = None,
         stop: str | Sequence[str] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer in pieces as they come; see `LLMService.stream`.
 
         A reader that stops before the end should close the iterator, which closes the connection.
@@ -126,7 +126,7 @@ class OpenAILLM(LLMService):
         max_tokens: int | None = None,
         temperature: float | None = None,
         stop: str | Sequence[str] | None = None,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Yield what `stream` does, and let other coroutines go on meanwhile."""
         request = self._request(prompt, max_tokens, temperature, stop)
         async with aclosing(self._pieces(request, "astream")) as pieces:
@@ -171,7 +171,7 @@ class OpenAILLM(LLMService):
         self._used(answer.prompt_tokens, answer.completion_tokens)
         return answer
 
-    def _read(self, request: Mapping[str, Any]) -> Iterator[str]:
+    def _read(self, request: Mapping[str, Any]) -> Generator[str, None, None]:
         pieces = self._pieces(request, "stream")
 
         async def following() -> str | None:
