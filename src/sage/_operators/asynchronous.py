@@ -109,15 +109,17 @@ class MapAsync(Holder):
             self._surroundings.post(self._poked)
 
     def hand_on(self, *, is_all: bool, has_ended: bool) -> Batch | None:  # noqa: ARG002
-        """Return the results that are there."""
+        """Return the results that are there; a record that fails the job comes alone, when those before it are out."""
         self._is_rung = False
         done: list[Slot] = []
-        if self._is_ordered:
-            while self._order and self._order[0].is_done:
-                done.append(self._order.popleft())
-        else:
-            while self._done:
-                done.append(self._done.popleft())
+        ended = self._order if self._is_ordered else self._done
+        while ended and ended[0].is_done:
+            slot = ended[0]
+            is_last = slot.error is not None and self.fails_job(slot.error, slot.request)
+            if not (is_last and done):
+                done.append(ended.popleft())
+            if is_last:
+                break
         if not done:
             return None
         self.held -= len(done)
@@ -139,11 +141,10 @@ class MapAsync(Holder):
     def _batch_of(self, done: list[Slot]) -> Batch:
         """Apply the policy to what failed, and return the other results with their keys and requests."""
         kept: list[Slot] = []
-        for place, slot in enumerate(done):
+        for slot in done:
             if slot.error is not None:
                 failed = Batch([slot.value], None, [slot.request])
                 if not self.give_up(failed, 0, slot.error, slot.attempts):
-                    self.held += len(done) - place - 1  # those after the record that fails the job were not delivered
                     break
             elif not (self._drops_none and slot.result is None):
                 kept.append(slot)
