@@ -458,7 +458,7 @@ def test_an_attempt_that_takes_too_long_fails(backend: Backends) -> None:
     assert arrived == [0, 1, 2, 3, 4]
     assert ended == [3, 3]
     tries.clear()
-    with pytest.raises(FunctionError, match="failed on record 3: TimeoutError: no result within 0.05 s"):
+    with pytest.raises(FunctionError, match=r"failed on record 3: TimeoutError: no result within 0\.05 s"):
         run([3], lambda stream: stream.map_async(hang, timeout_s=0.05), backend=backend)
 
 
@@ -501,11 +501,9 @@ class Endless(BaseFunction):
 def test_a_cancel_ends_what_is_in_flight_before_the_function_is_closed(backend: Backends, ordered: bool) -> None:
     notes: list[str] = []
     env = LocalEnvironment("cancelled", backend=backend)
-    jobs: list[Any] = []
-    function = Endless(notes, lambda: jobs[0].cancel(), 8)
+    function = Endless(notes, lambda: env.jobmanager.jobs[env.env_uuid].cancel(), 8)
     env.from_batch(range(100)).map_async(function, concurrency=8, ordered=ordered).sink(lambda _: notes.append("out"))
-    jobs.append(env.submit())
-    report = jobs[0].wait()
+    report = env.submit().wait()
     assert sorted(notes[:-1]) == [f"cancelled {number}" for number in range(8)]
     assert notes[-1] == "close"
     assert (report.state, str(report.cleanliness)) == (Outcome.CANCELLED, "clean")
@@ -591,9 +589,18 @@ def test_nothing_is_left_on_the_loop() -> None:
 
     with assert_clean():
         env = LocalEnvironment("left")
-        env.from_batch(range(6)).map_async(leave).sink(lambda number: job.cancel() if number == 4 else None)
-        job = env.submit()
-        job.wait()
+        jobs: list[Any] = []
+        may_begin = threading.Event()
+
+        def cancel(number: int) -> None:
+            assert may_begin.wait(20)
+            if number == 4:
+                jobs[0].cancel()
+
+        env.from_batch(range(6)).map_async(leave).sink(cancel)
+        jobs.append(env.submit())
+        may_begin.set()
+        jobs[0].wait()
     assert loops[0].is_closed()
     assert not asyncio.all_tasks(loops[0])
 
