@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -37,18 +38,21 @@ FOREVER_S = 3600.0
 class Model(BaseService):
     """Answers after a while, and knows how many questions it had at once."""
 
-    def __init__(self, factor: int = 2) -> None:
+    def __init__(self, factor: int = 2, parties: int = 1) -> None:
         self.factor = factor
+        self.parties = parties
         self.inside = 0
         self.most = 0
 
     async def setup(self) -> None:
         self.lock = asyncio.Lock()
+        self.barrier = asyncio.Barrier(self.parties)
 
     async def generate(self, number: int) -> int:
         self.inside += 1
         self.most = max(self.most, self.inside)
         await asyncio.sleep(0.005)
+        await self.barrier.wait()  # which so many have to reach at once
         async with self.lock:  # which belongs to one loop
             self.inside -= 1
         return number * self.factor
@@ -84,7 +88,7 @@ DOUBLED = [number * 2 for number in range(40)]
 class Peak:
     """Asks a service for its peak when everything has gone through."""
 
-    def __init__(self, env: LocalEnvironment, model: ServiceHandle[Any]) -> None:
+    def __init__(self, model: ServiceHandle[Any]) -> None:
         self.seen = 0
         self.model = model
 
@@ -97,8 +101,8 @@ def test_a_call_is_awaited_under_the_limit_of_the_service(
     backend: Backends, host: str, concurrency: int | None
 ) -> None:
     env = LocalEnvironment("awaited", backend=backend)
-    model = model_of(env, host, concurrency=concurrency)
-    peak = Peak(env, model)
+    model = model_of(env, host, partial(Model, 2, concurrency or 20), concurrency=concurrency)
+    peak = Peak(model)
 
     async def ask(number: int) -> int:
         answer: int = await model.generate(number)
@@ -110,7 +114,7 @@ def test_a_call_is_awaited_under_the_limit_of_the_service(
     stream.sink(peak)
     env.submit(autostop=True)
     assert arrived == DOUBLED
-    assert peak.seen == min(concurrency or 20, 20)
+    assert peak.seen == (concurrency or 20)
 
 
 def test_a_method_is_a_function_of_map_async(backend: Backends, host: str) -> None:
@@ -132,7 +136,7 @@ def test_outside_of_the_loop_it_is_run_to_its_end(backend: Backends, host: str) 
 def test_threads_and_coroutines_share_the_limit(host: str) -> None:
     env = LocalEnvironment("both")
     model = model_of(env, host, concurrency=3)
-    peak = Peak(env, model)
+    peak = Peak(model)
     arrived: list[int] = []
     numbers = env.from_batch(range(40))
     awaited = numbers.map_async(model.generate, concurrency=20, name="awaited")
@@ -140,7 +144,7 @@ def test_threads_and_coroutines_share_the_limit(host: str) -> None:
     awaited.union(waited_for).sink(arrived.append).sink(peak)
     env.submit(autostop=True)
     assert Counter(arrived) == Counter(DOUBLED * 2)
-    assert peak.seen == 3
+    assert 1 < peak.seen <= 3
 
 
 class ByName(MapFunction):
@@ -162,7 +166,7 @@ class InAThread(MapFunction):
 def test_a_function_class_calls_by_name(backend: Backends, host: str, options: dict[str, Any]) -> None:
     env = LocalEnvironment("by name", backend=backend)
     model_of(env, host, concurrency=8)
-    assert [answer for answer in _arriving_class(env, ByName, options)] == DOUBLED
+    assert _arriving_class(env, ByName, options) == DOUBLED
 
 
 def test_a_future_of_a_call_may_be_awaited(backend: Backends, host: str) -> None:
@@ -213,7 +217,8 @@ def test_a_plain_method_goes_between_the_coroutines_of_its_service(backend: Back
         while not model.peak():
             await asyncio.sleep(0.001)
         is_inside += 1
-        return int(await asked) + model.plain(number) - number - 1
+        answer: int = await asked
+        return answer + int(model.plain(number)) - number - 1
 
     assert arriving(env, ask) == DOUBLED
     assert is_inside == 40
@@ -231,8 +236,7 @@ class Reflexive(BaseService):
         return number * 2 - 1
 
     def plain(self, number: int) -> int:
-        answer: int = self.service("model").deeper(number)
-        return answer + 1
+        return int(self.service("model").deeper(number)) + 1
 
 
 def test_a_serial_service_may_call_itself(backend: Backends, host: str) -> None:
@@ -356,6 +360,8 @@ def test_a_plain_method_cannot_be_awaited(give: Any) -> None:
     env = LocalEnvironment("plain")
     model = env.register_service("model", Plain)
     env.from_batch([1]).map_async(give(model), name="ask").sink(lambda _: None)
-    with pytest.raises(GraphError, match='operator "ask" awaits ".*" of service "model", which is no coroutine') as caught:
+    with pytest.raises(
+        GraphError, match=r'operator "ask" awaits ".*" of service "model", which is no coroutine'
+    ) as caught:
         env.submit()
     assert "Write async def, or use map" in caught.value.__notes__[0]
