@@ -91,7 +91,6 @@ class CoroutineLoop:
         if thread.is_alive():
             log.error("event loop left behind thread=%r", thread.name)
             return
-        loop.close()
         self._thread = None
 
     def _started(self) -> asyncio.AbstractEventLoop:
@@ -110,6 +109,7 @@ class CoroutineLoop:
         assert self._loop is not None
         _here.loop = self
         self._loop.run_forever()
+        self._loop.close()  # here, as one that was left behind may end later
 
     def going_on(self) -> AbstractContextManager[None]:
         """Return what keeps the loop going while a thread waits for what coroutines do."""
