@@ -14,7 +14,7 @@ from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
 from benchmarks.plot import plot
 from benchmarks.processes import process_array, process_call, process_stop
-from benchmarks.throughput import chain, has_bytewax, service_call, word_count
+from benchmarks.throughput import awaits, chain, has_bytewax, service_call, word_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ CASES = {
     "chain": chain,
     "word-count": word_count,
     "service-call": service_call,
+    "async": awaits,
     "short-jobs": short_jobs,
     "stop": stopping,
     "import": importing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from typing import TYPE_CHECKING, Any
@@ -225,3 +226,47 @@ def service_call(scale: Scale) -> Iterator[Figure]:
 
 def _forget(value: object) -> None:
     """Take in a record."""
+
+
+AWAITS = 1_000
+AWAITS_AT_A_TIME = 100
+AWAIT_S = 0.01
+
+
+async def awaited(value: int) -> int:
+    await asyncio.sleep(AWAIT_S)
+    return value
+
+
+def await_by_gather() -> None:
+    """What a program without a runtime would do."""
+
+    async def everything() -> list[int]:
+        places = asyncio.Semaphore(AWAITS_AT_A_TIME)
+
+        async def one(value: int) -> int:
+            async with places:
+                return await awaited(value)
+
+        return await asyncio.gather(*map(one, range(AWAITS)))
+
+    assert asyncio.run(everything()) == list(range(AWAITS))
+
+
+def await_by_sage(*, ordered: bool) -> None:
+    out: list[int] = []
+    env = LocalEnvironment("awaits")
+    stream = env.from_batch(range(AWAITS))
+    stream.map_async(awaited, concurrency=AWAITS_AT_A_TIME, ordered=ordered).sink(out.append)
+    env.submit(autostop=True)
+    assert (out if ordered else sorted(out)) == list(range(AWAITS))
+
+
+def awaits(scale: Scale) -> Iterator[Figure]:
+    """A thousand awaits of 10 ms, 100 at a time, against gather with a semaphore."""
+    rounds = max(scale.rounds, scale.short_rounds // 5)
+    ordered, unordered = (lambda ordered=ordered: await_by_sage(ordered=ordered) for ordered in (True, False))
+    taken = alternated(rounds, await_by_gather, ordered, unordered)
+    for place, case in enumerate(("1,000 awaits, in order", "1,000 awaits, as they come"), start=1):
+        ratios = [seconds[place] / seconds[0] for seconds in taken]
+        yield at_most(case, "times asyncio.gather", 1.1, ratios)

@@ -25,6 +25,8 @@ FILE_LINES_MAX = 600
 # The tables of exceptions, each with its reason. A place is a file or a folder under src/sage.
 BROAD_HANDLERS = {
     "_control/program.py": "the top of the command line: what a program raised decides about the exit code",
+    "_operators/asynchronous.py": "a user's coroutine raised: the policy of the operator decides",
+    "_operators/batched.py": "a user's function raised: the policy of the operator decides",
     "_operators/fused.py": "a user's function raised: the operator that called it decides",
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
     "_operators/sources.py": "a source raised: the records before it go on first",

@@ -104,6 +104,19 @@ def served(env: LocalEnvironment) -> None:
     env.from_batch([1]).map(handle.process).sink(show)
 
 
+async def fetch(record: int) -> int:
+    return record
+
+
+def batched(records: list[int]) -> list[int]:
+    return records
+
+
+def holding(env: LocalEnvironment) -> None:
+    fetched = env.from_batch(range(9)).map(double).map_async(fetch, parallelism=2).filter(is_even, parallelism=2)
+    fetched.map_batches(batched).map(double, name="again").sink(show)
+
+
 GRAPHS: dict[str, Callable[[LocalEnvironment], None]] = {
     "linear": linear,
     "fan_out": fan_out,
@@ -113,6 +126,7 @@ GRAPHS: dict[str, Callable[[LocalEnvironment], None]] = {
     "loop": loop,
     "dead_letters": dead_letters,
     "served": served,
+    "holding": holding,
 }
 
 
@@ -184,6 +198,11 @@ def test_without_fusion_every_operator_has_tasks_of_its_own() -> None:
         ),
         pytest.param(
             fan_out, ["numbers", "left -> show-1", "right -> is_even -> show-2"], id="several outputs end one"
+        ),
+        pytest.param(
+            lambda env: env.from_batch([1]).map(double).map_async(fetch).map_batches(batched).sink(show),
+            ["source -> double", "fetch", "batched -> show"],
+            id="what holds records begins a chain",
         ),
         pytest.param(
             dead_letters,

@@ -29,7 +29,7 @@ FOUND = (Found(KEYS, 0.9), Found(STOP, 0.5))
 class TestPrompt:
     def test_passages_are_numbered_and_the_conversation_stands_before_the_question(self) -> None:
         history = (Message("user", "Hello"), Message("assistant", "Hi"))
-        messages, count = Prompt().messages(Question("Where does {a} key go?", history=history), FOUND)
+        messages, count = Prompt().fill(Question("Where does {a} key go?", history=history), FOUND)
         assert count == 2
         assert messages == [
             Message("system", SYSTEM),
@@ -43,15 +43,15 @@ class TestPrompt:
 
     def test_a_template_of_ones_own(self) -> None:
         prompt = Prompt("", "{question} {{json}} {passages}")
-        assert prompt.messages(Question("q"), ()) == ([Message("user", "q {json} (none)")], 0)
+        assert prompt.fill(Question("q"), ()) == ([Message("user", "q {json} (none)")], 0)
 
     def test_what_is_too_long_is_left_out_or_cut(self) -> None:
         first, second = (Found(Passage(name, f"{name} word word word", "d"), 1.0) for name in "ab")
-        messages, count = Prompt("", "{passages}|{question}", tokens_max=10).messages(Question("q"), (first, second))
+        messages, count = Prompt("", "{passages}|{question}", tokens_max=10).fill(Question("q"), (first, second))
         assert (messages[0].content, count) == ("[1] a word word word|q", 1)
-        messages, count = Prompt("", "{passages}|{question}", tokens_max=5).messages(Question("q"), (first, second))
+        messages, count = Prompt("", "{passages}|{question}", tokens_max=5).fill(Question("q"), (first, second))
         assert (messages[0].content, count) == ("[1] a word |q", 1)
-        messages, _ = Prompt("", "{passages}|{question}", tokens_max=5, count=len).messages(Question("q"), (first,))
+        messages, _ = Prompt("", "{passages}|{question}", tokens_max=5, count=len).fill(Question("q"), (first,))
         assert messages[0].content == "[1] a|q"
 
     @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from sage._runtime.coroutines import is_on_loop
 if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Awaitable, Callable, Coroutine
+    from contextlib import AbstractContextManager
 
 _inside: ContextVar[frozenset[Any]] = ContextVar("inside", default=frozenset())
 """The gates that let through the call in which a coroutine runs."""
@@ -88,13 +90,20 @@ class SharedGate:
 
     A plain method that is called on an event loop runs between the awaits of the coroutines there, so it does not wait
     for them: they could not go on.
+
+    Args:
+        calls_max: the limit.
+        going_on: keeps the loop of the coroutines going while a thread waits for its place.
     """
 
-    def __init__(self, calls_max: int | None) -> None:
+    def __init__(
+        self, calls_max: int | None, going_on: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.is_open = False
         self.call_count = 0
         self.error_count = 0
         self._calls_max = calls_max
+        self._going_on = going_on
         self._running: dict[object, int] = {}  # by the identity of a thread, or an object for the call of a coroutine
         self._coroutines = 0
         self._awaiting: deque[Future[None]] = deque()
@@ -169,17 +178,27 @@ class SharedGate:
 
     def _enter(self, me: int, passes_closed: bool) -> bool:
         with self._lock:
-            if self._calls_max is not None and me not in self._running:
-                # A thread that is inside already, because the service calls itself, needs no place of its own.
-                while (self.is_open or passes_closed) and self._is_full_for_thread(self._calls_max):
-                    self._waiting += 1
-                    self._changed.wait()
-                    self._waiting -= 1
-            if not self.is_open and not passes_closed:
-                return False
-            self._running[me] = self._running.get(me, 0) + 1
-            self.call_count += 1
-            return True
+            if not self._has_to_wait(me, passes_closed):
+                return self._take_place(me, passes_closed)
+        with self._going_on(), self._lock:
+            while self._has_to_wait(me, passes_closed):
+                self._waiting += 1
+                self._changed.wait()
+                self._waiting -= 1
+            return self._take_place(me, passes_closed)
+
+    def _has_to_wait(self, me: int, passes_closed: bool) -> bool:
+        # A thread that is inside already, because the service calls itself, needs no place of its own.
+        if self._calls_max is None or me in self._running:
+            return False
+        return (self.is_open or passes_closed) and self._is_full_for_thread(self._calls_max)
+
+    def _take_place(self, me: int, passes_closed: bool) -> bool:
+        if not self.is_open and not passes_closed:
+            return False
+        self._running[me] = self._running.get(me, 0) + 1
+        self.call_count += 1
+        return True
 
     def _is_full_for_thread(self, calls_max: int) -> bool:
         if len(self._running) < calls_max:

@@ -61,7 +61,8 @@ class InlineHost(GatedHost):
         instance.build(self.spec.target, self.spec.args, self.spec.kwargs, self._context)
         self._instance = instance
         if instance.has_coroutines:
-            self._gate = SharedGate(self.spec.options.concurrency)  # a lock of threads would block the loop
+            # A lock of threads would block the loop.
+            self._gate = SharedGate(self.spec.options.concurrency, lambda: self._loop.going_on())
         return instance.hooks
 
     def _coroutine_method(self, name: str) -> Callable[..., Any] | None:

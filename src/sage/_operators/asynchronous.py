@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import sys
+import threading
+import traceback
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.holder import Holder
+from sage.errors import short
 from sage.functions import MapFunction, TaskContext
 from sage.records import Batch
 
@@ -80,6 +84,7 @@ class MapAsync(Holder):
         self._is_full = False
         self._is_dropped = False
         self._is_cancelled = False
+        self._thread_id = 0
 
     def prepare(self) -> None:
         """Bind the function; a `MapFunction` that returns None drops the record, as for `map`."""
@@ -109,15 +114,17 @@ class MapAsync(Holder):
             self._surroundings.post(self._poked)
 
     def hand_on(self, *, is_all: bool, has_ended: bool) -> Batch | None:  # noqa: ARG002
-        """Return the results that are there."""
+        """Return the results that are there; a record that fails the job comes alone, when those before it are out."""
         self._is_rung = False
         done: list[Slot] = []
-        if self._is_ordered:
-            while self._order and self._order[0].is_done:
-                done.append(self._order.popleft())
-        else:
-            while self._done:
-                done.append(self._done.popleft())
+        ended = self._order if self._is_ordered else self._done
+        while ended and ended[0].is_done:
+            slot = ended[0]
+            is_last = slot.error is not None and self.fails_job(slot.error, slot.request)
+            if not (is_last and done):
+                done.append(ended.popleft())
+            if is_last:
+                break
         if not done:
             return None
         self.held -= len(done)
@@ -136,14 +143,20 @@ class MapAsync(Holder):
             self._surroundings.post(self._cancel)
         return held
 
+    def where(self) -> str:
+        """Return where each coroutine waits."""
+        slots = [(slot, slot.task) for slot in tuple(self._running)]
+        return "".join(
+            f"record {short(slot.value)}:\n{_where(task, self._thread_id)}" for slot, task in slots if task is not None
+        )
+
     def _batch_of(self, done: list[Slot]) -> Batch:
         """Apply the policy to what failed, and return the other results with their keys and requests."""
         kept: list[Slot] = []
-        for place, slot in enumerate(done):
+        for slot in done:
             if slot.error is not None:
                 failed = Batch([slot.value], None, [slot.request])
                 if not self.give_up(failed, 0, slot.error, slot.attempts):
-                    self.held += len(done) - place - 1  # those after the record that fails the job were not delivered
                     break
             elif not (self._drops_none and slot.result is None):
                 kept.append(slot)
@@ -160,6 +173,7 @@ class MapAsync(Holder):
 
     def _poked(self) -> None:
         self._is_posted = False
+        self._thread_id = threading.get_ident()
         self._start_more()
 
     def _start_more(self) -> None:
@@ -256,3 +270,18 @@ class MapAsync(Holder):
             self._done.clear()
             self.is_quiet = True
             self.wake()
+
+
+def _where(task: asyncio.Task[None], thread_id: int) -> str:
+    """Return the stack of a coroutine that waits or blocks the thread of its loop, from the user's function on."""
+    awaited: Any = task.get_coro()
+    if awaited.cr_running:
+        stack = traceback.extract_stack(sys._current_frames().get(thread_id))
+    else:
+        frames = []
+        while getattr(awaited, "cr_frame", None) is not None:
+            frames.append((awaited.cr_frame, awaited.cr_frame.f_lineno))
+            awaited = awaited.cr_await
+        stack = traceback.StackSummary.extract(iter(frames))
+    own = max((place for place, entry in enumerate(stack) if entry.filename == __file__), default=-1)
+    return "".join(traceback.format_list(stack[own + 1 :]))

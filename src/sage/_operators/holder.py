@@ -56,3 +56,7 @@ class Holder(Operator):
     def drop(self) -> int:
         """Forget what is held, cancel what runs, and return how many records that were."""
         raise NotImplementedError
+
+    def where(self) -> str:
+        """Return where what runs for the operator stands, for a person."""
+        return ""

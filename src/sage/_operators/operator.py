@@ -214,20 +214,24 @@ class Operator:
             return None
         return retry.pause_s(attempts)
 
+    def fails_job(self, error: BaseException, request: Any) -> bool:
+        """Return whether a record of this request, or of None, fails the job with this error."""
+        return not isinstance(error, Exception) or (request is None and self.node.on_error.then == "fail")
+
     def give_up(self, batch: Batch, place: int, error: BaseException, attempts: int) -> bool:
         """Do what the policy says of a record that is not tried again.
 
         Returns:
             Whether the next record follows; if not, `failure` is set.
         """
-        policy = self.node.on_error
         request = batch.requests[place] if batch.requests is not None else None
+        self.metrics.failed += 1
         if request is not None and isinstance(error, Exception):
             request.fail(error)
-        self.metrics.failed += 1
-        if isinstance(error, Exception) and (request is not None or policy.then != "fail"):
-            if request is None and policy.then == "letters":
-                self.letters.append(DeadLetter(batch.values[place], error, self.node.name, attempts))
+        if not self.fails_job(error, request):
+            if request is None and self.node.on_error.then == "letters":
+                letter = DeadLetter(batch.values[place], error, self.node.name, attempts)
+                self.letters.append(letter)
             return True
         self.failure = self.blame(error, batch.values[place], attempts)
         return False

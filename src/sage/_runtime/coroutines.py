@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Future
+    from contextlib import AbstractContextManager
 
     from sage._runtime.backend import Backend
 
@@ -52,7 +53,7 @@ class CoroutineLoop:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
         self._running.add(future)
         try:
-            with self._going_on():
+            with self.going_on():
                 return future.result()
         finally:
             self._running.discard(future)
@@ -84,13 +85,12 @@ class CoroutineLoop:
             loop, thread = self._loop, self._thread
         if loop is None or thread is None:
             return
-        with self._going_on():
+        with self.going_on():
             loop.call_soon_threadsafe(loop.create_task, _end(loop))
             thread.join(3 * CLOSE_S)
         if thread.is_alive():
             log.error("event loop left behind thread=%r", thread.name)
             return
-        loop.close()
         self._thread = None
 
     def _started(self) -> asyncio.AbstractEventLoop:
@@ -109,8 +109,10 @@ class CoroutineLoop:
         assert self._loop is not None
         _here.loop = self
         self._loop.run_forever()
+        self._loop.close()  # here, as one that was left behind may end later
 
-    def _going_on(self) -> Any:
+    def going_on(self) -> AbstractContextManager[None]:
+        """Return what keeps the loop going while a thread waits for what coroutines do."""
         return nullcontext() if self._backend is None else self._backend.loop_going_on()
 
 

@@ -164,7 +164,8 @@ class Supervisor:
                 self._loop.cancel()
             case Do.ABANDON_TASK:
                 self._abandoned.add(target)
-                self._stacks[target] = self.backend.where(self.tasks[target])
+                task = self.tasks[target]
+                self._stacks[target] = task.where() or self.backend.where(task)
                 self.tasks[target].request_cancel()
                 log.error("task abandoned task=%r", target)
             case Do.SEAL:

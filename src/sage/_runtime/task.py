@@ -174,6 +174,10 @@ class Task:
             return self._paused_until
         return self._holder.due
 
+    def where(self) -> str:
+        """Return where the coroutines of the task stand, for a person; what its thread does the backend knows."""
+        return "" if self._holder is None else self._holder.where()
+
     def request_open(self) -> None:
         """Let the task build and open its functions."""
         self._may_open = True

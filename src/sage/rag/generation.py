@@ -73,7 +73,7 @@ class Generate(MapFunction):
         Raises:
             Exception: what the language model raises.
         """
-        messages, count = self._prompt.messages(data.question, data.found)
+        messages, count = self._prompt.fill(data.question, data.found)
         return answered(data, count, self._llm.generate(messages, **self._settings))
 
 
@@ -86,7 +86,7 @@ class GenerateAsync(Generate):
         Raises:
             Exception: what the language model raises.
         """
-        messages, count = self._prompt.messages(data.question, data.found)
+        messages, count = self._prompt.fill(data.question, data.found)
         return answered(data, count, await self._llm.agenerate(messages, **self._settings))
 
 

@@ -70,7 +70,7 @@ class Prompt:
         self._tokens_max = tokens_max
         self._count = count
 
-    def messages(self, question: Question, found: Sequence[Found]) -> tuple[list[Message], int]:
+    def fill(self, question: Question, found: Sequence[Found]) -> tuple[list[Message], int]:
         """Return the messages, the conversation before the question among them, and how many passages are in them."""
         blocks: list[str] = []
         left = self._tokens_max

@@ -1,0 +1,455 @@
+"""`map_batches`: how batches fill, what their functions may return, and what follows when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recorded import report_of
+
+from sage import (
+    DeadLetter,
+    FunctionError,
+    GraphError,
+    JobError,
+    LocalEnvironment,
+    MapFunction,
+    Outcome,
+    Retry,
+    StopSignal,
+)
+from sage._backends.threads import ThreadsBackend
+from sage.testing import StepBackend, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fair_clock import FairClock
+
+    from sage._runtime.backend import Backend
+    from sage.stream import DataStream
+
+    Backends = Callable[[], Backend]
+
+
+def doubled(batch: list[int]) -> list[int]:
+    return [number * 2 for number in batch]
+
+
+def without_threes(batch: list[int]) -> list[int]:
+    if any(number % 10 == 3 for number in batch):
+        raise ValueError("a three")
+    return batch
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_records", [1, 7, 5000])
+def test_results_keep_the_order_of_their_records(backend: Backends, max_records: int) -> None:
+    arrived = run(range(300), lambda stream: stream.map_batches(doubled, max_records=max_records), backend=backend)
+    assert arrived == [number * 2 for number in range(300)]
+
+
+def test_no_batch_is_larger_than_it_may_be(backend: Backends) -> None:
+    sizes: list[int] = []
+
+    def note(batch: list[int]) -> list[int]:
+        assert type(batch) is list
+        sizes.append(len(batch))
+        return batch
+
+    assert run(range(100), lambda stream: stream.map_batches(note, max_records=16), backend=backend) == [*range(100)]
+    assert sum(sizes) == 100
+    assert 1 <= min(sizes) <= max(sizes) <= 16
+
+
+def test_batches_that_may_wait_are_full_until_the_stream_ends(backend: Backends) -> None:
+    def size(batch: list[int]) -> list[int]:
+        return [len(batch)] * len(batch)
+
+    arrived = run(
+        range(100), lambda stream: stream.map_batches(size, max_records=30, max_wait_s=3600.0), backend=backend
+    )
+    assert arrived == [30] * 90 + [10] * 10
+
+
+def test_a_record_waits_no_longer_than_it_may(backend: Backends) -> None:
+    """The second record comes when the first has arrived, so that a batch of two would never be full."""
+    has_arrived = threading.Event()
+    numbers = iter([1, 2])
+
+    def next_number() -> int | StopSignal | None:
+        if has_arrived.is_set() or not arrived_any:
+            arrived_any.append(True)
+            return next(numbers, StopSignal())
+        return None
+
+    arrived_any: list[bool] = []
+    arrived: list[int] = []
+
+    def arrive(number: int) -> None:
+        arrived.append(number)
+        has_arrived.set()
+
+    env = LocalEnvironment("waits", backend=backend)
+    env.from_source(next_number).map_batches(doubled, max_records=2, max_wait_s=0.05).sink(arrive)
+    env.submit(autostop=True)
+    assert arrived == [2, 4]
+
+
+def test_what_is_there_makes_a_batch_when_nothing_may_wait() -> None:
+    """While the function works, records gather; the next batch takes all of them."""
+    may_go_on = threading.Event()
+    sizes: list[int] = []
+
+    def slow(batch: list[int]) -> list[int]:
+        assert may_go_on.wait(20)
+        sizes.append(len(batch))
+        return batch
+
+    numbers = iter(range(50))
+
+    def next_number() -> int | StopSignal:
+        number = next(numbers, None)
+        if number is None:
+            may_go_on.set()
+            return StopSignal()
+        return number
+
+    env = LocalEnvironment("gather")
+    env.from_source(next_number).map_batches(slow, max_records=50).sink(lambda _: None)
+    env.submit(autostop=True)
+    assert sum(sizes) == 50
+    assert len(sizes) <= 2
+
+
+class Scaled(MapFunction):
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def open(self) -> None:
+        self.is_open = True
+
+    def execute(self, data: list[int]) -> list[int]:
+        assert self.is_open
+        return [number * self.factor for number in data]
+
+
+class AsyncScaled(Scaled):
+    async def execute(self, data: list[int]) -> list[int]:  # type: ignore[override]
+        await asyncio.sleep(0)
+        return super().execute(data)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda stream: stream.map_batches(Scaled, 2),
+        lambda stream: stream.map_batches(Scaled(2)),
+        lambda stream: stream.map_batches(AsyncScaled, 2),
+        lambda stream: stream.map_batches(lambda batch: tuple(doubled(batch))),
+        lambda stream: stream.map_batches(doubled, parallelism=2).map(lambda number: number),
+    ],
+    ids=["class", "instance", "coroutine", "tuple", "two tasks"],
+)
+def test_every_form_of_a_function_is_taken(backend: Backends, build: Callable[[DataStream], DataStream]) -> None:
+    assert sorted(run(range(20), build, backend=backend)) == [number * 2 for number in range(20)]
+
+
+def test_arrays_go_in_and_come_out() -> None:
+    numpy = pytest.importorskip("numpy")
+    types: set[Any] = set()
+
+    def shifted(batch: Any) -> Any:
+        types.add((type(batch), batch.ndim))
+        return batch + 0.5
+
+    arrived = run([1, 2, 3], lambda stream: stream.map_batches(shifted, batch_format="numpy", max_records=2))
+    assert arrived == [1.5, 2.5, 3.5]
+    assert types == {(numpy.ndarray, 1)}
+    rows = run([[1, 2], [3, 4]], lambda stream: stream.map_batches(lambda batch: batch * 2, batch_format="numpy"))
+    assert [row.tolist() for row in rows] == [[2, 4], [6, 8]]
+
+
+def test_numpy_is_imported_when_it_is_used_and_not_before() -> None:
+    program = """
+import sys
+from sage.testing import run
+assert run([1, 2], lambda stream: stream.map_batches(lambda batch: batch)) == [1, 2]
+assert "numpy" not in sys.modules
+sys.modules["numpy"] = None
+try:
+    run([1], lambda stream: stream.map_batches(lambda batch: batch, batch_format="numpy", name="scale"))
+except Exception as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 'operator "scale" failed to open: ModuleNotFoundError' in done.stdout
+
+
+# --- keys, requests, loops --------------------------------------------------------------------------------------------
+
+
+def test_keys_stay_with_their_records(backend: Backends) -> None:
+    def build(stream: DataStream) -> DataStream:
+        keyed: Any = stream.keyby(lambda number: number % 4).map_batches(doubled, max_records=5)
+        return keyed.reduce(lambda a, b: a + b, emit="last")  # type: ignore[no-any-return]
+
+    arrived = run(range(40), build, backend=backend)
+    assert sorted(arrived) == sorted(2 * sum(range(rest, 40, 4)) for rest in range(4))
+
+
+def test_records_with_and_without_keys_share_a_batch(backend: Backends) -> None:
+    env = LocalEnvironment("mixed", backend=backend)
+    keyed = env.from_batch(range(10)).keyby(lambda number: number)
+    arrived: list[int] = []
+    env.from_batch(range(10, 20)).union(keyed).map_batches(doubled, max_records=20, max_wait_s=9.0).sink(arrived.append)
+    env.submit(autostop=True)
+    assert sorted(arrived) == [number * 2 for number in range(20)]
+
+
+def test_each_request_gets_its_own_answer_or_the_error_of_its_batch(backend: Backends) -> None:
+    env = LocalEnvironment("served")
+    checked = env.serve("checked", lambda requests: requests.map_batches(without_threes, max_records=8, max_wait_s=0.0))
+    answers: list[Any] = []
+
+    def ask(number: int) -> Any:
+        try:
+            return checked.process(number)
+        except ValueError as error:
+            return str(error)
+
+    env.from_batch([1, 2, 3, 4]).map(ask).sink(answers.append)
+    env.submit(autostop=True)
+    assert answers == [1, 2, "a three", 4]
+
+
+def test_a_loop_waits_for_a_batch_that_fills(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("loop", backend=backend)
+    loop = env.from_future("loop")
+    lower = env.from_batch([3, 10, 0, 7]).union(loop).filter(lambda number: number > 0)
+    fewer = lower.map_batches(lambda batch: [number - 1 for number in batch], max_records=3, max_wait_s=0.005)
+    fewer.fill_future(loop)
+    fewer.sink(arrived.append)
+    env.submit(autostop=True)
+    assert sorted(arrived) == sorted(number for first in (3, 10, 0, 7) for number in range(first))
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda batch: batch[1:], "ValueError: 4 records went in, and 3 results came out"),
+        (lambda batch: [*batch, 1], "ValueError: 4 records went in, and 5 results came out"),
+        (lambda batch: None, "TypeError: 4 records went in, and a NoneType came out"),
+        (lambda batch: (number for number in batch), "TypeError: 4 records went in, and a generator came out"),
+        (lambda batch: "abcd", "TypeError: 4 records went in, and a str came out"),
+    ],
+    ids=["fewer", "more", "none", "generator", "text"],
+)
+def test_another_number_of_results_is_an_error_that_says_both(backend: Backends, function: Any, text: str) -> None:
+    with pytest.raises(FunctionError, match=f'operator "f" failed on 4 records from 5 on: {text}') as caught:
+        run(
+            [5, 6, 7, 8],
+            lambda stream: stream.map_batches(function, name="f", max_records=4, max_wait_s=60.0),
+            backend=backend,
+        )
+    assert caught.value.__cause__ is not None
+    assert "one result for each record" in caught.value.__cause__.__notes__[0]
+
+
+def test_a_batch_that_fails_is_skipped_or_handed_over_as_a_whole(backend: Backends) -> None:
+    letters: list[DeadLetter] = []
+    arrived: list[int] = []
+    env = LocalEnvironment("policies", backend=backend)
+    dead = env.dead_letters("lost")
+    numbers = env.from_batch(range(20))
+    options: dict[str, Any] = {"max_records": 5, "max_wait_s": 60.0}
+    numbers.map_batches(without_threes, name="sent", on_error=dead, **options).sink(arrived.append)
+    numbers.map_batches(without_threes, name="skipped", on_error="skip", **options).sink(arrived.append)
+    dead.sink(letters.append)
+    env.submit(autostop=True)
+    assert sorted(arrived) == sorted(2 * [*range(5, 10), *range(15, 20)])
+    assert [letter.value for letter in letters] == [*range(5), *range(10, 15)]
+    assert {(letter.operator, letter.attempts, str(letter.error)) for letter in letters} == {("sent", 1, "a three")}
+    for name in ("sent", "skipped"):
+        counts = report_of(env).operator(name)
+        assert (counts.records_in, counts.records_out, counts.failed) == (20, 10, 10)
+
+
+def test_the_same_batch_is_tried_again_after_a_pause(backend: Backends) -> None:
+    seen: list[list[int]] = []
+
+    def flaky(batch: list[int]) -> list[int]:
+        seen.append(list(batch))
+        if len(seen) % 3:
+            raise ConnectionError("once more")
+        return batch
+
+    retry = Retry(3, (0.001, 0.002))
+    arrived = run(range(50), lambda stream: stream.map_batches(flaky, max_records=9, on_error=retry), backend=backend)
+    assert arrived == list(range(50))
+    assert seen[0::3] == seen[1::3] == seen[2::3]
+
+
+def test_an_error_after_several_attempts_says_so(backend: Backends) -> None:
+    with pytest.raises(FunctionError, match="failed on 1 record from 3 on after 2 attempts: ValueError: a three"):
+        run([3], lambda stream: stream.map_batches(without_threes, on_error=Retry(2, (0.001, 0.001))), backend=backend)
+
+
+def test_what_came_before_a_batch_that_fails_has_arrived(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("fails", backend=backend)
+    stream = env.from_batch(range(40), name="numbers")
+    stream.map_batches(without_threes, name="f", max_records=1).sink(arrived.append)
+    with pytest.raises(JobError, match='operator "f" failed on 1 record from 3 on'):
+        env.submit(autostop=True)
+    assert arrived == [0, 1, 2]
+    report = report_of(env)
+    assert report.operator("numbers").records_out == 3 + 1 + report.undelivered
+
+
+def test_a_cancel_drops_and_counts_what_waits(backend: Backends) -> None:
+    env = LocalEnvironment("cancelled", backend=backend)
+    left = iter(range(5))
+
+    def next_number() -> int | None:
+        number = next(left, None)
+        if number is None:
+            env.jobmanager.jobs[env.env_uuid].cancel()
+        return number
+
+    called: list[Any] = []
+
+    def note(batch: list[int]) -> list[int]:
+        called.append(batch)
+        return batch
+
+    env.from_source(next_number).map_batches(note, max_wait_s=3000.0)
+    report = env.submit().wait()
+    assert report.state is Outcome.CANCELLED
+    assert called == []
+    assert report.undelivered == report.operators[0].records_out == 5
+
+
+def test_a_stop_processes_what_waits(backend: Backends) -> None:
+    env = LocalEnvironment("stopped", backend=backend)
+    left = iter(range(5))
+    arrived: list[int] = []
+
+    def next_number() -> int | None:
+        number = next(left, None)
+        if number is None:
+            env.stop()
+        return number
+
+    env.from_source(next_number).map_batches(doubled, max_wait_s=3000.0).sink(arrived.append)
+    report = env.submit().wait()
+    assert report.state is Outcome.STOPPED
+    assert arrived == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "text"),
+    [
+        (doubled, {"max_records": 0}, "max_records is 0, which is not a positive number"),
+        (doubled, {"max_wait_s": -1}, "max_wait_s is -1"),
+        (doubled, {"max_wait_s": float("inf")}, "max_wait_s is inf"),
+        (doubled, {"batch_format": "pandas"}, "batch_format is 'pandas'"),
+        (lambda: [], {}, "wrong arity"),
+        (lambda one, two: [], {}, "wrong arity"),
+        ([1], {}, "list is not callable"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(function: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(GraphError, match=text):
+        LocalEnvironment().from_batch([1]).map_batches(function, **options)
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+Shape = tuple[int, int, int, bool]
+shapes = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(0, 2), st.booleans()), min_size=1, max_size=3
+)
+records = st.lists(st.integers(-50, 50), max_size=100)
+
+
+def check(values: list[int], shape: list[Shape], backend: Backends) -> None:
+    def build(stream: DataStream) -> DataStream:
+        for max_records, parallelism, wait, tries in shape:
+            failed: Counter[tuple[int, ...]] = Counter()
+
+            def step(batch: list[int], failed: Counter[tuple[int, ...]] = failed, tries: bool = tries) -> list[int]:
+                failed[tuple(batch)] += 1
+                if tries and failed[tuple(batch)] == 1:
+                    raise ConnectionError("once more")
+                return [number * 3 + 1 for number in batch]
+
+            stream = stream.map_batches(
+                step,
+                max_records=max_records,
+                max_wait_s=wait * 0.001,
+                parallelism=parallelism,
+                on_error=Retry(9, (0.0, 0.0)),
+            )
+        return stream
+
+    arrived = run(values, build, backend=backend)
+    for _ in shape:
+        values = [number * 3 + 1 for number in values]
+    if all(parallelism == 1 for _, parallelism, _, _ in shape):
+        assert arrived == values
+    else:
+        assert Counter(arrived) == Counter(values)
+
+
+@given(records, shapes, st.integers(0, 10_000))
+def test_batches_give_what_single_records_give_on_every_schedule(
+    values: list[int], shape: list[Shape], seed: int
+) -> None:
+    check(values, shape, lambda: StepBackend(seed))
+
+
+@settings(max_examples=25)
+@given(records, shapes)
+def test_batches_give_what_single_records_give_on_threads(values: list[int], shape: list[Shape]) -> None:
+    check(values, shape, ThreadsBackend)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_waits_for_others_goes_on_in_time(clock: FairClock) -> None:
+    sent_at: list[float] = []
+    arrived_at: list[float] = []
+    has_arrived = threading.Event()
+
+    def next_number() -> int | StopSignal:
+        if sent_at:
+            assert has_arrived.wait(20)
+            return StopSignal()
+        sent_at.append(time.monotonic())
+        return 1
+
+    def arrive(_: int) -> None:
+        arrived_at.append(time.monotonic())
+        has_arrived.set()
+
+    env = LocalEnvironment("waits")
+    env.from_source(next_number).map_batches(doubled, max_records=10, max_wait_s=0.2).sink(arrive)
+    env.submit(autostop=True)
+    assert arrived_at[0] - sent_at[0] >= 0.2
+    assert clock.elapsed_s(sent_at[0], arrived_at[0]) < 0.5
