@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sage import DeadLetter, LocalEnvironment, SageError, ServiceHandle, ServiceOptions
+from sage import DeadLetter, LocalEnvironment, SageError, ServiceOptions
 from sage.rag.conversation import Converse
 from sage.rag.generation import Answered, Generate
 from sage.rag.keywords import KeywordIndex
@@ -27,7 +27,8 @@ from sage.services.memory import Memory
 from sage.services.milvus import MilvusStore
 from sage.services.minilm import MiniLMEmbeddings
 from sage.services.numpy_store import NumpyStore
-from sage.services.openai import OPENAI_URL, OpenAILLM
+from sage.services.endpoint import OPENAI_URL
+from sage.services.openai import OpenAILLM
 from sage.services.sqlite_store import SqliteStore
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +37,7 @@ EMBEDDINGS = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
 # Two environments use the index, so the first one builds it and the last one cleans it up.
 SHARED = ServiceOptions(shared=True, concurrency=None)
 
-Services = dict[str, ServiceHandle[Any]]
+Services = dict[str, Any]
 
 
 def register_index(env: LocalEnvironment, options: argparse.Namespace, folder: Path) -> Services:

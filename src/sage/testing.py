@@ -33,6 +33,9 @@ STEP_S = 0.001
 OUTSIDE_S = 30.0
 """How long coroutines may wait for something outside of the job, in seconds of real time."""
 
+ANSWER_S = 1.0
+"""How long calls on threads of a service may take before virtual time goes on without them, in real seconds."""
+
 LIMITS = (1, 2, 3, 7, 64, 1024)
 CAPACITIES = (1, 2, 5, 100, 4096)
 
@@ -284,7 +287,10 @@ class StepBackend(Backend):
         if supervisor.next_due is not None:
             dues.append(supervisor.next_due)
         dues += [loop.due for loop in self._loops if loop.due is not None]
-        if any(loop.waits_outside(0.0 if dues else OUTSIDE_S) for loop in self._loops):
+        # A moment on the virtual clock, such as a time-out, must not come before an answer that is on its way.
+        is_calling = any(host.is_calling for host in supervisor.hosts.values())
+        wait_s = OUTSIDE_S if not dues else ANSWER_S if is_calling else 0.0
+        if any(loop.waits_outside(wait_s) for loop in self._loops):
             return
         if not dues:
             states = {task.name: task.phase for task in self._tasks}

@@ -27,7 +27,8 @@ def new(*args: str) -> tuple[int, str]:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAGE_")}
+    # A new project knows nothing of the options that the tests around it are run with.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SAGE_", "PYTEST_"))}
     environment["PYTHONPATH"] = str(ROOT / "src")
     return subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", *command],

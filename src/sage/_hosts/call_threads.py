@@ -28,8 +28,8 @@ class CallThreads:
         self._threads_max = min(threads_max or CALL_THREADS_MAX, CALL_THREADS_MAX)
         self._queue: SimpleQueue[tuple[CallFuture, Callable[[], Any]] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._waiting = 0
-        self._open = 0
+        self._open = 0  # calls that were taken in and have not ended
+        self._load = 0  # those of them that need a thread, or have one
         self._lock = threading.Lock()
         self._all_done = threading.Condition(self._lock)
         self._closed = False
@@ -41,13 +41,20 @@ class CallThreads:
             if self._closed:
                 raise ServiceUnavailableError(f'service "{self._service}" has stopped', service=self._service)
             self._open += 1
+            self._load += 1
             self._queue.put((future, carried(function)))
-            if self._waiting < self._queue.qsize() and len(self._threads) < self._threads_max:
+            # Counted, and not seen by which threads wait: one that is about to take a call waits no more.
+            if len(self._threads) < min(self._load, self._threads_max):
                 name = f"{self._service}-call-{len(self._threads)}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
                 self._threads.append(thread)
                 thread.start()
         return future
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call that was taken in has not ended."""
+        return self._open > 0
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every call that was taken in has ended."""
@@ -77,29 +84,32 @@ class CallThreads:
             if entry is None:
                 continue
             entry[0].cancel()
-            with self._lock:
-                self._open -= 1
-                if self._open == 0:
-                    self._all_done.notify_all()
+            self._returned()
+            self._ended()
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                self._waiting += 1
-            entry = self._queue.get()
-            with self._lock:
-                self._waiting -= 1
-            if entry is None:
-                return
+        while (entry := self._queue.get()) is not None:
             future, function = entry
-            if future.set_running_or_notify_cancel():
+            if not future.set_running_or_notify_cancel():
+                self._returned()
+            else:
                 try:
                     result = function()
                 except BaseException as error:  # the caller owns it, through the future
+                    self._returned()
                     future.set_exception(error)
                 else:
+                    self._returned()
                     future.set_result(result)
-            with self._lock:
-                self._open -= 1
-                if self._open == 0:
-                    self._all_done.notify_all()
+            self._ended()
+
+    def _returned(self) -> None:
+        """Note that a thread is free for the next call, which may come as soon as this one's future is set."""
+        with self._lock:
+            self._load -= 1
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0:
+                self._all_done.notify_all()

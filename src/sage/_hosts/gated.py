@@ -84,6 +84,11 @@ class GatedHost(ABC):
         return sum(gate.error_count for gate in (*self._earlier, self._gate))
 
     @property
+    def is_calling(self) -> bool:
+        """Whether a call runs on the service's own threads."""
+        return self._threads is not None and self._threads.is_busy
+
+    @property
     @abstractmethod
     def hooks(self) -> frozenset[str]:
         """The names of the hooks that the instance has."""

@@ -83,6 +83,10 @@ class Host(Protocol):
         """How many of them raised."""
 
     @property
+    def is_calling(self) -> bool:
+        """Whether a call runs on a thread of the host, which no backend steps."""
+
+    @property
     def own_hooks(self) -> frozenset[str]:
         """The names of the hooks that the host has whatever the service is: "exit", if it has a process to end."""
 
