@@ -22,12 +22,12 @@ from sage.rag.retrieval import Index, Retrieve
 from sage.rag.splitters import SplitByStructure
 from sage.services.chroma import ChromaStore
 from sage.services.embeddings import HashingEmbeddings
+from sage.services.endpoint import OPENAI_URL
 from sage.services.llm import ExtractiveLLM
 from sage.services.memory import Memory
 from sage.services.milvus import MilvusStore
 from sage.services.minilm import MiniLMEmbeddings
 from sage.services.numpy_store import NumpyStore
-from sage.services.endpoint import OPENAI_URL
 from sage.services.openai import OpenAILLM
 from sage.services.sqlite_store import SqliteStore
 
