@@ -53,6 +53,57 @@ class Call(MapFunction):
         return self.call_service(self.service_name, data)
 
 
+class Given:
+    """Returns the arguments that it was called with."""
+
+    def process(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return (*args, kwargs)
+
+
+class Giving(MapFunction):
+    """Calls a service with as many arguments as a call may have, and with names that the call itself has, too."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self.timeout = timeout
+
+    def execute(self, data: int) -> list[Any]:
+        handle = self.service("given")
+        return [
+            self.call_service("given", timeout=self.timeout),
+            self.call_service("given", None, timeout=self.timeout),
+            self.call_service("given", data, 2, timeout=self.timeout),
+            self.call_service("given", name="a", first="b", timeout=self.timeout),
+            self.call_service("given", data, name="a", timeout=self.timeout),
+            self.call_service_async("given", data, name="a", timeout=self.timeout).result(),
+            handle.process(),
+            handle.process(data),
+            handle(data, 2, first="b"),
+        ]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_arguments_arrive_as_they_were_given(host: Host, concurrency: int, timeout: float | None) -> None:
+    env = LocalEnvironment("arguments")
+    env.register_service("given", Given, options=ServiceOptions(host=host, concurrency=concurrency))
+    arrived: list[list[Any]] = []
+    env.from_batch([1]).map(Giving, timeout).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == [
+        [
+            ({},),
+            (None, {}),
+            (1, 2, {}),
+            ({"name": "a", "first": "b"},),
+            (1, {"name": "a"}),
+            (1, {"name": "a"}),
+            ({},),
+            (1, {}),
+            (1, 2, {"first": "b"}),
+        ]
+    ]
+
+
 # --- concurrency ---
 
 
