@@ -15,7 +15,7 @@ from sage.errors import InternalError, hint
 from sage.records import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sage._backends.stepped_loop import SteppedLoop
     from sage._runtime.supervisor import Supervisor
@@ -118,13 +118,13 @@ class SeededSpan(Span):
         super().__init__()
         self._random = random_
 
-    def begin(self, values: list[Any]) -> Iterator[Any]:
+    def begin(self, values: Sequence[Any]) -> Iterator[Any]:
         """Shorten the list at a place drawn from the seed, but leave something to do."""
         reading = super().begin(values)
         if len(values) > 1 and self._random.random() < 0.2 and not self.is_cut:
             place = self._random.randrange(1, len(values))
             reading = iter(values[:place])
-            self._work = (reading, values[place:])
+            self._work = (reading, [*values[place:]])
             self.is_cut = True
         return reading
 

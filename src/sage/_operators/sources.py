@@ -23,9 +23,9 @@ class SequenceSource(Source):
         self._values = values if step == 1 else values[index::step]
         self._at = 0
 
-    def read(self, records_max: int) -> list[Any] | None:
+    def read(self, records_max: int) -> Sequence[Any] | None:
         """Return the next slice."""
-        records = list(self._values[self._at : self._at + records_max])
+        records = self._values[self._at : self._at + records_max]
         self._at += len(records)
         return records or None
 
@@ -162,7 +162,7 @@ class Reader(Operator):
         if records is None or (not records and self.bridge is not None and self.bridge.is_over):
             self.ended = True
             return Batch([])
-        batch = Batch(records if type(records) is list else list(records))
+        batch = Batch(records if type(records) in (list, range) else list(records))
         if self.bridge is not None and len(batch):
             batch.requests = self.bridge.taken(len(batch))
         self.metrics.records_in += len(batch)
