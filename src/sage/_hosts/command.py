@@ -20,7 +20,7 @@ from sage._hosts.ports import choose_ports
 from sage._hosts.probe import why_not
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import Exit
-from sage._runtime.processes import Process, is_alive, of_session, process, send
+from sage._runtime.processes import Process, is_alive, is_ending, of_session, process, send
 from sage.command import ADDRESS, Line, RunningCommand, filled, own_value
 from sage.errors import ServiceError, UnknownServiceError, hint, short
 from sage.service import ServiceMethod
@@ -41,6 +41,9 @@ LINES_KEPT_MAX = 50
 
 CATCH_UP_BOUND_S = 2.0
 """How long it may take to read what a command wrote before its end; whoever logs its lines may be slow."""
+
+ANSWER_SHARE = 0.9
+"""What of its time one try of `Http` or `Port` takes at most, so that it can say why before it is given up as late."""
 
 SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a program."""
@@ -78,6 +81,11 @@ class CommandHost(GatedHost):
     def own_hooks(self) -> frozenset[str]:
         """The names of the hooks that every command has."""
         return frozenset({"exit"})
+
+    @property
+    def local_hooks(self) -> frozenset[str]:
+        """What asks the command from here; one that hangs is not ended with the command."""
+        return frozenset({"ready", "health"})
 
     def facts(self) -> HostFacts:
         """Return what the report says of the process."""
@@ -211,6 +219,7 @@ class CommandHost(GatedHost):
                 assert child is not None
                 if child.is_over:
                     self._is_up(child)
+                self._unready = ""  # nobody knows why, until this try has an answer
                 self._unready = self._why_not(self._command.ready, child, due) or ""
                 if not self._unready:
                     self._is_up(child)
@@ -220,14 +229,15 @@ class CommandHost(GatedHost):
                 why = self._why_not(self._command.health, child, due)
                 if why is None:
                     return True
-                if not is_alive(child.process):
+                if is_ending(child.process):
                     child.own.wait_ended()  # until its death was told, which is the better reason
                 raise ServiceError(why, service=self.spec.name)
         return None
 
     def _why_not(self, probe: Any, child: Child, due: float | None) -> str | None:
         assert self._running is not None
-        return why_not(probe, self._running, child.has_line, self._left(due), self._loop.run)
+        timeout_s = self._left(due) * ANSWER_SHARE
+        return why_not(probe, self._running, child.has_line, timeout_s, self._loop.run)
 
     def _stop(self, child: Child) -> None:
         """Ask the command to end and wait for that; whoever gives it up has the process killed."""

@@ -65,6 +65,7 @@ class Dispatcher:
                 keep=service.name in keep,
                 adopted=hosts[service.name].hooks if service.name in adopted else None,
                 own_hooks=hosts[service.name].own_hooks,
+                local_hooks=hosts[service.name].local_hooks,
             )
             for service in services
         )
