@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 STARTING = ("constructor", "setup", "start", "ready")
 RUNNING = ("call", "health")
@@ -76,7 +76,6 @@ class Expected:
         errors: the types of the errors in the report, sorted.
         or_errors: what they may be as well, where a task and the job each hear of the fault in their own way.
         bound_s: how long it may take from the fault to the end of the job, but for what the machine takes.
-        late_marks: what a process that was stopped may still do between its SIGCONT and its end.
     """
 
     marks: tuple[str, ...]
@@ -86,7 +85,6 @@ class Expected:
     errors: tuple[str, ...] = ()
     or_errors: tuple[tuple[str, ...], ...] = ()
     bound_s: float = 0.0
-    late_marks: frozenset[str] = field(default_factory=frozenset)
 
 
 def ways_of(host: str, place: str, fault: str) -> tuple[str, ...]:
@@ -156,9 +154,8 @@ def _in_start(row: Row) -> Expected:
         case "hangs":
             return Expected(unwound, _late_end(row), _ended(row), False, ("ServiceStartError",))
         case "stopped":
-            late = frozenset({"faulty.cleanup"} if was_built else ())
             errors = ("ServiceStartError", "CleanupTimeoutError") if was_built else ("ServiceStartError",)
-            return Expected(begun, "killed", _ended(row), False, errors, late_marks=late)
+            return Expected(begun, "killed", _ended(row), False, errors)
         case "slow":
             if row.way == "natural":
                 return Expected(_marks(), "stopped", "completed")
@@ -174,14 +171,14 @@ def _marks(running: str = "", closing: bool = False) -> tuple[str, ...]:
 
 
 def _stopped_process(row: Row, marks: tuple[str, ...], errors: tuple[str, ...]) -> Expected:
-    """A process that was stopped runs none of its hooks: each is late, and it is killed."""
+    """A process that was stopped runs none of its hooks, also when it is woken: each is late, and it is killed."""
     left = ("faulty.stop", "faulty.cleanup")
     begun = tuple(mark for mark in marks if mark not in left or mark == f"faulty.{row.place}")
     if row.place == "cleanup":
         begun = marks
     tried = [mark for mark in left if mark not in begun]
     errors = (*errors, *["CleanupTimeoutError"] * len(tried))
-    return Expected(begun, "killed", _ended(row), False, errors, late_marks=frozenset(tried))
+    return Expected(begun, "killed", _ended(row), False, errors)
 
 
 def _in_call(row: Row) -> Expected:
