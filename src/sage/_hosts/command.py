@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sage._hosts.gated import GatedHost
 from sage._hosts.output import Output
 from sage._hosts.own_process import OwnProcess
-from sage._hosts.ports import choose_ports
+from sage._hosts.ports import choose_ports, of_others, taken
 from sage._hosts.probe import why_not
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import Exit
@@ -45,6 +45,9 @@ CATCH_UP_BOUND_S = 2.0
 ANSWER_SHARE = 0.9
 """What of its time one try of `Http` or `Port` takes at most, so that it can say why before it is given up as late."""
 
+STARTS_MAX = 3
+"""How often a command is started in all, if another program takes its port each time before it can."""
+
 SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a program."""
 
@@ -70,6 +73,7 @@ class CommandHost(GatedHost):
         self._is_kept = False
         self._given_up = 0  # the last incarnation that must not be started any more
         self._unready = ""
+        self._ports_lost = 0
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -143,9 +147,14 @@ class CommandHost(GatedHost):
     # --- start ---
 
     def _build(self) -> frozenset[str]:
-        incarnation = self._incarnation
         self._unready = ""
-        ports = choose_ports(self.spec.name, self._command, self._running.ports if self._running is not None else {})
+        self._ports_lost = 0
+        earlier = self._running.ports if self._running is not None else {}
+        self._launch(choose_ports(self.spec.name, self._command, earlier))
+        return self.hooks
+
+    def _launch(self, ports: dict[str, int]) -> None:
+        incarnation = self._incarnation
         cookie = self._guard.announce(self.spec.name, incarnation, "command", self.spec.requires)
         self._make_folder()
         child = Child(self.spec.name, self._command, incarnation, cookie)
@@ -166,7 +175,25 @@ class CommandHost(GatedHost):
         log.info("command started service=%r pid=%d words=%s", self.spec.name, running.pid, short(running.words))
         if self._command.ready is None:
             self._is_up(child)
-        return self.hooks
+
+    def _launch_again(self, child: Child) -> None:
+        """Start a command that has ended before it was ready once more, if another program has taken its port.
+
+        Raises:
+            ServiceError: there is another reason, or it has happened too often.
+        """
+        assert self._running is not None
+        lost = taken(self._running.ports.values())
+        if not lost or self._left_of(child):
+            self._is_up(child)
+        self._ports_lost += 1
+        if self._ports_lost == STARTS_MAX or self._command.port in lost:
+            error = ServiceError(self._how_it_ended(child), service=self.spec.name, fault="external")
+            text = f"Port {lost[0]}, which was free, was taken by another program before the command could use it"
+            raise hint(error, f"{text}, {STARTS_MAX} times." if self._ports_lost == STARTS_MAX else f"{text}.")
+        log.warning("port of command was taken, starting it again service=%r port=%d", self.spec.name, lost[0])
+        child.output.close()
+        self._launch(choose_ports(self.spec.name, self._command, {}))
 
     @property
     def _guard(self) -> ProcessGuard:
@@ -217,10 +244,12 @@ class CommandHost(GatedHost):
                 return self._stop(child)
             case "ready":
                 assert child is not None
-                if child.is_over:
-                    self._is_up(child)
                 self._unready = ""  # nobody knows why, until this try has an answer
-                self._unready = self._why_not(self._command.ready, child, due) or ""
+                if not child.is_over:
+                    self._unready = self._why_not(self._command.ready, child, due) or ""
+                if child.is_over:  # whoever has taken its port may answer in its place
+                    self._launch_again(child)
+                    return False
                 if not self._unready:
                     self._is_up(child)
                 return not self._unready
@@ -258,6 +287,9 @@ class CommandHost(GatedHost):
                 return None  # it could not be started
             child.is_ending = True
             was_told, child.was_told = child.was_told, True
+        if self._unready and self._running is not None:
+            for port in of_others(self._running.ports.values(), self._left_of(child)):
+                self._unready += f"; port {port} belongs to another program"
         try:
             # One that was told before has had its time, and so has whatever it left.
             left_s = 0.0 if was_told and not child.is_over else self._left(due)
