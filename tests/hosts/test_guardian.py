@@ -523,6 +523,26 @@ def test_which_services_wait_for_which() -> None:
     assert named == {"c": {"a", "b"}, "b": {"a"}, "a": set()}
 
 
+def test_what_was_seen_changes_only_what_it_has_to() -> None:
+    seen = {("j", "c", "a"), ("other", "b", "a")}
+    before = followers(lines(("c", ()), ("b", ()), ("a", ())), seen)
+    named = {key[1]: {other[1] for other in others} for key, others in before.items()}
+    assert named == {"b": set(), "c": {"b"}, "a": {"b", "c"}}
+    before = followers(lines(("c", ()), ("b", ("c",)), ("a", ())), seen)
+    named = {key[1]: {other[1] for other in others} for key, others in before.items()}
+    assert named == {"b": set(), "c": {"b"}, "a": {"b", "c"}}
+
+
+def test_what_is_shared_ends_after_all_who_share_it() -> None:
+    services = [
+        ServiceLine(job, name, 1)
+        for job, name in (("owner", "store"), ("j", "store"), ("j", "agent"), ("k", "store"), ("x", "store"))
+    ]
+    before = followers(services, (), {("j", "store"): "owner", ("k", "store"): "owner"})
+    assert before["owner", "store", 1] == {("j", "store", 1), ("j", "agent", 1), ("k", "store", 1)}
+    assert before["x", "store", 1] == set()
+
+
 @given(st.lists(st.sets(st.integers(0, 11)), max_size=12), st.booleans())
 def test_every_service_gets_its_turn(requirements: list[set[int]], has_circles: bool) -> None:
     """Whatever a journal says, the order comes to its end; those that depend on a service are before it."""

@@ -48,6 +48,7 @@ class JobGuard:
         self._guard: Guard | None = None
         self._states: dict[str, str] = {}
         self._incarnations: dict[str, int] = {}
+        self._ties: list[Entry] = []
         self._is_over = False
         self._lock = threading.Lock()
         if before is not None and before._guard is not None:
@@ -66,7 +67,15 @@ class JobGuard:
 
         self._guarded().note({"entry": "claim", "job": self._id, "service": service, **checked(entry)})
 
+    def depends(self, service: str, requires: str) -> None:
+        """Note that a service was seen to ask for another, which has to end after it whoever ends them."""
+        self._tie({"entry": "seen", "job": self._id, "service": service, "requires": requires})
+
     # --- what hosts ask for ---
+
+    def shares(self, service: str, owner: str) -> None:
+        """Note that the job `owner` runs a service for all who share it, and has to end it after this job's part."""
+        self._tie({"entry": "shared", "job": self._id, "service": service, "owner": owner})
 
     def announce(self, service: str, incarnation: int, host: str, requires: Iterable[str]) -> str:
         """Write down that a process will be started, and return the cookie that its environment has to carry.
@@ -153,6 +162,12 @@ class JobGuard:
 
     # --- behind it ---
 
+    def _tie(self, entry: Entry) -> None:
+        with self._lock:
+            self._ties.append(entry)
+            if self._guard is not None:
+                self._guard.note(entry)
+
     def _guarded(self) -> Guard:
         with self._lock:
             if self._guard is None:
@@ -171,6 +186,8 @@ class JobGuard:
         for spec in self._services:
             entry = self._entry("service", spec.name, 1)
             guard.note({**entry, "host": "inline", "requires": list(spec.requires), "token": None})
+        for tie in self._ties:
+            guard.note(tie)
         for name, state in self._states.items():
             guard.note(self._state(name, state))
 

@@ -46,11 +46,12 @@ def take_over(
     services = [service for job in jobs for service in job.services.values()]
     _wait_announced(services)
     try:
-        ends = StopOrder(services, lines, timeout_s).run()
+        ends = StopOrder(services, lines, timeout_s, run.seen, run.owners).run()
     except Exception as error:  # whatever goes wrong with asking, the killing comes after it
         log(f"the services could not be asked to stop: {type(error).__name__}: {error}")
         ends = {}
     errors = _end_the_rest(run, services, ends)
+    _tell_who_shares(run, services, ends)
     for service in reversed(services):
         end = ends.get(key_of(service))
         service.state = end.state if end is not None else service.state
@@ -78,6 +79,15 @@ def _wait_announced(services: list[ServiceLine]) -> None:
             continue
         while not carriers(service.token) and time.monotonic() < due:
             pause(START_PAUSE_S)
+
+
+def _tell_who_shares(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> None:
+    """Let a service that another job runs end in each job that shares it as it ended there."""
+    for service in services:
+        owner = run.owners.get((service.job, service.name))
+        if owner is not None and not service.is_over:
+            owned = run.job(owner).latest(service.name)
+            ends[key_of(service)] = End(ends.get(key_of(owned), End(owned.state)).state)
 
 
 def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:

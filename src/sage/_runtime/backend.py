@@ -91,6 +91,10 @@ class Host(Protocol):
         """The names of the hooks that the host has whatever the service is: "exit", if it has a process to end."""
 
     @property
+    def local_hooks(self) -> frozenset[str]:
+        """The names of the hooks that run in this process although the service has one of its own."""
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
 

@@ -24,7 +24,9 @@ LOADING_BOUND_S = 0.5
 LOADING_PAUSE_S = 0.005
 """How long a process may take to load its program, and how often that is looked at."""
 
+EXITING = 0x00000004
 KERNEL_THREAD = 0x00200000
+"""Flags of a process, PF_EXITING and PF_KTHREAD of the kernel."""
 
 _STATE, _PARENT, _SESSION, _FLAGS, _STARTED = 0, 1, 3, 6, 19
 """Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6, 9, 22 of proc(5))."""
@@ -83,6 +85,14 @@ def process(pid: int) -> Process | None:
 def is_alive(one: Process) -> bool:
     """Return whether exactly this process still runs."""
     return process(one.pid) == one
+
+
+def is_ending(one: Process) -> bool:
+    """Return whether a process has ended or is about to: whoever it was connected with may know before its parent."""
+    fields = _stat(one.pid)
+    if fields is None or int(fields[_STARTED]) != one.started:
+        return True
+    return fields[_STATE] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & EXITING)
 
 
 def parent_of(pid: int) -> int | None:
