@@ -153,8 +153,10 @@ class MilvusStore(VectorStore):
     def _connect(self, uri: str) -> None:
         client = load("pymilvus", "milvus").MilvusClient
         options: dict[str, Any] = {} if self._token is None else {"token": self._token}
-        # The library keeps connections that clients share for the life of the process.
-        options |= {"db_name": self.database, "dedicated": True}
+        # The library keeps connections that clients share for the life of the process, and gRPC goes on for 20 s with
+        # one that nobody waits for any more.
+        attempt = {"grpc.min_reconnect_backoff_ms": max(int(1_000 * self.timeout_s), 1)}
+        options |= {"db_name": self.database, "dedicated": True, "grpc_options": attempt}
         self._client = client(uri=uri, timeout=self.timeout_s, **options)
         # The connection alone shows neither the token nor the database to be right.
         self._client.list_collections(timeout=self.timeout_s)
@@ -229,6 +231,9 @@ class MilvusStore(VectorStore):
         except grpc.RpcError as error:
             raise self._refusal(error.code().name, error.details() or "", error) from error
         except library.MilvusException as error:
+            cause = error.__cause__
+            if isinstance(cause, grpc.RpcError):  # the library says of every reason alone that it cannot connect
+                raise self._refusal(cause.code().name, cause.details() or "", error) from error
             code = "UNAVAILABLE" if self._is_unavailable(error) else ""
             raise self._refusal(code, error.message, error) from error
 
