@@ -339,7 +339,7 @@ def test_two_jobs_use_it_one_after_the_other(place: Place, host: Any) -> None:
     if place.kind == "numpy":
         pytest.skip("it keeps nothing")
     chosen, arguments = place.arguments
-    with assert_clean(ignore=["temporary *", "shared memory *"]):
+    with assert_clean(ignore=["shared memory *"]):
         for turn in range(2):
             env = LocalEnvironment(f"job {turn}")
             options = ServiceOptions(host=host, concurrency=None)
