@@ -26,7 +26,7 @@ from sage.errors import ServiceError, UnknownServiceError, hint, short
 from sage.service import ServiceMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sage._hosts.own_process import ProcessGuard
     from sage._plan.logical import ServiceSpec
@@ -293,7 +293,7 @@ class CommandHost(GatedHost):
         try:
             # One that was told before has had its time, and so has whatever it left.
             left_s = 0.0 if was_told and not child.is_over else self._left(due)
-            return child.own.end(lambda: self._tell(child), lambda _: self._left_of(child), left_s)
+            return child.own.end(lambda: self._tell(child), lambda _, known: self._left_of(child, known), left_s)
         finally:
             child.output.close()
             self._guard.ended(self.spec.name, child.incarnation)
@@ -301,9 +301,9 @@ class CommandHost(GatedHost):
     def _tell(self, child: Child) -> None:
         send(child.process, self._command.stop_signal, signal.SIGCONT)
 
-    def _left_of(self, child: Child) -> set[Process]:
+    def _left_of(self, child: Child, known: Iterable[Process] = ()) -> set[Process]:
         """Return what runs of it: also what threw its environment away but stayed in its session."""
-        found = self._guard.left_of(child.cookie) | of_session(child.process)
+        found = self._guard.left_of(child.cookie, known) | of_session(child.process)
         return found | ({child.process} if is_alive(child.process) else set())
 
     def _clean_late(self) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from sage._runtime.processes import COOKIE_VARIABLE, carriers, process, with_descendants
+from sage._runtime.processes import COOKIE_VARIABLE, carriers, is_alive, process, with_descendants
 from sage.errors import ServiceError
 from sage.observability import Event
 
@@ -121,10 +121,15 @@ class JobGuard:
         """The run's folder: what is put there is removed in the end, whoever is killed before."""
         return self._guarded().folder
 
-    def left_of(self, cookie: str) -> set[Process]:
-        """Return what runs of a service whose cookie `announce` returned, without what was released."""
+    def left_of(self, cookie: str, known: Iterable[Process] = ()) -> set[Process]:
+        """Return what runs of a service whose cookie `announce` returned, without what was released.
+
+        Args:
+            cookie: carried by what is looked for.
+            known: what belongs to it as well, if it still runs.
+        """
         guard = self._guarded()
-        found = carriers(cookie.rpartition(":")[2])
+        found = carriers(cookie.rpartition(":")[2]) | {one for one in known if is_alive(one)}
         return found - with_descendants(guard.released(), found)
 
     def reap(self, service: str) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sage._runtime.processes import Process, carriers, send, watch
+from sage._runtime.processes import Process, carriers, descendants, send, watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -125,6 +125,10 @@ class _Running:
 class StopOrder:
     """Ends services gracefully, in order.
 
+    Attributes:
+        ends: how each one ended that has.
+        descendants: what their processes had started when their turn came.
+
     Args:
         services: those to end, in the order of registration, and with them those that are over or were in the driver.
         lines: the socket to each process-hosted service that has one.
@@ -144,6 +148,7 @@ class StopOrder:
         owners: Mapping[tuple[str, str], str] = MappingProxyType({}),
     ) -> None:
         self.ends: dict[Key, End] = {}
+        self.descendants: set[Process] = set()
         self._before = followers(services, seen, owners)
         self._lines = lines
         self._due = time.monotonic() + timeout_s
@@ -176,6 +181,7 @@ class StopOrder:
         if process is None or pidfd is None:
             self.ends[key] = End("lost")
             return
+        self.descendants |= descendants(process)  # when it has gone, nobody can tell any more
         now = time.monotonic()
         share_s = max(self._due - now, 0.0) / max(self._depths[key], 1)
         self._running[key] = _Running(service, process, now, now + share_s, pidfd)

@@ -45,12 +45,13 @@ def take_over(
     jobs = [job for job in run.jobs.values() if not job.is_over]
     services = [service for job in jobs for service in job.services.values()]
     _wait_announced(services)
+    order = StopOrder(services, lines, timeout_s, run.seen, run.owners)
     try:
-        ends = StopOrder(services, lines, timeout_s, run.seen, run.owners).run()
+        ends = order.run()
     except Exception as error:  # whatever goes wrong with asking, the killing comes after it
         log(f"the services could not be asked to stop: {type(error).__name__}: {error}")
         ends = {}
-    errors = _end_the_rest(run, services, ends)
+    errors = _end_the_rest(run, services, ends, order.descendants)
     _tell_who_shares(run, services, ends)
     for service in reversed(services):
         end = ends.get(key_of(service))
@@ -90,13 +91,16 @@ def _tell_who_shares(run: Run, services: list[ServiceLine], ends: dict[Key, End]
             ends[key_of(service)] = End(ends.get(key_of(owned), End(owned.state)).state)
 
 
-def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:
-    """End what is left of processes, and return by job what went wrong."""
+def _end_the_rest(
+    run: Run, services: list[ServiceLine], ends: dict[Key, End], started: set[Process]
+) -> dict[str, list[str]]:
+    """End what is left of processes, with what services had `started`, and return by job what went wrong."""
     recorded = {service.process: service for service in services if service.process is not None}
     owned = owned_processes(service for service in services if not service.is_over)
 
     def find() -> set[Process]:
-        return _of_run(run) | {one for one in {*recorded, *owned} - {*run.released} if is_alive(one)}
+        others = {*recorded, *owned, *started} - with_descendants(run.released, started) - {*run.released}
+        return _of_run(run) | {one for one in others if is_alive(one)}
 
     ended = end_all(find)
     errors: dict[str, list[str]] = {service.job: [] for service in services}
