@@ -120,7 +120,7 @@ def test_in_a_job_a_wrong_token_is_the_error_of_submit(kind: str, guarded: str) 
     assert done == []
 
 
-def address(kind: str, url: str) -> dict[str, str]:
+def address(kind: str, url: str) -> dict[str, Any]:
     return {"url": url} if kind == "chroma" else {"uri": url}
 
 

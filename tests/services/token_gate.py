@@ -58,10 +58,10 @@ def serve_proxy(port: int, url: str) -> None:
 
 
 def serve_milvus(port: int, folder: str) -> None:
-    import grpc
-    from milvus_lite.adapter.grpc.servicer import MilvusServicer
-    from milvus_lite.db import MilvusLite
-    from pymilvus.grpc_gen.milvus_pb2_grpc import add_MilvusServiceServicer_to_server
+    import grpc  # type: ignore[import-untyped]
+    from milvus_lite.adapter.grpc.servicer import MilvusServicer  # type: ignore[import-untyped]
+    from milvus_lite.db import MilvusLite  # type: ignore[import-untyped]
+    from pymilvus.grpc_gen.milvus_pb2_grpc import add_MilvusServiceServicer_to_server  # type: ignore[import-untyped]
 
     right = base64.b64encode(TOKEN.encode()).decode()
 

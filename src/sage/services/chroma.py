@@ -31,6 +31,9 @@ METRICS = {space: metric for metric, space in SPACES.items()}
 DIMENSION = "sage_dimension"
 """Where a collection of ours keeps its dimension, among its own metadata."""
 
+VANISHED = "Error finding id"
+"""What Chroma says where an entry was removed while it searched."""
+
 HEARTBEAT = "/api/v2/heartbeat"
 READ_MAX = 10_000
 """How many entries are read at once where all of a collection are gone through."""
@@ -365,6 +368,16 @@ class ChromaStore(VectorStore):
         return found
 
     def _nearest(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        try:
+            return self._queried(name, vectors, k, condition)
+        except ServiceError as error:
+            if VANISHED not in str(error):
+                raise
+        # Nothing is removed while this thread has the place of the writers, unless by another program.
+        with self._writing:
+            return self._queried(name, vectors, k, condition)
+
+    def _queried(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
         where, is_exact = translated(condition)
         ids = None if is_exact else self._matching(name, condition)
         if ids == []:
