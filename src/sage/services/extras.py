@@ -18,7 +18,7 @@ _importing = threading.RLock()
 
 
 class MissingExtraError(ServiceError, ImportError):
-    """A library cannot be imported that the service needs; the note says how to install it."""
+    """A library cannot be imported that is needed; the note says how to install it."""
 
 
 def load(module: str, extra: str) -> ModuleType:
