@@ -18,7 +18,7 @@ _importing = threading.RLock()
 
 
 class MissingExtraError(ServiceError, ImportError):
-    """A library cannot be imported that the service needs; it names the extra, and the note says how to install it."""
+    """A library cannot be imported that is needed; it names the extra, and the note says how to install it."""
 
 
 def load(module: str, extra: str) -> ModuleType:
