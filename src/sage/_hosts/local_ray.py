@@ -34,6 +34,9 @@ changes when the machine changes its network."""
 START_TIMEOUT_S = 120.0
 """It takes ten seconds on an idle machine of two cores."""
 
+STARTS_MAX = 3
+"""Ray itself gives its raylet 30 s, which is not enough on a machine that others keep busy just then."""
+
 END_GRACE_S = 0.5
 """The jobs are over, and of Ray itself the GCS waits for as long as it is let for the raylet, which has gone."""
 
@@ -104,7 +107,7 @@ class LocalRay:
         try:
             self._make_folder()
             self._guard.note({"entry": "cluster", "token": self._token, "jobs": self.jobs})
-            self._run(self._command(), self._environment())
+            self._start()
             with open(os.path.join(self.temporary_folder, "ray_current_cluster"), encoding="ascii") as file:
                 self.address = file.read().strip()
         except BaseException:
@@ -176,6 +179,18 @@ class LocalRay:
         }
         return environment | {COOKIE_VARIABLE: self.cookie}
 
+    def _start(self) -> None:
+        for tries_left in reversed(range(STARTS_MAX)):
+            try:
+                self._run(self._command(), self._environment())
+                return
+            except JobError as error:
+                left = end_all(self.processes, END_GRACE_S).left
+                if left or not tries_left:
+                    raise
+                log.warning("cluster not started, trying again error=%s", error)
+                shutil.rmtree(self.temporary_folder, ignore_errors=True)
+
     def _run(self, command: list[str], environment: dict[str, str]) -> None:
         """Run `ray start`, which returns when the cluster is up and leaves it behind in a session of its own.
 
@@ -196,22 +211,21 @@ class LocalRay:
                 )
             except OSError as error:
                 raise JobError(f"the local Ray cannot be started: {error}", fault="external") from error
-            # Nobody waits for it yet, so that the pid is its own even if it has ended already.
-            self._leader = process(starting.pid)
-            if self._leader is not None:
-                self._guard.note({"entry": "cluster started", "token": self._token, **self._leader._asdict()})
-            try:
-                code = starting.wait(START_TIMEOUT_S)
-            except BaseException as error:
+        # Nobody waits for it yet, so that the pid is its own even if it has ended already.
+        self._leader = process(starting.pid)
+        if self._leader is not None:
+            self._guard.note({"entry": "cluster started", "token": self._token, **self._leader._asdict()})
+        try:
+            code = starting.wait(START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if starting.returncode is None:
                 starting.kill()
                 starting.wait()
-                if isinstance(error, subprocess.TimeoutExpired):
-                    text = f"the local Ray was not up after {START_TIMEOUT_S:g} s"
-                    raise hint(JobError(text, fault="external"), _last(path)) from None
-                raise
-        if code:
-            text = f"the local Ray cannot be started: ray start exited with code {code}"
-            raise hint(JobError(text, fault="external"), _last(path))
+        if code != 0:
+            why = f"was not up after {START_TIMEOUT_S:g} s" if code is None else f"exited with code {code}"
+            raise hint(JobError(f"the local Ray cannot be started: ray start {why}", fault="external"), _last(path))
 
 
 def _free_port() -> int:
