@@ -198,7 +198,7 @@ class TestGiven:
     def test_a_cluster_that_was_not_given_is_left_alone(
         self, given: GivenCluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Line 49: one runs, the environment names it and has its token."""
+        """Line 49 and fault 99: one runs, the environment names it and has its token."""
         before = {one for one in given.processes() if "worker" not in Path(f"/proc/{one.pid}/cmdline").read_text()}
         variables = {**given.variables, "RAY_ADDRESS": given.address, "RAY_NAMESPACE": "strange"}
         for name, value in variables.items():
