@@ -300,7 +300,6 @@ class TestGiven:
     ) -> None:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
-        read_token_again()
         with pytest.raises(AuthenticationError), cluster(given.address):
             pass
         with cluster() as own:

@@ -105,8 +105,8 @@ class LocalRay:
         self.token_path = os.path.join(self.folder, "token")
         self.jobs = os.path.join(self.folder, "jobs")
         try:
-            self._make_folder()
             self._guard.note({"entry": "cluster", "token": self._token, "jobs": self.jobs})
+            self._make_folder()
             self._start()
             with open(os.path.join(self.temporary_folder, "ray_current_cluster"), encoding="ascii") as file:
                 self.address = file.read().strip()
@@ -180,24 +180,29 @@ class LocalRay:
         return environment | {COOKIE_VARIABLE: self.cookie}
 
     def _start(self) -> None:
-        for tries_left in reversed(range(STARTS_MAX)):
-            try:
-                self._run(self._command(), self._environment())
-                return
-            except JobError as error:
-                left = end_all(self.processes, END_GRACE_S).left
-                if left or not tries_left:
-                    raise
-                log.warning("cluster not started, trying again error=%s", error)
-                shutil.rmtree(self.temporary_folder, ignore_errors=True)
-
-    def _run(self, command: list[str], environment: dict[str, str]) -> None:
-        """Run `ray start`, which returns when the cluster is up and leaves it behind in a session of its own.
+        """Run `ray start`, again if it fails.
 
         Raises:
-            JobError: it failed, or took too long.
+            JobError: it failed each time, or took too long.
         """
         path = os.path.join(self.folder, "start.log")
+        for tries_left in reversed(range(STARTS_MAX)):
+            code = self._run(self._command(), self._environment(), path)
+            if code == 0:
+                return
+            why = f"was not up after {START_TIMEOUT_S:g} s" if code is None else f"exited with code {code}"
+            error = JobError(f"the local Ray cannot be started: ray start {why}", fault="external")
+            if code is None or not tries_left or end_all(self.processes, END_GRACE_S).left:
+                raise hint(error, _last(path))
+            log.warning("cluster not started, trying again error=%s", error)
+            shutil.rmtree(self.temporary_folder, ignore_errors=True)
+
+    def _run(self, command: list[str], environment: dict[str, str], path: str) -> int | None:
+        """Run `ray start`, which leaves the cluster behind in a session of its own when it is up.
+
+        Returns:
+            The exit code, or None if it took too long.
+        """
         with open(path, "w+b") as output:
             try:
                 starting = subprocess.Popen(
@@ -213,19 +218,16 @@ class LocalRay:
                 raise JobError(f"the local Ray cannot be started: {error}", fault="external") from error
         # Nobody waits for it yet, so that the pid is its own even if it has ended already.
         self._leader = process(starting.pid)
-        if self._leader is not None:
-            self._guard.note({"entry": "cluster started", "token": self._token, **self._leader._asdict()})
         try:
-            code = starting.wait(START_TIMEOUT_S)
+            if self._leader is not None:
+                self._guard.note({"entry": "cluster started", "token": self._token, **self._leader._asdict()})
+            return starting.wait(START_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            code = None
+            return None
         finally:
             if starting.returncode is None:
                 starting.kill()
                 starting.wait()
-        if code != 0:
-            why = f"was not up after {START_TIMEOUT_S:g} s" if code is None else f"exited with code {code}"
-            raise hint(JobError(f"the local Ray cannot be started: ray start {why}", fault="external"), _last(path))
 
 
 def _free_port() -> int:
