@@ -97,7 +97,9 @@ class Child:
             self._instance.build(target, args, kwargs, context)
         return self._instance.hooks
 
-    def _hook(self, hook: str) -> Any:
+    def _hook(self, hook: str, due: float) -> Any:
+        if time.monotonic() > due:
+            raise TimeoutError(f"{hook} could not begin in time")
         self._begun.add(hook)
         with self._busy:
             value = self._instance.run_hook(hook)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sage._hosts import guardian
 from sage._hosts.reaping import reap
 from sage._runtime.journal import Journal, encode, make_private, replay
-from sage._runtime.processes import COOKIE_VARIABLE, process
+from sage._runtime.processes import COOKIE_VARIABLE, GUARDIAN_VARIABLE, process
 from sage.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ class Guard:
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         lease, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: value for name, value in os.environ.items() if name != COOKIE_VARIABLE}
+        environment[GUARDIAN_VARIABLE] = str(os.getpid())
         with other, _log_file(self.folder) as log_file, _blocked(guardian.IGNORED):
             command = [sys.executable, "-I", "-S", guardian.__file__, self.folder, str(other.fileno())]
             process = subprocess.Popen(

@@ -53,12 +53,14 @@ def take_over(
     _wait_announced(services, clusters)
     for cluster in clusters:
         _wait_for_jobs(cluster, log)
+    order = StopOrder(services, lines, timeout_s, run.seen, run.owners)
     try:
-        ends = StopOrder(services, lines, timeout_s).run()
+        ends = order.run()
     except Exception as error:  # whatever goes wrong with asking, the killing comes after it
         log(f"the services could not be asked to stop: {type(error).__name__}: {error}")
         ends = {}
-    errors = _end_the_rest(run, services, ends)
+    errors = _end_the_rest(run, services, ends, order.descendants)
+    _tell_who_shares(run, services, ends)
     for service in reversed(services):
         end = ends.get(key_of(service))
         service.state = end.state if end is not None else service.state
@@ -86,6 +88,15 @@ def _wait_announced(services: list[ServiceLine], clusters: list[ClusterLine]) ->
     for token in tokens:
         while not carriers(token) and time.monotonic() < due:
             pause(START_PAUSE_S)
+
+
+def _tell_who_shares(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> None:
+    """Let a service that another job runs end in each job that shares it as it ended there."""
+    for service in services:
+        owner = run.owners.get((service.job, service.name))
+        if owner is not None and not service.is_over:
+            owned = run.job(owner).latest(service.name)
+            ends[key_of(service)] = End(ends.get(key_of(owned), End(owned.state)).state)
 
 
 def _wait_for_jobs(cluster: ClusterLine, log: Callable[[str], None]) -> None:
@@ -122,13 +133,16 @@ def _of_cluster(cluster: ClusterLine) -> set[Process]:
     return carriers(cluster.token) | (of_session(cluster.leader) if cluster.leader is not None else set())
 
 
-def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:
-    """End what is left of processes, and return by job what went wrong."""
+def _end_the_rest(
+    run: Run, services: list[ServiceLine], ends: dict[Key, End], started: set[Process]
+) -> dict[str, list[str]]:
+    """End what is left of processes, with what services had `started`, and return by job what went wrong."""
     recorded = {service.process: service for service in services if service.process is not None}
     owned = owned_processes(service for service in services if not service.is_over)
 
     def find() -> set[Process]:
-        return _of_run(run) | {one for one in {*recorded, *owned} - {*run.released} if is_alive(one)}
+        others = {*recorded, *owned, *started} - with_descendants(run.released, started) - {*run.released}
+        return _of_run(run) | {one for one in others if is_alive(one)}
 
     ended = end_all(find)
     errors: dict[str, list[str]] = {service.job: [] for service in services}

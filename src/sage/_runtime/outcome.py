@@ -76,6 +76,8 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
         case Trouble.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
             hint(error, "Its stop and cleanup could not run any more.")
+            for caused in failure.caused:
+                hint(error, f"With it failed: {describe(caused)}")
         case Trouble.FAILED:
             error = ServiceError(f'service "{name}" failed for all who share it: {text}', job=job, service=name)
         case Trouble.LOST:
