@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from pathlib import Path
 from shutil import rmtree
@@ -50,7 +51,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[GivenCluster]:
 @pytest.fixture
 def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for temporary files that nobody else has, with a name that is short enough for the sockets of Ray."""
-    folder = Path(tempfile.mkdtemp(prefix="st"))
+    folder = Path(tempfile.gettempdir()) / secrets.token_hex(3)
+    folder.mkdir(0o700)
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield folder
