@@ -206,6 +206,37 @@ def test_a_service_that_never_gets_ready_fails_the_start() -> None:
     assert job.state.job is JobState.SEALED
 
 
+@pytest.mark.parametrize("answers", [False, True])
+def test_ready_has_time_to_answer_however_late_it_is_asked(answers: bool) -> None:
+    """Acceptance 7: a `ready` that is asked just before the bound is no hook that hangs, and is not killed for it."""
+    job = Job(service("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready", "cleanup"})
+    job.post(Begin())
+    job.end("a", "build")
+    job.at(1.949)
+    job.end("a", "ready", False)
+    assert job.at(1.9999) == ["run_hook a ready"]
+    assert job.at(2.9) == []
+    if answers:
+        assert job.end("a", "ready", True) == ["open_task t"]
+        return
+    job.end("a", "ready", False)
+    assert job.at(3.0) == ["run_hook a cleanup"]
+    assert job.seen_failures() == [("not_ready", "a", "ready")]
+
+
+def test_a_late_ready_that_hangs_is_given_up() -> None:
+    """Acceptance 7: its own second is all that it has beyond the bound of the start."""
+    job = Job(service("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready", "cleanup"})
+    job.post(Begin())
+    job.end("a", "build")
+    job.at(1.949)
+    job.end("a", "ready", False)
+    assert job.at(2.99) == ["run_hook a ready"]
+    assert job.at(3.0)[0] == "abandon_hook a ready"
+
+
 @pytest.mark.parametrize(
     ("hook", "follows"),
     [

@@ -23,6 +23,9 @@ PAUSES = ("ready-pause", "health-pause", "backoff")
 READY_PAUSE_S = 0.05
 """How long after a `ready()` that said no it is asked again."""
 
+READY_LEAST_S = 1.0
+"""The least time that a `ready()` has that is asked again, also just before the bound of the start."""
+
 BEST_GUARD_S = 1.0
 """How much of the budget a service leaves to each that is stopped after it, if there is that much."""
 

@@ -14,6 +14,7 @@ from sage._runtime.lifecycle import (
     HEALTH_LEAST_S,
     KILL_EXIT_S,
     PAUSES,
+    READY_LEAST_S,
     READY_PAUSE_S,
     START_HOOKS,
     STOP_STATES,
@@ -384,7 +385,7 @@ class ServiceDraft(Draft):
             elif self.now >= record.start_due:
                 self.start_failed(name, Trouble.NOT_READY, "ready")
             else:
-                self.run_hook(name, "ready", record.start_due)
+                self.run_hook(name, "ready", max(record.start_due, self.now + READY_LEAST_S))
         elif hook is not None:
             self.late_hook(name, hook, record)
 
