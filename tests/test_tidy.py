@@ -31,6 +31,7 @@ BROAD_HANDLERS = {
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
     "_operators/sources.py": "a source raised: the records before it go on first",
     "_backends/threads.py": "a bug in the supervision must not leave anyone waiting",
+    "testing.py": "a bug that a stand-in meets is raised where the job is waited for",
     "_hosts/child.py": "without a driver, only the guardian hears what hooks raise",
     "_hosts/link.py": "whoever asked over a link owns what was raised for it",
     "_hosts/process.py": "whatever cannot be pickled is told by its name",

@@ -189,6 +189,19 @@ def test_ready_is_asked_again_until_it_says_yes() -> None:
     assert job.end("a", "ready", True) == ["open_task t"]
 
 
+def test_ready_is_not_asked_again_where_it_has_no_time_to_answer() -> None:
+    """Acceptance 7: a `ready` that is asked just before the bound is no hook that hangs, and is not killed for it."""
+    job = Job(service("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready", "cleanup"})
+    job.post(Begin())
+    job.end("a", "build")
+    job.at(1.949)
+    job.end("a", "ready", False)
+    assert job.at(1.9999) == []
+    assert job.at(2.0) == ["run_hook a cleanup"]
+    assert job.seen_failures() == [("not_ready", "a", "ready")]
+
+
 def test_a_service_that_never_gets_ready_fails_the_start() -> None:
     """Acceptance 7: after `start_timeout_s` in all the job fails and what was built is cleaned."""
     job = Job(service("a", start_timeout_s=2.0))
