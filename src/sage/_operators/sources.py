@@ -9,6 +9,7 @@ from sage.connector import Source
 from sage.errors import FunctionError, describe
 from sage.functions import StopSignal
 from sage.records import Batch
+from sage.serving import RequestSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -119,10 +120,16 @@ class FunctionSource(HoldingSource):
 
 
 class Reader(Operator):
-    """The operator of a source: it reads instead of processing. `ended` says that nothing follows."""
+    """The operator of a source: it reads instead of processing.
+
+    Attributes:
+        ended: whether nothing follows.
+        is_told: whether its task is woken when there is something to read.
+    """
 
     source: Source
     ended = False
+    is_told = False
     delay_s: float | None = None
     bridge: Any = None
 
@@ -131,6 +138,7 @@ class Reader(Operator):
         self.delay_s = self.node.settings.get("delay_s")
         self.bridge = self.node.settings.get("bridge")
         self.source = self._source()
+        self.is_told = isinstance(self.source, RequestSource)
         self.source.open()
 
     def _source(self) -> Source:

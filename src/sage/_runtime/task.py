@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.partition import Partitioner
     from sage.records import Element
+    from sage.serving import PipelineBridge
 
 STEP_FAST_S = 0.0025
 STEP_SLOW_S = 0.010
@@ -147,6 +148,9 @@ class Task:
         self._holder = operators[0] if isinstance(operators[0], Holder) else None
         if self._holder is not None:
             self._holder.wake = lambda: self.wake()
+        self._bridge: PipelineBridge | None = self.nodes[0].settings.get("bridge")
+        if self._bridge is not None:
+            self._bridge.when_changed(lambda: self.wake())
         self._reads_at: float | None = None
         self._retries_at: float | None = None
         self._segments: dict[int, Segment] = {}
@@ -191,9 +195,8 @@ class Task:
 
     def request_stop(self) -> None:
         """End the source, or a loop that begins here; what is in flight goes on."""
-        bridge = self.nodes[0].settings.get("bridge")
-        if bridge is not None:
-            bridge.close()  # what was asked before is still answered
+        if self._bridge is not None:
+            self._bridge.close()  # what was asked before is still answered
             return
         self._stopping = True
         self.span.cut()
@@ -201,9 +204,8 @@ class Task:
 
     def request_cancel(self) -> None:
         """Drop everything and close."""
-        bridge = self.nodes[0].settings.get("bridge")
-        if bridge is not None:
-            bridge.abort()
+        if self._bridge is not None:
+            self._bridge.abort()
         self.span.cancelled = True
         self.span.cut()
         self.wake()
@@ -368,10 +370,10 @@ class Task:
             return len(batch)
         if reader.wake_at is not None:
             self._reads_at, reader.wake_at = reader.wake_at, None
-        elif not reader.span.is_cut:
+        elif not reader.span.is_cut and not reader.is_told:
             self._reads_at = self._now() + (reader.delay_s or self._idle_pause_s)
             self._idle_pause_s = min(self._idle_pause_s * 2, IDLE_PAUSE_MAX_S)
-        return None if self._reads_at is not None else 0
+        return None if reader.is_told or self._reads_at is not None else 0
 
     def _push(self, index: int, batch: Batch | None, port: int, failures: Sequence[BaseException] = ()) -> None:
         """Run operators from `index` on over a batch (None: what operator `index` still has of the last record).
