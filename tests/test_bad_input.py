@@ -23,6 +23,7 @@ from sage import (
     UnknownServiceError,
     UnsupportedPlanError,
 )
+from sage.testing import StepBackend
 
 # What is refused has started nothing, so that there is nothing to wait for either.
 pytestmark = pytest.mark.sage_clean(within_s=0.0)
@@ -352,13 +353,111 @@ def test_kept_services_that_are_unknown_are_refused() -> None:
         ({"depends_on": "disk"}, "depends_on is the string 'disk'"),
         ({"restart": "sometimes"}, "restart is 'sometimes'"),
         ({"concurrency": 0}, "concurrency is 0"),
+        ({"concurrency": "4"}, "concurrency is '4', which is not a positive number"),
+        ({"concurrency": 2.5}, "concurrency is 2.5"),
+        ({"restarts_max": -1}, "restarts_max is -1, which is not a number of at least 0"),
         ({"stop_timeout_s": -1}, "stop_timeout_s is -1"),
+        ({"stop_timeout_s": float("nan")}, "stop_timeout_s is nan"),
+        ({"start_timeout_s": "1"}, "start_timeout_s is '1'"),
+        ({"start_timeout_s": None}, "start_timeout_s is None"),
+        ({"call_timeout_s": "x"}, "call_timeout_s is 'x'"),
+        ({"health_interval_s": None}, "health_interval_s is None"),
+        ({"kill_grace_s": float("inf")}, "kill_grace_s is inf"),
+        ({"backoff_s": 1}, "backoff_s is 1"),
+        ({"backoff_s": (1, -1)}, "backoff_s is (1, -1), with the pause -1"),
+        ({"depends_on": [5]}, "depends_on is [5]"),
+        ({"depends_on": None}, "depends_on is None"),
     ],
 )
 def test_service_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(GraphError) as caught:
         ServiceOptions(**options)
     assert f"service option {message}" in str(caught.value)
+    assert caught.value.__notes__
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop_timeout_s": "60"}, "stop_timeout_s is '60'"),
+        ({"stop_timeout_s": -1}, "stop_timeout_s is -1"),
+        ({"drain_timeout_s": True}, "drain_timeout_s is True"),
+        ({"close_timeout_s": float("nan")}, "close_timeout_s is nan"),
+        ({"services_share": 2}, "services_share is 2"),
+        ({"services_reserve_s": [5]}, "services_reserve_s is [5]"),
+    ],
+)
+def test_bounds_of_an_environment_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        LocalEnvironment("test", **settings)
+    assert str(caught.value) == f'environment "test": {message}'
+    assert "Give a" in note_of(caught.value)
+
+
+def test_a_variable_that_holds_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_STOP_TIMEOUT_S", "soon")
+    with pytest.raises(GraphError, match="the environment variable SAGE_STOP_TIMEOUT_S is 'soon'"):
+        LocalEnvironment("test")
+
+
+def test_a_backend_is_made_for_each_job() -> None:
+    with pytest.raises(TypeError, match=r'environment "test": backend is <sage\.testing\.StepBackend') as caught:
+        LocalEnvironment("test", backend=StepBackend(1))  # type: ignore[arg-type]
+    assert "lambda: StepBackend(seed)" in note_of(caught.value)
+
+
+@pytest.mark.parametrize("name", [5, "", None, ["a"], "two\nlines", "\x00"])
+def test_what_cannot_be_a_name_is_refused(name: Any) -> None:
+    """It would break the lines of reports, plans and logs, or fail where nobody knows where it came from."""
+    env = LocalEnvironment("test")
+    stream = env.from_batch([1])
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("an environment", lambda: LocalEnvironment(name)),
+        ("an operator", lambda: stream.name(name)),
+        ("a service", lambda: env.register_service(name, Memory)),
+    ]
+    if name is not None:
+        calls += [
+            ("an operator", lambda: stream.map(str, name=name)),
+            ("an operator", lambda: env.from_batch([1], name=name)),
+            ("an operator", lambda: env.dead_letters(name)),
+        ]
+    for kind, call in calls:
+        with pytest.raises(GraphError, match=f"the name of {kind} is ") as caught:
+            call()
+        assert "Give a string of printable characters" in note_of(caught.value)
+    stream.sink(Show)
+    assert len(env.explain().splitlines()) == 2
+
+
+@pytest.mark.parametrize("delay", [-1, "1", float("nan"), float("inf")])
+def test_a_delay_that_is_no_time_is_refused(delay: Any) -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match=f"from_source: delay is {delay!r}"):
+        env.from_source(Ticks, delay=delay)
+
+
+def test_options_of_a_service_are_service_options() -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(TypeError, match=r"service \"memory\": options is {'concurrency': 2}") as caught:
+        env.register_service("memory", Memory, options={"concurrency": 2})  # type: ignore[arg-type]
+    assert "ServiceOptions(...)" in note_of(caught.value)
+
+
+def test_names_of_kept_services_can_be_read() -> None:
+    env = LocalEnvironment("test")
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(TypeError, match="keep_services is None") as caught:
+        env.submit(autostop=True, keep_services=None)  # type: ignore[arg-type]
+    assert "True, False or names" in note_of(caught.value)
+
+
+def test_what_serves_is_a_function() -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match=r'serve\("answers"\): None is not callable') as caught:
+        env.serve("answers", None)  # type: ignore[arg-type]
+    assert "lambda requests" in note_of(caught.value)
+    env.serve("answers", lambda requests: requests.map(str))
 
 
 def test_a_remote_environment_refuses_to_submit() -> None:

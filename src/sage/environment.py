@@ -6,8 +6,10 @@ import os
 import signal
 import uuid
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sage._arguments import STOP_TIMEOUT_VARIABLE, check_name, check_seconds, seconds_in
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.manager import JobManager
@@ -18,7 +20,7 @@ from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_
 from sage.stream import DataStream, error_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Never
 
     from sage._hosts.job_guard import JobGuard
@@ -43,6 +45,7 @@ class Environment:
     _instead_of_running: ClassVar[Callable[[Environment, LogicalGraph, PhysicalPlan], Job] | None] = None
 
     def __init__(self, name: str, config: dict[str, Any] | None = None) -> None:
+        check_name("an environment", name)
         self.name = name
         self.config = dict(config or {})
         self.env_uuid = str(uuid.uuid4())
@@ -129,6 +132,8 @@ class Environment:
         on_error: Any,
         **settings: Any,
     ) -> DataStream:
+        if settings.get("delay_s") is not None:
+            check_seconds("from_source: delay is", settings["delay_s"])
         spec = source_spec(source, args, kwargs, bounded=settings["bounded"])
         policy = error_policy(self._builder, on_error)
         if policy.then != "fail":
@@ -198,8 +203,11 @@ class Environment:
             timeout_s: how long a call waits for its answer, in seconds; None is without bound.
 
         Raises:
-            GraphError: `build` returns no stream.
+            GraphError: `build` is no function, or returns no stream.
         """
+        if not callable(build):
+            error = GraphError(f'serve("{name}"): {short(build)} is not callable')
+            raise hint(error, "Give a function of the stream of requests: lambda requests: requests.map(...).")
         bridge = PipelineBridge()
         options = ServiceOptions(concurrency=None)
         handle = self.register_service(name, PipelineService, bridge, timeout_s, options=options)
@@ -399,9 +407,11 @@ class Environment:
     # --- behind it ---
 
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
-        options = options or ServiceOptions()
-        if not name or not isinstance(name, str):
-            raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
+        check_name("a service", name)
+        options = ServiceOptions() if options is None else options
+        if not isinstance(options, ServiceOptions):
+            error = TypeError(f'service "{name}": options is {short(options)}')
+            raise hint(error, "Give ServiceOptions(...).")
         if name in self._services and not options.replace:
             error = DuplicateNameError(f'service "{name}" is registered twice')
             raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
@@ -413,6 +423,8 @@ class Environment:
     def _names_to_keep(self, keep: bool | Iterable[str]) -> frozenset[str]:
         if isinstance(keep, bool):
             return frozenset(self._services) if keep else frozenset(self._kept)
+        if not isinstance(keep, Iterable):
+            raise hint(TypeError(f"keep_services is {short(keep)}"), "Give True, False or names of services.")
         names = {keep} if isinstance(keep, str) else set(keep)
         unknown = names - set(self._services)
         if unknown:
@@ -541,8 +553,8 @@ class LocalEnvironment(Environment):
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
-        if stop_timeout_s is None and "SAGE_STOP_TIMEOUT_S" in os.environ:
-            stop_timeout_s = float(os.environ["SAGE_STOP_TIMEOUT_S"])
+        if stop_timeout_s is None:
+            stop_timeout_s = seconds_in(STOP_TIMEOUT_VARIABLE)
         given = {
             "stop_timeout_s": stop_timeout_s,
             "drain_timeout_s": drain_timeout_s,
@@ -551,6 +563,13 @@ class LocalEnvironment(Environment):
             "services_reserve_s": services_reserve_s,
         }
         self._limits = {name: value for name, value in given.items() if value is not None}
+        for option, value in self._limits.items():
+            check_seconds(f'environment "{name}": {option} is', value)
+        if self._limits.get("services_share", 0.0) > 1:
+            raise hint(GraphError(f'environment "{name}": services_share is {services_share}'), "Give a part of 1.")
+        if backend is not None and not callable(backend):
+            error = TypeError(f'environment "{name}": backend is {short(backend)}')
+            raise hint(error, "Give what makes one for each job: the class, or lambda: StepBackend(seed).")
         if log_dir is not None:
             self.log_dir = log_dir
         if report_file is not None:

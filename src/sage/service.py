@@ -9,7 +9,8 @@ import threading
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
-from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint
+from sage._arguments import check_backoff, check_count, check_seconds
+from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,17 +73,23 @@ class ServiceOptions:
         if isinstance(self.depends_on, str):
             error = GraphError(f"service option depends_on is the string {self.depends_on!r}, not a list of names")
             raise hint(error, f"Write depends_on=[{self.depends_on!r}].")
+        names: Any = self.depends_on
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise hint(GraphError(f"service option depends_on is {short(names)}"), "Give a list of names.")
         if self.restart not in ("never", "on_failure", "always"):
             error = GraphError(f"service option restart is {self.restart!r}")
             raise hint(error, 'It is "never", "on_failure" or "always".')
         if self.host not in ("inline", "process"):
             raise hint(GraphError(f"service option host is {self.host!r}"), 'It is "inline" or "process".')
-        if self.concurrency is not None and self.concurrency < 1:
-            raise GraphError(f"service option concurrency is {self.concurrency}, but at least 1 call must be allowed")
+        if self.concurrency is not None:
+            check_count("service option concurrency is", self.concurrency)
+        check_count("service option restarts_max is", self.restarts_max, least=0)
+        check_backoff("service option backoff_s is", self.backoff_s)
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_s") and isinstance(value, int | float) and value < 0:
-                raise GraphError(f"service option {field.name} is {value}, a negative number of seconds")
+            is_unbounded = field.name == "call_timeout_s" and value is None
+            if field.name.endswith("_s") and field.name != "backoff_s" and not is_unbounded:
+                check_seconds(f"service option {field.name} is", value)
 
 
 class ServiceCalls(Protocol):

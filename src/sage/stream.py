@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from sage._arguments import check_count, check_seconds
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
 from sage._plan.signature import async_spec, comap_spec, function_spec
 from sage.errors import GraphError, hint
@@ -137,9 +138,9 @@ class DataStream:
         >>> run([1, 2, 3], lambda stream: stream.map_async(double, concurrency=2))
         [2, 4, 6]
         """
-        _check_count("map_async", "concurrency", concurrency)
+        check_count("map_async: concurrency is", concurrency)
         if timeout_s is not None:
-            _check_seconds("map_async", "timeout_s", timeout_s, least_text="more than 0", is_right=timeout_s > 0)
+            check_seconds("map_async: timeout_s is", timeout_s, may_be_zero=False)
         spec = async_spec(function, args, kwargs)
         id_ = self._then(
             Kind.MAP_ASYNC,
@@ -190,9 +191,8 @@ class DataStream:
         >>> run([1, 2, 3], lambda stream: stream.map_batches(lambda batch: [x * 2 for x in batch], max_records=2))
         [2, 4, 6]
         """
-        _check_count("map_batches", "max_records", max_records)
-        is_right = 0 <= max_wait_s < float("inf")
-        _check_seconds("map_batches", "max_wait_s", max_wait_s, least_text="0 or more, and finite", is_right=is_right)
+        check_count("map_batches: max_records is", max_records)
+        check_seconds("map_batches: max_wait_s is", max_wait_s)
         if batch_format not in ("list", "numpy"):
             raise hint(GraphError(f"map_batches: batch_format is {batch_format!r}"), 'It is "list" or "numpy".')
         spec = function_spec(Kind.MAP_BATCHES, function, args, kwargs)
@@ -513,16 +513,6 @@ def _check_stream(builder: GraphBuilder, method: str, stream: object) -> None:
     if stream._builder is not builder:
         error = GraphError(f"{method}: the streams belong to two environments")
         raise hint(error, "Build both in the same environment.")
-
-
-def _check_count(method: str, option: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise GraphError(f"{method}: {option} is {value!r}, which is not a positive number")
-
-
-def _check_seconds(method: str, option: str, value: float, *, least_text: str, is_right: bool) -> None:
-    if not is_right:
-        raise hint(GraphError(f"{method}: {option} is {value!r}"), f"It is a number of seconds, {least_text}.")
 
 
 def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:

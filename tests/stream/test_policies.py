@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from itertools import pairwise
+from re import escape
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -356,7 +357,12 @@ def test_a_stream_that_is_no_dead_letters_is_refused() -> None:
 
 
 def test_a_retry_that_cannot_work_is_refused() -> None:
-    with pytest.raises(GraphError, match="attempts_max=0"):
-        Retry(attempts_max=0)
+    for attempts_max in (0, "3", 2.5):
+        with pytest.raises(GraphError, match=f"Retry: attempts_max is {attempts_max!r}, which is not a positive"):
+            Retry(attempts_max=attempts_max)  # type: ignore[arg-type]
+    for backoff_s in (0.5, (1,), ("a", 2), (-1, 2), None):
+        with pytest.raises(GraphError, match=f"Retry: backoff_s is {escape(str(backoff_s))}") as caught:
+            Retry(backoff_s=backoff_s)  # type: ignore[arg-type]
+        assert caught.value.__notes__
     with pytest.raises(GraphError, match="another Retry"):
         Retry(then=Retry())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from sage._arguments import check_count, check_name
 from sage.errors import DuplicateNameError, GraphError, hint
 from sage.failure import FAIL, ErrorPolicy
 from sage.functions import BaseFunction
@@ -172,13 +173,14 @@ class GraphBuilder:
 
         Raises:
             DuplicateNameError: `name` is given and another node has it.
-            GraphError: the parallelism is not a positive number.
+            GraphError: the parallelism is not a positive number, or `name` cannot be one.
         """
         parallelism = attributes.get("parallelism", 1)
         function: FunctionSpec | None = attributes.get("function")
+        if name is not None:
+            check_name("an operator", name)
         label = name or (function.label if function else None) or str(kind)
-        if not isinstance(parallelism, int) or isinstance(parallelism, bool) or parallelism < 1:
-            raise GraphError(f'operator "{label}" has parallelism {parallelism!r}, which is not a positive number')
+        check_count(f'operator "{label}" has parallelism', parallelism)
         if name is not None and any(name == given for _, given in self._nodes.values()):
             error = DuplicateNameError(f'operator "{name}" is defined twice')
             raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")
@@ -195,7 +197,9 @@ class GraphBuilder:
 
         Raises:
             DuplicateNameError: another node was given it.
+            GraphError: it cannot be a name.
         """
+        check_name("an operator", name)
         if any(name == given for other, (_, given) in self._nodes.items() if other != id_):
             error = DuplicateNameError(f'operator "{name}" is defined twice')
             raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")
