@@ -915,6 +915,18 @@ def test_a_death_while_it_is_stopped_does_not_fail_the_job(hook: str) -> None:
     assert not job.state.is_failed
 
 
+def test_no_hook_runs_after_a_death_whatever_was_known_of_the_service_before() -> None:
+    job = Job(service("a", health_interval_s=1.0))
+    job.hooks["a"] = WATCHED
+    job.run()
+    assert job.at(1.0) == ["run_hook a health"]
+    job.post(StopRequested(Way.DRAIN))
+    assert job.at(2.0) == ["abandon_hook a health"]
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    assert [line for line in job.post(TaskEnded("t", TaskState.DONE)) if line.startswith("run_hook")] == []
+    assert job.state.job is JobState.SEALED
+
+
 def test_a_needed_service_that_dies_while_the_job_drains_fails_it() -> None:
     job = Job(process("a")).run()
     job.post(StopRequested(Way.DRAIN))

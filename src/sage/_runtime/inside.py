@@ -6,7 +6,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sage import service
+from sage import service, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,4 +52,13 @@ def _handle_here(name: str) -> ServiceHandle[Any] | None:
     return None if host is None else host.spec.handle
 
 
+def _wait_here(condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+    supervisor: Supervisor | None = getattr(_here, "supervisor", None)
+    if supervisor is None:
+        return _wait_outside(condition, is_over, timeout_s)
+    return supervisor.backend.wait_for(supervisor, condition, is_over, timeout_s)
+
+
 service.resolve = _handle_here
+_wait_outside = serving.wait_for
+serving.wait_for = _wait_here

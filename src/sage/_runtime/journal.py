@@ -93,6 +93,23 @@ class JobLine:
 
 
 @dataclass
+class ClusterLine:
+    """One Ray cluster of the driver's own.
+
+    Attributes:
+        token: what its processes carry in their cookie, but for those that overwrite their environment.
+        jobs: the folder with a file for each job that ends itself there after its driver has died.
+        leader: the process that began its session, or None if it may not have been started.
+        is_over: whether it was ended while the driver lived.
+    """
+
+    token: str
+    jobs: str
+    leader: Process | None = None
+    is_over: bool = False
+
+
+@dataclass
 class Run:
     """Everything that a journal tells.
 
@@ -106,6 +123,7 @@ class Run:
         jobs: the jobs by id, in order.
         seen: job, service and a service that this one was seen to ask for.
         owners: by job and service, the job that runs it for all who share it, and ends it after them.
+        clusters: the Ray clusters by their token, in order.
         released: processes that were released by name and live on.
         unread_count: how many lines could not be read; one torn line, the last, is normal.
     """
@@ -119,6 +137,7 @@ class Run:
     jobs: dict[str, JobLine] = field(default_factory=dict)
     seen: set[tuple[str, str, str]] = field(default_factory=set)
     owners: dict[tuple[str, str], str] = field(default_factory=dict)
+    clusters: dict[str, ClusterLine] = field(default_factory=dict)
     released: list[Process] = field(default_factory=list)
     unread_count: int = 0
 
@@ -202,6 +221,12 @@ def _take(run: Run, entry: Entry) -> None:
             run.seen.add((entry["job"], entry["service"], entry["requires"]))
         case "shared":
             run.owners[entry["job"], entry["service"]] = entry["owner"]
+        case "cluster":
+            run.clusters[entry["token"]] = ClusterLine(entry["token"], entry["jobs"])
+        case "cluster started":
+            run.clusters[entry["token"]].leader = Process(entry["pid"], entry["started"])
+        case "cluster ended":
+            run.clusters[entry["token"]].is_over = True
         case _:
             _take_service(run, entry)
 
