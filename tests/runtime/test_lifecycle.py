@@ -845,6 +845,15 @@ def test_a_task_that_failed_by_the_death_of_a_service_is_no_second_failure() -> 
     assert job.seen_failures()[1:] == [("task", "t", "")]
 
 
+def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
+    job = Job(process("a")).run()
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    failed = FunctionError("raised from itself")
+    failed.__cause__ = failed
+    job.post(TaskFailed("t", failed))
+    assert job.seen_failures()[1:] == [("task", "t", "")]
+
+
 @pytest.mark.parametrize("options", [{"restart": "on_failure"}, {"required": False}])
 def test_a_task_that_fails_by_a_death_which_does_not_fail_the_job_does(options: dict[str, Any]) -> None:
     job = Job(process("a", **options)).run()
