@@ -28,6 +28,11 @@ INTERRUPT_TIMEOUT_S = 25.0
 NOTHING_ADOPTED: Mapping[str, Host] = MappingProxyType({})
 
 
+def interrupt_timeout_s() -> float:
+    """Return the budget of a stop that a signal asked for."""
+    return float(os.environ.get("SAGE_STOP_TIMEOUT_S", INTERRUPT_TIMEOUT_S))
+
+
 def assemble(
     id_: str,
     graph: LogicalGraph,
@@ -55,7 +60,7 @@ def assemble(
         before: that job's guard.
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
-    job = Job(id_, graph, float(os.environ.get("SAGE_STOP_TIMEOUT_S", INTERRUPT_TIMEOUT_S)))
+    job = Job(id_, graph, interrupt_timeout_s())
     guard = JobGuard(id_, graph.name, report, graph.services, before=before)
     job.dispatcher = Dispatcher(
         plan,

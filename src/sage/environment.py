@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.manager import JobManager
-from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
+from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
 from sage.service import ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
@@ -398,6 +398,26 @@ class Environment:
 
     # --- behind it ---
 
+    def _limit(
+        self,
+        stop_timeout_s: float | None,
+        drain_timeout_s: float | None,
+        close_timeout_s: float | None,
+        services_share: float | None,
+        services_reserve_s: float | None,
+    ) -> None:
+        """Set the bounds of a stop that are not the default."""
+        if stop_timeout_s is None and "SAGE_STOP_TIMEOUT_S" in os.environ:
+            stop_timeout_s = float(os.environ["SAGE_STOP_TIMEOUT_S"])
+        given = {
+            "stop_timeout_s": stop_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "close_timeout_s": close_timeout_s,
+            "services_share": services_share,
+            "services_reserve_s": services_reserve_s,
+        }
+        self._limits = {name: value for name, value in given.items() if value is not None}
+
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
         options = options or ServiceOptions()
         if not name or not isinstance(name, str):
@@ -457,9 +477,8 @@ class Environment:
         def sealed(ended: Ended) -> None:
             self._kept = {}
             for service in graph.services:
-                host = job.dispatcher.supervisor.hosts[service.name]
                 if ended.state.services[service.name].state == "kept":
-                    self._kept[service.name] = host
+                    self._kept[service.name] = job.dispatcher.supervisor.hosts[service.name]
                 else:
                     service.handle._connect(None)
             JobManager().hold(self, keeps=bool(self._kept))
@@ -539,16 +558,7 @@ class LocalEnvironment(Environment):
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
-        if stop_timeout_s is None and "SAGE_STOP_TIMEOUT_S" in os.environ:
-            stop_timeout_s = float(os.environ["SAGE_STOP_TIMEOUT_S"])
-        given = {
-            "stop_timeout_s": stop_timeout_s,
-            "drain_timeout_s": drain_timeout_s,
-            "close_timeout_s": close_timeout_s,
-            "services_share": services_share,
-            "services_reserve_s": services_reserve_s,
-        }
-        self._limits = {name: value for name, value in given.items() if value is not None}
+        self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
         if log_dir is not None:
             self.log_dir = log_dir
         if report_file is not None:
@@ -557,14 +567,3 @@ class LocalEnvironment(Environment):
 
     def _backend(self) -> Backend:
         return super()._backend() if self._make_backend is None else self._make_backend()
-
-
-class RemoteEnvironment(Environment):
-    """Will run jobs on a Ray cluster; this release builds and explains its graphs, and refuses to submit them."""
-
-    def __init__(self, name: str = "remote_environment", config: dict[str, Any] | None = None) -> None:
-        super().__init__(name, config)
-
-    def _backend(self) -> Backend:
-        error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
-        raise hint(error, "Use LocalEnvironment: the program stays the same.")

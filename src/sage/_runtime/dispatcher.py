@@ -53,6 +53,7 @@ class Dispatcher:
         self._claims = claims
         self._loop = CoroutineLoop(plan.name if plan is not None else "sage", backend)
         self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
+        self._specs = {service.name: service for service in services}
         self._dependencies = Dependencies()
         hosts = self._hosts(services, backend, make_host, adopted)
         tasks = self._tasks(plan, backend) if plan is not None else {}
