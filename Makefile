@@ -1,9 +1,11 @@
 # The one door to the project. Every target first makes the part of .venv that it needs, and only once.
-.PHONY: demo test test-services check bench ci lock
+.PHONY: demo test test-services test-ray check bench ci lock
 .NOTPARALLEL:
 PYTHON := .venv/bin/python
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-emit-index-url --generate-hashes pyproject.toml
+# The extras of the ready-made services: all but Ray, which has a list of its own.
+SERVICES := vector chroma milvus embed llm redis graph html pdf
 # What was compiled is kept, as the tests start hundreds of interpreters and nothing is compiled when it is installed.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -11,8 +13,10 @@ demo: .venv/base ; $(PYTHON) examples/ask_the_docs.py
 test: .venv/dev ; $(PYTHON) -m pytest -n 2 --ignore tests/services --ignore tests/rag
 # The ready-made services with the real engines behind them, which are half a gigabyte to install.
 test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
+# One after the other: each starts a Ray of its own, which fills a machine of two cores for seconds.
+test-ray: .venv/ray ; $(PYTHON) -m pytest -m ray --ignore tests/services --ignore tests/rag
 bench: .venv/bench ; $(PYTHON) -m benchmarks
-ci: check test test-services
+ci: check test test-services test-ray
 check: .venv/services
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
@@ -22,7 +26,8 @@ check: .venv/services
 lock:
 	$(LOCK) --group build --output-file requirements/base.txt
 	$(LOCK) --group dev --constraint requirements/base.txt --output-file requirements/dev.txt
-	$(LOCK) --group services --all-extras --constraint requirements/dev.txt --output-file requirements/services.txt
+	$(LOCK) --group services $(SERVICES:%=--extra %) --constraint requirements/dev.txt --output-file requirements/services.txt
+	$(LOCK) --group dev --extra ray --constraint requirements/services.txt --output-file requirements/ray.txt
 	$(LOCK) --group bench --constraint requirements/dev.txt --output-file requirements/bench.txt
 
 .venv/base: requirements/base.txt pyproject.toml

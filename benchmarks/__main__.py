@@ -10,10 +10,12 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from benchmarks.answers import answers
 from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
 from benchmarks.plot import plot
 from benchmarks.processes import process_array, process_call, process_stop
+from benchmarks.stores import stores
 from benchmarks.throughput import awaits, chain, has_bytewax, service_call, word_count
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ CASES = {
     "process-call": process_call,
     "process-array": process_array,
     "process-stop": process_stop,
+    "stores": stores,
+    "answers": answers,
 }
 
 MARK, MARK_END = "<!-- figures -->", "<!-- end of figures -->"

@@ -43,16 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes, and what needs a cluster, unless it is asked for."""
+    """Leave out what takes minutes, and what needs Ray, unless it is asked for."""
+    left_out = set() if config.getoption("--proof") else {"proof"}
     if "ray" not in config.getoption("markexpr"):
-        on_ray = [item for item in items if item.get_closest_marker("ray") is not None]
-        config.hook.pytest_deselected(items=on_ray)
-        items[:] = [item for item in items if item.get_closest_marker("ray") is None]
-    if config.getoption("--proof"):
-        return
-    proofs = [item for item in items if item.get_closest_marker("proof") is not None]
-    config.hook.pytest_deselected(items=proofs)
-    items[:] = [item for item in items if item.get_closest_marker("proof") is None]
+        left_out.add("ray")
+    deselected = [item for item in items if any(item.get_closest_marker(name) is not None for name in left_out)]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in set(deselected)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

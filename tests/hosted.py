@@ -278,7 +278,8 @@ class Parent(BaseService):
 
     def __init__(self, kind: str) -> None:
         words = STUBBORN if "stubborn" in kind else SLEEPER
-        child = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session="session" in kind)
+        environment: dict[str, str] | None = {} if "cleared" in kind else None
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session="session" in kind, env=environment)
         assert child.stdout is not None
         child.stdout.readline()
         if "stopped" in kind:

@@ -107,7 +107,7 @@ class Place:
     def opened(self, **settings: Any) -> Iterator[VectorStore]:
         """Open a store, close it, and look at what is left then."""
         store = self.store(**settings)
-        with assert_clean(ignore=["temporary *", "shared memory *"]):
+        with assert_clean(ignore=["shared memory *"]):
             try:
                 store.setup()  # type: ignore[attr-defined]
                 yield store

@@ -8,7 +8,7 @@ and with `--keep FOLDER` index and conversation are there for the next one.
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,19 @@ def parsed() -> argparse.Namespace:
     return options
 
 
+def notes_of(error: BaseException) -> Iterator[str]:
+    """Yield what may help: the notes of an error, and of those that it came from."""
+    yield from getattr(error, "__notes__", ())
+    for cause in (error.__cause__, *getattr(error, "exceptions", ())):
+        if cause is not None:
+            yield from notes_of(cause)
+
+
 def main() -> None:
     try:
         run(parsed())
     except SageError as error:
-        sys.exit("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        sys.exit("\n".join([str(error), *dict.fromkeys(notes_of(error))]))
     except KeyboardInterrupt:
         sys.exit(130)
 

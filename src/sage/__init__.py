@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sage.connector import Source
     from sage.environment import LocalEnvironment
     from sage.errors import (
+        AuthenticationError,
         CleanupError,
         CleanupTimeoutError,
         ControlError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuthenticationError",
     "BaseCoMapFunction",
     "BaseFunction",
     "BaseJoinFunction",
@@ -106,6 +108,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AuthenticationError": "sage.errors",
     "BaseCoMapFunction": "sage.functions",
     "BaseFunction": "sage.functions",
     "BaseJoinFunction": "sage.functions",

@@ -518,12 +518,14 @@ class Environment:
     def _close_at_exit(self) -> None:
         if self._kept:
             names = ", ".join(self._kept)
-            warnings.warn(
-                f'environment "{self.name}" still keeps {names} at exit; call env.close() or use `with env:`',
-                RuntimeWarning,
-                stacklevel=1,
-            )
-            self._close_kept()
+            try:
+                warnings.warn(
+                    f'environment "{self.name}" still keeps {names} at exit; call env.close() or use `with env:`',
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
+            finally:  # a program may have made warnings errors
+                self._close_kept()
 
 
 class LocalEnvironment(Environment):

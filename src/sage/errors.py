@@ -8,7 +8,7 @@
         ServiceError          ServiceStartError, ServiceTimeoutError, ServiceUnavailableError
         CleanupError          CleanupTimeoutError
         JobErrorGroup         several of them, the first cause first
-      ControlError            JobNotFoundError, ServerUnreachableError
+      ControlError            JobNotFoundError, ServerUnreachableError, AuthenticationError
       InternalError           a bug of ours: says so, asks for a report
 
 Primary messages are lower case without a full stop and name the culprit; what to do about it is a note (`__notes__`).
@@ -127,7 +127,7 @@ class JobErrorGroup(ExceptionGroup[Exception], JobError):
 
 
 class ControlError(SageError):
-    """A request to a job manager failed."""
+    """A request to a job manager or to a cluster failed."""
 
 
 class JobNotFoundError(ControlError, KeyError):
@@ -138,7 +138,11 @@ class JobNotFoundError(ControlError, KeyError):
 
 
 class ServerUnreachableError(ControlError):
-    """Nothing answers at the address of the job manager."""
+    """Nothing answers at the address of the job manager or of the cluster."""
+
+
+class AuthenticationError(ControlError):
+    """The job manager or the cluster wants a token, and there is none, or it is a wrong one."""
 
 
 class InternalError(SageError):

@@ -23,7 +23,7 @@ class Batch:
     branches.
 
     Attributes:
-        values: the records, plain Python objects.
+        values: the records, plain Python objects; a list, or a range, as making a list of its numbers takes time.
         keys: the key of each record, or None for a stream without keys.
         requests: the service request that each record belongs to, or None outside a served pipeline.
     """
@@ -32,7 +32,7 @@ class Batch:
 
     def __init__(
         self,
-        values: list[Any],
+        values: Sequence[Any],
         keys: list[Any] | None = None,
         requests: list[Any] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class Batch:
         """Return the records at `places`, in that order."""
         return self._each(lambda lane: [lane[place] for place in places])
 
-    def replace(self, values: list[Any]) -> Batch:
+    def replace(self, values: Sequence[Any]) -> Batch:
         """Return a batch of as many other values with the same keys and requests."""
         return Batch(values, self.keys, self.requests)
 
@@ -75,7 +75,7 @@ class Batch:
             None if self.requests is None else spread(self.requests),
         )
 
-    def _each(self, change: Callable[[list[Any]], list[Any]]) -> Batch:
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
         return Batch(
             change(self.values),
             None if self.keys is None else change(self.keys),
@@ -116,7 +116,7 @@ class Span:
         self.cancelled = False
         self.is_cut = False
 
-    def begin(self, values: list[Any]) -> Iterator[Any]:
+    def begin(self, values: Sequence[Any]) -> Iterator[Any]:
         """Return an iterator over `values`, which is not changed."""
         reading = iter(values)
         self._work = (reading, [])

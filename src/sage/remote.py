@@ -122,7 +122,7 @@ class RemoteEnvironment(Environment):
         keep: frozenset[str] = frozenset(),  # noqa: ARG002
     ) -> Job:
         from sage._assembly import interrupt_timeout_s
-        from sage._ray.connection import cluster
+        from sage._backends.ray_cluster import cluster
         from sage._ray.driver import RemoteSettings, remote_job
 
         assert plan is not None

@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 DEFAULT_METHOD = "process"
 
+ABSENT: Any = object()
+"""Stands for an argument that was not given."""
+
 logging.getLogger("sage").addHandler(logging.NullHandler())
 
 
@@ -131,6 +134,7 @@ class ServiceHandle(Generic[T]):
         self._name = name
         self._target = target
         self._calls: ServiceCalls | None = None
+        self._methods: dict[str | None, Callable[..., Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -165,6 +169,14 @@ class ServiceHandle(Generic[T]):
         self._calls = calls
         for name in [name for name in self.__dict__ if not name.startswith("_")]:
             del self.__dict__[name]
+        self._methods.clear()
+
+    def _method(self, name: str | None) -> Callable[..., Any]:
+        """Return the method of this name, or `process` for None, and note it for further calls by name."""
+        method: Callable[..., Any] = getattr(self, name or DEFAULT_METHOD)
+        if self._calls is not None and callable(method):
+            self._methods[name] = method
+        return method
 
     def _require(self) -> ServiceCalls:
         if self._calls is None and self._target is None:
@@ -449,13 +461,21 @@ class ServiceUser:
         return handle
 
     def call_service(
-        self, name: str, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
+        self,
+        name: str,
+        first: Any = ABSENT,
+        /,
+        *args: Any,
+        method: str | None = None,
+        timeout: float | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Call a service and return its answer.
 
         Args:
             name: the service's name.
-            *args: the method's arguments.
+            first: the method's first argument, apart from the others as this is called for each record.
+            *args: the method's other arguments.
             method: the method's name; `process` by default.
             timeout: bound in seconds; the service's `call_timeout_s` by default.
             **kwargs: the method's keyword arguments.
@@ -466,16 +486,19 @@ class ServiceUser:
             ServiceUnavailableError: the service has stopped or failed.
             Exception: whatever the method raises.
         """
+        if timeout is not None:
+            given = () if first is ABSENT else (first, *args)
+            return self.service(name)._require().call(method or DEFAULT_METHOD, given, kwargs, timeout)
         try:
-            handle = self.ctx._found[name]  # as this is called for each record
+            call = self.ctx._found[name]._methods[method]
         except (AttributeError, KeyError):
-            handle = self.service(name)
-        if timeout is None:
-            return getattr(handle, method or DEFAULT_METHOD)(*args, **kwargs)
-        return handle._require().call(method or DEFAULT_METHOD, args, kwargs, timeout)
+            call = self.service(name)._method(method)
+        if first is ABSENT:
+            return call(**kwargs)
+        return call(first, *args, **kwargs) if args or kwargs else call(first)
 
     def call_service_async(
-        self, name: str, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
+        self, name: str, /, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
     ) -> CallFuture:
         """Start a call of a service on the service's own threads and return a future of its answer.
 

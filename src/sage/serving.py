@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 _UNANSWERED = object()
 
 
+def _wait_for(condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+    with condition:
+        return condition.wait_for(is_over, timeout_s)
+
+
+wait_for = _wait_for
+"""How a caller waits for its answer; what runs jobs puts in its place what also works inside of one."""
+
+
 class Request:
     """One call of a served pipeline, and the place where its answer arrives.
 
@@ -73,9 +82,8 @@ class Request:
         Raises:
             ServiceTimeoutError: there was none within `timeout` seconds.
         """
-        with self._condition:
-            if not self._condition.wait_for(lambda: self._is_done, timeout):
-                raise ServiceTimeoutError(f"the pipeline gave no answer within {timeout:g} s", fault="external")
+        if not wait_for(self._condition, lambda: self._is_done, timeout):
+            raise ServiceTimeoutError(f"the pipeline gave no answer within {timeout:g} s", fault="external")
         if self._error is not None:
             raise self._error
         return self._answer
@@ -102,6 +110,11 @@ class PipelineBridge:
         self._lock = threading.Lock()
         self._closed = False
         self._taken: list[Request] = []
+        self._listening: list[Callable[[], None]] = []
+
+    def when_changed(self, wake: Callable[[], None]) -> None:
+        """Call `wake` each time that a request came, and when the bridge is closed."""
+        self._listening.append(wake)
 
     @property
     def is_closed(self) -> bool:
@@ -125,14 +138,16 @@ class PipelineBridge:
                 raise ServiceUnavailableError("the pipeline behind this service has ended")
             self._open.add(request)
             self._requests.put(request)
+        self._tell()
         return request
 
     def next(self, timeout: float | None = 0.1) -> Request | StopSignal | None:
         """Return the next request, None if there is none within `timeout` seconds, or a `StopSignal` at the end."""
+        is_closed = self._closed  # asked before: a request may come between a look that finds none and the end
         try:
             request = self._requests.get(timeout=timeout) if timeout != 0 else self._requests.get_nowait()
         except queue.Empty:
-            return StopSignal("pipeline bridge closed") if self._closed else None
+            return StopSignal("pipeline bridge closed") if is_closed else None
         if request is None:
             self._requests.put(None)  # for whoever else reads
             return StopSignal("pipeline bridge closed")
@@ -152,6 +167,11 @@ class PipelineBridge:
             if not self._closed:
                 self._closed = True
                 self._requests.put(None)
+        self._tell()
+
+    def _tell(self) -> None:
+        for wake in self._listening:
+            wake()
 
     def abort(self) -> None:
         """Fail every request that has no answer; nothing will give one any more."""
@@ -181,7 +201,7 @@ class PipelineService(BaseService):
 
 
 class RequestSource(Source):
-    """Reads the requests of a bridge as records; it waits in `read`, and ends when the bridge is closed."""
+    """Reads the requests of a bridge as records, and ends when the bridge is closed; the bridge says when some came."""
 
     bounded = False
 
@@ -189,15 +209,14 @@ class RequestSource(Source):
         self._bridge = bridge
 
     def read(self, records_max: int) -> list[Any] | None:
-        """Return the payloads of the requests that wait, at least one."""
+        """Return the payloads of the requests that wait."""
         payloads: list[Any] = []
-        request = self._bridge.next(timeout=None)
-        while isinstance(request, Request):
-            payloads.append(request.payload)
-            if len(payloads) == records_max:
-                break
+        while len(payloads) < records_max:
             request = self._bridge.next(timeout=0)
-        return payloads or None
+            if not isinstance(request, Request):
+                return None if request is not None and not payloads else payloads
+            payloads.append(request.payload)
+        return payloads
 
 
 def bridge_among(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineBridge | None:

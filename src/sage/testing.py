@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from sage.errors import InternalError, hint
 from sage.records import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sage._backends.stepped_loop import SteppedLoop
     from sage._runtime.supervisor import Supervisor
@@ -118,13 +120,13 @@ class SeededSpan(Span):
         super().__init__()
         self._random = random_
 
-    def begin(self, values: list[Any]) -> Iterator[Any]:
+    def begin(self, values: Sequence[Any]) -> Iterator[Any]:
         """Shorten the list at a place drawn from the seed, but leave something to do."""
         reading = super().begin(values)
         if len(values) > 1 and self._random.random() < 0.2 and not self.is_cut:
             place = self._random.randrange(1, len(values))
             reading = iter(values[:place])
-            self._work = (reading, values[place:])
+            self._work = (reading, [*values[place:]])
             self.is_cut = True
         return reading
 
@@ -134,6 +136,20 @@ class StepLane:
 
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []
+        self._is_busy = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a hook can be run now."""
+        return bool(self.waiting) and not self._is_busy
+
+    def run_next(self) -> None:
+        """Run the next hook; others wait while it waits for something."""
+        self._is_busy = True
+        try:
+            self.waiting.pop(0)()
+        finally:
+            self._is_busy = False
 
     def run(self, function: Callable[[], None]) -> None:
         """Keep `function` for its turn."""
@@ -155,7 +171,8 @@ class StepBackend(Backend):
     Time is virtual: each step of a task takes `STEP_S`, and when there is nothing to do, time moves to the next moment
     that somebody waits for. Sizes of batches, cuts and capacities are drawn too, so thousands of seeds see thousands of
     schedules, and each seed sees the same one every time. The job runs while somebody waits for it: in
-    `submit(autostop=True)`, `job.wait()`, `env.stop()` or `env.close()`.
+    `submit(autostop=True)`, `job.wait()`, `env.stop()` or `env.close()`. While a function waits for the answer of a
+    served pipeline, the rest of the job goes on.
 
     Args:
         seed: what everything is drawn from.
@@ -171,6 +188,11 @@ class StepBackend(Backend):
         self._lanes: list[StepLane] = []
         self._ready: set[Task] = set()
         self._loops: list[SteppedLoop] = []
+        self._thread_id = 0
+        # Tasks in the middle of a step, and until when their functions wait for others.
+        self._stepping: list[Task] = []
+        self._bounds: list[float] = []
+        self._turns = 0
 
     def now(self) -> float:
         """Return the virtual time."""
@@ -232,12 +254,36 @@ class StepBackend(Backend):
         Raises:
             InternalError: nothing can go on, or it never ends: a bug that the seed shows again.
         """
+        self._thread_id = threading.get_ident()
         with inside(supervisor):
-            for _ in range(STEPS_MAX):
-                if supervisor.is_sealed:
-                    return True
-                self.turn(supervisor)
-        raise InternalError(f"seed {self.seed}: the job did not end within {STEPS_MAX} steps")
+            while not supervisor.is_sealed:
+                self._go_on(supervisor)
+        return True
+
+    def wait_for(
+        self,
+        supervisor: Supervisor,
+        condition: threading.Condition,
+        is_over: Callable[[], bool],
+        timeout_s: float | None,
+    ) -> bool:
+        """Go on with the rest of the job until a function or hook has what it waits for, or its time is over."""
+        if threading.get_ident() != self._thread_id:
+            return super().wait_for(supervisor, condition, is_over, timeout_s)
+        due = math.inf if timeout_s is None else self.now() + timeout_s
+        self._bounds.append(due)
+        try:
+            while not is_over() and self.now() < due and not supervisor.is_sealed:
+                self._go_on(supervisor)
+        finally:
+            self._bounds.pop()
+        return is_over()
+
+    def _go_on(self, supervisor: Supervisor) -> None:
+        self._turns += 1
+        if self._turns > STEPS_MAX:
+            raise InternalError(f"seed {self.seed}: the job did not end within {STEPS_MAX} steps")
+        self.turn(supervisor)
 
     @property
     def pending(self) -> int:
@@ -252,8 +298,8 @@ class StepBackend(Backend):
         Raises:
             InternalError: nothing can go on.
         """
-        lanes = [lane for lane in self._lanes if lane.waiting]
-        tasks = [task for task in self._tasks if task in self._ready]
+        lanes = [lane for lane in self._lanes if lane.is_ready]
+        tasks = [task for task in self._tasks if task in self._ready and task not in self._stepping]
         choices: list[Any] = [*lanes, *tasks]
         if self._events:
             choices.append(None)
@@ -265,7 +311,7 @@ class StepBackend(Backend):
         if chosen is None:
             supervisor.handle(self._events.pop(0))
         elif isinstance(chosen, StepLane):
-            chosen.waiting.pop(0)()
+            chosen.run_next()
         else:
             if chosen in self._loops:
                 chosen.go_round()
@@ -276,14 +322,18 @@ class StepBackend(Backend):
 
     def _step(self, task: Task) -> None:
         self._ready.discard(task)
+        self._stepping.append(task)
         came = task.step()
+        self._stepping.pop()
         if came is Step.PROGRESSED:
             self._ready.add(task)
         elif came is Step.DONE:
             self._tasks.remove(task)
 
     def _pass_time(self, supervisor: Supervisor) -> None:
-        dues = [task.wake_at for task in self._tasks if task.wake_at is not None]
+        resting = [task for task in self._tasks if task not in self._stepping]
+        dues = [task.wake_at for task in resting if task.wake_at is not None]
+        dues += [due for due in self._bounds if due < math.inf]
         if supervisor.next_due is not None:
             dues.append(supervisor.next_due)
         dues += [loop.due for loop in self._loops if loop.due is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -269,3 +270,85 @@ def test_services_in_processes_stop_in_reverse_and_nothing_is_left(
     assert {one for one in left if is_alive(one)} == set()
     assert (report["state"], report["cleanliness"]) == ("lost", "clean")
     assert {service["name"]: service["state"] for service in report["services"]} == dict.fromkeys("abc", "stopped")
+
+
+DIES_AT_THE_END = """
+    import os, shutil, signal, subprocess, sys
+    from sage import LocalEnvironment, ServiceOptions
+
+    class Service:
+        pass
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def arm(_):
+        if sys.argv[2] == "folder":
+            shutil.rmtree = die
+        else:
+            subprocess.Popen.kill = die
+
+    if __name__ == "__main__":
+        env = LocalEnvironment("nightly", report_file=sys.argv[1] + "/report")
+        env.register_service("service", Service, options=ServiceOptions(host="process"))
+        env.from_batch([1]).sink(arm)
+        print("up", flush=True)
+        env.submit(autostop=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["folder", "guardian"])
+def test_a_driver_that_is_killed_in_its_last_act_leaves_no_folder(
+    moment: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Acceptance 47: when it would remove the folder of the run, and when it would end the guardian."""
+    program = start(DIES_AT_THE_END, moment)
+    assert program.wait(WAIT_S) == -signal.SIGKILL
+    wait_gone(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
+    assert [line["state"] for line in lines if line["type"] == "report"] == ["completed"]
+    assert not (tmp_path / "state").exists()
+
+
+CALLING = """
+    import sys, threading
+    from sage import BaseService, LocalEnvironment, ServiceOptions
+
+    folder, shared = sys.argv[1], sys.argv[2] == "shared"
+
+    class Ending(BaseService):
+        def cleanup(self):
+            # Whoever ends too early comes first, as the other one takes its time.
+            threading.Event().wait(0.3 if self.name == "agent" else 0)
+            with open(f"{folder}/marks", "a") as file:
+                file.write(f"{self.name} cleaned\\n")
+
+        def process(self, record):
+            return self.call_service("store", record) if self.name == "agent" else record
+
+    if __name__ == "__main__":
+        env = LocalEnvironment("nightly")
+        agent = env.register_service("agent", Ending, options=ServiceOptions(host="process"))
+        env.register_service("store", Ending, options=ServiceOptions(host="process", shared=shared))
+        env.from_batch([1]).map(agent.process).sink(lambda _: (print("up", flush=True), threading.Event().wait()))
+        env.submit(autostop=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["shared", "own"])
+def test_whoever_was_seen_to_call_a_service_ends_before_it(
+    kind: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Acceptance 47: nothing was declared, and a service that environments share has a job of its own."""
+    program = start(CALLING, kind)
+    program.kill()
+    program.wait()
+    wait_gone(tmp_path)
+    assert (tmp_path / "marks").read_text().splitlines() == ["agent cleaned", "store cleaned"]
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "state" / "reports").iterdir()]
+    assert {report["state"] for report in reports} == {"lost"}
+    (nightly,) = [report for report in reports if report["name"] == "nightly"]
+    assert {service["name"]: service["state"] for service in nightly["services"]} == dict.fromkeys(
+        ("agent", "store"), "stopped"
+    )
+    assert {report["cleanliness"] for report in reports} == {"clean"}

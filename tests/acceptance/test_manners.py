@@ -939,6 +939,28 @@ def test_kept_services_are_cleaned_at_exit(tmp_path: Path) -> None:
     assert 'RuntimeWarning: environment "small" still keeps store at exit' in ended.errors
 
 
+def test_what_is_left_at_exit_is_cleaned_where_warnings_are_errors(tmp_path: Path) -> None:
+    """Acceptance 46: a warning that is raised keeps neither the job nor what is kept from its cleanup."""
+    keep = SMALL_JOB + "env.submit(autostop=True, keep_services=True)\n"
+    body = """
+import warnings
+warnings.simplefilter("error")
+running = threading.Event()
+forgotten = LocalEnvironment("forgotten")
+forgotten.register_service("store", Store)
+forgotten.from_source(running.set, delay=0.01).map(lambda record: record)
+forgotten.submit()
+assert running.wait(10)
+first = env
+"""
+    with program(tmp_path, keep + body + keep) as running:
+        ended = running.finish()
+    assert ended.code == 0
+    assert ended.marks.count("cleaned") == 3
+    assert 'RuntimeWarning: job "forgotten" still runs at exit' in ended.errors
+    assert ended.errors.count("still keeps store at exit") == 2
+
+
 def test_a_program_that_closes_gets_no_warning(tmp_path: Path) -> None:
     """Acceptance 46: after `env.close()` nothing is left for the exit to do."""
     first = "with build(3, 0) as env:\n    env.submit()\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ from sage import (
     StopSignal,
 )
 from sage.serving import PipelineBridge, PipelineService
+from sage.testing import StepBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +53,57 @@ class Call(MapFunction):
 
     def execute(self, data: Any) -> Any:
         return self.call_service(self.service_name, data)
+
+
+class Given:
+    """Returns the arguments that it was called with."""
+
+    def process(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return (*args, kwargs)
+
+
+class Giving(MapFunction):
+    """Calls a service with as many arguments as a call may have, and with names that the call itself has, too."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self.timeout = timeout
+
+    def execute(self, data: int) -> list[Any]:
+        handle = self.service("given")
+        return [
+            self.call_service("given", timeout=self.timeout),
+            self.call_service("given", None, timeout=self.timeout),
+            self.call_service("given", data, 2, timeout=self.timeout),
+            self.call_service("given", name="a", first="b", timeout=self.timeout),
+            self.call_service("given", data, name="a", timeout=self.timeout),
+            self.call_service_async("given", data, name="a", timeout=self.timeout).result(),
+            handle.process(),
+            handle.process(data),
+            handle(data, 2, first="b"),
+        ]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_arguments_arrive_as_they_were_given(host: Host, concurrency: int, timeout: float | None) -> None:
+    env = LocalEnvironment("arguments")
+    env.register_service("given", Given, options=ServiceOptions(host=host, concurrency=concurrency))
+    arrived: list[list[Any]] = []
+    env.from_batch([1]).map(Giving, timeout).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == [
+        [
+            ({},),
+            (None, {}),
+            (1, 2, {}),
+            ({"name": "a", "first": "b"},),
+            (1, {"name": "a"}),
+            (1, {"name": "a"}),
+            ({},),
+            (1, {}),
+            (1, 2, {"first": "b"}),
+        ]
+    ]
 
 
 # --- concurrency ---
@@ -349,9 +402,9 @@ def answer(requests: DataStream) -> DataStream:
     return requests.map(check, name="check").filter(lambda request: request % 2 == 0).map(lambda request: request * 10)
 
 
-def test_a_pipeline_answers_calls() -> None:
+def test_a_pipeline_answers_calls(backend: Backends) -> None:
     """Acceptance 39: each call gets the answer of its own request; one that is filtered away is answered with None."""
-    env = LocalEnvironment("serving")
+    env = LocalEnvironment("serving", backend=backend)
     tens = env.serve("tens", answer)
     arrived: list[int | None] = []
     env.from_batch([2, 3, 4]).map(tens.process).sink(arrived.append)
@@ -362,9 +415,9 @@ def test_a_pipeline_answers_calls() -> None:
 
 
 @pytest.mark.parametrize("parallelism", [1, 3])
-def test_a_pipeline_answers_several_callers_at_once(parallelism: int) -> None:
+def test_a_pipeline_answers_several_callers_at_once(backend: Backends, parallelism: int) -> None:
     """Acceptance 39: eight callers at once get the answers to their own requests, from parallel tasks too."""
-    env = LocalEnvironment("serving")
+    env = LocalEnvironment("serving", backend=backend)
     tens = env.serve("tens", lambda requests: requests.map(lambda request: request * 10, parallelism=parallelism))
     arrived: list[tuple[int, int]] = []
     source = env.from_batch(range(200), parallelism=8)
@@ -389,7 +442,7 @@ def test_the_callers_are_really_answered_at_once() -> None:
     assert sorted(arrived) == [-3, -2, -1, 0]
 
 
-def test_an_error_in_a_served_pipeline_reaches_the_caller(clock: FairClock) -> None:
+def test_an_error_in_a_served_pipeline_reaches_the_caller(backend: Backends, clock: FairClock) -> None:
     """Acceptance 39: the caller promptly catches the very error, and the pipeline goes on answering."""
     waits: list[tuple[float, float]] = []
 
@@ -402,7 +455,7 @@ def test_an_error_in_a_served_pipeline_reaches_the_caller(clock: FairClock) -> N
                 waits.append((began_at, time.monotonic()))
                 return str(error)
 
-    env = LocalEnvironment("serving")
+    env = LocalEnvironment("serving", backend=backend)
     env.serve("tens", answer)
     arrived: list[Any] = []
     env.from_batch([2, 13, 4]).map(Ask).sink(arrived.append)
@@ -413,9 +466,9 @@ def test_an_error_in_a_served_pipeline_reaches_the_caller(clock: FairClock) -> N
     assert job.report.state is Outcome.COMPLETED
 
 
-def test_an_error_that_the_caller_lets_through_fails_the_job(clock: FairClock) -> None:
+def test_an_error_that_the_caller_lets_through_fails_the_job(backend: Backends, clock: FairClock) -> None:
     """Acceptance 39: an uncaught error of a served pipeline is the cause of the job's, promptly."""
-    env = LocalEnvironment("serving")
+    env = LocalEnvironment("serving", backend=backend)
     tens = env.serve("tens", answer)
     env.from_batch([13]).map(tens.process, name="ask").sink(lambda record: None)
     began_at = time.monotonic()
@@ -452,7 +505,7 @@ def test_an_answer_that_takes_too_long_times_out() -> None:
     assert arrived == ["the pipeline gave no answer within 0.3 s", "NEXT"]
 
 
-def test_a_served_pipeline_ends_after_the_main_one(clock: FairClock) -> None:
+def test_a_served_pipeline_ends_after_the_main_one(backend: Backends, clock: FairClock) -> None:
     """Acceptance 39: it still answers what the main pipeline asks while it closes, and everything ends promptly."""
     happened: list[str] = []
 
@@ -474,7 +527,7 @@ def test_a_served_pipeline_ends_after_the_main_one(clock: FairClock) -> None:
         def cleanup(self) -> None:
             happened.append("store cleaned")
 
-    env = LocalEnvironment("serving")
+    env = LocalEnvironment("serving", backend=backend)
     env.register_service("store", Store)
     tens = env.serve("tens", lambda requests: requests.map(Serve))
     env.from_batch([1]).map(tens.process).sink(Close)
@@ -487,9 +540,9 @@ def test_a_served_pipeline_ends_after_the_main_one(clock: FairClock) -> None:
     assert {task.state for task in job.report.tasks} == {"done"}
 
 
-def test_a_served_pipeline_is_itself_a_caller() -> None:
+def test_a_served_pipeline_is_itself_a_caller(backend: Backends) -> None:
     """Acceptance 39: served pipelines may call services and each other."""
-    env = LocalEnvironment("serving")
+    env = LocalEnvironment("serving", backend=backend)
     crowd = env.register_service("crowd", Crowd, 0.0)
     inner = env.serve("inner", lambda requests: requests.map(crowd.process).map(lambda request: request + 1))
     outer = env.serve("outer", lambda requests: requests.map(inner.process).map(lambda request: request * 2))
@@ -497,6 +550,26 @@ def test_a_served_pipeline_is_itself_a_caller() -> None:
     env.from_batch([1, 2, 3]).map(outer.process).sink(arrived.append)
     env.submit(autostop=True)
     assert arrived == [4, 6, 8]
+
+
+def test_an_answer_that_takes_too_long_times_out_on_the_clock_of_the_backend() -> None:
+    """Acceptance 39: the time-out is one of virtual time where time is virtual."""
+    backend = StepBackend(1)
+
+    async def hesitate(request: str) -> str:
+        await asyncio.sleep(3600 if request == "slow" else 1)
+        return request.upper()
+
+    env = LocalEnvironment("serving", backend=lambda: backend)
+    upper = env.serve("upper", lambda requests: requests.map_async(hesitate, ordered=False), timeout_s=60)
+    arrived: list[str] = []
+    letters = env.dead_letters()
+    env.from_batch(["slow", "next"]).map(upper, on_error=letters).sink(arrived.append)
+    lost: list[str] = []
+    letters.map(lambda letter: str(letter.error)).sink(lost.append)
+    env.submit(autostop=True)
+    assert (arrived, lost) == (["NEXT"], ["the pipeline gave no answer within 60 s"])
+    assert backend.now() < 1000 + 3600 + 60
 
 
 def test_a_pipeline_that_is_served_alone_needs_a_stop() -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 STARTING = ("constructor", "setup", "start", "ready")
 RUNNING = ("call", "health")
@@ -18,7 +18,23 @@ OF_PROCESSES = ("exits", "killed", "stopped")
 LASTING = ("hangs", "stopped")
 DEADLY = ("exits", "killed")
 
-HOSTS = {"inline": IN_PYTHON, "process": (*IN_PYTHON, *OF_PROCESSES)}
+ALL = (*IN_PYTHON, *OF_PROCESSES)
+
+HOSTS: dict[str, dict[str, tuple[str, ...]]] = {
+    # A function runs in the process of the job, whatever the host of the service is.
+    "inline": dict.fromkeys(PLACES, IN_PYTHON),
+    "process": dict.fromkeys(PLACES, ALL) | {"close": IN_PYTHON},
+    # A program that raises exits. Whoever asks whether it is ready or well is in the process of the job.
+    "command": {
+        "start": ("hangs", "slow", *OF_PROCESSES),
+        "ready": ALL,
+        "call": ("hangs", "slow", *OF_PROCESSES),
+        "health": ALL,
+        "close": IN_PYTHON,
+        "stop": ("hangs", "slow", *OF_PROCESSES),
+    },
+}
+"""The faults that each host can have, by their place."""
 
 WAYS = ("natural", "stop", "cancel", "failure")
 ITSELF = "by itself"
@@ -26,7 +42,7 @@ ITSELF = "by itself"
 
 OUTCOMES = {"natural": "completed", "stop": "stopped", "cancel": "cancelled", "failure": "failed"}
 
-START_S = {"inline": 0.5, "process": 4.0}
+START_S = {"inline": 0.5, "process": 4.0, "command": 2.0}
 DRAIN_S = 0.5
 CLOSE_S = 0.5
 STOP_S = 1.0
@@ -58,9 +74,8 @@ class Expected:
         outcome: of the job.
         is_clean: whether the job is clean.
         errors: the types of the errors in the report, sorted.
-        maybe: one more of them, if what runs at that moment is still heard of.
+        or_errors: what they may be as well, where a task and the job each hear of the fault in their own way.
         bound_s: how long it may take from the fault to the end of the job, but for what the machine takes.
-        late_marks: what a process that was stopped may still do between its SIGCONT and its end.
     """
 
     marks: tuple[str, ...]
@@ -68,12 +83,11 @@ class Expected:
     outcome: str
     is_clean: bool = True
     errors: tuple[str, ...] = ()
-    maybe: str = ""
+    or_errors: tuple[tuple[str, ...], ...] = ()
     bound_s: float = 0.0
-    late_marks: frozenset[str] = field(default_factory=frozenset)
 
 
-def ways_of(place: str, fault: str) -> tuple[str, ...]:
+def ways_of(host: str, place: str, fault: str) -> tuple[str, ...]:
     """Return the ways in which a job with this fault can end.
 
     Something else can only end it where the fault leaves it running. A task cannot fail before it is open, nor can
@@ -81,6 +95,8 @@ def ways_of(place: str, fault: str) -> tuple[str, ...]:
     """
     if place in ENDING:
         return WAYS
+    if (host, place, fault) == ("command", "ready", "raises"):
+        return ("natural",)  # as clients do while nobody answers yet; it is asked again
     if fault == "slow":
         return ("natural", "stop", "cancel") if place in STARTING else WAYS
     if fault not in LASTING:
@@ -92,17 +108,18 @@ def ways_of(place: str, fault: str) -> tuple[str, ...]:
 
 ROWS = tuple(
     Row(host, place, fault, way)
-    for host, faults in HOSTS.items()
-    for place in PLACES
-    # A function runs in the process of the job, whatever the host of the service is.
-    for fault in (IN_PYTHON if place == "close" else faults)
-    for way in ways_of(place, fault)
+    for host, places in HOSTS.items()
+    for place, faults in places.items()
+    for fault in faults
+    for way in ways_of(host, place, fault)
 )
 
 
 def expected(row: Row) -> Expected:
     """Return what must follow from a row."""
-    if row.place in STARTING:
+    if row.host == "command":
+        found = _of_command(row)
+    elif row.place in STARTING:
         found = _in_start(row)
     elif row.place == "call":
         found = _in_call(row)
@@ -137,9 +154,8 @@ def _in_start(row: Row) -> Expected:
         case "hangs":
             return Expected(unwound, _late_end(row), _ended(row), False, ("ServiceStartError",))
         case "stopped":
-            late = frozenset({"faulty.cleanup"} if was_built else ())
             errors = ("ServiceStartError", "CleanupTimeoutError") if was_built else ("ServiceStartError",)
-            return Expected(begun, "killed", _ended(row), False, errors, late_marks=late)
+            return Expected(begun, "killed", _ended(row), False, errors)
         case "slow":
             if row.way == "natural":
                 return Expected(_marks(), "stopped", "completed")
@@ -155,14 +171,14 @@ def _marks(running: str = "", closing: bool = False) -> tuple[str, ...]:
 
 
 def _stopped_process(row: Row, marks: tuple[str, ...], errors: tuple[str, ...]) -> Expected:
-    """A process that was stopped runs none of its hooks: each is late, and it is killed."""
+    """A process that was stopped runs none of its hooks, also when it is woken: each is late, and it is killed."""
     left = ("faulty.stop", "faulty.cleanup")
     begun = tuple(mark for mark in marks if mark not in left or mark == f"faulty.{row.place}")
     if row.place == "cleanup":
         begun = marks
     tried = [mark for mark in left if mark not in begun]
     errors = (*errors, *["CleanupTimeoutError"] * len(tried))
-    return Expected(begun, "killed", _ended(row), False, errors, late_marks=frozenset(tried))
+    return Expected(begun, "killed", _ended(row), False, errors)
 
 
 def _in_call(row: Row) -> Expected:
@@ -173,8 +189,8 @@ def _in_call(row: Row) -> Expected:
         case "slow":
             return Expected(marks, "stopped", _ended(row))
         case "exits" | "killed":
-            # The job learns of it by the death, and the task by its call, unless it was cancelled before.
-            return Expected(marks[:-2], "lost", "failed", False, ("ServiceError",), "FunctionError")
+            # The call is over because the process is, which the job knows already, so that nothing else failed.
+            return Expected(marks[:-2], "lost", "failed", False, ("ServiceError",))
     # Either the call is over for its caller after its time-out, or the task is given up; the service is stopped while
     # the call still runs.
     first = "FunctionError" if row.way == ITSELF else "CleanupTimeoutError"
@@ -224,13 +240,62 @@ def _in_stop(row: Row) -> Expected:
     return Expected(marks if row.place == "cleanup" else marks[:-1], "lost", _ended(row), False, ("CleanupError",))
 
 
+def _of_command(row: Row) -> Expected:
+    """A command has no cleanup, and what asks it hangs beside it; SIGTERM and SIGCONT end it unless it ignores them."""
+    begun, place = ("faulty.start", "faulty.ready"), (f"faulty.{row.place}",)
+    marks = tuple(dict.fromkeys((*begun, *place)))
+    if row.place == "close":
+        marks = (*begun, "function.close")
+    if row.place in ("start", "ready"):
+        return _in_start_of_command(row, marks[: marks.index(place[0]) + 1])
+    if row.place == "close":
+        return replace(_in_close(row), marks=(*marks, "faulty.stop"))
+    if row.place == "stop":
+        match row.fault:
+            case "exits" | "killed":
+                return Expected(marks, "cleanup_failed", _ended(row), False, ("CleanupError",))
+            case "hangs" | "stopped":
+                return Expected(marks, "killed", _ended(row), False, ("CleanupTimeoutError",))
+        return Expected(marks, "stopped", _ended(row))
+    stopped = (*marks, "faulty.stop")
+    match row.fault:
+        case "exits" | "killed":
+            # The function has a connection of its own, and may hear of it before the job does, or afterwards.
+            heard = (("CleanupError", "FunctionError"), ("FunctionError", "ServiceError"))
+            return Expected(marks, "lost", "failed", False, ("ServiceError",), heard if row.place == "call" else ())
+        case "hangs" | "stopped":
+            if row.place == "call":
+                if row.way == ITSELF:
+                    return Expected(stopped, "stopped", "failed", errors=("FunctionError",))
+                return Expected(stopped, "stopped", _ended(row), False, ("CleanupTimeoutError",))
+            error = "ServiceError" if row.way == ITSELF else "CleanupTimeoutError"
+            return Expected(stopped, "abandoned", _ended(row), False, (error,))
+        case "raises":
+            return Expected(stopped, "stopped", "failed", errors=("ServiceError",))
+    return Expected(stopped, "stopped", _ended(row))
+
+
+def _in_start_of_command(row: Row, begun: tuple[str, ...]) -> Expected:
+    stopped = (*begun, "faulty.stop")
+    match row.fault:
+        case "exits" | "killed":
+            return Expected(begun, "failed_start", "failed", errors=("ServiceStartError",))
+        case "hangs" | "stopped" if row.place == "ready":
+            return Expected(stopped, "abandoned", _ended(row), False, ("ServiceStartError",))
+        case "hangs" | "stopped" if row.way == ITSELF:
+            return Expected(stopped, "failed_start", "failed", errors=("ServiceStartError",))
+    if row.way == "natural":
+        return Expected(("faulty.start", "faulty.ready", "faulty.stop"), "stopped", "completed")
+    return Expected(stopped, "stopped", _ended(row))
+
+
 def bound_s(row: Row) -> float:
     """Return the sum of the bounds that the fault can use up."""
     if row.fault not in LASTING:
         return 0.0
     own_s = {"call": CALL_S + DRAIN_S * 2, "health": HEALTH_S, "close": CLOSE_S, "stop": STOP_S, "cleanup": STOP_S}
     used_s = own_s.get(row.place, START_S[row.host])
-    if row.fault == "stopped":
+    if row.fault == "stopped" and row.host == "process":
         used_s += 2 * STOP_S
     return used_s + (KILL_GRACE_S if row.host == "process" else 0.0)
 
@@ -242,6 +307,8 @@ def table() -> str:
         must = expected(row)
         hooks = ", ".join(mark.removeprefix("faulty.") for mark in must.marks)
         hooks = hooks.replace(", ".join(STARTING) + ", ", "its start, ")
+        if row.host == "command":
+            hooks = hooks.replace("start, ready, ", "its start, ")
         caused = list(must.errors)
         if row.way == "failure":
             caused.remove("FunctionError")  # that of the task that failed beside

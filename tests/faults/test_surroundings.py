@@ -16,7 +16,7 @@ from recorded import report_of
 from sage import BaseService, FunctionError, JobErrorGroup, LocalEnvironment, ServiceOptions
 
 SAGE = Path(__file__).parents[2] / "src" / "sage"
-STAMPS = {"guardian.py", "job.py", "job_guard.py", "outcome.py", "supervisor.py", "takeover.py"}
+STAMPS = {"guardian.py", "job.py", "job_guard.py", "outcome.py", "supervisor.py", "takeover.py", "warm_ray.py"}
 """Where a moment of the calendar is written down, beside the clock that never jumps."""
 
 

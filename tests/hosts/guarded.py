@@ -89,6 +89,21 @@ CHILDREN = {
         line.send(json.dumps({"stopped": True, "errors": []}).encode() + b"\\n")
         os._exit(0)
     """,
+    "cleared": """
+        import json, os, socket, subprocess, sys
+        line = socket.socket(fileno=int(sys.argv[1]))
+        # What threw its environment away is known by its parent only, as is what that started.
+        sleeper = [sys.executable, "-c", "import signal; signal.pause()"]
+        starts = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); sys.stdin.read()"
+        cleared = subprocess.Popen(
+            [sys.executable, "-c", starts, *sleeper],
+            env={}, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        print("up", cleared.pid, cleared.stdout.readline().strip(), flush=True)
+        line.recv(1000)
+        line.send(json.dumps({"stopped": True, "errors": []}).encode() + b"\\n")
+        os._exit(0)
+    """,
 }
 
 

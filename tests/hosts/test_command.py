@@ -84,6 +84,11 @@ def notes(error: BaseException) -> str:
     return "\n".join(getattr(error, "__notes__", ()))
 
 
+def cause_notes(error: BaseException) -> str:
+    assert error.__cause__ is not None
+    return notes(error.__cause__)
+
+
 def get(url: str) -> int:
     with urllib.request.urlopen(url, timeout=10) as answer:
         status: int = answer.status
@@ -640,6 +645,114 @@ class TestEnd:
         assert results == [None]
         assert report.service("ill").restarts == 1
         assert command._name == "ill"
+
+
+BINDS_LATE = script("""
+    import pathlib, select, signal, socket, sys, time
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    port, sign, stays = int(sys.argv[1]), pathlib.Path(sys.argv[2] + sys.argv[1]), sys.argv[3] == "stays"
+    while not sign.exists():
+        select.select([], [], [], 0.005)
+    try:
+        server = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        print(error, flush=True)
+        if not stays:
+            sys.exit(1)
+        signal.pause()
+    while True:
+        server.accept()[0].close()
+""")
+
+
+SOON = ServiceOptions(start_timeout_s=20.0)
+
+
+class TestAPortThatIsTaken:
+    """Between the choice of a port and its use by the command, any program of the machine may take it."""
+
+    class Taker:
+        """Takes the port of a command in the last moment, as often as it is told to."""
+
+        def __init__(self, sign: Path, times: int) -> None:
+            self.sign, self.times = str(sign), times
+            self.taken: list[socket.socket] = []
+
+        def is_ready(self, command: RunningCommand) -> bool:
+            assert command.port is not None
+            if len(self.taken) < self.times and command.port not in self.ports:
+                self.taken.append(socket.create_server(("127.0.0.1", command.port)))
+                Path(f"{self.sign}{command.port}").touch()
+                return False
+            Path(f"{self.sign}{command.port}").touch()
+            with socket.create_connection(("127.0.0.1", command.port), timeout=5):
+                return command.port not in self.ports
+
+        @property
+        def ports(self) -> list[int]:
+            return [server.getsockname()[1] for server in self.taken]
+
+    @pytest.fixture
+    def taker(self, tmp_path: Path) -> Iterator[Callable[[int], Taker]]:
+        made: list[TestAPortThatIsTaken.Taker] = []
+
+        def make(times: int) -> TestAPortThatIsTaken.Taker:
+            made.append(self.Taker(tmp_path / "sign", times))
+            return made[-1]
+
+        yield make
+        for taker in made:
+            for server in taker.taken:
+                server.close()
+
+    def test_the_command_is_started_with_another(
+        self, env: LocalEnvironment, taker: Callable[[int], Taker], tmp_path: Path
+    ) -> None:
+        takes = taker(2)
+        words = [*BINDS_LATE, "{port}", takes.sign, "ends"]
+        command = env.register_command("late", words, ready=takes.is_ready, options=SOON)
+        (found,), report = run(env, lambda _: (command.port, command.url, command.words[-3]))
+        assert len(takes.ports) == 2
+        assert found[0] not in takes.ports
+        assert found == (found[0], f"http://127.0.0.1:{found[0]}", str(found[0]))
+        assert (report.cleanliness, report.service("late").restarts) == (Cleanliness.CLEAN, 0)
+        assert report.service("late").exit_code == 0
+
+    def test_it_is_not_tried_for_ever(self, env: LocalEnvironment, taker: Callable[[int], Taker]) -> None:
+        takes = taker(100)
+        env.register_command("late", [*BINDS_LATE, "{port}", takes.sign, "ends"], ready=takes.is_ready, options=SOON)
+        error = failure(env, ServiceStartError)
+        assert "exited with code 1" in str(error)
+        assert f"Port {takes.ports[-1]}, which was free, was taken by another program before" in cause_notes(error)
+        assert len(takes.ports) == 3
+
+    def test_a_fixed_port_is_named_and_not_changed(self, env: LocalEnvironment, taker: Callable[[int], Taker]) -> None:
+        takes = taker(100)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        words = [*BINDS_LATE, "{port}", takes.sign, "ends"]
+        env.register_command("late", words, ready=takes.is_ready, port=port, options=SOON)
+        error = failure(env, ServiceStartError)
+        assert f"Port {port}, which was free, was taken by another program before" in cause_notes(error)
+        assert takes.ports == [port]
+
+    def test_one_that_goes_on_without_its_port_is_told_so(
+        self, env: LocalEnvironment, taker: Callable[[int], Taker]
+    ) -> None:
+        takes = taker(1)
+        options = ServiceOptions(start_timeout_s=1.0)
+        words = [*BINDS_LATE, "{port}", takes.sign, "stays"]
+        env.register_command("late", words, ready=takes.is_ready, options=options)
+        error = failure(env, ServiceStartError)
+        assert f"port {takes.ports[0]} belongs to another program" in str(error)
+
+    def test_a_command_that_ends_for_another_reason_is_not_started_again(
+        self, env: LocalEnvironment, tmp_path: Path
+    ) -> None:
+        words = script("open(__import__('sys').argv[2], 'a').write('x'); raise SystemExit(1)", "{port}")
+        env.register_command("ends", [*words, str(tmp_path / "starts")], ready=Port())
+        assert "exited with code 1" in str(failure(env, ServiceStartError))
+        assert (tmp_path / "starts").read_text() == "x"
 
 
 DRIVER = """

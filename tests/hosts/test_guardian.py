@@ -22,7 +22,17 @@ from sage._hosts.guard import Guard, runs_folder
 from sage._hosts.job_guard import JobGuard
 from sage._hosts.stop_order import StopOrder, followers
 from sage._runtime.journal import ServiceLine
-from sage._runtime.processes import COOKIE_VARIABLE, Process, carriers, end_all, is_alive, process, send, watch
+from sage._runtime.processes import (
+    COOKIE_VARIABLE,
+    Process,
+    carriers,
+    descendants,
+    end_all,
+    is_alive,
+    process,
+    send,
+    watch,
+)
 from sage.errors import ServiceError
 from sage.report import JobReport, Outcome
 
@@ -216,6 +226,39 @@ def test_nothing_that_a_service_started_is_left(driver: Driver) -> None:
     assert running.alive() == []
     assert running.ends() == {"a": "stopped"}
     assert 1.9 < took_s < 12
+
+
+def test_what_threw_its_environment_away_is_known_by_its_parent(driver: Driver) -> None:
+    """Fault 80: it carries no cookie any more, and neither does what it starts."""
+    running = driver([{"name": "a", "kind": "cleared"}])
+    assert len(running.processes) == 3
+    running.kill_and_wait()
+    assert running.alive() == []
+    assert running.ends() == {"a": "stopped"}
+
+
+def test_a_guardian_outlives_what_it_guards(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service may be a driver with a guardian of its own, which has to be there when that driver has ended."""
+    monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
+    guard = Guard.acquire()
+    try:
+        beside = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], env={})
+        wait_loaded(beside.pid)
+        found = descendants(known(os.getpid()))
+        assert known(beside.pid) in found
+        assert known(guard.guardian_pid) not in found
+        beside.kill()
+        beside.wait()
+    finally:
+        guard.release()
+
+
+def wait_loaded(pid: int) -> None:
+    """Wait until a process has a program, and with it an environment of its own."""
+    due = time.monotonic() + WAIT_S
+    while b"pause" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < due
+        time.sleep(0.005)
 
 
 def test_a_service_that_died_before_the_driver_is_lost(driver: Driver) -> None:
@@ -521,6 +564,26 @@ def test_which_services_wait_for_which() -> None:
     before = followers(lines(("c", ()), ("b", ()), ("a", ())))
     named = {key[1]: {other[1] for other in others} for key, others in before.items()}
     assert named == {"c": {"a", "b"}, "b": {"a"}, "a": set()}
+
+
+def test_what_was_seen_changes_only_what_it_has_to() -> None:
+    seen = {("j", "c", "a"), ("other", "b", "a")}
+    before = followers(lines(("c", ()), ("b", ()), ("a", ())), seen)
+    named = {key[1]: {other[1] for other in others} for key, others in before.items()}
+    assert named == {"b": set(), "c": {"b"}, "a": {"b", "c"}}
+    before = followers(lines(("c", ()), ("b", ("c",)), ("a", ())), seen)
+    named = {key[1]: {other[1] for other in others} for key, others in before.items()}
+    assert named == {"b": set(), "c": {"b"}, "a": {"b", "c"}}
+
+
+def test_what_is_shared_ends_after_all_who_share_it() -> None:
+    services = [
+        ServiceLine(job, name, 1)
+        for job, name in (("owner", "store"), ("j", "store"), ("j", "agent"), ("k", "store"), ("x", "store"))
+    ]
+    before = followers(services, (), {("j", "store"): "owner", ("k", "store"): "owner"})
+    assert before["owner", "store", 1] == {("j", "store", 1), ("j", "agent", 1), ("k", "store", 1)}
+    assert before["x", "store", 1] == set()
 
 
 @given(st.lists(st.sets(st.integers(0, 11)), max_size=12), st.booleans())

@@ -123,6 +123,20 @@ def test_a_kept_service_belongs_to_the_job_that_uses_it_next() -> None:
     assert run.jobs["j2"].services["a", 1].job == "j2"
 
 
+def test_what_was_seen_and_what_is_shared_goes_over_with_a_kept_service() -> None:
+    entries = [
+        *ENTRIES[:4],
+        {"entry": "seen", "job": "j1", "service": "a", "requires": "b"},
+        {"entry": "seen", "job": "j1", "service": "b", "requires": "x"},
+        {"entry": "shared", "job": "j1", "service": "a", "owner": "j0"},
+        {"entry": "adopted", "job": "j2", "from": "j1", "service": "a"},
+    ]
+    run = replay(map(encode, entries))
+    assert run.seen == {("j1", "a", "b"), ("j1", "b", "x"), ("j2", "a", "b")}
+    assert run.owners == {("j2", "a"): "j0"}
+    assert run.unread_count == 0
+
+
 def test_a_folder_made_before_by_another_is_refused(tmp_path: Path) -> None:
     """Faults 131 and 132."""
     open_to_all = tmp_path / "open"

@@ -995,7 +995,9 @@ def test_a_call_that_hangs_is_ended_with_its_process(how: str, journal: Notes) -
     assert process(pid) is None
 
 
-@pytest.mark.parametrize("kind", ["plain", "session", "stubborn session", "stopped session"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "session", "stubborn session", "stopped session", "cleared session", "cleared stubborn session"]
+)
 def test_what_a_service_started_ends_with_it(kind: str) -> None:
     """Acceptance 6: wherever it went, and whatever it ignores; the report names what had to be killed."""
     children: list[int] = []

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from rag.small_pdf import pdf_of
+from stores import wait_for
 
 from sage.testing import assert_clean
 
@@ -32,16 +35,19 @@ A stop drains the records that are in flight.
 """
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, *paths: Path) -> dict[str, str]:
     """Return an environment in which temporary files are those of the program alone."""
+    found = os.pathsep.join(map(str, [*paths, SOURCE]))
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
-    return {**os.environ, "PYTHONPATH": str(SOURCE), "TMPDIR": str(temporary)}
+    return {**os.environ, "PYTHONPATH": found, "TMPDIR": str(temporary)}
 
 
-def ask(folder: Path, *args: str | Path, typed: str | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+def ask(
+    folder: Path, *args: str | Path, typed: str | None = None, code: int = 0, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the application and see that it leaves nothing in the folder for temporary files."""
-    with assert_clean(within_s=5.0, ignore="temporary *"):
+    with assert_clean(within_s=5.0):
         ended = subprocess.run(
             [sys.executable, "-W", "error::ResourceWarning", EXAMPLE / "ask.py", *args],
             input=typed or "",
@@ -49,7 +55,7 @@ def ask(folder: Path, *args: str | Path, typed: str | None = None, code: int = 0
             text=True,
             timeout=200,
             cwd=folder,
-            env=environment(folder),
+            env=environment(folder, *([] if path is None else [path])),
         )
     assert ended.returncode == code, ended.stderr
     left = [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("sage-")]
@@ -154,8 +160,59 @@ def test_what_is_missing_is_named(tmp_path: Path, args: list[str], message: str)
     assert (ended.stdout, ended.stderr.strip()) == ("", message)
 
 
+@pytest.mark.parametrize(
+    ("store", "module", "extra"),
+    [("memory", "numpy", "vector"), ("chroma", "chromadb", "chroma"), ("milvus", "pymilvus", "milvus")],
+)
+def test_a_missing_extra_is_named_with_what_installs_it(docs: Path, store: str, module: str, extra: str) -> None:
+    (docs.parent / f"{module}.py").write_text(f"raise ImportError(\"No module named '{module}'\")\n", "utf-8")
+    ended = ask(docs.parent, "--docs", docs, "--store", store, code=1, path=docs.parent)
+    assert f'module "{module}" of the extra "{extra}" cannot be imported: No module named' in ended.stderr
+    assert f'Install it with: pip install "sage-dataflow[{extra}]"' in ended.stderr.splitlines()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store", STORES[1:])
+def test_ctrl_c_while_it_indexes(docs: Path, store: str) -> None:
+    for number in range(400):
+        (docs / f"more{number}.md").write_text(f"# Part {number}\n\nIt says {number}.\n" * 20, "utf-8")
+    kept = docs.parent / "kept"
+    words: list[str | Path] = ["--docs", docs, "--store", store, "--keep", kept, "--top", "1"]
+    with assert_clean(within_s=5.0):
+        program = subprocess.Popen(
+            [sys.executable, EXAMPLE / "ask.py", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=docs.parent,
+            env=environment(docs.parent),
+        )
+        wait_for(lambda: is_filled(kept / "words_hashing.db"), "a passage in the index")
+        program.send_signal(signal.SIGINT)
+        out, errors = program.communicate(timeout=60)
+    assert (program.returncode, errors) == (130, "")
+    assert "passages of" not in out
+    assert list((docs.parent / "tmp").iterdir()) == []
+    assert sorted(path.name for path in kept.iterdir() if path.name.endswith(("-wal", "-shm", ".sage-open"))) == []
+    for path in docs.glob("more*.md"):
+        path.unlink()
+    ended = ask(docs.parent, *words, "--questions", "questions.txt")
+    assert "[1] guide.md#keys" in ended.stdout
+    assert "was not closed" not in ended.stderr
+
+
+def is_filled(path: Path) -> bool:
+    """Return whether a keyword index has anything in it."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            return bool(database.execute("SELECT count(*) FROM keyword_entries").fetchone()[0])
+    except sqlite3.Error:
+        return False
+
+
 def test_ctrl_c_while_it_waits_for_a_question(docs: Path) -> None:
-    with assert_clean(within_s=5.0, ignore="temporary *"):
+    with assert_clean(within_s=5.0):
         program = subprocess.Popen(
             [sys.executable, EXAMPLE / "ask.py", "--docs", docs, "--interactive", "--store", "sqlite", "--top", "1"],
             stdin=subprocess.PIPE,

@@ -1,76 +1,71 @@
-"""A Ray of the tests' own, one for all of them, and what has to be gone after each."""
+"""Clusters for the tests of Ray; all of these are left out unless `-m ray` is given."""
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ray_nodes import GivenCluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-START_S = 120.0
+HERE = Path(__file__).parent
+TIMEOUT_S = 240
+
 GONE_S = 5.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out ways to end a job by the job manager, which a task in another process does not have."""
+    """Mark every test of this folder; each may start several clusters, which take ten seconds on an idle machine."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.ray)
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+    # A task in another process does not have the job manager, which is one of the ways to end a job.
     items[:] = [item for item in items if not item.nodeid.endswith("[ray-ray-cancel]")]
 
 
-@pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """Start a head with two processors and a token, connect this process to it, and end it after the last test."""
-    folder = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))  # sockets below it must not have long names
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"})
-    ray: Any = pytest.importorskip("ray")  # reads the variables when it is imported
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
-    head = _start_head(folder, port)
+@pytest.fixture(scope="module")
+def given() -> Iterator[GivenCluster]:
+    """A cluster of one node that somebody else has started, for the tests of a file."""
+    cluster = GivenCluster()
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[GivenCluster]:
+    """A cluster of two nodes on this machine, each with two processors, that this process is let into."""
+    cluster = GivenCluster()
     try:
-        address = f"{ray.util.get_node_ip_address()}:{port}"
-        ray.init(address=address, namespace="sage-tests", configure_logging=False, log_to_driver=False)
-        try:
-            yield address
-        finally:
-            ray.shutdown()
+        cluster.add_node()
+        for name, value in cluster.variables.items():
+            monkeypatch.setenv(name, value)
+        yield cluster
     finally:
-        head.terminate()
-        head.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+        cluster.end()
 
 
-def _start_head(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    log = folder / "head.log"
-    program = Path(sys.executable).with_name("ray")
-    options = ["--port", str(port), "--temp-dir", str(folder / "s"), "--num-cpus", "2", "--resources", '{"bolts": 2}']
-    more = ["--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", "200000000", "--block"]
-    with log.open("wb") as output:
-        head = subprocess.Popen(
-            [program, "start", "--head", *options, *more], stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-    due = time.monotonic() + START_S
-    while "Ray runtime started" not in log.read_text():
-        if head.poll() is not None or time.monotonic() > due:
-            head.kill()
-            pytest.fail(f"the head does not start:\n{log.read_text()}")
-        time.sleep(0.1)
-    return head
+@pytest.fixture(scope="module")
+def ray_address(given: GivenCluster) -> Iterator[str]:
+    """The address of a cluster to which this process stays connected, so that each job finds a connection."""
+    from sage._backends.ray_cluster import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.variables.items():
+            patch.setenv(name, value)
+        with cluster(given.address):
+            yield given.address
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_actor_is_left(ray_address: str) -> Iterator[None]:
     """See that no actor is there after a test."""
     yield
@@ -86,3 +81,14 @@ def living_actors() -> list[str]:
 
     actors: dict[str, dict[str, Any]] = state.actors()
     return [f"{actor['ActorClassName']} {actor['Name']}" for actor in actors.values() if actor["State"] != "DEAD"]
+
+
+@pytest.fixture
+def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files that nobody else has, with a name that is short enough for the sockets of Ray."""
+    folder = Path(tempfile.gettempdir()) / secrets.token_hex(3)
+    folder.mkdir(0o700)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield folder
+    rmtree(folder)

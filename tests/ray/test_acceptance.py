@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sage._plan.logical import LogicalGraph
     from sage.stream import DataStream
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120, method="signal")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
 
 FOLDER = Path(__file__).parents[1] / "acceptance"
 

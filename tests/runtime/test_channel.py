@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sage._runtime.channel import Channel, InFlight, ends
 from sage.records import END_OF_STREAM, Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def nobody() -> None:
@@ -19,7 +23,7 @@ def batch(*values: int) -> Batch:
     return Batch(list(values))
 
 
-def drain(channel: Channel) -> list[tuple[int, list[int]]]:
+def drain(channel: Channel) -> list[tuple[int, Sequence[int]]]:
     taken = []
     while (element := channel.get_nowait()) is not None:
         assert isinstance(element[1], Batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from sage._runtime.lifecycle import (
 )
 from sage._runtime.states import JobState, TaskState, Way
 from sage._runtime.transitions import step
+from sage.errors import FunctionError, ServiceUnavailableError
 from sage.service import ServiceOptions
 
 ALL = frozenset({"setup", "start", "stop", "cleanup"})
@@ -815,6 +817,67 @@ def test_a_death_fails_the_job_and_no_hook_but_exit_runs() -> None:
     assert job.service_states() == {"a": "lost"}
 
 
+def test_a_task_that_failed_by_the_death_of_a_service_is_no_second_failure() -> None:
+    job = Job(process("a")).run()
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    gone = ServiceUnavailableError("gone", service="a")
+    failed = FunctionError("the function failed")
+    failed.__cause__ = gone
+    job.post(TaskFailed("t", failed))
+    assert job.seen_failures() == [("died", "a", "")]
+    assert job.state.failures[0].caused == (failed,)
+    other = FunctionError("the function failed")
+    other.__cause__ = ServiceUnavailableError("stopped", service="b")
+    job.post(TaskFailed("t", other))
+    assert job.seen_failures()[1:] == [("task", "t", "")]
+
+
+@pytest.mark.parametrize("options", [{"restart": "on_failure"}, {"required": False}])
+def test_a_task_that_fails_by_a_death_which_does_not_fail_the_job_does(options: dict[str, Any]) -> None:
+    job = Job(process("a", **options)).run()
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    job.post(TaskFailed("t", ServiceUnavailableError("gone", service="a")))
+    assert job.seen_failures() == [("died", "a", ""), ("task", "t", "")]
+    assert job.state.job is JobState.FAILING
+
+
+def test_no_further_ready_begins_that_could_not_end_in_time() -> None:
+    """One that ran at the very end would count as one that hangs."""
+    job = Job(process("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready"})
+    job.post(Begin())
+    job.end("a", "build")
+    job.now = 1.74
+    job.end("a", "ready", False)
+    assert job.at(1.8) == ["run_hook a ready"]
+    job.end("a", "ready", False)
+    assert job.at(1.99) == []
+    assert job.at(2.0) == ["run_hook a exit"]
+    assert job.seen_failures() == [("not_ready", "a", "ready")]
+    job.end("a", "exit", Exit(0))
+    assert job.service_states() == {"a": "failed_start"}
+
+
+@pytest.mark.parametrize("hook", ["ready", "health"])
+def test_what_hangs_here_beside_a_process_is_not_ended_with_it(hook: str) -> None:
+    """The probe of a command runs on a thread of the driver, which is left behind."""
+    plan = replace(process("a", start_timeout_s=1.0, health_interval_s=1.0), local_hooks=frozenset({hook}))
+    job = Job(plan)
+    job.hooks["a"] = frozenset({"ready", "health"})
+    job.post(Begin())
+    job.end("a", "build")
+    if hook == "health":
+        job.end("a", "ready", True)
+        job.post(TaskOpened("t"))
+        assert job.at(2.0) == ["run_hook a health", "abandon_hook a health", "cancel_task t"]
+        job.post(TaskEnded("t", TaskState.CANCELLED))
+        job.end("a", "drain")
+    else:
+        assert job.at(1.0) == ["abandon_hook a ready", "run_hook a exit"]
+    job.end("a", "exit", Exit(0))
+    assert job.service_states() == {"a": "abandoned"}
+
+
 def test_a_service_that_died_is_restarted_while_its_calls_wait() -> None:
     job = Job(process("a", restart="on_failure")).run()
     assert job.post(ServiceDied("a", 1, "exit code 3")) == ["hold_calls a", "run_hook a exit"]
@@ -841,6 +904,18 @@ def test_a_death_while_it_is_stopped_does_not_fail_the_job(hook: str) -> None:
     job.end("a", "exit", Exit(-9))
     assert (job.service_states(), job.seen_failures()) == ({"a": "lost"}, [("lost", "a", "")])
     assert not job.state.is_failed
+
+
+def test_no_hook_runs_after_a_death_whatever_was_known_of_the_service_before() -> None:
+    job = Job(service("a", health_interval_s=1.0))
+    job.hooks["a"] = WATCHED
+    job.run()
+    assert job.at(1.0) == ["run_hook a health"]
+    job.post(StopRequested(Way.DRAIN))
+    assert job.at(2.0) == ["abandon_hook a health"]
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    assert [line for line in job.post(TaskEnded("t", TaskState.DONE)) if line.startswith("run_hook")] == []
+    assert job.state.job is JobState.SEALED
 
 
 def test_a_needed_service_that_dies_while_the_job_drains_fails_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from private_temporary import _private_temporary  # noqa: F401 - pytest finds it here
 from stores import KINDS, Place, Servers, vectors_of
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ def redis_url(*words: str) -> Iterator[str]:
 
 def left_clean() -> CleanBlock:
     """Return a block that leaves nothing; other programs of this user have temporary files and shared memory too."""
-    return assert_clean(ignore=("temporary *", "shared memory *"))
+    return assert_clean(ignore="shared memory *")
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -30,7 +30,7 @@ ODD = ["", " ", "...", "\ud800", "\0", "数据流引擎", "x" * 3000, "word " * 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    with assert_clean(within_s=5.0, ignore=["temporary *", "shared memory *"]):
+    with assert_clean(within_s=5.0, ignore=["shared memory *"]):
         yield
 
 

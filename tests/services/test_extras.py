@@ -20,9 +20,8 @@ def test_a_module_that_is_there_is_returned() -> None:
 def test_a_missing_module_is_named_with_its_extra() -> None:
     with pytest.raises(MissingExtraError) as caught:
         load("no_such_library.client", "chroma")
-    assert str(caught.value) == (
-        "module \"no_such_library.client\" cannot be imported: No module named 'no_such_library'"
-    )
+    said = 'module "no_such_library.client" of the extra "chroma" cannot be imported: No module named'
+    assert str(caught.value) == f"{said} 'no_such_library'"
     assert caught.value.__notes__ == ['Install it with: pip install "sage-dataflow[chroma]"']
     assert isinstance(caught.value, ServiceError)
     assert isinstance(caught.value, ImportError)
@@ -31,7 +30,7 @@ def test_a_missing_module_is_named_with_its_extra() -> None:
 def test_a_module_that_lacks_a_name_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_installed.py").write_text("from json import no_such_name\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingExtraError, match='"half_installed" cannot be imported: cannot import name'):
+    with pytest.raises(MissingExtraError, match='"half_installed" of the extra "vector" cannot be imported: cannot'):
         load("half_installed", "vector")
 
 

@@ -24,7 +24,7 @@ Answer:"""
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    with assert_clean(within_s=5.0, ignore=["temporary *", "shared memory *"]):
+    with assert_clean(within_s=5.0, ignore=["shared memory *"]):
         yield
 
 

@@ -28,7 +28,7 @@ def _programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("NOTED", str(tmp_path / "noted"))
     for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with assert_clean(within_s=5.0, ignore=["temporary *", "shared memory *"]):
+    with assert_clean(within_s=5.0, ignore=["shared memory *"]):
         yield
 
 

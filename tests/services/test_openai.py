@@ -44,7 +44,7 @@ from sage.testing import assert_clean
 SERVER = [sys.executable, str(Path(__file__).with_name("openai_server.py")), "{port}"]
 KEY = "sk-right-0123456789"
 QUICK = EndpointOptions(timeout_s=20.0, backoff_s=(0.01, 0.02))
-ELSEWHERE = ["temporary *", "shared memory *"]
+ELSEWHERE = ["shared memory *"]
 """What other programs of this machine make meanwhile."""
 
 HASTY = EndpointOptions(timeout_s=0.5, backoff_s=(0.01, 0.02))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from services.kept import Words, at_once, left_clean, notes_of, output_of, program
+from services.kept import Words, at_once, killed_after, left_clean, notes_of, output_of, program
 
 from sage import LocalEnvironment
 from sage.errors import JobError, ServiceError
+from sage.rag.keywords import KeywordIndex
 from sage.services.graph import GraphStore
 from sage.services.key_value import SqliteKeyValue
 from sage.services.memory import Memory
@@ -21,24 +22,28 @@ from sage.services.sqlite_file import SqliteFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-KINDS = ["key_value", "graph", "memory"]
+KINDS = ["key_value", "graph", "memory", "keywords"]
 
 # How each is made, written to, and asked how much it has, also by programs of their own.
 MADE = """
 from sage.errors import ServiceError
+from sage.rag.keywords import KeywordIndex
 from sage.services.graph import GraphStore
 from sage.services.key_value import SqliteKeyValue
 from sage.services.memory import Memory
 from services.kept import Words
 
 def made(kind, path):
-    return {"key_value": SqliteKeyValue, "graph": GraphStore, "memory": lambda path: Memory(path, Words())}[kind](path)
+    makers = {"key_value": SqliteKeyValue, "graph": GraphStore, "keywords": KeywordIndex}
+    return Memory(path, Words()) if kind == "memory" else makers[kind](path)
 
 def write(store, name):
     if isinstance(store, SqliteKeyValue):
         store.put(name, "x" * 500)
     elif isinstance(store, GraphStore):
         store.put_node(name, {"x": "x" * 500})
+    elif isinstance(store, KeywordIndex):
+        store.upsert([name], ["x" * 500])
     else:
         store.remember(name + " x" * 500)
 
@@ -53,6 +58,7 @@ def made(kind: str, path: Path) -> Any:
         "key_value": SqliteKeyValue,
         "graph": GraphStore,
         "memory": lambda place: Memory(place, Words()),
+        "keywords": KeywordIndex,
     }
     return makers[kind](path)
 
@@ -207,6 +213,71 @@ store.cleanup()
     assert said == again
     assert "Is the disk full" in note
     assert (before, after, reopened) == ("0", "1", "1")
+    assert os.listdir(tmp_path) == ["file.db"]
+
+
+def test_what_a_killed_program_has_left_is_told_once(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (
+        MADE
+        + """
+import itertools, sys
+kind, path = sys.argv[1:]
+store = made(kind, path)
+store.setup()
+for number in itertools.count():
+    write(store, str(number))
+    print(number, flush=True)
+"""
+    )
+    path = tmp_path / "file.db"
+    said = killed_after(20, text, kind, str(path), folder=tmp_path)
+    for _ in range(2):
+        store = made(kind, path)
+        with left_clean():
+            store.setup()
+            found = store.count()
+            assert (found[0] if kind == "graph" else found) in (len(said), len(said) + 1)
+            store.cleanup()
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("sage")] == [
+        f"file was not closed: what was being written then may be missing path={path}"
+    ]
+
+
+def test_what_other_services_and_programs_have_open_was_not_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (
+        MADE
+        + """
+import sys
+store = made("memory", sys.argv[1])
+store.setup()
+write(store, "first")
+print("ready", flush=True)
+sys.stdin.readline()
+store.cleanup()
+"""
+    )
+    path = tmp_path / "file.db"
+    read, end = os.pipe()
+    with program(text, str(path), folder=tmp_path, stdin=read) as child:
+        os.close(read)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        stores = [made(kind, path) for kind in ("key_value", "keywords", "memory")]
+        for store in stores:
+            store.setup()
+        os.write(end, b"\n")
+        os.close(end)
+        child.communicate(timeout=30)
+        # The program has closed the file, and these still have it open.
+        another = made("key_value", path)
+        another.setup()
+        for store in [*stores, another]:
+            store.cleanup()
+    assert caplog.messages == []
     assert os.listdir(tmp_path) == ["file.db"]
 
 

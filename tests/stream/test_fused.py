@@ -195,10 +195,10 @@ def test_the_error_names_the_operator_and_the_record_as_it_came_there(place: int
 
 def test_the_time_is_shared_among_the_operators_as_they_take_it() -> None:
     def slow(value: int) -> int:
-        return sum(range(300)) + value
+        return sum(range(30_000)) + value  # so slow that the machine may stall while a quick one is measured
 
     env = LocalEnvironment("chain")
-    env.from_batch(range(20_000)).map(lambda value: value, name="quick").map(slow, name="slow").sink(
+    env.from_batch(range(500)).map(lambda value: value, name="quick").map(slow, name="slow").sink(
         lambda _: None, name="out"
     )
     env.submit(autostop=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,18 +14,22 @@ import click
 
 from sage._control import doctor as health
 from sage._control import timeline
+from sage._control.clusters import Facts, facts, start_warm_ray
 from sage._control.explanation import explaining
 from sage._control.program import Program
 from sage._control.projects import make_project
 from sage._control.saved import read
 from sage._hosts.guard import runs_folder
 from sage._hosts.guardian import reap_folder, stale_folders
+from sage._hosts.warm_ray import WARM, end_warm_ray, warm_ray
 from sage.environment import Environment
-from sage.errors import ControlError, GraphError
+from sage.errors import GraphError, SageError
 from sage.observability import append_to
 from sage.report import Cleanliness, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sage._plan.physical import PhysicalPlan
     from sage.report import JobReport
 
@@ -154,10 +158,8 @@ def rag(folder: Path) -> None:
 
     NAME is a new folder here, or a path to one.
     """
-    try:
+    with _said_to_a_person():
         files = make_project("rag", folder)
-    except ControlError as error:
-        raise click.ClickException("\n".join([str(error), *getattr(error, "__notes__", ())])) from error
     for file in files:
         click.echo(str(file))
     click.echo(f"\nNext: cd {folder}, python pipeline.py, python -m pytest")
@@ -188,11 +190,8 @@ def gc() -> None:
 
     That is the matter of a program's guardian; this finds what is left where both were killed.
     """
-    try:
+    with _said_to_a_person():
         folders = stale_folders(runs_folder())
-    except PermissionError as error:
-        click.echo("\n".join([str(error), *getattr(error, "__notes__", ())]), err=True)
-        sys.exit(1)
     found = [reap_folder(folder, lambda text: click.echo(text, err=True)) for folder in folders]
     for reports in found:
         for report in reports or ():
@@ -200,6 +199,53 @@ def gc() -> None:
             click.echo(f'job "{report["name"]}": LOST and {report["cleanliness"].upper()}; {ends or "no services"}')
     runs_count = sum(reports is not None for reports in found)
     click.echo(f"{runs_count} runs were left" if runs_count else "nothing is left")
+
+
+@main.group()
+def cluster() -> None:
+    """Keep a Ray on this machine for programs that ask for it by address="warm"."""
+
+
+@cluster.command()
+def up() -> None:
+    """Start a Ray that stays until `sage cluster down`, and print its address.
+
+    If one is kept already, its address is printed.
+    """
+    with _said_to_a_person():
+        warm = warm_ray()
+        address = warm.address if warm is not None else start_warm_ray()
+    click.echo(address)
+    click.echo(f'RemoteEnvironment(address="{WARM}") uses it, and so does this address.', err=True)
+
+
+@cluster.command()
+def down() -> None:
+    """End the Ray that is kept, with everything that runs on it."""
+    with _said_to_a_person():
+        warm = end_warm_ray()
+    click.echo("no cluster is kept" if warm is None else f"{warm.address} has ended")
+
+
+@cluster.command()
+def status() -> None:
+    """Say what Ray is kept, and what it has; exit with 1 if there is none."""
+    with _said_to_a_person():
+        found: Facts | None = facts()
+    if found is None:
+        click.echo("no cluster is kept")
+        sys.exit(1)
+    for name, text in found.lines():
+        click.echo(f"{name:<8}  {text}")
+
+
+@contextmanager
+def _said_to_a_person() -> Iterator[None]:
+    """Let an error of ours end the command with its text and its notes instead of a traceback."""
+    try:
+        yield
+    except (SageError, PermissionError) as error:
+        raise click.ClickException("\n".join([str(error), *getattr(error, "__notes__", ())])) from error
 
 
 def _live(program: Program) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -13,10 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sage._hosts.local_ray import check_ray
 from sage.environment import LocalEnvironment
 from sage.errors import SageError, describe
 from sage.report import Cleanliness, Outcome
 from sage.service import BaseService
+from sage.services.extras import MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +28,13 @@ PYTHON_MIN = (3, 11)
 THREADS_COUNT = 50
 THREAD_START_SLOW_S = 0.01
 """A thread starts in a tenth of a millisecond; where it takes a hundred times that, every job is slow to begin."""
+
+
+SHARED_MEMORY = Path("/dev/shm")
+OBJECT_STORE_SHARE = 0.3
+"""What of the free memory Ray wants for its objects; what does not fit into shared memory goes to the disk."""
+
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ def checks(log_dir: Path) -> Iterator[Check]:
     yield writeable(log_dir)
     for package in ("click", "rich"):
         yield installed(package)
+    yield from ray()
     yield pipeline()
 
 
@@ -108,6 +119,39 @@ def installed(package: str) -> Check:
         return Check(package, True, version(package))
     except PackageNotFoundError:
         return Check(package, False, "is not installed")
+
+
+def ray(shared_memory: Path = SHARED_MEMORY) -> Iterator[Check]:
+    """Look for Ray and for what it needs; without it only RemoteEnvironment cannot be used."""
+    try:
+        version("ray")
+    except PackageNotFoundError:
+        yield Check("Ray", True, 'not installed; RemoteEnvironment needs it: pip install "sage-dataflow[ray]"')
+        return
+    try:
+        yield Check("Ray", True, check_ray())
+    except MissingExtraError as error:
+        yield Check("Ray", False, describe(error))
+        return
+    name = "shared memory for Ray"
+    try:
+        free = shutil.disk_usage(shared_memory).free
+        wanted = OBJECT_STORE_SHARE * available_memory()
+    except OSError as error:
+        yield Check(name, False, f"{error.filename}: {error.strerror}")
+        return
+    detail = f"{free / GIB:.1f} GiB free in {shared_memory}, {wanted / GIB:.1f} GiB are wanted"
+    yield Check(name, free >= wanted, detail + ("" if free >= wanted else "; what does not fit goes to the disk"))
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory programs can have.
+
+    Raises:
+        OSError: this platform does not tell.
+    """
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 
 
 def pipeline() -> Check:

@@ -98,7 +98,9 @@ class Child:
             self._instance.build(target, args, kwargs, context)
         return self._instance.hooks
 
-    def _hook(self, hook: str) -> Any:
+    def _hook(self, hook: str, due: float) -> Any:
+        if time.monotonic() > due:
+            raise TimeoutError(f"{hook} could not begin in time")
         self._begun.add(hook)
         with self._busy:
             value = self._instance.run_hook(hook)
@@ -358,7 +360,7 @@ def main(link: int, guard: int, name: str) -> None:
     """
     # While the driver lives, only it decides when the service ends: a signal to the whole group must not break the
     # order. What it asks for comes over the link, and what it has to enforce comes as SIGKILL.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, lambda *_: None)  # unlike SIG_IGN, this is not passed on to what the service starts
     child = Child(socket.socket(fileno=link), socket.socket(fileno=guard), name)
     child.live()

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, cast
 from sage._hosts.gated import GatedHost
 from sage._hosts.output import Output
 from sage._hosts.own_process import OwnProcess
-from sage._hosts.ports import choose_ports
+from sage._hosts.ports import choose_ports, of_others, taken
 from sage._hosts.probe import why_not
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import Exit
-from sage._runtime.processes import Process, is_alive, of_session, process, send
+from sage._runtime.processes import Process, is_alive, is_ending, of_session, process, send
 from sage.command import ADDRESS, Line, RunningCommand, filled, own_value
 from sage.errors import ServiceError, UnknownServiceError, hint, short
 from sage.service import ServiceMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sage._hosts.own_process import ProcessGuard
     from sage._plan.logical import ServiceSpec
@@ -41,6 +41,12 @@ LINES_KEPT_MAX = 50
 
 CATCH_UP_BOUND_S = 2.0
 """How long it may take to read what a command wrote before its end; whoever logs its lines may be slow."""
+
+ANSWER_SHARE = 0.9
+"""What of its time one try of `Http` or `Port` takes at most, so that it can say why before it is given up as late."""
+
+STARTS_MAX = 3
+"""How often a command is started in all, if another program takes its port each time before it can."""
 
 SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a program."""
@@ -67,6 +73,7 @@ class CommandHost(GatedHost):
         self._is_kept = False
         self._given_up = 0  # the last incarnation that must not be started any more
         self._unready = ""
+        self._ports_lost = 0
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -78,6 +85,11 @@ class CommandHost(GatedHost):
     def own_hooks(self) -> frozenset[str]:
         """The names of the hooks that every command has."""
         return frozenset({"exit"})
+
+    @property
+    def local_hooks(self) -> frozenset[str]:
+        """What asks the command from here; one that hangs is not ended with the command."""
+        return frozenset({"ready", "health"})
 
     def facts(self) -> HostFacts:
         """Return what the report says of the process."""
@@ -135,9 +147,14 @@ class CommandHost(GatedHost):
     # --- start ---
 
     def _build(self) -> frozenset[str]:
-        incarnation = self._incarnation
         self._unready = ""
-        ports = choose_ports(self.spec.name, self._command, self._running.ports if self._running is not None else {})
+        self._ports_lost = 0
+        earlier = self._running.ports if self._running is not None else {}
+        self._launch(choose_ports(self.spec.name, self._command, earlier))
+        return self.hooks
+
+    def _launch(self, ports: dict[str, int]) -> None:
+        incarnation = self._incarnation
         cookie = self._guard.announce(self.spec.name, incarnation, "command", self.spec.requires)
         self._make_folder()
         child = Child(self.spec.name, self._command, incarnation, cookie)
@@ -158,7 +175,25 @@ class CommandHost(GatedHost):
         log.info("command started service=%r pid=%d words=%s", self.spec.name, running.pid, short(running.words))
         if self._command.ready is None:
             self._is_up(child)
-        return self.hooks
+
+    def _launch_again(self, child: Child) -> None:
+        """Start a command that has ended before it was ready once more, if another program has taken its port.
+
+        Raises:
+            ServiceError: there is another reason, or it has happened too often.
+        """
+        assert self._running is not None
+        lost = taken(self._running.ports.values())
+        if not lost or self._left_of(child):
+            self._is_up(child)
+        self._ports_lost += 1
+        if self._ports_lost == STARTS_MAX or self._command.port in lost:
+            error = ServiceError(self._how_it_ended(child), service=self.spec.name, fault="external")
+            text = f"Port {lost[0]}, which was free, was taken by another program before the command could use it"
+            raise hint(error, f"{text}, {STARTS_MAX} times." if self._ports_lost == STARTS_MAX else f"{text}.")
+        log.warning("port of command was taken, starting it again service=%r port=%d", self.spec.name, lost[0])
+        child.output.close()
+        self._launch(choose_ports(self.spec.name, self._command, {}))
 
     @property
     def _guard(self) -> ProcessGuard:
@@ -209,9 +244,12 @@ class CommandHost(GatedHost):
                 return self._stop(child)
             case "ready":
                 assert child is not None
-                if child.is_over:
-                    self._is_up(child)
-                self._unready = self._why_not(self._command.ready, child, due) or ""
+                self._unready = ""  # nobody knows why, until this try has an answer
+                if not child.is_over:
+                    self._unready = self._why_not(self._command.ready, child, due) or ""
+                if child.is_over:  # whoever has taken its port may answer in its place
+                    self._launch_again(child)
+                    return False
                 if not self._unready:
                     self._is_up(child)
                 return not self._unready
@@ -220,14 +258,15 @@ class CommandHost(GatedHost):
                 why = self._why_not(self._command.health, child, due)
                 if why is None:
                     return True
-                if not is_alive(child.process):
+                if is_ending(child.process):
                     child.own.wait_ended()  # until its death was told, which is the better reason
                 raise ServiceError(why, service=self.spec.name)
         return None
 
     def _why_not(self, probe: Any, child: Child, due: float | None) -> str | None:
         assert self._running is not None
-        return why_not(probe, self._running, child.has_line, self._left(due), self._loop.run)
+        timeout_s = self._left(due) * ANSWER_SHARE
+        return why_not(probe, self._running, child.has_line, timeout_s, self._loop.run)
 
     def _stop(self, child: Child) -> None:
         """Ask the command to end and wait for that; whoever gives it up has the process killed."""
@@ -248,10 +287,13 @@ class CommandHost(GatedHost):
                 return None  # it could not be started
             child.is_ending = True
             was_told, child.was_told = child.was_told, True
+        if self._unready and self._running is not None:
+            for port in of_others(self._running.ports.values(), self._left_of(child)):
+                self._unready += f"; port {port} belongs to another program"
         try:
             # One that was told before has had its time, and so has whatever it left.
             left_s = 0.0 if was_told and not child.is_over else self._left(due)
-            return child.own.end(lambda: self._tell(child), lambda _: self._left_of(child), left_s)
+            return child.own.end(lambda: self._tell(child), lambda _, known: self._left_of(child, known), left_s)
         finally:
             child.output.close()
             self._guard.ended(self.spec.name, child.incarnation)
@@ -259,9 +301,9 @@ class CommandHost(GatedHost):
     def _tell(self, child: Child) -> None:
         send(child.process, self._command.stop_signal, signal.SIGCONT)
 
-    def _left_of(self, child: Child) -> set[Process]:
+    def _left_of(self, child: Child, known: Iterable[Process] = ()) -> set[Process]:
         """Return what runs of it: also what threw its environment away but stayed in its session."""
-        found = self._guard.left_of(child.cookie) | of_session(child.process)
+        found = self._guard.left_of(child.cookie, known) | of_session(child.process)
         return found | ({child.process} if is_alive(child.process) else set())
 
     def _clean_late(self) -> None:

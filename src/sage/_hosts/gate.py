@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._runtime.coroutines import is_on_loop
+from sage.service import ABSENT
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -57,10 +58,26 @@ class SerialGate:
         self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
         """Return `method` behind the lock."""
-        # The hot path of services: one lock, one test and a plain call, about as long as the call itself.
+        # The hot path of services: one lock, one test and a plain call, about as long as the call itself. Handing on a
+        # tuple and a dictionary would cost as much again, and most calls have one argument.
         lock = self._lock
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(first: Any = ABSENT, /, *args: Any, **kwargs: Any) -> Any:
+            if first is ABSENT:
+                return call_with((), kwargs)
+            if args or kwargs:
+                return call_with((first, *args), kwargs)
+            with lock:
+                if self.is_open or passes_closed:
+                    self.call_count += 1
+                    try:
+                        return method(first)
+                    except BaseException:
+                        self.error_count += 1
+                        raise
+            return otherwise(first)
+
+        def call_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with lock:
                 if self.is_open or passes_closed:
                     self.call_count += 1

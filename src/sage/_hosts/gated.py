@@ -98,6 +98,11 @@ class GatedHost(ABC):
         """The names of the hooks that the host has whatever the service is."""
         return frozenset()
 
+    @property
+    def local_hooks(self) -> frozenset[str]:
+        """The names of the hooks that run in this process although the service has one of its own."""
+        return frozenset()
+
     def adopt(
         self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
     ) -> None:

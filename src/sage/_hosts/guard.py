@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sage._hosts import guardian
 from sage._hosts.reaping import reap
 from sage._runtime.journal import Journal, encode, make_private, replay
-from sage._runtime.processes import COOKIE_VARIABLE, process
+from sage._runtime.processes import COOKIE_VARIABLE, GUARDIAN_VARIABLE, process
 from sage.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -113,13 +113,14 @@ class Guard:
             if self._users_count or Guard._current is not self:
                 return
             Guard._current = None
-        # Everything is over, so that there is nothing to tell it, and it need not even have begun.
+        # Everything is over, so that there is nothing to tell it, and it need not even have begun. It is there until
+        # the folder is gone, and would remove that if this process were killed just now.
         with self._lock_of_run:
             self._is_over = True
+            shutil.rmtree(self.folder, ignore_errors=True)
             self._guardian.kill()
         self._watcher.join()
         self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def guardian_pid(self) -> int:
@@ -201,6 +202,7 @@ class Guard:
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         lease, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: value for name, value in os.environ.items() if name != COOKIE_VARIABLE}
+        environment[GUARDIAN_VARIABLE] = str(os.getpid())
         with other, _log_file(self.folder) as log_file, _blocked(guardian.IGNORED):
             command = [sys.executable, "-I", "-S", guardian.__file__, self.folder, str(other.fileno())]
             process = subprocess.Popen(

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from sage._runtime.processes import COOKIE_VARIABLE, carriers, process, with_descendants
+from sage._runtime.processes import COOKIE_VARIABLE, carriers, is_alive, process, with_descendants
 from sage.errors import ServiceError
 from sage.observability import Event
 
@@ -48,6 +48,7 @@ class JobGuard:
         self._guard: Guard | None = None
         self._states: dict[str, str] = {}
         self._incarnations: dict[str, int] = {}
+        self._ties: list[Entry] = []
         self._is_over = False
         self._lock = threading.Lock()
         if before is not None and before._guard is not None:
@@ -66,7 +67,15 @@ class JobGuard:
 
         self._guarded().note({"entry": "claim", "job": self._id, "service": service, **checked(entry)})
 
+    def depends(self, service: str, requires: str) -> None:
+        """Note that a service was seen to ask for another, which has to end after it whoever ends them."""
+        self._tie({"entry": "seen", "job": self._id, "service": service, "requires": requires})
+
     # --- what hosts ask for ---
+
+    def shares(self, service: str, owner: str) -> None:
+        """Note that the job `owner` runs a service for all who share it, and has to end it after this job's part."""
+        self._tie({"entry": "shared", "job": self._id, "service": service, "owner": owner})
 
     def announce(self, service: str, incarnation: int, host: str, requires: Iterable[str]) -> str:
         """Write down that a process will be started, and return the cookie that its environment has to carry.
@@ -112,10 +121,15 @@ class JobGuard:
         """The run's folder: what is put there is removed in the end, whoever is killed before."""
         return self._guarded().folder
 
-    def left_of(self, cookie: str) -> set[Process]:
-        """Return what runs of a service whose cookie `announce` returned, without what was released."""
+    def left_of(self, cookie: str, known: Iterable[Process] = ()) -> set[Process]:
+        """Return what runs of a service whose cookie `announce` returned, without what was released.
+
+        Args:
+            cookie: carried by what is looked for.
+            known: what belongs to it as well, if it still runs.
+        """
         guard = self._guarded()
-        found = carriers(cookie.rpartition(":")[2])
+        found = carriers(cookie.rpartition(":")[2]) | {one for one in known if is_alive(one)}
         return found - with_descendants(guard.released(), found)
 
     def reap(self, service: str) -> list[str]:
@@ -153,6 +167,12 @@ class JobGuard:
 
     # --- behind it ---
 
+    def _tie(self, entry: Entry) -> None:
+        with self._lock:
+            self._ties.append(entry)
+            if self._guard is not None:
+                self._guard.note(entry)
+
     def _guarded(self) -> Guard:
         with self._lock:
             if self._guard is None:
@@ -171,6 +191,8 @@ class JobGuard:
         for spec in self._services:
             entry = self._entry("service", spec.name, 1)
             guard.note({**entry, "host": "inline", "requires": list(spec.requires), "token": None})
+        for tie in self._ties:
+            guard.note(tie)
         for name, state in self._states.items():
             guard.note(self._state(name, state))
 

@@ -133,7 +133,11 @@ class Asking(Connections, ABC):
         Raises:
             LinkClosedError: the other side is gone.
         """
-        connection = self.connect()
+        # One that is there already has a thread on the other side, which could perhaps not start another one any more.
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self.connect()
         # Open until the link is closed, as the other side may take the end of a connection for that of the asker.
         self._told.append(connection)
         try:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._runtime.lifecycle import Exit
-from sage._runtime.processes import COOKIE_VARIABLE, TERM_GRACE_S, Grace, end_all, process
+from sage._runtime.processes import COOKIE_VARIABLE, TERM_GRACE_S, Grace, descendants, end_all, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,8 +41,8 @@ class ProcessGuard(Protocol):
     def folder(self) -> str:
         """A folder for temporary files, which is removed in the end, whoever is killed before."""
 
-    def left_of(self, cookie: str) -> set[Process]:
-        """Return the processes that carry the cookie, but for those that were released."""
+    def left_of(self, cookie: str, known: Iterable[Process]) -> set[Process]:
+        """Return the processes that carry the cookie or are known to be of it, but for those that were released."""
 
     def ended(self, service: str, incarnation: int) -> None:
         """Let go of a process that has ended."""
@@ -122,15 +122,19 @@ class OwnProcess:
                 self._grace.shorten(self._due - seconds * KILL_SHARE)
             self._hurried.notify_all()
 
-    def end(self, ask: Callable[[], None], left_of: Callable[[str], set[Process]], timeout_s: float) -> Exit:
+    def end(
+        self, ask: Callable[[], None], left_of: Callable[[str, set[Process]], set[Process]], timeout_s: float
+    ) -> Exit:
         """End the process and everything that comes from it, and return when all of it is gone.
 
         Args:
             ask: asks it to end by itself.
-            left_of: returns the processes that carry a cookie and are to be ended.
+            left_of: returns the processes that are to be ended: those that carry a cookie, or are known and live.
             timeout_s: how long it may take in all; what has not ended before is killed.
         """
         began_at = time.monotonic()
+        # When the process has gone, nobody can tell any more what it had started that carries no cookie.
+        known = descendants(self._process) if self._process is not None else set()
         with self._hurried:
             self._due = min(self._due, began_at + timeout_s)
         ended_before = self._ended.is_set()
@@ -145,7 +149,7 @@ class OwnProcess:
             left_s = max(self._due - time.monotonic(), 0.0)
             grace = self._grace = Grace(time.monotonic() + min(left_s * (1 - KILL_SHARE), TERM_GRACE_S))
         try:
-            ended = end_all(lambda: left_of(self._cookie), grace, max(left_s * KILL_SHARE, SEEN_BOUND_S))
+            ended = end_all(lambda: left_of(self._cookie, known), grace, max(left_s * KILL_SHARE, SEEN_BOUND_S))
         finally:
             grace.close()
         self._waiting.join(SEEN_BOUND_S)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sage.command import ADDRESS
 from sage.errors import ServiceError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from sage._runtime.processes import Process
     from sage.command import Command
+
+LISTEN = "0A"
+"""The state of a socket that listens, in /proc/net/tcp."""
 
 
 def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> dict[str, int]:
@@ -41,6 +47,49 @@ def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> 
         for one in held:
             one.close()
     return ports
+
+
+def taken(ports: Iterable[int]) -> list[int]:
+    """Return those of the ports that somebody has."""
+    found = []
+    for port in ports:
+        held: list[socket.socket] = []
+        if _take(port, held) is None:
+            found.append(port)
+        held[0].close()
+    return found
+
+
+def of_others(ports: Iterable[int], own: Iterable[Process]) -> list[int]:
+    """Return those of the ports on which another program listens, and none of the `own` processes."""
+    listening = _listening()
+    sockets = {link for one in own for link in _open_files(one.pid)}
+    return [
+        port
+        for port in ports
+        if (inodes := listening.get(port, set())) and not {f"socket:[{inode}]" for inode in inodes} & sockets
+    ]
+
+
+def _listening() -> dict[int, set[str]]:
+    """Return the inodes of the sockets that listen, by port."""
+    found: dict[int, set[str]] = {}
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/net/{table}", encoding="ascii") as file:
+            for line in list(file)[1:]:
+                fields = line.split()
+                if fields[3] == LISTEN:
+                    found.setdefault(int(fields[1].rpartition(":")[2], 16), set()).add(fields[9])
+    return found
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                found.add(os.readlink(entry.path))
+    return found
 
 
 def _take(port: int, held: list[socket.socket]) -> int | None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 from sage._hosts.gated import GatedHost
@@ -30,6 +31,9 @@ log = logging.getLogger("sage.dispatcher")
 
 WHERE_BOUND_S = 0.3
 """How long a process may take to say where it hangs; one that holds the interpreter's lock or was stopped cannot."""
+
+BEGIN_LEAST_S = 0.1
+"""How long a hook has to begin there at least: where a stop has used up its budget, hooks are late from the start."""
 
 LINK_CLOSE_S = 1.0
 
@@ -163,7 +167,10 @@ class ProcessHost(GatedHost):
         return self._hooks
 
     def _run_hook(self, hook: str, due: float | None) -> Any:
-        return self._exit(due) if hook == "exit" else self._ask("hook", hook)
+        if hook == "exit":
+            return self._exit(due)
+        # The clock is that of the machine. Whoever was stopped, and is woken when nobody waits any more, can tell.
+        return self._ask("hook", hook, time.monotonic() + max(self._left(due), BEGIN_LEAST_S))
 
     def _clean_late(self) -> None:
         """Do nothing: the process is ended, with what was built in it."""

@@ -9,7 +9,7 @@ import stat
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.processes import COOKIE_VARIABLE, Process, end_all, is_alive, process
+from sage._runtime.processes import COOKIE_VARIABLE, GUARDIAN_VARIABLE, Process, end_all, is_alive, process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,6 +110,7 @@ def run_on_lost(run: Run, function: str, args: Any) -> None:
     """
     order = json.dumps({"function": function, "args": args, "path": list(run.path)})
     environment = {**os.environ, COOKIE_VARIABLE: run.cookie}
+    environment.pop(GUARDIAN_VARIABLE, None)
     folder = run.folder if os.path.isdir(run.folder) else "/"
     # Output goes to memory that needs no disk; through a pipe, a child of its own that lives on would be waited for.
     with open(os.memfd_create("on_lost"), "w+b") as output:

@@ -47,6 +47,13 @@ class Supervised(Protocol):
         """Say that a service that is supervised elsewhere has failed for good, and was cleaned up there."""
 
 
+class Sharing(Protocol):
+    """What a host tells the guardian of an instance that is not its own."""
+
+    def shares(self, service: str, owner: str) -> None:
+        """Write down that the job `owner` runs a service for all who share it."""
+
+
 class SharedInstance:
     """An instance in a job of its own, and the hosts that use it.
 
@@ -115,6 +122,7 @@ class SharedInstance:
                     cls.by_name[name] = found
                 found.users.add(user)
                 user.instance = found
+                user.tie(found._job.id)
                 cls.changed.wait_for(lambda: found.is_ready or found.is_over or user.is_given_up)
                 if found.is_over and found._job._error is not None:
                     raise found._job._error
@@ -245,6 +253,12 @@ class SharedHost(GatedHost):
             supervision.failed(self.spec.name, self._incarnation, text)
         else:
             self._on_died(self._incarnation, text)
+
+    def tie(self, owner: str) -> None:
+        """Have it written down which job runs the instance."""
+        # Whoever keeps the journal of a job also knows what it shares.
+        claims: Sharing = cast("Any", self._context._claims)
+        claims.shares(self.spec.name, owner)
 
     # --- what a host adds ---
 

@@ -10,12 +10,13 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sage._runtime.processes import Process, carriers, send, watch
+from sage._runtime.processes import Process, carriers, descendants, send, watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from sage._runtime.journal import ServiceLine
 
@@ -47,36 +48,64 @@ class End:
     errors: list[str] = field(default_factory=list)
 
 
-def followers(services: Iterable[ServiceLine]) -> dict[Key, set[Key]]:
-    """Return for each service those that must have ended before it is asked to.
+def followers(
+    services: Iterable[ServiceLine],
+    seen: Iterable[tuple[str, str, str]] = (),
+    owners: Mapping[tuple[str, str], str] = MappingProxyType({}),
+) -> dict[Key, set[Key]]:
+    """Return for each service those that must have ended before it is asked to, as the driver would see to it.
 
-    Within a job that declares dependencies these are what depends on it, also by way of others, and with none declared
-    all that were registered later: the order that the driver itself would keep.
+    Within a job that declares dependencies these are what depends on it, also by way of others. With none declared they
+    end one after the other, the last registered first, unless one was seen to ask for another.
+
+    Args:
+        services: all of all jobs, in the order of registration.
+        seen: job, service and what that was seen to ask for.
+        owners: by job and service, the job that runs it for others too; there it ends after them all.
     """
     before: dict[Key, set[Key]] = {}
     by_job: dict[str, list[ServiceLine]] = {}
     for service in services:
         by_job.setdefault(service.job, []).append(service)
-    for members in by_job.values():
-        if any(service.requires for service in members):
-            for service in members:
-                dependents = _dependents(service.name, members)
-                before[key_of(service)] = {key_of(other) for other in members if other.name in dependents}
-        else:
-            for place, service in enumerate(members):
-                before[key_of(service)] = {key_of(other) for other in members[place + 1 :]}
+    for job, members in by_job.items():
+        edges = {(service.name, other) for service in members for other in service.requires}
+        is_declared = bool(edges)
+        edges |= {(one, other) for id_, one, other in seen if id_ == job}
+        dependents = {service.name: _dependents(service.name, edges) for service in members}
+        for service in members if is_declared else ():
+            before[key_of(service)] = {key_of(other) for other in members if other.name in dependents[service.name]}
+        if not is_declared:
+            ended: list[Key] = []
+            for service in _one_by_one(members, dependents):
+                before[key_of(service)] = set(ended)
+                ended.append(key_of(service))
+    for service in (one for members in by_job.values() for one in members):
+        for owned in by_job.get(owners.get((service.job, service.name), ""), ()):
+            if owned.name == service.name:
+                before[key_of(owned)] |= {key_of(service)} | before[key_of(service)]
     return before
 
 
-def _dependents(name: str, members: list[ServiceLine]) -> set[str]:
+def _one_by_one(members: list[ServiceLine], dependents: Mapping[str, set[str]]) -> Iterator[ServiceLine]:
+    """Yield the last one, again and again, that nothing which is left depends on."""
+    left = list(members)
+    while left:
+        names = {service.name for service in left}
+        free = (service for service in reversed(left) if not dependents[service.name] & names)
+        chosen = next(free, left[-1])  # there is no circle but in a journal that lies
+        left.remove(chosen)
+        yield chosen
+
+
+def _dependents(name: str, edges: set[tuple[str, str]]) -> set[str]:
     found: set[str] = set()
     todo = [name]
     while todo:
         required = todo.pop()
-        for other in members:
-            if required in other.requires and other.name not in found and other.name != name:
-                found.add(other.name)
-                todo.append(other.name)
+        for one, other in edges:
+            if other == required and one not in found and one != name:
+                found.add(one)
+                todo.append(one)
     return found
 
 
@@ -96,12 +125,18 @@ class _Running:
 class StopOrder:
     """Ends services gracefully, in order.
 
+    Attributes:
+        ends: how each one ended that has.
+        descendants: what their processes had started when their turn came.
+
     Args:
         services: those to end, in the order of registration, and with them those that are over or were in the driver.
         lines: the socket to each process-hosted service that has one.
         timeout_s: bound of everything together, in seconds. Each service gets an equal share of what is left for it and
             for those that wait for it, so that one that hangs does not take their time away; then it is killed, as no
             other may be stopped before it has gone.
+        seen: as `followers` takes it.
+        owners: likewise.
     """
 
     def __init__(
@@ -109,9 +144,12 @@ class StopOrder:
         services: list[ServiceLine],
         lines: Mapping[Key, socket.socket],
         timeout_s: float = STOP_TIMEOUT_S,
+        seen: Iterable[tuple[str, str, str]] = (),
+        owners: Mapping[tuple[str, str], str] = MappingProxyType({}),
     ) -> None:
         self.ends: dict[Key, End] = {}
-        self._before = followers(services)
+        self.descendants: set[Process] = set()
+        self._before = followers(services, seen, owners)
         self._lines = lines
         self._due = time.monotonic() + timeout_s
         self._poll = select.poll()
@@ -143,6 +181,7 @@ class StopOrder:
         if process is None or pidfd is None:
             self.ends[key] = End("lost")
             return
+        self.descendants |= descendants(process)  # when it has gone, nobody can tell any more
         now = time.monotonic()
         share_s = max(self._due - now, 0.0) / max(self._depths[key], 1)
         self._running[key] = _Running(service, process, now, now + share_s, pidfd)

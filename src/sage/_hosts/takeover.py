@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from sage._hosts.reaping import owned_processes, reap
 from sage._hosts.stop_order import STOP_TIMEOUT_S, End, StopOrder, key_of
-from sage._runtime.processes import carriers, end_all, is_alive, pause, with_descendants
+from sage._runtime.processes import carriers, end_all, is_alive, of_session, pause, with_descendants
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
 
     from sage._hosts.stop_order import Key
-    from sage._runtime.journal import JobLine, Run, ServiceLine
+    from sage._runtime.journal import ClusterLine, JobLine, Run, ServiceLine
     from sage._runtime.processes import Process
 
 REPORTS_MAX = 100
 
 START_BOUND_S = 1.0
 START_PAUSE_S = 0.02
+
+CLUSTER_STOP_MAX_S = 120.0
+"""How long jobs on a cluster may take to end themselves, whatever they have asked for."""
+
+CLUSTER_PAUSE_S = 0.02
 
 
 def take_over(
@@ -44,13 +49,18 @@ def take_over(
     """
     jobs = [job for job in run.jobs.values() if not job.is_over]
     services = [service for job in jobs for service in job.services.values()]
-    _wait_announced(services)
+    clusters = [cluster for cluster in run.clusters.values() if not cluster.is_over]
+    _wait_announced(services, clusters)
+    for cluster in clusters:
+        _wait_for_jobs(cluster, log)
+    order = StopOrder(services, lines, timeout_s, run.seen, run.owners)
     try:
-        ends = StopOrder(services, lines, timeout_s).run()
+        ends = order.run()
     except Exception as error:  # whatever goes wrong with asking, the killing comes after it
         log(f"the services could not be asked to stop: {type(error).__name__}: {error}")
         ends = {}
-    errors = _end_the_rest(run, services, ends)
+    errors = _end_the_rest(run, services, ends, order.descendants)
+    _tell_who_shares(run, services, ends)
     for service in reversed(services):
         end = ends.get(key_of(service))
         service.state = end.state if end is not None else service.state
@@ -67,26 +77,72 @@ def take_over(
     return reports
 
 
-def _wait_announced(services: list[ServiceLine]) -> None:
+def _wait_announced(services: list[ServiceLine], clusters: list[ClusterLine]) -> None:
     """Wait for processes that the driver announced and may have been starting when it died.
 
     Between fork and exec such a process shows the environment of the driver, so that nobody can find it.
     """
     due = time.monotonic() + START_BOUND_S
-    for service in services:
-        if service.is_over or service.process is not None or service.token is None:
-            continue
-        while not carriers(service.token) and time.monotonic() < due:
+    tokens = [one.token for one in services if not one.is_over and one.process is None and one.token is not None]
+    tokens += [one.token for one in clusters if one.leader is None]
+    for token in tokens:
+        while not carriers(token) and time.monotonic() < due:
             pause(START_PAUSE_S)
 
 
-def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> dict[str, list[str]]:
-    """End what is left of processes, and return by job what went wrong."""
+def _tell_who_shares(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -> None:
+    """Let a service that another job runs end in each job that shares it as it ended there."""
+    for service in services:
+        owner = run.owners.get((service.job, service.name))
+        if owner is not None and not service.is_over:
+            owned = run.job(owner).latest(service.name)
+            ends[key_of(service)] = End(ends.get(key_of(owned), End(owned.state)).state)
+
+
+def _wait_for_jobs(cluster: ClusterLine, log: Callable[[str], None]) -> None:
+    """Wait until the jobs on a cluster, which notice the driver's death themselves, have ended what they started.
+
+    Each has a file with its bound in seconds, which it removes in the end.
+    """
+    began_at = time.monotonic()
+    while jobs := _jobs_of(cluster):
+        waited_s = time.monotonic() - began_at
+        late = [job for job, bound_s in jobs.items() if waited_s >= min(bound_s, CLUSTER_STOP_MAX_S)]
+        if len(late) == len(jobs):
+            log(f"jobs on the cluster have not ended themselves: {', '.join(late)}")
+            return
+        if not _of_cluster(cluster):
+            log(f"the cluster ended before its jobs: {', '.join(jobs)}")
+            return
+        pause(CLUSTER_PAUSE_S)
+
+
+def _jobs_of(cluster: ClusterLine) -> dict[str, float]:
+    """Return the bounds of the jobs that have not ended; a file that is not written yet or cannot be read counts 0."""
+    jobs: dict[str, float] = {}
+    with suppress(OSError):
+        for entry in os.scandir(cluster.jobs):
+            jobs[entry.name] = 0.0
+            with suppress(OSError, ValueError), open(entry.path, encoding="ascii") as file:
+                jobs[entry.name] = float(file.read())
+    return jobs
+
+
+def _of_cluster(cluster: ClusterLine) -> set[Process]:
+    """Return the processes of a cluster: Ray's agents overwrite their environment, but stay in its session."""
+    return carriers(cluster.token) | (of_session(cluster.leader) if cluster.leader is not None else set())
+
+
+def _end_the_rest(
+    run: Run, services: list[ServiceLine], ends: dict[Key, End], started: set[Process]
+) -> dict[str, list[str]]:
+    """End what is left of processes, with what services had `started`, and return by job what went wrong."""
     recorded = {service.process: service for service in services if service.process is not None}
     owned = owned_processes(service for service in services if not service.is_over)
 
     def find() -> set[Process]:
-        return _of_run(run) | {one for one in {*recorded, *owned} - {*run.released} if is_alive(one)}
+        others = {*recorded, *owned, *started} - with_descendants(run.released, started) - {*run.released}
+        return _of_run(run) | {one for one in others if is_alive(one)}
 
     ended = end_all(find)
     errors: dict[str, list[str]] = {service.job: [] for service in services}
@@ -98,8 +154,11 @@ def _end_the_rest(run: Run, services: list[ServiceLine], ends: dict[Key, End]) -
 
 
 def _of_run(run: Run) -> set[Process]:
-    """Return the processes that carry the cookie, without those that were released and what these started."""
+    """Return the processes of the run, without those that were released and what these started."""
     found = carriers(run.cookie) if run.cookie else set()
+    for cluster in run.clusters.values():
+        if not cluster.is_over and cluster.leader is not None:
+            found |= of_session(cluster.leader)
     return found - with_descendants(run.released, found)
 
 

@@ -12,7 +12,7 @@ from sage.errors import FunctionError, describe, hint, short
 from sage.records import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from sage._operators.operator import Surroundings
     from sage._plan.logical import Node
@@ -35,7 +35,7 @@ class MapBatches(Holder):
     def prepare(self) -> None:
         """Bind the function, and what makes its argument."""
         self._call = self.callable_of()
-        self._pack: Callable[[list[Any]], Any] = list
+        self._pack: Callable[[Sequence[Any]], Any] = list
         if self.node.settings["batch_format"] == "numpy":
             self._pack = importlib.import_module("numpy").asarray
 

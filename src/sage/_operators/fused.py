@@ -52,10 +52,12 @@ class Segment:
     def __init__(self, operators: Sequence[Operator], inlined: Sequence[Inlined]) -> None:
         self.operators = operators
         self._inlined = inlined
+        self._calls = [given for one in inlined for given in (one.call, one.state)]
         self._run: Callable[..., None] | None = None
         self._places: list[int] = []
         self._seen = 0
         self._parts_s = [0.0] * len(operators)
+        self._shares: list[float] = []
         self._has_keys = any(one.sets_key for one in inlined)
 
     def takes(self, batch: Batch) -> bool:
@@ -64,7 +66,10 @@ class Segment:
             return False
         self._seen += 1
         is_early = self._seen & (self._seen - 1) == 0  # the first, the second, the fourth, ...
-        return self._seen % SAMPLE_EVERY != 0 and not is_early
+        if self._seen % SAMPLE_EVERY == 0 or is_early:
+            self._shares = []
+            return False
+        return True
 
     def process(self, batch: Batch) -> Batch:
         """Return what goes on, and count it for each of the operators."""
@@ -75,13 +80,12 @@ class Segment:
         begun = 0
         out: list[Any] = []
         keys: list[Any] = []
-        calls = [given for one in self._inlined for given in (one.call, one.state)]
         run = self._run = self._run or self._assemble()
         while True:
             reading = span.begin(values if begun == 0 else values[begun:])
             dropped = [0] * len(self.operators)
             try:
-                run(reading, out, keys, dropped, *calls)
+                run(reading, out, keys, dropped, *self._calls)
             except BaseException as error:  # every failure of a user's function is owned here
                 done = total - len(span.end())
                 self._count(done - 1 - begun, dropped)
@@ -124,14 +128,16 @@ class Segment:
 
     def _share(self, elapsed_s: float) -> None:
         """Share the time in the way in which the operators took theirs when they ran alone."""
-        alone_s = [
-            operator.metrics.busy_s - part_s for operator, part_s in zip(self.operators, self._parts_s, strict=True)
-        ]
-        whole_s = sum(alone_s)
-        for place, operator in enumerate(self.operators):
-            part_s = elapsed_s * alone_s[place] / whole_s
+        if not self._shares:
+            alone_s = [
+                operator.metrics.busy_s - part_s for operator, part_s in zip(self.operators, self._parts_s, strict=True)
+            ]
+            whole_s = sum(alone_s)
+            self._shares = [one_s / whole_s for one_s in alone_s]
+        for place, share in enumerate(self._shares):
+            part_s = elapsed_s * share
             self._parts_s[place] += part_s
-            operator.metrics.busy_s += part_s
+            self.operators[place].metrics.busy_s += part_s
 
     def _assemble(self) -> Callable[..., None]:
         """Put the loop together."""

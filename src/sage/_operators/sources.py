@@ -9,6 +9,7 @@ from sage.connector import Source
 from sage.errors import FunctionError, describe
 from sage.functions import StopSignal
 from sage.records import Batch
+from sage.serving import RequestSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,9 @@ class SequenceSource(Source):
         self._values = values if step == 1 else values[index::step]
         self._at = 0
 
-    def read(self, records_max: int) -> list[Any] | None:
+    def read(self, records_max: int) -> Sequence[Any] | None:
         """Return the next slice."""
-        records = list(self._values[self._at : self._at + records_max])
+        records = self._values[self._at : self._at + records_max]
         self._at += len(records)
         return records or None
 
@@ -119,10 +120,16 @@ class FunctionSource(HoldingSource):
 
 
 class Reader(Operator):
-    """The operator of a source: it reads instead of processing. `ended` says that nothing follows."""
+    """The operator of a source: it reads instead of processing.
+
+    Attributes:
+        ended: whether nothing follows.
+        is_told: whether its task is woken when there is something to read.
+    """
 
     source: Source
     ended = False
+    is_told = False
     delay_s: float | None = None
     bridge: Any = None
 
@@ -131,6 +138,7 @@ class Reader(Operator):
         self.delay_s = self.node.settings.get("delay_s")
         self.bridge = self.node.settings.get("bridge")
         self.source = self._source()
+        self.is_told = isinstance(self.source, RequestSource)
         self.source.open()
 
     def _source(self) -> Source:
@@ -162,7 +170,7 @@ class Reader(Operator):
         if records is None or (not records and self.bridge is not None and self.bridge.is_over):
             self.ended = True
             return Batch([])
-        batch = Batch(records if type(records) is list else list(records))
+        batch = Batch(records if type(records) in (list, range) else list(records))
         if self.bridge is not None and len(batch):
             batch.requests = self.bridge.taken(len(batch))
         self.metrics.records_in += len(batch)

@@ -31,9 +31,9 @@ from sage.services.extras import load
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sage._backends.ray_cluster import Connected
     from sage._plan.logical import LogicalGraph
     from sage._plan.physical import PhysicalPlan
-    from sage._ray.connection import Connected
     from sage._ray.master import PackedReport
     from sage.observability import HookEvent
     from sage.report import OperatorReport
@@ -200,6 +200,10 @@ class DriverSupervisor:
     def handle_of(self, service: str) -> ServiceHandle[Any] | None:
         """Return the handle of a service of the job, or None."""
         return self._handles.get(service)
+
+    def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for a condition; nothing else has to go on meanwhile."""
+        return condition.wait_for(is_over, timeout_s)
 
     def ask_to_stop(self) -> None:
         """Ask for the end of the job, draining what is in flight."""

@@ -88,6 +88,11 @@ class RemoteHost:
         return frozenset({"exit"}) if self._site is None else frozenset()
 
     @property
+    def local_hooks(self) -> frozenset[str]:
+        """The hooks that run here: none, as the others end with their process."""
+        return frozenset()
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
         return self._hooks | self.own_hooks

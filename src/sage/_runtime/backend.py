@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable
+    from threading import Condition
 
     from sage._plan.logical import ServiceSpec
     from sage._runtime.coroutines import CoroutineLoop
@@ -91,6 +92,10 @@ class Host(Protocol):
         """The names of the hooks that the host has whatever the service is: "exit", if it has a process to end."""
 
     @property
+    def local_hooks(self) -> frozenset[str]:
+        """The names of the hooks that run in this process although the service has one of its own."""
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
 
@@ -169,6 +174,24 @@ class Backend(ABC):
         import asyncio
 
         return asyncio.new_event_loop()
+
+    def wait_for(
+        self,
+        supervisor: Supervisor,  # noqa: ARG002
+        condition: Condition,
+        is_over: Callable[[], bool],
+        timeout_s: float | None,
+    ) -> bool:
+        """Wait inside a function or a hook for what other tasks of its job do, and return whether it came in time.
+
+        Args:
+            supervisor: that of the job.
+            condition: notified when `is_over` may have changed.
+            is_over: says whether the waiting is over.
+            timeout_s: how long to wait, in seconds; None is without bound.
+        """
+        with condition:
+            return condition.wait_for(is_over, timeout_s)
 
     def loop_going_on(self) -> AbstractContextManager[None]:
         """Return what keeps the loop going while a thread waits for it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._runtime.coroutines import CoroutineLoop
 from sage._runtime.deployment import deploy, task_plans
@@ -12,7 +12,7 @@ from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied,
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
 from sage._runtime.supervisor import Supervisor
 from sage.errors import ServiceError, hint
-from sage.service import ServiceContext
+from sage.service import Claims, ServiceContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from sage._runtime.lifecycle import Limits
     from sage._runtime.supervisor import Ended
     from sage._runtime.task import Task
-    from sage.service import Claims, ServiceHandle
+    from sage.service import ServiceHandle
+
+
+class Ties(Claims, Protocol):
+    """Who learns of the claims of a job's services, and of the order in which they have to end."""
+
+    def depends(self, service: str, requires: str) -> None:
+        """Note that a service was seen to ask for another."""
 
 
 class Dispatcher:
@@ -46,7 +53,7 @@ class Dispatcher:
         *,
         keep: frozenset[str] = frozenset(),
         adopted: Mapping[str, Host] = MappingProxyType({}),
-        claims: Claims | None = None,
+        claims: Ties | None = None,
         until_asked: bool = False,
     ) -> None:
         self.plan = plan
@@ -65,12 +72,13 @@ class Dispatcher:
                 keep=service.name in keep,
                 adopted=hosts[service.name].hooks if service.name in adopted else None,
                 own_hooks=hosts[service.name].own_hooks,
+                local_hooks=hosts[service.name].local_hooks,
             )
             for service in services
         )
         state = begin(service_plans, task_plans(plan) if plan is not None else (), limits, until_asked=until_asked)
         self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
-        self._dependencies.tell = self.supervisor.note_dependency
+        self._dependencies.tell = self._depends
         for service in services:
             if service.name in adopted:
                 host = adopted[service.name]
@@ -120,6 +128,11 @@ class Dispatcher:
 
     def _tasks(self, plan: PhysicalPlan, backend: Backend) -> dict[str, Task]:
         return deploy(plan, backend, self._loop, self._handles, self._report)
+
+    def _depends(self, service: str, requires: str) -> None:
+        self.supervisor.note_dependency(service, requires)
+        if self._claims is not None:
+            self._claims.depends(service, requires)
 
     def _report(self, event: Any) -> None:
         self.supervisor.post(event)

@@ -6,7 +6,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sage import service
+from sage import service, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +26,9 @@ class Inside(Protocol):
 
     def ask_to_stop(self) -> None:
         """Ask for the end of the job, draining what is in flight, without waiting for it."""
+
+    def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for a condition, whose lock is held, as a thread of the job has to; return whether it came true."""
 
 
 @contextmanager
@@ -66,4 +69,13 @@ def _handle_here(name: str) -> ServiceHandle[Any] | None:
     return None if job is None else job.handle_of(name)
 
 
+def _wait_here(condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+    job = around()
+    if job is None:
+        return _wait_outside(condition, is_over, timeout_s)
+    return job.wait_for(condition, is_over, timeout_s)
+
+
 service.resolve = _handle_here
+_wait_outside = serving.wait_for
+serving.wait_for = _wait_here

@@ -93,6 +93,23 @@ class JobLine:
 
 
 @dataclass
+class ClusterLine:
+    """One Ray cluster of the driver's own.
+
+    Attributes:
+        token: what its processes carry in their cookie, but for those that overwrite their environment.
+        jobs: the folder with a file for each job that ends itself there after its driver has died.
+        leader: the process that began its session, or None if it may not have been started.
+        is_over: whether it was ended while the driver lived.
+    """
+
+    token: str
+    jobs: str
+    leader: Process | None = None
+    is_over: bool = False
+
+
+@dataclass
 class Run:
     """Everything that a journal tells.
 
@@ -104,6 +121,9 @@ class Run:
         folder: its working folder.
         reports: the folder of reports of jobs that name no file.
         jobs: the jobs by id, in order.
+        seen: job, service and a service that this one was seen to ask for.
+        owners: by job and service, the job that runs it for all who share it, and ends it after them.
+        clusters: the Ray clusters by their token, in order.
         released: processes that were released by name and live on.
         unread_count: how many lines could not be read; one torn line, the last, is normal.
     """
@@ -115,6 +135,9 @@ class Run:
     folder: str = "/"
     reports: str = ""
     jobs: dict[str, JobLine] = field(default_factory=dict)
+    seen: set[tuple[str, str, str]] = field(default_factory=set)
+    owners: dict[tuple[str, str], str] = field(default_factory=dict)
+    clusters: dict[str, ClusterLine] = field(default_factory=dict)
     released: list[Process] = field(default_factory=list)
     unread_count: int = 0
 
@@ -194,6 +217,16 @@ def _take(run: Run, entry: Entry) -> None:
             job.name, job.report, job.began_at = entry["name"], entry["report"], entry["began_at"]
         case "sealed":
             run.job(entry["job"]).is_sealed = True
+        case "seen":
+            run.seen.add((entry["job"], entry["service"], entry["requires"]))
+        case "shared":
+            run.owners[entry["job"], entry["service"]] = entry["owner"]
+        case "cluster":
+            run.clusters[entry["token"]] = ClusterLine(entry["token"], entry["jobs"])
+        case "cluster started":
+            run.clusters[entry["token"]].leader = Process(entry["pid"], entry["started"])
+        case "cluster ended":
+            run.clusters[entry["token"]].is_over = True
         case _:
             _take_service(run, entry)
 
@@ -208,6 +241,9 @@ def _take_service(run: Run, entry: Entry) -> None:
         del run.job(entry["from"]).services[name, service.incarnation]
         service.job, service.incarnation = job.id, 1
         job.services[name, 1] = service
+        run.seen |= {(job.id, name, other) for id_, one, other in run.seen if (id_, one) == (entry["from"], name)}
+        if (entry["from"], name) in run.owners:
+            run.owners[job.id, name] = run.owners.pop((entry["from"], name))
         return
     if "incarnation" in entry:
         key = (name, entry["incarnation"])

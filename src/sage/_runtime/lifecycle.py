@@ -23,6 +23,10 @@ PAUSES = ("ready-pause", "health-pause", "backoff")
 READY_PAUSE_S = 0.05
 """How long after a `ready()` that said no it is asked again."""
 
+READY_LEAST_S = 0.25
+READY_LEAST_SHARE = 0.1
+"""What a further `ready` has to have left of the start, in seconds or as a share, so that it can end in time."""
+
 BEST_GUARD_S = 1.0
 """How much of the budget a service leaves to each that is stopped after it, if there is that much."""
 
@@ -73,6 +77,7 @@ class ServicePlan:
         keep: whether it outlives the job.
         adopted: the hooks of an instance that an earlier job kept, or None if it has to be built.
         own_hooks: the hooks that its host has whatever the service is: "exit", if there is a process to end.
+        local_hooks: the hooks that run on a thread here although there is such a process.
     """
 
     name: str
@@ -81,6 +86,7 @@ class ServicePlan:
     keep: bool = False
     adopted: frozenset[str] | None = None
     own_hooks: frozenset[str] = frozenset()
+    local_hooks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,7 @@ class ServiceRecord:
         again: whether its teardown leads to a restart, unless stopping begins before.
         goal: the state that its teardown leads to otherwise.
         extended_s: how much longer the hook that runs was allowed to take.
+        has_died: whether the incarnation is gone, so that no hook of it can run.
     """
 
     state: ServiceState = ServiceState.REGISTERED
@@ -127,6 +134,7 @@ class ServiceRecord:
     again: bool = False
     goal: ServiceState = ServiceState.STOPPED
     extended_s: float = 0.0
+    has_died: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +190,7 @@ class Failure:
         error: what was raised, or None for what took too long.
         counts: whether it fails the job; a service that may be absent or restarted does not.
         text: what else is known of it, in words.
+        caused: what tasks failed with for no other reason.
     """
 
     trouble: Trouble
@@ -190,6 +199,7 @@ class Failure:
     error: BaseException | None = None
     counts: bool = True
     text: str = ""
+    caused: tuple[BaseException, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

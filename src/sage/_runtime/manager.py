@@ -10,14 +10,17 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sage._runtime.states import Way
-from sage.errors import JobNotFoundError, SageError, hint
+from sage.errors import JobNotFoundError, SageError, describe, hint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from sage._runtime.job import Job
 
 JOBS_MAX = 1_000
@@ -169,19 +172,44 @@ class JobManager:
         """Stop and clean whatever still runs when the interpreter exits."""
         running = [job for job in self._jobs.values() if job.is_running]
         for job in running:
-            warnings.warn(
-                f'job "{job.name}" still runs at exit and is stopped; call env.close() or submit(autostop=True)',
-                RuntimeWarning,
-                stacklevel=1,
-            )
             job.request(Way.DRAIN, "the interpreter exits", job._interrupt_timeout_s)
-        for job in running:
-            try:
-                job.wait(job._interrupt_timeout_s + EXIT_GRACE_S)
-            except (SageError, TimeoutError) as error:
-                log.error("job failed at exit name=%r", job.name, exc_info=error)
-        for environment in tuple(self._keeping):
-            environment._close_at_exit()
+        _call_all(self._endings(running))
+
+    def _endings(self, running: list[Job]) -> Iterator[Callable[[], None]]:
+        """Yield what is left to do at the exit, the environments once their jobs have ended."""
+        yield from (partial(_warn_of, job) for job in running)
+        yield from (partial(_wait_at_exit, job) for job in running)
+        yield from (environment._close_at_exit for environment in tuple(self._keeping))
+
+
+def _call_all(actions: Iterable[Callable[[], None]]) -> None:
+    """Call every action, also after one that raised, and raise what was raised."""
+    errors: list[BaseException] = []
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:  # it is raised when the others have had their turn
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        # The interpreter prints the text of what is raised here, and nothing of the errors in a group.
+        raise BaseExceptionGroup("; ".join(map(describe, errors)), errors)
+
+
+def _warn_of(job: Job) -> None:
+    warnings.warn(
+        f'job "{job.name}" still runs at exit and is stopped; call env.close() or submit(autostop=True)',
+        RuntimeWarning,
+        stacklevel=1,
+    )
+
+
+def _wait_at_exit(job: Job) -> None:
+    try:
+        job.wait(job._interrupt_timeout_s + EXIT_GRACE_S)
+    except (SageError, TimeoutError) as error:
+        log.error("job failed at exit name=%r", job.name, exc_info=error)
 
 
 os.register_at_fork(after_in_child=JobManager._after_fork_in_child)

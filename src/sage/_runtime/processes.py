@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 COOKIE_VARIABLE = "SAGE_COOKIE"
 """Holds a chain `outer:inner:...` of tokens: one of the run, one of the service, and so on inwards."""
 
+GUARDIAN_VARIABLE = "SAGE_GUARDIAN"
+"""Marks a guardian and what it starts for its own work."""
+GUARDIAN_MARK = f"{GUARDIAN_VARIABLE}=".encode()
+
 TERM_GRACE_S = 2.0
 KILL_BOUND_S = 5.0
 """How long a kill may take to be seen; only a process that the kernel itself holds takes longer."""
@@ -24,7 +28,9 @@ LOADING_BOUND_S = 0.5
 LOADING_PAUSE_S = 0.005
 """How long a process may take to load its program, and how often that is looked at."""
 
+EXITING = 0x00000004
 KERNEL_THREAD = 0x00200000
+"""Flags of a process, PF_EXITING and PF_KTHREAD of the kernel."""
 
 _STATE, _PARENT, _SESSION, _FLAGS, _STARTED = 0, 1, 3, 6, 19
 """Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6, 9, 22 of proc(5))."""
@@ -85,6 +91,14 @@ def is_alive(one: Process) -> bool:
     return process(one.pid) == one
 
 
+def is_ending(one: Process) -> bool:
+    """Return whether a process has ended or is about to: whoever it was connected with may know before its parent."""
+    fields = _stat(one.pid)
+    if fields is None or int(fields[_STARTED]) != one.started:
+        return True
+    return fields[_STATE] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & EXITING)
+
+
 def parent_of(pid: int) -> int | None:
     """Return the pid of the parent, or None if the process has gone."""
     fields = _stat(pid)
@@ -141,6 +155,32 @@ def of_session(leader: Process) -> set[Process]:
         if fields is not None and int(fields[_SESSION]) == leader.pid and fields[_STATE] not in (b"Z", b"X"):
             found.add(Process(int(name), int(fields[_STARTED])))
     return found
+
+
+def descendants(root: Process) -> set[Process]:
+    """Return what a process started, and what that started, as long as those in between live.
+
+    This also finds what has thrown its environment away. A guardian is left out, as it has to outlive what it guards.
+    """
+    children: dict[int, list[Process]] = {}
+    for name in os.listdir("/proc"):
+        fields = _stat(int(name)) if name.isdecimal() else None
+        if fields is not None and fields[_STATE] not in (b"Z", b"X"):
+            children.setdefault(int(fields[_PARENT]), []).append(Process(int(name), int(fields[_STARTED])))
+    found: set[Process] = set()
+    todo = [root] if is_alive(root) else []
+    while todo:
+        for child in children.get(todo.pop().pid, ()):
+            if not _is_guardian(child.pid):
+                found.add(child)
+                todo.append(child)
+    return found
+
+
+def _is_guardian(pid: int) -> bool:
+    with suppress(OSError):
+        return any(variable.startswith(GUARDIAN_MARK) for variable in _read(f"/proc/{pid}/environ").split(b"\0"))
+    return False
 
 
 def with_descendants(roots: Iterable[Process], among: Iterable[Process]) -> set[Process]:

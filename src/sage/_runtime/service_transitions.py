@@ -14,6 +14,8 @@ from sage._runtime.lifecycle import (
     HEALTH_LEAST_S,
     KILL_EXIT_S,
     PAUSES,
+    READY_LEAST_S,
+    READY_LEAST_SHARE,
     READY_PAUSE_S,
     START_HOOKS,
     STOP_STATES,
@@ -59,12 +61,12 @@ class ServiceDraft(Draft):
                 if record.hook == event.hook:
                     self.take_hook(event)
             case ServiceDied():
-                if record.hook != "exit" and record.goal is not S.LOST:
+                if record.hook != "exit" and not record.has_died:
                     self.take_death(event)
             case ServiceFailed():
                 self.take_failure(event)
             case CleanupDeferred():
-                if record.goal is not S.LOST:
+                if not record.has_died:
                     self.change(event.service, hooks=record.hooks | {"cleanup"})
             case ExtendTimeout():
                 self.extend(event.service, event.seconds)
@@ -98,7 +100,7 @@ class ServiceDraft(Draft):
         elif self.stopping:
             pass  # advance() tears it down in its turn
         elif event.hook == "ready" and not event.value:
-            self.change(name, hook="ready-pause", due=self.now + READY_PAUSE_S)
+            self.change(name, hook="ready-pause", due=self.next_try(name))
         else:
             self.next_start_hook(name, event.hook)
 
@@ -119,7 +121,7 @@ class ServiceDraft(Draft):
         name, record = event.service, self.services[event.service]
         if record.hook not in (None, *PAUSES):
             self.do(Do.LOSE_HOOK, name, hook=record.hook, incarnation=record.incarnation)
-        self.change(name, hook=None, due=None, hooks=record.hooks & {"exit"})
+        self.change(name, hook=None, due=None, hooks=record.hooks & {"exit"}, has_died=True)
         self.worsen(name, S.LOST)
         job: JobState = self.get("job")
         needed = job is JobState.DRAINING and self.start.service_plans[name].options.required
@@ -184,6 +186,7 @@ class ServiceDraft(Draft):
             hook=None,
             again=False,
             goal=S.STOPPED,
+            has_died=False,
         )
         self.next_start_hook(name, "")
 
@@ -197,6 +200,13 @@ class ServiceDraft(Draft):
             self.watch(name)
         else:
             self.run_hook(name, hook, record.start_due)
+
+    def next_try(self, name: str) -> float:
+        """Return when `ready` is asked again, or the end of the start where there is no time for that."""
+        start_due = self.services[name].start_due
+        share_s = self.start.service_plans[name].options.start_timeout_s * READY_LEAST_SHARE
+        due = self.now + READY_PAUSE_S
+        return due if due + min(READY_LEAST_S, share_s) <= start_due else max(start_due, self.now)
 
     def watch(self, name: str) -> None:
         """Plan the next call of `health`."""
@@ -280,7 +290,7 @@ class ServiceDraft(Draft):
 
     def drain_service(self, name: str) -> None:
         self.move_service(name, S.DRAINING)
-        if self.services[name].goal is S.LOST:
+        if self.services[name].has_died:
             self.next_stop_hook(name, "cleanup")
             return
         self.run_bounded(name, "drain", self.start.service_plans[name].options.drain_timeout_s)
@@ -395,7 +405,7 @@ class ServiceDraft(Draft):
         elif hook == "health" and not self.stopping:
             self.service_failed(name, Trouble.LATE_HEALTH, hook)
             if not self.services[name].again:
-                self.worsen(name, S.KILLED if "exit" in record.hooks else S.ABANDONED)
+                self.worsen(name, self.late_end(name, hook))
         elif hook == "health":
             self.give_up(name, hook)
         elif hook == "exit":
@@ -415,13 +425,20 @@ class ServiceDraft(Draft):
         again = "exit" in record.hooks and self.may_restart(name)
         self.fail(Trouble.NOT_READY, name, hook, counts=required and not again and not self.stopping)
         self.change(name, again=again)
-        self.worsen(name, S.KILLED if "exit" in record.hooks else S.ABANDONED)
+        end = self.late_end(name, hook)
+        if end is S.KILLED or not again:
+            self.worsen(name, end)
         if required and not again:
             self.fail_job()
         self.next_stop_hook(name, "stop")
 
     def give_up(self, name: str, hook: str) -> None:
         """Note a hook that is late: its process is ended, or its thread left behind."""
-        has_exit = "exit" in self.services[name].hooks
-        self.fail(Trouble.LATE_HOOK, name, hook, text="its process was ended" if has_exit else "")
-        self.worsen(name, S.KILLED if has_exit else S.ABANDONED)
+        end = self.late_end(name, hook)
+        self.fail(Trouble.LATE_HOOK, name, hook, text="its process was ended" if end is S.KILLED else "")
+        self.worsen(name, end)
+
+    def late_end(self, name: str, hook: str) -> ServiceState:
+        """Return the end of a service whose hook is late: its process is ended, or its thread is left behind."""
+        is_local = hook in self.start.service_plans[name].local_hooks
+        return S.KILLED if "exit" in self.services[name].hooks and not is_local else S.ABANDONED

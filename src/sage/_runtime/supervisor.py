@@ -16,6 +16,7 @@ from sage.report import HookReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from threading import Condition
 
     from sage._runtime.backend import Backend, Host
     from sage._runtime.coroutines import CoroutineLoop
@@ -114,6 +115,10 @@ class Supervisor:
     def ask_to_stop(self) -> None:
         """Ask for the end of the job, draining what is in flight."""
         self.post(StopRequested(Way.DRAIN))
+
+    def wait_for(self, condition: Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for a condition as the backend has its threads wait."""
+        return self.backend.wait_for(self, condition, is_over, timeout_s)
 
     def crash(self, error: BaseException) -> None:
         """Give up after a bug in the supervision itself: whoever waits must be told, and not wait for ever."""

@@ -15,6 +15,7 @@ from sage._runtime.lifecycle import (
     Action,
     Begin,
     Do,
+    Failure,
     ServiceDied,
     ServiceFailed,
     ServiceRecord,
@@ -29,6 +30,7 @@ from sage._runtime.lifecycle import (
 )
 from sage._runtime.service_transitions import ServiceDraft
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, JobState, ServiceState, TaskState, Way
+from sage.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
     from sage._runtime.lifecycle import LifecycleEvent, TaskEvent
@@ -106,6 +108,8 @@ class _JobDraft(ServiceDraft):
         match event:
             case TaskOpened():
                 self.tasks[name] = replace(self.tasks[name], opened=True)
+            case TaskFailed() if self.takes_along(event.error):
+                pass
             case TaskFailed():
                 trouble = Trouble.CLOSE if event.closing else Trouble.TASK
                 self.fail(trouble, name, event.closing, event.error)
@@ -116,6 +120,23 @@ class _JobDraft(ServiceDraft):
                 self.move_task(name, TaskState.CLOSING, due=due if tasks_due is None else min(due, tasks_due))
             case TaskEnded():
                 self.move_task(name, event.state, due=None)
+
+    def takes_along(self, error: BaseException) -> bool:
+        """Return whether a service that died, and failed the job by that, is all that a task failed for; then say so.
+
+        Whether a task still hears of such a death is a matter of moments, and it is no second failure.
+        """
+        failures: tuple[Failure, ...] = self.get("failures")
+        reason: BaseException | None = error
+        while reason is not None:
+            for place, failure in enumerate(failures):
+                is_death = failure.trouble is Trouble.DIED and failure.counts
+                if is_death and isinstance(reason, ServiceUnavailableError) and reason.service == failure.name:
+                    known = replace(failure, caused=(*failure.caused, error))
+                    self.changes["failures"] = (*failures[:place], known, *failures[place + 1 :])
+                    return True
+            reason = reason.__cause__
+        return False
 
     def kill(self) -> None:
         """Give up on everything that has not ended."""

@@ -18,7 +18,7 @@ from sage.service import ServiceMethod
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of, predicate
 from sage.services.open_folder import OpenFolder
-from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error
+from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,6 +30,9 @@ SPACES = {"cosine": "cosine", "dot": "ip", "l2": "l2"}
 METRICS = {space: metric for metric, space in SPACES.items()}
 DIMENSION = "sage_dimension"
 """Where a collection of ours keeps its dimension, among its own metadata."""
+
+VANISHED = "Error finding id"
+"""What Chroma says where an entry was removed while it searched."""
 
 HEARTBEAT = "/api/v2/heartbeat"
 READ_MAX = 10_000
@@ -127,12 +130,11 @@ class ChromaStore(VectorStore):
             MissingExtraError: Chroma is not installed.
         """
         chromadb = load("chromadb", "chroma")
-        settings = {"anonymized_telemetry": False}
         if self.path is not None:
             self._address = f'Chroma folder "{self.path}"'
             self._folder = OpenFolder(self.path, "Chroma folder")
             with self._told():
-                self._client = chromadb.PersistentClient(path=self.path, settings=chromadb.Settings(**settings))
+                self._start(self.path)
         else:
             url = str(self.url.resolve() if isinstance(self.url, ServiceMethod) else self.url).rstrip("/")
             self._address = f"Chroma at {url}"
@@ -143,7 +145,7 @@ class ChromaStore(VectorStore):
                     host=url,
                     ssl=url.startswith("https:"),
                     headers=dict(headers),
-                    settings=chromadb.Settings(**settings),
+                    settings=chromadb.Settings(anonymized_telemetry=False),
                     tenant=self.tenant,
                     database=self.database,
                 )
@@ -189,6 +191,24 @@ class ChromaStore(VectorStore):
             raise closed_error(self)
         return self._client
 
+    def _start(self, path: str) -> None:
+        chromadb = load("chromadb", "chroma")
+        self._client = chromadb.PersistentClient(path=path, settings=chromadb.Settings(anonymized_telemetry=False))
+
+    def _reopen(self) -> None:
+        if self.path is None or self._folder is None:
+            return
+        client, self._client = self._client, None
+        self._found = {}
+        if client is not None:
+            client.close()
+        folder, self._folder = self._folder, None
+        try:
+            with self._told():
+                self._start(self.path)
+        finally:
+            self._folder = folder
+
     def _ask_first(self, url: str, headers: Mapping[str, str]) -> None:
         """Find out within the time-out whether the server answers and lets us in; the library leaks if it does not."""
         names = (quote(name, safe="") for name in (self.tenant, self.database))
@@ -209,7 +229,7 @@ class ChromaStore(VectorStore):
     def _refusal(self, code: int | None, text: str) -> ServiceError:
         if code in (401, 403):
             return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
-        return ServiceError(f"{self._address} has failed: {text}", fault="external")
+        return with_hint_of_room(ServiceError(f"{self._address} has failed: {text}", fault="external"))
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -348,6 +368,16 @@ class ChromaStore(VectorStore):
         return found
 
     def _nearest(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
+        try:
+            return self._queried(name, vectors, k, condition)
+        except ServiceError as error:
+            if VANISHED not in str(error):
+                raise
+        # Nothing is removed while this thread has the place of the writers, unless by another program.
+        with self._writing:
+            return self._queried(name, vectors, k, condition)
+
+    def _queried(self, name: str, vectors: Vectors, k: int, condition: Condition) -> list[list[Hit]]:
         where, is_exact = translated(condition)
         ids = None if is_exact else self._matching(name, condition)
         if ids == []:

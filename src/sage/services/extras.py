@@ -18,7 +18,7 @@ _importing = threading.RLock()
 
 
 class MissingExtraError(ServiceError, ImportError):
-    """A library cannot be imported that the service needs; the note says how to install it."""
+    """A library cannot be imported that is needed; it names the extra, and the note says how to install it."""
 
 
 def load(module: str, extra: str) -> ModuleType:
@@ -35,5 +35,7 @@ def load(module: str, extra: str) -> ModuleType:
         with _importing:
             return import_module(module)
     except ImportError as error:
-        missing = MissingExtraError(f'module "{module}" cannot be imported: {error}', fault="user")
+        # Whoever shows the message alone shows the extra too.
+        text = f'module "{module}" of the extra "{extra}" cannot be imported: {error}'
+        missing = MissingExtraError(text, fault="user")
         raise hint(missing, f'Install it with: pip install "sage-dataflow[{extra}]"') from error

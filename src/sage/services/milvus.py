@@ -13,7 +13,7 @@ from sage.service import ServiceMethod
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of
 from sage.services.open_folder import OpenFolder
-from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error
+from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -110,43 +110,26 @@ class MilvusStore(VectorStore):
             ValueError: the store's own collection has another dimension or metric.
             MissingExtraError: Milvus is not installed.
         """
-        client = load("pymilvus", "milvus").MilvusClient
+        load("pymilvus", "milvus")
         with self._opening():
             if self.path is None:
                 uri = str(self.uri.resolve() if isinstance(self.uri, ServiceMethod) else self.uri)
                 self._address = f"Milvus at {uri}"
             else:
-                uri = self._open_folder(self.path)
-            options: dict[str, Any] = {} if self._token is None else {"token": self._token}
-            # The library keeps connections that clients share for the life of the process.
-            options |= {"db_name": self.database, "dedicated": True}
-            self._client = client(uri=uri, timeout=self.timeout_s, **options)
-            # The connection alone shows neither the token nor the database to be right.
-            self._client.list_collections(timeout=self.timeout_s)
+                self._address = f'Milvus folder "{self.path}"'
+                self._folder = OpenFolder(self.path, "Milvus folder")
+                uri = self._start(self.path)
+            self._connect(uri)
         self._check_own_collection()
 
     def cleanup(self) -> None:
         """Close the folder or the connection."""
-        client, self._client = self._client, None
-        server, self._server = self._server, None
-        threads, self._threads = self._threads, None
-        files, self._files = self._files, None
         folder, self._folder = self._folder, None
-        self._found, self._unflushed = {}, set()
         try:
-            if client is not None:
-                client.close()
-            if server is not None:
-                server.stop(grace=STOP_S).wait()
-            if threads is not None:
-                threads.shutdown()
+            self._end()
         finally:
-            try:
-                if files is not None:
-                    files.close()
-            finally:
-                if folder is not None:
-                    folder.close()
+            if folder is not None:
+                folder.close()
 
     def health(self) -> bool:
         """Return whether Milvus answers."""
@@ -167,19 +150,29 @@ class MilvusStore(VectorStore):
             raise closed_error(self)
         return self._client
 
-    def _open_folder(self, path: str) -> str:
+    def _connect(self, uri: str) -> None:
+        client = load("pymilvus", "milvus").MilvusClient
+        options: dict[str, Any] = {} if self._token is None else {"token": self._token}
+        # The library keeps connections that clients share for the life of the process, and gRPC goes on for 20 s with
+        # one that nobody waits for any more.
+        attempt = {"grpc.min_reconnect_backoff_ms": max(int(1_000 * self.timeout_s), 1)}
+        options |= {"db_name": self.database, "dedicated": True, "grpc_options": attempt}
+        self._client = client(uri=uri, timeout=self.timeout_s, **options)
+        # The connection alone shows neither the token nor the database to be right.
+        self._client.list_collections(timeout=self.timeout_s)
+
+    def _start(self, path: str) -> str:
         """Start Milvus Lite in this process and return its address.
 
         It is not left to the client, which hides why a folder cannot be opened and does not wait for the end.
         """
-        self._address = f'Milvus folder "{path}"'
         grpc, servicers = load("grpc", "milvus"), load("milvus_lite.adapter.grpc.servicer", "milvus")
         register = load("pymilvus.grpc_gen.milvus_pb2_grpc", "milvus").add_MilvusServiceServicer_to_server
-        self._folder = OpenFolder(path, "Milvus folder")
         try:
             self._files = load("milvus_lite.db", "milvus").MilvusLite(path)
         except (OSError, load("milvus_lite.exceptions", "milvus").MilvusLiteError) as error:
-            raise ServiceError(f"{self._address} cannot be opened: {error}", fault="external") from error
+            refused = ServiceError(f"{self._address} cannot be opened: {error}", fault="external")
+            raise with_hint_of_room(refused) from error
         # gRPC does not end the threads that it is given.
         self._threads = ThreadPoolExecutor(THREADS_MAX, "milvus-lite")
         sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES_MAX) for way in ("send", "receive")]
@@ -188,6 +181,36 @@ class MilvusStore(VectorStore):
         port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
         return f"http://127.0.0.1:{port}"
+
+    def _end(self) -> None:
+        client, self._client = self._client, None
+        server, self._server = self._server, None
+        threads, self._threads = self._threads, None
+        files, self._files = self._files, None
+        self._found, self._unflushed = {}, set()
+        try:
+            if client is not None:
+                client.close()
+            if server is not None:
+                server.stop(grace=STOP_S).wait()
+            if threads is not None:
+                threads.shutdown()
+        finally:
+            if files is not None:
+                files.close()
+
+    def _reopen(self) -> None:
+        if self.path is None or self._folder is None:
+            return
+        with suppress(OSError):  # what could not be written before, cannot be written now either
+            self._end()
+        try:
+            with self._told():
+                self._connect(self._start(self.path))
+        except BaseException:
+            with suppress(OSError):
+                self._end()
+            raise
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
@@ -208,6 +231,9 @@ class MilvusStore(VectorStore):
         except grpc.RpcError as error:
             raise self._refusal(error.code().name, error.details() or "", error) from error
         except library.MilvusException as error:
+            cause = error.__cause__
+            if isinstance(cause, grpc.RpcError):  # the library says of every reason alone that it cannot connect
+                raise self._refusal(cause.code().name, cause.details() or "", error) from error
             code = "UNAVAILABLE" if self._is_unavailable(error) else ""
             raise self._refusal(code, error.message, error) from error
 
@@ -219,7 +245,7 @@ class MilvusStore(VectorStore):
             return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
         if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
             return ServiceUnavailableError(f"{self._address} does not answer: {text}", fault="external")
-        return ServiceError(f"{self._address} has failed: {text or error}", fault="external")
+        return with_hint_of_room(ServiceError(f"{self._address} has failed: {text or error}", fault="external"))
 
     # --- collections ---
 
@@ -273,7 +299,7 @@ class MilvusStore(VectorStore):
     def _ready(self, name: str) -> None:
         """Have what was written in a form that can be searched fast; a server does so by itself."""
         if self.path is not None and name in self._unflushed:
-            with self._writing:
+            with self._changing(), self._told():
                 if name in self._unflushed:
                     self._open.flush(name, timeout=self.timeout_s)
                     self._unflushed.discard(name)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from sage.errors import ServiceError, ServiceUnavailableError, hint
+from sage.services.log_hold import LogHold, warn_if_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,13 +62,14 @@ class SqliteFile:
         self._schema = schema
         self._is_exclusive = is_exclusive
         self._idle: list[sqlite3.Connection] = []
+        self._hold: LogHold | None = None
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._openings = 0
         self._is_open = False
 
     def open(self) -> None:
-        """Open the file and make its tables.
+        """Open the file and make its tables; where a program ended without closing it, the log says so.
 
         Raises:
             ServiceError: it cannot be opened or is no database, or its tables are of a newer version.
@@ -76,12 +78,14 @@ class SqliteFile:
             # SQLite would call it an error of the disk where the file is exclusive.
             what, note = PROBLEMS[sqlite3.SQLITE_READONLY]
             raise hint(ServiceError(f'file "{self.path}" {what}: no permission', fault="external"), note)
+        warn_if_left(self.path)
         with self._lock:
             self._openings += 1
             self._is_open = True
         try:
             with self.writing() as connection:
                 self._make_tables(connection)
+                self._hold = LogHold(self.path)
         except BaseException:
             self.close()
             raise
@@ -91,8 +95,11 @@ class SqliteFile:
         with self._lock:
             self._is_open = False
             idle, self._idle = self._idle, []
+            hold, self._hold = self._hold, None
         for connection in idle:
             connection.close()
+        if hold is not None:
+            hold.close()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

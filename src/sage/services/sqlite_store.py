@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sqlite3
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sage.errors import ServiceError, hint
+from sage.errors import ServiceError
 from sage.services.extras import load
+from sage.services.log_hold import LogHold, warn_if_left
 from sage.services.numpy_store import Shelf
-from sage.services.vector_store import Rows, Shape, VectorStore, closed_error
+from sage.services.vector_store import Rows, Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sage.services.filters import Condition
     from sage.services.vector_store import Entry, Hit, Metric, Vectors
-
-log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53414745
 """Marks the file as one of SAGE: the four letters."""
@@ -70,6 +68,7 @@ class SqliteStore(VectorStore):
         self.path = os.path.abspath(os.fspath(path))
         self.timeout_s = timeout_s
         self._database: sqlite3.Connection | None = None
+        self._hold: LogHold | None = None
         self._lock = threading.RLock()
         self._shelves: dict[str, Shelf] = {}
         self._numbers: dict[str, int] = {}
@@ -84,23 +83,25 @@ class SqliteStore(VectorStore):
             MissingExtraError: numpy is not installed.
         """
         load("numpy", "vector")
-        if os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal"):
-            text = "store is in use, or was not closed: what was being written then may be missing path=%s"
-            log.warning(text, self.path)
+        warn_if_left(self.path)
         with self._told("open"):
             self._database = sqlite3.connect(
                 self.path, timeout=self.timeout_s, isolation_level=None, check_same_thread=False
             )
             self._prepare(self._database)
+            self._hold = LogHold(self.path)
         self._check_own_collection()
 
     def cleanup(self) -> None:
         """Close the file; what SQLite keeps beside it is gone when the last program has closed it."""
         with self._lock:
             database, self._database = self._database, None
+            hold, self._hold = self._hold, None
             self._shelves = {}
             if database is not None:
                 database.close()
+            if hold is not None:
+                hold.close()
 
     def health(self) -> bool:
         """Return whether the file can be read."""
@@ -144,9 +145,7 @@ class SqliteStore(VectorStore):
             if isinstance(error, ServiceError):
                 raise
             refused = ServiceError(f'cannot {what} the vector store "{self.path}": {error}', fault="external")
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-                hint(refused, "The disk is full. Nothing of this call was stored; what was there before still is.")
-            raise refused from error
+            raise with_hint_of_room(refused) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

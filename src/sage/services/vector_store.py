@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import threading
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from sage.errors import ServiceUnavailableError, hint, short
+from sage.errors import ServiceError, ServiceUnavailableError, hint, short
 from sage.services.extras import load
 from sage.services.filters import NEVER, condition_of, matches, problem_of
 from sage.services.measures import MeasuredService
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
@@ -39,6 +40,12 @@ Metric = Literal["cosine", "dot", "l2"]
 
 COLLECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{1,98}[A-Za-z0-9]", re.ASCII)
 """What Chroma and Milvus both take."""
+
+NO_ROOM = (
+    *("no space left", "file too large", "disk is full", "disk i/o error", "disk quota exceeded"),
+    "failed to apply logs",
+)
+"""What libraries say where a disk is full, in small letters; the last is all that Chroma says of its own files."""
 
 
 class DuplicateIdError(ValueError):
@@ -138,6 +145,7 @@ class VectorStore(MeasuredService, ABC):
         self.metric: Metric = metric
         self.collection = _collection_name(collection)
         self._writing = threading.RLock()
+        self._is_broken = False
 
     # --- what users call ---
 
@@ -198,7 +206,7 @@ class VectorStore(MeasuredService, ABC):
             raise hint(ValueError("delete is given neither ids nor a filter"), "delete(where={}) removes all entries.")
         given = None if ids is None else _checked_ids(ids, may_repeat=True)
         condition = condition_of(where)
-        with self.measured("delete", 1 if given is None else len(given)), self._writing:
+        with self.measured("delete", 1 if given is None else len(given)), self._changing():
             name, shape = self._find(collection)
             if shape is None or condition == NEVER:
                 return 0
@@ -278,11 +286,12 @@ class VectorStore(MeasuredService, ABC):
     def collections(self) -> list[str]:
         """Return the names of the collections, in order."""
         with self.measured("collections"):
+            self._mend()
             return sorted(self._names())
 
     def drop(self, collection: str) -> bool:
         """Remove a collection with all its entries, and return whether there was one."""
-        with self.measured("drop"), self._writing:
+        with self.measured("drop"), self._changing():
             name = _collection_name(collection)
             if self._shape(name) is None:
                 return False
@@ -291,7 +300,7 @@ class VectorStore(MeasuredService, ABC):
 
     def flush(self) -> None:
         """Return when everything is on the disk, so that it outlasts a crash of the machine too."""
-        with self.measured("flush"), self._writing:
+        with self.measured("flush"), self._changing():
             self._flush()
 
     def process(self, data: ArrayLike) -> list[Hit]:
@@ -356,6 +365,32 @@ class VectorStore(MeasuredService, ABC):
     def _flush(self) -> None:
         """Bring everything to the disk, where that is not done already."""
 
+    def _reopen(self) -> None:
+        """Open the engine anew, where one in this process must not be used after a change that failed.
+
+        With half of a change, Milvus Lite loses later ones and Chroma waits for ever; opening makes both recover.
+        """
+
+    # --- changes ---
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let one thread at a time make a change, and remember if the engine has failed to."""
+        with self._writing:
+            self._mend()
+            try:
+                yield
+            except ServiceError:
+                self._is_broken = True
+                raise
+
+    def _mend(self) -> None:
+        if self._is_broken:
+            with self._writing:
+                if self._is_broken:
+                    self._reopen()
+                    self._is_broken = False
+
     # --- the checks ---
 
     def _check_own_collection(self) -> None:
@@ -383,7 +418,7 @@ class VectorStore(MeasuredService, ABC):
         name = self.collection if collection is None else _collection_name(collection)
         if not rows.ids:
             return
-        with self._writing:
+        with self._changing():
             shape = self._shape(name)
             expected = self.dimension if shape is None and name == self.collection else shape and shape.dimension
             found = rows.vectors.shape[1]
@@ -417,6 +452,7 @@ class VectorStore(MeasuredService, ABC):
 
     def _find(self, collection: str | None) -> tuple[str, Shape | None]:
         """Return the name and the shape of a collection that is read; only the own one may not be there yet."""
+        self._mend()
         name = self.collection if collection is None else _collection_name(collection)
         shape = self._shape(name)
         if shape is None and name != self.collection:
@@ -428,6 +464,13 @@ class VectorStore(MeasuredService, ABC):
 def closed_error(store: VectorStore) -> ServiceUnavailableError:
     """Return the error for a call of a store that is not open."""
     return hint(ServiceUnavailableError(f"{type(store).__name__} is not open"), "Call setup() first.")
+
+
+def with_hint_of_room(error: ServiceError) -> ServiceError:
+    """Return an error with what helps, where its text tells of a full disk."""
+    if any(text in str(error).lower() for text in NO_ROOM):
+        hint(error, "Is the disk full? Make room, and write the rows of this call again; earlier ones are still there.")
+    return error
 
 
 def _rows(

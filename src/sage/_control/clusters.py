@@ -1,0 +1,104 @@
+"""What the command `sage cluster` does with the Ray that is kept on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sage._backends.ray_cluster import cluster
+from sage._hosts.guard import runs_folder
+from sage._hosts.local_ray import check_ray
+from sage._hosts.warm_ray import WARM, warm_ray
+from sage._runtime.journal import make_private
+from sage.errors import ControlError, hint
+from sage.services.extras import load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sage._hosts.warm_ray import Warm
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What runs: the Ray that is kept, its nodes that live, and what it has in all and has to give now."""
+
+    warm: Warm
+    nodes: tuple[str, ...]
+    total: dict[str, float]
+    free: dict[str, float]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield names and texts for a person."""
+        yield "address", self.warm.address
+        yield "nodes", f"{len(self.nodes)}: {', '.join(self.nodes)}"
+        yield "CPUs", f"{self.total.get('CPU', 0):g}, {self.free.get('CPU', 0):g} free"
+        for name, key in (("memory", "memory"), ("objects", "object_store_memory")):
+            yield name, f"{self.total.get(key, 0) / GIB:.1f} GiB, {self.free.get(key, 0) / GIB:.1f} GiB free"
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.warm.began_at))
+        yield "since", f"{began}, kept by process {self.warm.keeper.pid}"
+        yield "folder", self.warm.folder
+
+
+def start_warm_ray() -> str:
+    """Start the process that keeps a Ray, and return the address as soon as it is up.
+
+    Raises:
+        MissingExtraError: Ray is not installed, or not in a supported version.
+        ControlError: it could not be started.
+        PermissionError: the folder where it would be noted is not safe from others.
+    """
+    check_ray()
+    make_private(runs_folder())
+    with tempfile.TemporaryFile() as output:
+        keeper = subprocess.Popen(
+            [sys.executable, "-m", "sage._hosts.warm_ray"],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            start_new_session=True,
+        )
+        assert keeper.stdout is not None
+        try:
+            with keeper.stdout:
+                line = keeper.stdout.readline()
+        except BaseException:
+            keeper.terminate()  # it ends what it has started
+            keeper.wait()
+            raise
+        if not line:
+            error = ControlError(f"the process that keeps the cluster ended with code {keeper.wait()}")
+            output.seek(0)
+            raise hint(error, output.read().decode(errors="replace").strip())
+    answer: dict[str, Any] = json.loads(line)
+    if "error" in answer:
+        keeper.wait()
+        failed = ControlError(answer["error"])
+        for note in answer["notes"]:
+            failed.add_note(note)
+        raise failed
+    keeper.returncode = 0  # it stays, and is nobody's child from now on
+    return str(answer["address"])
+
+
+def facts() -> Facts | None:
+    """Return what the Ray that is kept says of itself, or None if there is none.
+
+    Raises:
+        ServerUnreachableError: its process is there, but Ray does not answer.
+    """
+    warm = warm_ray()
+    if warm is None:
+        return None
+    with cluster(WARM):
+        ray = load("ray", "ray")
+        nodes = tuple(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        return Facts(warm, nodes, ray.cluster_resources(), ray.available_resources())

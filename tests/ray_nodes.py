@@ -1,0 +1,119 @@
+"""Clusters that the code under test did not start: a head and more nodes, each with a raylet, on this machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from sage._runtime.processes import COOKIE_VARIABLE, Process, carriers, end_all, of_session, process
+
+START_TIMEOUT_S = 120.0
+STARTS_MAX = 3
+HEALTH_CHECK = {"initial_delay_ms": "0", "period_ms": "500", "timeout_ms": "1000", "failure_threshold": "3"}
+
+
+def known(pid: int) -> Process:
+    found = process(pid)
+    assert found is not None
+    return found
+
+
+class Node:
+    """One node, with all its processes in one session."""
+
+    def __init__(self, leader: Process, address: str) -> None:
+        self.leader = leader
+        self.address = address
+
+    def processes(self) -> set[Process]:
+        return of_session(self.leader)
+
+    def process(self, program: str) -> Process:
+        """Return the process of this node that runs a program, such as "raylet" or "gcs_server"."""
+        named = {one for one in self.processes() if Path(f"/proc/{one.pid}/comm").read_text().strip() == program}
+        (found,) = named
+        return found
+
+
+class GivenCluster:
+    """A cluster with a token, in a folder that is as short as Ray needs it.
+
+    Attributes:
+        address: host and port of its head.
+        token_path: the file of its token.
+        nodes: the head, and the nodes that were added, in order.
+    """
+
+    def __init__(self, cpus_count: int = 2) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="sr"))
+        self.token = secrets.token_hex(16)
+        self.token_path = self.folder / "token"
+        self.token_path.touch(0o600)
+        self.token_path.write_text(self.token)
+        self.nodes: list[Node] = []
+        self._cookie = secrets.token_hex(8)
+        try:
+            self._start(
+                "127.0.1.1", cpus_count, "--head", "--port", "0", "--include-dashboard", "false", "--no-monitor"
+            )
+        except BaseException:
+            self.end()
+            raise
+        self.address = (self.folder / "0" / "ray_current_cluster").read_text().strip()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a driver has to have in its environment to be let in."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
+
+    def add_node(self, cpus_count: int = 2) -> Node:
+        """Start another node, which has an address of its own."""
+        host = f"127.0.1.{len(self.nodes) + 1}"
+        # One log monitor serves all nodes of a machine.
+        return self._start(host, cpus_count, "--address", self.address, "--include-log-monitor", "false")
+
+    def processes(self) -> set[Process]:
+        found = carriers(self._cookie)
+        for node in self.nodes:
+            found |= node.processes()
+        return found
+
+    def end(self) -> None:
+        left = end_all(self.processes, 0.2).left
+        rmtree(self.folder)
+        assert not left
+
+    def _start(self, host: str, cpus_count: int, *words: str) -> Node:
+        """Start a node, again if it is not up within the 30 s that Ray gives it."""
+        for _ in range(STARTS_MAX):
+            node, output = self._try(host, cpus_count, *words)
+            if output is None:
+                self.nodes.append(node)
+                return node
+            end_all(node.processes, 0.2)
+            rmtree(self.folder / str(len(self.nodes)), ignore_errors=True)
+        raise AssertionError(output)
+
+    def _try(self, host: str, cpus_count: int, *words: str) -> tuple[Node, str | None]:
+        """Run `ray start`, and return the node and, if it failed, the output."""
+        command: list[str] = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", host, *words]
+        command += ["--temp-dir", str(self.folder / str(len(self.nodes))), "--num-cpus", str(cpus_count)]
+        command += ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "100000000"]
+        command += ["--dashboard-agent-listen-port", "0", "--disable-usage-stats"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {f"RAY_health_check_{name}": value for name, value in HEALTH_CHECK.items()}
+        environment |= {**self.variables, COOKIE_VARIABLE: self._cookie}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with (self.folder / f"log{len(self.nodes)}").open("w+b") as output:
+            pipes["stdout"] = output
+            starting = subprocess.Popen(command, env=environment, cwd="/", start_new_session=True, **pipes)
+            node = Node(known(starting.pid), host)
+            code = starting.wait(START_TIMEOUT_S)
+            output.seek(0)
+            return node, output.read().decode() if code else None
