@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from sage import (
     DataStream,
     DuplicateNameError,
     FilterFunction,
+    FlatMapFunction,
     GraphError,
     LocalEnvironment,
     MapFunction,
     RemoteEnvironment,
+    Retry,
     ServiceOptions,
     SinkFunction,
     SourceFunction,
@@ -450,6 +453,49 @@ def test_names_of_kept_services_can_be_read() -> None:
     with pytest.raises(TypeError, match="keep_services is None") as caught:
         env.submit(autostop=True, keep_services=None)  # type: ignore[arg-type]
     assert "True, False or names" in note_of(caught.value)
+
+
+async def endless() -> AsyncIterator[int]:
+    while True:
+        yield 1
+
+
+async def each(record: int) -> AsyncIterator[int]:
+    yield record
+
+
+class EachOf(FlatMapFunction):
+    async def execute(self, data: int) -> AsyncIterator[int]:  # type: ignore[override]
+        yield data
+
+
+@pytest.mark.parametrize(
+    ("build", "label"),
+    [
+        (lambda env: env.from_batch(endless), "from_batch(endless): endless"),
+        (lambda env: env.from_source(endless), "from_source(endless): endless"),
+        (lambda env: env.from_batch([1]).flatmap(each), "flatmap(each): each"),
+        (lambda env: env.from_batch([1]).flatmap(EachOf), "flatmap(EachOf): execute"),
+        (lambda env: env.from_batch([1]).map(partial(each)), "map(partial): partial"),
+    ],
+)
+def test_asynchronous_generator_functions_are_refused(build: Callable[[LocalEnvironment], Any], label: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        build(LocalEnvironment("test"))
+    assert str(caught.value) == f"{label} is an asynchronous generator function"
+    assert "returns a list" in note_of(caught.value)
+
+
+def test_dead_letters_belong_to_the_environment_that_handles_them() -> None:
+    """Otherwise they would go to whatever has the same number in the other graph."""
+    other = LocalEnvironment("other")
+    letters = other.dead_letters()
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match="on_error: the streams belong to two environments"):
+        env.from_batch([1], on_error=letters)
+    stream = env.from_batch([1])
+    with pytest.raises(GraphError, match="on_error: the streams belong to two environments"):
+        stream.map(str, on_error=Retry(then=letters))
 
 
 def test_what_serves_is_a_function() -> None:

@@ -31,6 +31,8 @@ def error_policy(builder: GraphBuilder, on_error: Any) -> ErrorPolicy:
         return ErrorPolicy(last.then, last.letters, on_error)
     if isinstance(on_error, str) and on_error in POLICIES:
         return ErrorPolicy(on_error)
+    if isinstance(on_error, DataStream):
+        _check_stream(builder, "on_error", on_error)
     if isinstance(on_error, DataStream) and builder.node(on_error._id).kind is Kind.LETTERS:
         return ErrorPolicy("letters", on_error._id)
     error = GraphError(f"on_error is {on_error!r}")
