@@ -110,6 +110,7 @@ Build = Callable[[DataStream], Any]
         (lambda s: s.keyby(lambda x: x, strategy="modulo"), "strategy is 'modulo'", "hash, broadcast, round_robin"),
         (lambda s: s.keyby(lambda x: x).reduce(max, emit="all"), "reduce: emit is 'all'", 'It is "each" or "last"'),
         (lambda s: s.fill_future(s), "is filled, but it is no future", "env.from_future(name)"),
+        (lambda s: s.reduce(max), 'reduce: the stream ("source") has no keys', "Call keyby(...)"),
         (lambda s: s.connect(s).join(lambda *_: []), "has no keys", "Call keyby(...)"),
         (lambda s: s.map(len, on_error="retry"), "on_error is 'retry'", 'It is "fail", "skip"'),
     ],
