@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from sage import (
     DataStream,
     DuplicateNameError,
     FilterFunction,
+    FlatMapFunction,
     GraphError,
     LocalEnvironment,
     MapFunction,
     RemoteEnvironment,
+    Retry,
     ServiceOptions,
     SinkFunction,
     SourceFunction,
@@ -108,6 +111,7 @@ Build = Callable[[DataStream], Any]
         (lambda s: s.keyby(lambda x: x, strategy="modulo"), "strategy is 'modulo'", "hash, broadcast, round_robin"),
         (lambda s: s.keyby(lambda x: x).reduce(max, emit="all"), "reduce: emit is 'all'", 'It is "each" or "last"'),
         (lambda s: s.fill_future(s), "is filled, but it is no future", "env.from_future(name)"),
+        (lambda s: s.reduce(max), 'reduce: the stream ("source") has no keys', "Call keyby(...)"),
         (lambda s: s.connect(s).join(lambda *_: []), "has no keys", "Call keyby(...)"),
         (lambda s: s.map(len, on_error="retry"), "on_error is 'retry'", 'It is "fail", "skip"'),
     ],
@@ -461,6 +465,49 @@ def test_names_of_kept_services_can_be_read() -> None:
     with pytest.raises(TypeError, match="keep_services is None") as caught:
         env.submit(autostop=True, keep_services=None)  # type: ignore[arg-type]
     assert "True, False or names" in note_of(caught.value)
+
+
+async def endless() -> AsyncIterator[int]:
+    while True:
+        yield 1
+
+
+async def each(record: int) -> AsyncIterator[int]:
+    yield record
+
+
+class EachOf(FlatMapFunction):
+    async def execute(self, data: int) -> AsyncIterator[int]:  # type: ignore[override]
+        yield data
+
+
+@pytest.mark.parametrize(
+    ("build", "label"),
+    [
+        (lambda env: env.from_batch(endless), "from_batch(endless): endless"),
+        (lambda env: env.from_source(endless), "from_source(endless): endless"),
+        (lambda env: env.from_batch([1]).flatmap(each), "flatmap(each): each"),
+        (lambda env: env.from_batch([1]).flatmap(EachOf), "flatmap(EachOf): execute"),
+        (lambda env: env.from_batch([1]).map(partial(each)), "map(partial): partial"),
+    ],
+)
+def test_asynchronous_generator_functions_are_refused(build: Callable[[LocalEnvironment], Any], label: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        build(LocalEnvironment("test"))
+    assert str(caught.value) == f"{label} is an asynchronous generator function"
+    assert "returns a list" in note_of(caught.value)
+
+
+def test_dead_letters_belong_to_the_environment_that_handles_them() -> None:
+    """Otherwise they would go to whatever has the same number in the other graph."""
+    other = LocalEnvironment("other")
+    letters = other.dead_letters()
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match="on_error: the streams belong to two environments"):
+        env.from_batch([1], on_error=letters)
+    stream = env.from_batch([1])
+    with pytest.raises(GraphError, match="on_error: the streams belong to two environments"):
+        stream.map(str, on_error=Retry(then=letters))
 
 
 def test_what_serves_is_a_function() -> None:

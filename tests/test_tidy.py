@@ -51,6 +51,7 @@ BROAD_HANDLERS = {
     "_ray/streams.py": "the job fails by what another process could not take in",
     "_runtime/job.py": "a handler of the program's own raised: the job ends first, then it goes on",
     "_runtime/manager.py": "what is left to do at the interpreter's exit is done, whatever the rest of it raised",
+    "_runtime/partition.py": "a key raised when it was asked for its hash: the error names who gave it",
     "_runtime/task.py": "a task owns whatever its operators raise",
     "service.py": "a deferred callback that raised does not keep the others from being called",
     "environment.py": "the error that ended a with block must not be hidden by the end of the job",

@@ -101,7 +101,7 @@ class Environment:
 
         Args:
             function: a `SourceFunction` class, a callable without arguments or a `Source`. It returns a record, None
-                for nothing now, or a `StopSignal` at the end.
+                for nothing now, or a `StopSignal` at the end. A generator function yields them.
             *args: arguments of the class or function.
             delay: pause between two records, in seconds; without it nothing sleeps.
             lockstep: whether one record at a time goes through the whole job.

@@ -36,7 +36,7 @@ class Event:
     Attributes:
         at: when, in seconds since the epoch.
         subject: what changed: "job", "task" or "service".
-        name: the name of it.
+        name: the name of it; empty for the job.
         before: the state it left.
         after: the state it entered.
     """
@@ -48,7 +48,8 @@ class Event:
     after: str
 
     def __str__(self) -> str:
-        return f'{self.subject} "{self.name}": {self.before} -> {self.after}'
+        what = f'{self.subject} "{self.name}"' if self.name else self.subject
+        return f"{what}: {self.before} -> {self.after}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ def error_policy(builder: GraphBuilder, on_error: Any) -> ErrorPolicy:
         return ErrorPolicy(last.then, last.letters, on_error)
     if isinstance(on_error, str) and on_error in POLICIES:
         return ErrorPolicy(on_error)
+    if isinstance(on_error, DataStream):
+        _check_stream(builder, "on_error", on_error)
     if isinstance(on_error, DataStream) and builder.node(on_error._id).kind is Kind.LETTERS:
         return ErrorPolicy("letters", on_error._id)
     error = GraphError(f"on_error is {on_error!r}")
@@ -366,6 +368,42 @@ class DataStream:
 
     key_by = keyby
 
+    def reduce(
+        self,
+        function: Callable[[Any, Any], Any],
+        *,
+        emit: Literal["each", "last"] = "each",
+        parallelism: int | None = None,
+        name: str | None = None,
+        on_error: Any = None,
+    ) -> KeyedStream:
+        """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
+
+        The stream has to be keyed.
+
+        Args:
+            function: takes what was combined so far and the next record.
+            emit: "each" emits the combined value after every record, "last" once for each key at the end.
+            parallelism: see the class.
+            name: see the class.
+            on_error: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or `emit` is neither.
+
+        >>> from sage.testing import run
+        >>> run("abab", lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: a + b, emit="last"))
+        ['aa', 'bb']
+        """
+        if emit not in ("each", "last"):
+            raise hint(GraphError(f"reduce: emit is {emit!r}"), 'It is "each" or "last".')
+        _check_keyed(self._builder, "reduce: the stream", self)
+        spec = function_spec(Kind.REDUCE, function, (), {})
+        id_ = self._then(
+            Kind.REDUCE, spec, parallelism=parallelism, name=name, on_error=on_error, emit_each=emit == "each"
+        )
+        return KeyedStream(self._builder, id_)
+
     def broadcast(self) -> DataStream:
         """Send every record to all parallel tasks of the next operator."""
         return self._stream(self._then(Kind.UNION, None, name=None, route=Route.BROADCAST))
@@ -412,36 +450,6 @@ class DataStream:
 class KeyedStream(DataStream):
     """A stream whose records have keys; `self.ctx.get_key()` in a function class tells that of the record in hand."""
 
-    def reduce(
-        self,
-        function: Callable[[Any, Any], Any],
-        *,
-        emit: Literal["each", "last"] = "each",
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-    ) -> KeyedStream:
-        """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
-
-        Args:
-            function: takes what was combined so far and the next record.
-            emit: "each" emits the combined value after every record, "last" once for each key at the end.
-            parallelism: see `DataStream`.
-            name: see `DataStream`.
-            on_error: see `DataStream`.
-
-        >>> from sage.testing import run
-        >>> run("abab", lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: a + b, emit="last"))
-        ['aa', 'bb']
-        """
-        if emit not in ("each", "last"):
-            raise hint(GraphError(f"reduce: emit is {emit!r}"), 'It is "each" or "last".')
-        spec = function_spec(Kind.REDUCE, function, (), {})
-        id_ = self._then(
-            Kind.REDUCE, spec, parallelism=parallelism, name=name, on_error=on_error, emit_each=emit == "each"
-        )
-        return KeyedStream(self._builder, id_)
-
 
 class ConnectedStreams:
     """Two or more streams as the inputs of one operator, which ends when all of them have ended."""
@@ -487,10 +495,7 @@ class ConnectedStreams:
         if len(self._streams) != 2:
             raise GraphError(f"join: {len(self._streams)} streams are connected, but it takes exactly 2")
         for number, stream in enumerate(self._streams):
-            if not isinstance(stream, KeyedStream):
-                label = self._builder.node(stream._id).name
-                error = GraphError(f'join: input {number} ("{label}") has no keys')
-                raise hint(error, "Call keyby(...) on both streams, or on the connected ones, before join.")
+            _check_keyed(self._builder, f"join: input {number}", stream)
         spec = function_spec(Kind.JOIN, function, args, kwargs)
         return self._join(Kind.JOIN, spec, parallelism, name, on_error)
 
@@ -542,6 +547,12 @@ def _check_stream(builder: GraphBuilder, method: str, stream: object) -> None:
     if stream._builder is not builder:
         error = GraphError(f"{method}: the streams belong to two environments")
         raise hint(error, "Build both in the same environment.")
+
+
+def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream) -> None:
+    if not isinstance(stream, KeyedStream):
+        error = GraphError(f'{label} ("{builder.node(stream._id).name}") has no keys')
+        raise hint(error, "Call keyby(...) before it, on each of the streams.")
 
 
 def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:

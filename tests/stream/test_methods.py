@@ -191,6 +191,68 @@ def test_a_drain_takes_its_whole_bound_of_virtual_time() -> None:
     assert 20.0 <= backend.now() - stopped_at_s[0] < 20.0 + 100 * STEP_S
 
 
+def test_a_generator_function_is_a_source_that_ends_with_it(backend: Backends) -> None:
+    """None is nothing now, as for other functions of `from_source`, and a `StopSignal` the end."""
+    closed: list[str] = []
+
+    def ticks(first: int, is_signalled: bool) -> Iterator[Any]:
+        try:
+            yield from (first, None, first + 1)
+            if is_signalled:
+                yield StopSignal()
+                yield first + 2
+        finally:
+            closed.append("closed")
+
+    for is_signalled in (False, True):
+        arrived: list[int] = []
+        env = LocalEnvironment("test", backend=backend)
+        env.from_source(ticks, 5, is_signalled=is_signalled).sink(arrived.append)
+        env.submit(autostop=True)
+        assert arrived == [5, 6]
+    assert closed == ["closed", "closed"]
+
+
+def test_an_endless_generator_function_goes_on_until_the_environment_is_closed(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("test", backend=backend)
+
+    def take(number: int) -> None:
+        arrived.append(number)
+        if number == 100:
+            env.close()
+
+    def numbers() -> Iterator[int]:
+        yield from count()
+
+    env.from_source(numbers).sink(take)
+    job = env.submit(autostop=True)
+    assert arrived == list(range(len(arrived)))
+    assert len(arrived) > 100
+    assert job.state == "stopped"
+
+
+async def several(number: int = 2) -> list[int]:
+    return [number] * 2
+
+
+def test_a_coroutine_function_returns_the_records_of_a_source(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("test", backend=backend)
+    env.from_batch(several, 3).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == [3, 3]
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_a_function_of_from_batch_returns_an_iterable(backend: Backends, value: Any) -> None:
+    env = LocalEnvironment("test", backend=backend)
+    env.from_batch(lambda: value, name="feed")
+    with pytest.raises(FunctionError, match=f'"feed" failed to open: TypeError: it returned {value}, which') as caught:
+        env.submit(autostop=True)
+    assert "BatchFunction" in caught.value.__cause__.__notes__[0]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_pause_of_a_source_does_not_hold_up_what_came_of_its_record(seed: int) -> None:
     step = StepBackend(seed)

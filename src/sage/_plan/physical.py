@@ -137,4 +137,4 @@ class PhysicalPlan:
 
 
 def _quoted(text: str) -> str:
-    return text.replace('"', "#quot;")
+    return text.replace("#", "#35;").replace('"', "#quot;")

@@ -158,6 +158,7 @@ def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) 
     function = getattr(target, method) if method else target
     if isinstance(function, ServiceMethod | ServiceHandle):
         return
+    _refuse_asynchronous_generator(kind, target, function)
     if method and not bound and not isinstance(inspect.getattr_static(target, method), staticmethod | classmethod):
         function = partial(function, None)
     try:
@@ -173,6 +174,12 @@ def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) 
             f"{kind}({_label(target)}): {label}{inspect.signature(function)} has the wrong arity: {error}"
         )
         raise hint(mended, f"{kind} calls it with {records}.") from None
+
+
+def _refuse_asynchronous_generator(kind: Kind | str, target: Any, function: Any) -> None:
+    if inspect.isasyncgenfunction(function):
+        error = GraphError(f"{kind}({_label(target)}): {_label(function)} is an asynchronous generator function")
+        raise hint(error, "Write a coroutine function that returns a list, or a generator function without async.")
 
 
 def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: int) -> FunctionSpec:
@@ -194,7 +201,7 @@ def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], input
     missing = [f"map{port}" for port in range(inputs) if not callable(getattr(target, f"map{port}", None))]
     if missing:
         error = GraphError(f"comap({_label(target)}): {_label(target)} has no {', '.join(missing)}")
-        raise hint(error, f"Connected streams of {inputs} inputs need map0 to map{inputs - 1}.")
+        raise hint(error, f"Give a class with map0 to map{inputs - 1}, or a list of {inputs} callables.")
     for port in range(inputs):
         _check_records(Kind.COMAP, target, f"map{port}", bound=not isinstance(target, type))
     if isinstance(target, type):
@@ -232,6 +239,7 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
         _check_constructor(Kind.SOURCE, target, args, kwargs)
         return FunctionSpec(target, True, args, kwargs)
     if callable(target) and not isinstance(target, type):
+        _refuse_asynchronous_generator(method, target, target)
         try:
             inspect.signature(target).bind(*args, **kwargs)
         except TypeError as refused:
@@ -252,6 +260,6 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
     wanted = (
         "a BatchFunction class, a list or any iterable, a generator function or a Source"
         if bounded
-        else ("a SourceFunction class, a callable without arguments or a Source")
+        else "a SourceFunction class, a callable without arguments, a generator function or a Source"
     )
     raise hint(error, f"Give {wanted}.")
