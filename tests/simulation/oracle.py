@@ -246,6 +246,7 @@ class Oracle:
         yield from flow.wrong_answers()
         yield from self._coroutines(entries, flow)
         yield from self._scattered(entries)
+        yield from self._batches(entries)
         if state == "completed":
             yield from flow.wrong_results()
 
@@ -274,6 +275,14 @@ class Oracle:
                     yield f"{node.name} waited {entry.pause_s} s for {entry.value}"
                 if isinstance(entry.error, CancelledError) and flow.is_whole and timeout_s is None:
                     yield f"{node.name} was cancelled at {entry.value} for no reason"
+
+    def _batches(self, entries: list[Entry]) -> Iterator[str]:
+        """Yield calls of functions of batches with nothing or too much."""
+        sizes = {node.name: dict(node.settings).get("max_records", 0) for node in self._scenario.nodes}
+        for entry in entries:
+            size = sizes.get(entry.name, 0)
+            if size and entry.hook == "call" and not 1 <= len(entry.value) <= size:
+                yield f"{entry.name} was called with {len(entry.value)} records at once"
 
     def _scattered(self, entries: list[Entry]) -> Iterator[str]:
         """Yield keys that came to several tasks of a join."""

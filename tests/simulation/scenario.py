@@ -358,5 +358,5 @@ class Draw:
             if self.chance(0.3) and not (number == 0 and self.is_endless):
                 made.append(Request(way, choice((1, 2, 5)), choice(self.places())))
             else:
-                made.append(Request(way, int(self.random.expovariate(1 / 30.0))))
+                made.append(Request(way, 1 + int(self.random.expovariate(1 / 30.0))))
         return tuple(made)
