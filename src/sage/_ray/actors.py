@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -32,6 +33,8 @@ ORPHAN_S = 30.0
 
 ORPHAN_STOP_S = 10.0
 """How long its end may take then."""
+
+STORE = b"sage"
 
 LEAVE_S = 20.0
 """How long a master waits for the driver to take it away."""
@@ -90,10 +93,15 @@ class MasterActor:
 
     def __init__(self, order: JobOrder, name: str) -> None:
         self._name = name
-        self._master = Master(order, RayCluster(order.job, order.runtime_env), _own_ip(), 1, self._over)
+        memory = ClusterMemory(order.job)
+        cluster = RayCluster(order.job, order.runtime_env)
+        known = memory.read()
+        self._master = Master(order, cluster, memory, _own_ip(), self._over, known)
         logging.getLogger("sage").setLevel(order.level)
         logging.getLogger("sage").addHandler(Forward(Peer(order.driver, order.secret, {})))
         self._ends_itself = order.ends_itself
+        if known is not None:
+            self._master.take_over()
 
     def begin(self, orders: Mapping[str, Any]) -> Began:
         """Begin the job, given what its processes are, and tell where the master is."""
@@ -117,7 +125,7 @@ class ActorProcess:
         self._name = name
         self._actor = actor
         self._wanted = wanted
-        self._cookie = cookie
+        self.cookie = cookie
         self._node = ""
 
     def began(self, timeout_s: float) -> Began:
@@ -141,8 +149,8 @@ class ActorProcess:
         if not self._node:
             return ()
         if self._node == _own_node():
-            return end_left(self._cookie)
-        return end_left_at(self._node, self._cookie)
+            return end_left(self.cookie)
+        return end_left_at(self._node, self.cookie)
 
 
 class RayCluster:
@@ -174,6 +182,36 @@ class RayCluster:
         wanted = {"CPU": place.num_cpus, "GPU": place.num_gpus, **dict(place.resources)}
         listed = ", ".join(f"{resource} {amount:g}" for resource, amount in wanted.items() if amount)
         return ActorProcess(name, actor, listed or "nothing", cookie)
+
+    def find(self, name: str, cookie: str) -> ActorProcess | None:
+        """Return a process that an earlier master started and that outlives it, or None if it is gone."""
+        try:
+            actor = load("ray", "ray").get_actor(actor_name(self._job, name))
+        except ValueError:
+            return None
+        return ActorProcess(name, actor, "nothing", cookie)
+
+
+class ClusterMemory:
+    """Keeps what a master knows in the cluster's own store, beside what Ray keeps of its actors."""
+
+    def __init__(self, job: str) -> None:
+        self._key = f"sage/{job}".encode()
+        self._store = load("ray.experimental.internal_kv", "ray")
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was written last, or None."""
+        data = self._store._internal_kv_get(self._key, namespace=STORE)
+        known: dict[str, Any] | None = None if data is None else json.loads(data)
+        return known
+
+    def write(self, known: dict[str, Any]) -> None:
+        """Keep what is known, and return when it is kept."""
+        self._store._internal_kv_put(self._key, json.dumps(known).encode(), overwrite=True, namespace=STORE)
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._store._internal_kv_del(self._key, namespace=STORE)
 
 
 def actor_name(job: str, site: str) -> str:

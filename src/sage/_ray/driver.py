@@ -284,6 +284,7 @@ class DriverSupervisor:
             return
         with self._lock:
             self._master = None
+        self.site.cancel()
         epoch = self.site.epoch
         if self.site.wait_attached(epoch, NEXT_MASTER_S) or self._sealed is not None:
             return

@@ -63,6 +63,11 @@ class RemoteHost:
         self._changed = threading.Condition()
 
     @property
+    def link(self) -> SiteLink | None:
+        """What leads to the process, or None before there is one."""
+        return self._link
+
+    @property
     def options(self) -> ServiceOptions:
         """What the lifecycle of this job goes by."""
         return self.spec.options
@@ -100,8 +105,6 @@ class RemoteHost:
     def adopt(self, _: ServiceContext, __: Backend, ___: CoroutineLoop, on_died: Callable[[int, str], None]) -> None:
         """Let the master that takes over run the hooks of an instance that another one started."""
         self._on_died = on_died
-        if self._link is not None and self._link.is_gone:
-            self.died(self._link, "its process has ended")
 
     def take_over(self, link: SiteLink, incarnation: int, hooks: frozenset[str]) -> None:
         """Have the process and the instance that another master started."""

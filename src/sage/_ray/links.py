@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sage._backends.threads import ThreadLane
     from sage._ray.mesh import Address
-    from sage._ray.processes import SiteProcess
+    from sage._ray.processes import Began, SiteProcess
 
 KILL_SEEN_S = 5.0
 """How long a killed process may take to be gone."""
@@ -60,8 +60,8 @@ class SiteLink:
         """Whether the process has ended."""
         return self._is_gone.is_set()
 
-    def begin(self, process: SiteProcess, timeout_s: float) -> None:
-        """Wait until the process answers, and watch it from now on.
+    def begin(self, process: SiteProcess, timeout_s: float) -> Began:
+        """Wait until the process answers, watch it from now on, and return where it is.
 
         Raises:
             ServiceUnavailableError: it does not come.
@@ -73,6 +73,7 @@ class SiteLink:
         began = process.began(timeout_s)
         self.pid = began.pid
         self.reach(began.address)
+        return began
 
     def reach(self, address: Address) -> None:
         """Watch the process at an address from now on.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from sage._backends.threads import ThreadsBackend
@@ -17,10 +19,11 @@ from sage._runtime.deployment import task_names
 from sage._runtime.dispatcher import Dispatcher
 from sage._runtime.lifecycle import StopRequested, TaskEnded, TaskFailed
 from sage._runtime.outcome import operator_reports, seal, to_raise
-from sage._runtime.states import TASK_TERMINAL, TaskState, Way
+from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, TaskState, Way
 from sage.errors import JobError, JobErrorGroup, ServiceUnavailableError, describe, hint
-from sage.observability import OperatorMetrics
+from sage.observability import Event, HookEvent, OperatorMetrics
 from sage.records import Span
+from sage.report import Cleanliness, Outcome, TaskReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from sage._ray.mesh import Address
     from sage._ray.orders import JobOrder, TaskCounts
     from sage._ray.placement import Site
-    from sage._ray.processes import Cluster
+    from sage._ray.processes import Cluster, Memory
     from sage._runtime.backend import Backend, Host
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.supervisor import Ended
@@ -143,15 +146,28 @@ class Master:
     Args:
         order: the job.
         cluster: where processes run.
+        memory: where the master that follows this one finds what this one knows.
         ip: the address of this machine.
-        epoch: how many masters the job has had, this one included.
-        on_over: called when nothing of the job is left but this process, and the driver knows or is gone.
+        on_over: called when nothing of the job is left but this process, with whether the driver knows.
+        known: what the master before this one knew, or None for the first.
     """
 
-    def __init__(self, order: JobOrder, cluster: Cluster, ip: str, epoch: int, on_over: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        order: JobOrder,
+        cluster: Cluster,
+        memory: Memory,
+        ip: str,
+        on_over: Callable[[bool], None],
+        known: dict[str, Any] | None = None,
+    ) -> None:
         self._order = order
         self._cluster = cluster
-        self._epoch = epoch
+        self._memory = memory
+        self._before = known
+        self._epoch = 1 if known is None else known["epoch"] + 1
+        self._known: dict[str, Any] = {"epoch": self._epoch, "pid": os.getpid(), "services": {}}
+        self._writing = threading.Lock()
         self._on_over = on_over
         self._began_at = time.monotonic()
         self._reason = ""
@@ -171,18 +187,20 @@ class Master:
             "operators": self._operators,
         }
         self._listener = Listener(ip, order.secret, lambda kind, *request: answers[kind](*request), {}, "master")
-        sites = {task: site.name for site in order.sites.values() for task in site.tasks}
+        left = None if known is None else known["services"]
+        services = order.services if left is None else left_of(order, left)
         self._dispatcher = MasterDispatcher(
             self._links,
-            sites,
-            order.plan,
-            order.services,
+            {task: site.name for site in order.sites.values() for task in site.tasks},
+            order.plan if left is None else None,
+            services,
             self._backend,
             self._host_of,
             order.limits,
             self._sealed,
+            adopted={} if left is None else {spec.name: self._host_left(spec, left[spec.name]) for spec in services},
         )
-        self._dispatcher.supervisor.listeners.append(lambda event: self._links[DRIVER].tell("notice", event))
+        self._dispatcher.supervisor.listeners.append(self._note)
 
     @property
     def address(self) -> Address:
@@ -192,9 +210,69 @@ class Master:
     def begin(self, orders: Mapping[str, Any]) -> None:
         """Start everything, given the order of each site, or what stands for it in the cluster, by its name."""
         self._orders = orders
+        self._memory.write(self._known)
         self._listener.begin()
         self._dispatcher.supervisor.begin()
         threading.Thread(target=self._start_sites, name="sage-start", daemon=True).start()
+
+    def take_over(self) -> None:
+        """End in order what the master before this one has left: the services; the workers have ended with it."""
+        assert self._before is not None
+        log.error("master lost pid=%s, epoch %d takes over", self._before["pid"], self._epoch)
+        self._memory.write({**self._before, "epoch": self._epoch, "pid": os.getpid()})
+        self._listener.begin()
+
+        def reach(link: SiteLink, address: Address) -> None:
+            try:
+                link.reach(address)
+                link.attach(self.address, self._epoch, {DRIVER: self._order.driver})
+            except ServiceUnavailableError as error:
+                link.give_up(str(error))
+
+        works: list[Callable[[], None]] = [lambda: reach(self._links[DRIVER], self._order.driver)]
+        services = self._before["services"]
+        for name, left in services.items():
+            link = self._own.get(f"service {name}")
+            if link is not None:
+                works.append(lambda link=link, left=left: reach(link, tuple(left["address"])))  # type: ignore[misc]
+        in_parallel(works)
+        self._dispatcher.supervisor.begin()
+        for host in (self._host(name) for name in self._dispatcher.supervisor.hosts):
+            if host.link is not None and host.link.is_gone:
+                host.died(host.link, "its process has ended")
+
+    # --- what the next master has to know ---
+
+    def _note(self, event: Event | HookEvent) -> None:
+        """Tell the driver of an event, and keep what the next master would need of it."""
+        self._links[DRIVER].tell("notice", event)
+        if isinstance(event, HookEvent):
+            if event.report.hook == "build" and event.report.outcome == "ok":
+                self._keep(event.service, hooks=sorted(self._host(event.service).hooks))
+        elif event.subject == "service" and event.after in SERVICE_TERMINAL:
+            self._keep(event.name, is_over=True)
+
+    def _keep(self, service: str, *, is_over: bool = False, **facts: Any) -> None:
+        if self._before is not None:
+            return  # what the first one wrote holds for all that follow
+        with self._writing:
+            services = self._known["services"]
+            if is_over:
+                services.pop(service, None)
+            else:
+                services[service] = {**services.get(service, {}), **facts}
+            self._memory.write(self._known)
+
+    def _host_left(self, spec: ServiceSpec, left: dict[str, Any]) -> RemoteHost:
+        """Return the host of a service that the master before this one started."""
+        host = cast("RemoteHost", self._host_of(spec, None, self._backend, None, lambda *_: None))
+        link = host.link
+        if link is None:
+            link = self._own[f"service {spec.name}"] = self._new_link(left["site"])
+            link.process = self._cluster.find(left["site"], left["cookie"])
+            link.pid = left["pid"]
+        host.take_over(link, left.get("incarnation", 1), frozenset(left["hooks"]))
+        return host
 
     # --- processes ---
 
@@ -247,7 +325,9 @@ class Master:
 
         def bring_up() -> None:
             process = self._cluster.start(name, order, service_place(spec), outlives_master=True)
-            link.begin(process, spec.options.start_timeout_s)
+            began = link.begin(process, spec.options.start_timeout_s)
+            where: dict[str, Any] = {"address": began.address, "pid": began.pid, "cookie": process.cookie}
+            self._keep(spec.name, site=name, incarnation=incarnation, hooks=["exit"], **where)
             link.attach(self.address, self._epoch, {})
 
         link.bring_up = bring_up
@@ -319,6 +399,9 @@ class Master:
         started = (self._order.started, self._began_at)
         report = seal(ended, self._dispatcher, self._order.graph, self._order.job, started, self._reason)
         error = to_raise(report, ended.state.failures)
+        if self._before is not None:
+            report, error = after_loss(report, self._before["pid"], self._order.plan)
+        self._memory.clear()
         states = {name: str(record.state) for name, record in ended.state.services.items()}
         sealed = pack_report(report, error)
         threading.Thread(target=self._hand_over, args=(sealed, states), name="sage-over", daemon=True).start()
@@ -336,6 +419,30 @@ class Master:
         self._on_over(is_told)
 
 
+def left_of(order: JobOrder, left: Mapping[str, Any]) -> tuple[ServiceSpec, ...]:
+    """Return the services that outlived their master, depending on each other only: all but those of workers."""
+    at_driver = order.sites[DRIVER].services if DRIVER in order.sites else ()
+    specs = [spec for spec in order.services if "address" in left.get(spec.name, ()) or spec.name in at_driver]
+    names = {spec.name for spec in specs if spec.name in left}
+    return tuple(
+        replace(spec, options=replace(spec.options, depends_on=[name for name in spec.requires if name in names]))
+        for spec in specs
+        if spec.name in names
+    )
+
+
+def after_loss(report: JobReport, pid: int, plan: PhysicalPlan) -> tuple[JobReport, Exception]:
+    """Return the report of a job whose master was lost, from that of its end by the next one, and what to raise."""
+    text = f'the master of job "{report.name}" was lost: process {pid} ended by itself'
+    lost = JobError(text, job=report.name, fault="external")
+    hint(lost, "Its tasks ended with it, and its services were stopped by the master that came after it.")
+    errors = (lost, *report.errors)
+    tasks = tuple(TaskReport(name, "lost") for chain in plan.chains for name in task_names(chain))
+    changes = {"state": Outcome.FAILED, "cleanliness": Cleanliness.DIRTY, "why": text}
+    report = replace(report, **changes, errors=errors, tasks=tasks)  # type: ignore[arg-type]
+    return report, lost if len(errors) == 1 else JobErrorGroup(text, errors, job=report.name)
+
+
 class PackedReport:
     """A report as data, with its errors, and which of them a waiting caller gets."""
 
@@ -347,8 +454,6 @@ class PackedReport:
 
     def unpack(self) -> tuple[JobReport, Exception | None]:
         """Return the report, and what a waiting caller gets."""
-        from dataclasses import replace
-
         errors = tuple(cast("Exception", unpack(error)) for error in self.errors)
         report = replace(self.report, errors=errors)
         chosen = [errors[place] for place in self.raised]
@@ -361,8 +466,6 @@ class PackedReport:
 
 def pack_report(report: JobReport, error: Exception | None) -> PackedReport:
     """Return a report and what a waiting caller gets as data."""
-    from dataclasses import replace
-
     chosen: tuple[Exception, ...] = ()
     text = ""
     if isinstance(error, JobErrorGroup) and error not in report.errors:

@@ -151,6 +151,7 @@ class Lease:
     def _wait(self) -> None:
         with suppress(OSError, EOFError):
             self._connection.take()
+        self._connection.close()
         if not self._is_ended:
             self._on_lost()
 

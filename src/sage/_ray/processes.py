@@ -24,7 +24,13 @@ class Began(NamedTuple):
 
 
 class SiteProcess(Protocol):
-    """One process of the cluster."""
+    """One process of the cluster.
+
+    Attributes:
+        cookie: what its children carry in their environment.
+    """
+
+    cookie: str
 
     def began(self, timeout_s: float) -> Began:
         """Wait until it answers.
@@ -35,6 +41,19 @@ class SiteProcess(Protocol):
 
     def kill(self) -> tuple[str, ...]:
         """End it by force, whatever it does, and what it left behind; return that in words. Does nothing twice."""
+
+
+class Memory(Protocol):
+    """Keeps what the master of a job knows where the master that follows it finds it."""
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was written last, or None."""
+
+    def write(self, known: dict[str, Any]) -> None:
+        """Keep what is known, and return when it is kept."""
+
+    def clear(self) -> None:
+        """Forget it."""
 
 
 class Cluster(Protocol):
@@ -48,4 +67,12 @@ class Cluster(Protocol):
             order: a `SiteOrder`, or what stands for one in the cluster.
             place: what it reserves.
             outlives_master: whether it stays when the master is killed, so that the next one can end it in order.
+        """
+
+    def find(self, name: str, cookie: str) -> SiteProcess | None:
+        """Return a process that an earlier master started and that outlives it, or None if it is gone.
+
+        Args:
+            name: the name of the site.
+            cookie: what its children carry in their environment.
         """
