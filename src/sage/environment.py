@@ -15,7 +15,7 @@ from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.manager import JobManager
 from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
-from sage.service import ServiceHandle, ServiceOptions
+from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
 from sage.stream import DataStream, error_policy
 
@@ -433,7 +433,7 @@ class Environment:
 
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
         check_name("a service", name)
-        options = ServiceOptions() if options is None else options
+        options = DEFAULT_OPTIONS if options is None else options
         if not isinstance(options, ServiceOptions):
             error = TypeError(f'service "{name}": options is {short(options)}')
             raise hint(error, "Give ServiceOptions(...).")

@@ -27,6 +27,10 @@ ABSENT: Any = object()
 logging.getLogger("sage").addHandler(logging.NullHandler())
 
 
+NO_RESOURCES: Mapping[str, float] = {}
+"""One for all, since the options of every service of every job that is known hold it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
     """How a service is started, called, watched and stopped.
@@ -73,7 +77,7 @@ class ServiceOptions:
     shared: bool = False
     num_cpus: float = 0.0
     num_gpus: float = 0.0
-    resources: Mapping[str, float] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=lambda: NO_RESOURCES)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the option."""
@@ -100,6 +104,9 @@ class ServiceOptions:
         for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
             if amount < 0:
                 raise GraphError(f"service option {name} is {amount}, less than nothing")
+
+
+DEFAULT_OPTIONS = ServiceOptions()
 
 
 class ServiceCalls(Protocol):
