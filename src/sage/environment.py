@@ -488,7 +488,11 @@ class Environment:
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
-        self._open_files(job)
+        try:
+            self._open_files(job)
+        except BaseException:
+            job.dispatcher.discard()
+            raise
         self._spend(graph)
 
         def sealed(ended: Ended) -> None:

@@ -107,12 +107,20 @@ class SessionLogs:
 
     @classmethod
     def open(cls, log_dir: str | os.PathLike[str]) -> SessionLogs:
-        """Return the session of this process under `log_dir`, a new one if there is none yet."""
+        """Return the session of this process under `log_dir`, a new one if there is none yet.
+
+        Raises:
+            GraphError: the folder cannot be written.
+        """
         root = Path(log_dir).absolute() / "jobmanager"
         if root not in cls._open or cls._open[root].pid != os.getpid():
-            _prune(root)
             stamp = time.strftime("%Y%m%d_%H%M%S")
-            session = cls(root / f"session_{stamp}_{os.getpid()}")
+            try:
+                _prune(root)
+                session = cls(root / f"session_{stamp}_{os.getpid()}")
+            except OSError as error:
+                wrong = GraphError(f'log folder "{os.fspath(log_dir)}" cannot be written: {error.strerror or error}')
+                raise hint(wrong, "Give log_dir, or SAGE_LOG_DIR, a folder of this user.") from error
             session.pid = os.getpid()
             cls._open[root] = session
         return cls._open[root]

@@ -57,6 +57,7 @@ class Dispatcher:
         until_asked: bool = False,
     ) -> None:
         self.plan = plan
+        self._adopted = frozenset(adopted)
         self._claims = claims
         self._loop = CoroutineLoop(plan.name if plan is not None else "sage", backend)
         self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
@@ -84,6 +85,16 @@ class Dispatcher:
                 host = adopted[service.name]
                 host.adopt(self._context(service), backend, self._loop, self._death_of(service.name))
             service.handle._connect(hosts[service.name].calls)
+
+    def discard(self) -> None:
+        """Free what was made for a job that does not begin; what it took over stays as it was."""
+        for name, host in self.supervisor.hosts.items():
+            if name in self._adopted:
+                host.release()
+            else:
+                host.close()
+                host.spec.handle._connect(None)
+        self._loop.close()
 
     @property
     def tasks(self) -> dict[str, str]:
