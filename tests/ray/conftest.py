@@ -13,7 +13,7 @@ import pytest
 from ray_nodes import GivenCluster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 240
@@ -73,6 +73,12 @@ def no_actor_is_left(ray_address: str) -> Iterator[None]:
     while (left := living_actors()) and time.monotonic() < due:
         time.sleep(0.05)
     assert not left
+
+
+@pytest.fixture
+def actors(ray_address: str) -> Callable[[], list[str]]:
+    """Return what lists the actors that have not ended."""
+    return living_actors
 
 
 def living_actors() -> list[str]:

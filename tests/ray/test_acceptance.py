@@ -60,6 +60,16 @@ ON_RAY = {
         "test_a_service_that_nobody_calls_is_cleaned",
         "test_a_service_of_any_form_works_and_is_closed",
     ],
+    "test_services_at_run_time": [
+        "test_a_service_that_calls_another_ends_before_it",
+        "test_what_a_service_needs_outlives_it",
+        "test_a_circle_that_is_only_seen_at_run_time_is_refused",
+        "test_a_service_may_call_itself",
+        "test_a_pipeline_answers_calls",
+        "test_a_pipeline_answers_several_callers_at_once",
+        "test_an_error_that_the_caller_lets_through_fails_the_job",
+        "test_a_served_pipeline_is_itself_a_caller",
+    ],
     "test_services_start": ["test_a_start_that_raises_is_unwound", "test_a_service_that_never_gets_ready"],
 }
 

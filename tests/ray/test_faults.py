@@ -301,10 +301,10 @@ def test_two_jobs_at_once_have_their_own_services(ray_address: str, tmp_path: Pa
 
 
 @pytest.mark.timeout(400)
-def test_twenty_jobs_one_after_another_leave_nothing(ray_address: str, journal: Notes) -> None:
+def test_twenty_jobs_one_after_another_leave_nothing(
+    ray_address: str, journal: Notes, actors: Callable[[], list[str]]
+) -> None:
     """Acceptance 50: after each the number of actors is back to what it was."""
-    from conftest import living_actors  # type: ignore[attr-defined]
-
     for number in range(20):
         arrived: list[int] = []
         env = RemoteEnvironment(f"job {number}", address=ray_address)
@@ -312,7 +312,7 @@ def test_twenty_jobs_one_after_another_leave_nothing(ray_address: str, journal: 
         env.from_batch(range(10)).map(service.process).sink(arrived.append)
         env.submit(autostop=True)
         assert arrived == list(range(10))
-        assert living_actors() == []
+        assert actors() == []
     assert list(journal).count("service.cleanup") == 20
 
 

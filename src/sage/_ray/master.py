@@ -173,6 +173,7 @@ class Master:
         self._reason = ""
         self._orders: Mapping[str, Any] = {}
         self._is_driver_there = True
+        self._has_started = True
         self._own: dict[str, SiteLink] = {}
         self._backend = MasterBackend()
         names = {*order.sites, DRIVER}
@@ -304,6 +305,7 @@ class Master:
             self._start_failed(errors)
 
     def _start_failed(self, errors: list[BaseException]) -> None:
+        self._has_started = False
         for error in errors:
             failed = JobError(f"a process of the job could not be started: {describe(error)}", fault="external")
             failed.__cause__ = error
@@ -347,7 +349,7 @@ class Master:
                 self._post(StopRequested(Way.CANCEL))
         tasks = [task for task in supervisor.tasks.values() if cast("RemoteTask", task).link is link]
         going = [task for task in tasks if supervisor.state.tasks[task.name].state not in TASK_TERMINAL]
-        if going and link.name != DRIVER:
+        if going and link.name != DRIVER and self._has_started:
             listed = ", ".join(f'"{task.name}"' for task in going)
             error = JobError(f"{link.name} was lost with {listed}: {why}", fault="external")
             self._post(TaskFailed(going[0].name, hint(error, "What was on its way there is lost with it.")))
