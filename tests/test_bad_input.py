@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -150,7 +151,7 @@ def test_arguments_without_effect_are_told_while_the_graph_is_built(build: Build
     "call",
     [
         lambda env: LocalEnvironment("test", workers=3),  # type: ignore[call-arg]
-        lambda env: RemoteEnvironment("test", workers=3),  # type: ignore[call-arg]
+        lambda env: RemoteEnvironment("test", wrokers=3),  # type: ignore[call-arg]
         lambda env: env.submit(autostopp=True),
         lambda env: env.from_batch([1], paralelism=2),
         lambda env: env.from_source(Ticks, dealy=1.0),
@@ -165,7 +166,17 @@ def test_an_unknown_keyword_is_a_type_error(call: Callable[[Any], Any]) -> None:
         call(LocalEnvironment("test"))
     assert any(
         word in str(caught.value)
-        for word in ("workers", "autostopp", "paralelism", "dealy", "colour", "emits", "option", "concurency")
+        for word in (
+            "workers",
+            "wrokers",
+            "autostopp",
+            "paralelism",
+            "dealy",
+            "colour",
+            "emits",
+            "option",
+            "concurency",
+        )
     )
 
 
@@ -507,13 +518,59 @@ def test_what_serves_is_a_function() -> None:
     env.serve("answers", lambda requests: requests.map(str))
 
 
-def test_a_remote_environment_refuses_to_submit() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ServiceOptions(shared=True), 'service "memory" is shared'),
+        (ServiceOptions(host="process"), 'service "memory" has host="process"'),
+    ],
+)
+def test_a_remote_environment_refuses_what_a_cluster_does_not_have(options: ServiceOptions, message: str) -> None:
+    env = RemoteEnvironment("far away")
+    env.register_service("memory", Memory, options=options)
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(UnsupportedPlanError, match=message) as caught:
+        env.submit(autostop=True)
+    assert 'host="ray"' in note_of(caught.value)
+
+
+def test_a_remote_environment_keeps_no_services() -> None:
     env = RemoteEnvironment("far away")
     env.register_service("memory", Memory)
     env.from_batch([1]).sink(Show)
-    with pytest.raises(UnsupportedPlanError, match='environment "far away" is to run on Ray') as caught:
+    with pytest.raises(UnsupportedPlanError, match='environment "far away" cannot keep services in a cluster'):
+        env.submit(autostop=True, keep_services=True)
+
+
+def test_what_cannot_be_sent_to_a_cluster_is_named() -> None:
+    lock = threading.Lock()
+    env = RemoteEnvironment("far away")
+    env.from_batch([1]).map(lambda record: (record, lock), name="locked").sink(Show)
+    with pytest.raises(GraphError, match='operator "locked" cannot be sent to the cluster: variable "lock"'):
         env.submit(autostop=True)
-    assert "LocalEnvironment" in note_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"at": "moon"}, "a place is at 'moon'"),
+        ({"num_gpus": -1}, "a place reserves num_gpus=-1, which is no amount"),
+        ({"at": "driver", "num_cpus": 1}, "a place at the driver reserves num_cpus"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(place: dict[str, Any], message: str) -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match=message):
+        env.from_batch([1]).place(**place)
+
+
+def test_a_loop_that_is_torn_apart_by_places_is_refused() -> None:
+    env = RemoteEnvironment("far away")
+    loop = env.from_future("loop")
+    around = env.from_batch([3]).union(loop).map(lambda n: n - 1).place(num_cpus=1).filter(lambda n: n > 0)
+    around.fill_future(loop)
+    with pytest.raises(UnsupportedPlanError, match="a feedback loop has to run in one process"):
+        env.submit(autostop=True)
 
 
 def test_values_in_messages_are_short_and_their_repr_may_raise() -> None:

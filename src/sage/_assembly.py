@@ -28,6 +28,12 @@ INTERRUPT_TIMEOUT_S = 25.0
 NOTHING_ADOPTED: Mapping[str, Host] = MappingProxyType({})
 
 
+def interrupt_timeout_s() -> float:
+    """Return the budget of a stop that a signal asked for."""
+    asked_s = seconds_in(STOP_TIMEOUT_VARIABLE)
+    return INTERRUPT_TIMEOUT_S if asked_s is None else asked_s
+
+
 def assemble(
     id_: str,
     graph: LogicalGraph,
@@ -55,8 +61,7 @@ def assemble(
         before: that job's guard.
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
-    asked_s = seconds_in(STOP_TIMEOUT_VARIABLE)
-    job = Job(id_, graph, INTERRUPT_TIMEOUT_S if asked_s is None else asked_s)
+    job = Job(id_, graph, interrupt_timeout_s())
     guard = JobGuard(id_, graph.name, report, graph.services, before=before)
     job.dispatcher = Dispatcher(
         plan,

@@ -13,9 +13,9 @@ from sage._arguments import STOP_TIMEOUT_VARIABLE, check_name, check_seconds, se
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.manager import JobManager
-from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
+from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
-from sage.service import ServiceHandle, ServiceOptions
+from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
 from sage.stream import DataStream, error_policy
 
@@ -406,9 +406,34 @@ class Environment:
 
     # --- behind it ---
 
+    def _limit(
+        self,
+        stop_timeout_s: float | None,
+        drain_timeout_s: float | None,
+        close_timeout_s: float | None,
+        services_share: float | None,
+        services_reserve_s: float | None,
+    ) -> None:
+        """Set the bounds of a stop that are not the default."""
+        if stop_timeout_s is None:
+            stop_timeout_s = seconds_in(STOP_TIMEOUT_VARIABLE)
+        given = {
+            "stop_timeout_s": stop_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "close_timeout_s": close_timeout_s,
+            "services_share": services_share,
+            "services_reserve_s": services_reserve_s,
+        }
+        self._limits = {name: value for name, value in given.items() if value is not None}
+        for option, value in self._limits.items():
+            check_seconds(f'environment "{self.name}": {option} is', value)
+        if self._limits.get("services_share", 0.0) > 1:
+            error = GraphError(f'environment "{self.name}": services_share is {services_share}')
+            raise hint(error, "Give a part of 1.")
+
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
         check_name("a service", name)
-        options = ServiceOptions() if options is None else options
+        options = DEFAULT_OPTIONS if options is None else options
         if not isinstance(options, ServiceOptions):
             error = TypeError(f'service "{name}": options is {short(options)}')
             raise hint(error, "Give ServiceOptions(...).")
@@ -473,9 +498,8 @@ class Environment:
         def sealed(ended: Ended) -> None:
             self._kept = {}
             for service in graph.services:
-                host = job.dispatcher.supervisor.hosts[service.name]
                 if ended.state.services[service.name].state == "kept":
-                    self._kept[service.name] = host
+                    self._kept[service.name] = job.dispatcher.supervisor.hosts[service.name]
                 else:
                     service.handle._connect(None)
             JobManager().hold(self, keeps=bool(self._kept))
@@ -557,20 +581,7 @@ class LocalEnvironment(Environment):
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
-        if stop_timeout_s is None:
-            stop_timeout_s = seconds_in(STOP_TIMEOUT_VARIABLE)
-        given = {
-            "stop_timeout_s": stop_timeout_s,
-            "drain_timeout_s": drain_timeout_s,
-            "close_timeout_s": close_timeout_s,
-            "services_share": services_share,
-            "services_reserve_s": services_reserve_s,
-        }
-        self._limits = {name: value for name, value in given.items() if value is not None}
-        for option, value in self._limits.items():
-            check_seconds(f'environment "{name}": {option} is', value)
-        if self._limits.get("services_share", 0.0) > 1:
-            raise hint(GraphError(f'environment "{name}": services_share is {services_share}'), "Give a part of 1.")
+        self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
         if backend is not None and not callable(backend):
             error = TypeError(f'environment "{name}": backend is {short(backend)}')
             raise hint(error, "Give what makes one for each job: the class, or lambda: StepBackend(seed).")
@@ -582,14 +593,3 @@ class LocalEnvironment(Environment):
 
     def _backend(self) -> Backend:
         return super()._backend() if self._make_backend is None else self._make_backend()
-
-
-class RemoteEnvironment(Environment):
-    """Will run jobs on a Ray cluster; this release builds and explains its graphs, and refuses to submit them."""
-
-    def __init__(self, name: str = "remote_environment", config: dict[str, Any] | None = None) -> None:
-        super().__init__(name, config)
-
-    def _backend(self) -> Backend:
-        error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
-        raise hint(error, "Use LocalEnvironment: the program stays the same.")

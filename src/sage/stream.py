@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sage._arguments import check_count, check_seconds
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
-from sage._plan.signature import async_spec, comap_spec, function_spec
+from sage._plan.signature import async_spec, comap_spec, function_spec, place_of
 from sage.errors import GraphError, hint
 from sage.failure import FAIL, POLICIES, ErrorPolicy, Retry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from typing import Self
 
 Strategy = Literal["hash", "broadcast", "round_robin"]
 
@@ -275,11 +276,14 @@ class DataStream:
         parallelism: int | None = None,
         name: str | None = None,
         on_error: Any = None,
+        at: Literal["cluster", "driver"] | None = None,
         **kwargs: Any,
     ) -> DataStream:
         """Hand each record to `function` and return this stream, so that chaining goes on from before the sink.
 
-        `close()` of a `SinkFunction` is called once after the last record, whatever ends the job.
+        `close()` of a `SinkFunction` is called once after the last record, whatever ends the job. On a cluster, a
+        method of a list, a set, a dict, a deque or a queue, such as `results.append`, is called in the driver, where
+        the program can see what comes of it; so is any other function with `at="driver"`.
 
         >>> from sage.testing import run
         >>> seen = []
@@ -287,7 +291,9 @@ class DataStream:
         True
         """
         spec = function_spec(Kind.SINK, function, args, kwargs)
-        self._then(Kind.SINK, spec, parallelism=parallelism, name=name, on_error=on_error)
+        id_ = self._then(Kind.SINK, spec, parallelism=parallelism, name=name, on_error=on_error)
+        if at is not None:
+            self._builder.set(id_, place=place_of(at))
         return self
 
     def print(self, prefix: str = "", separator: str = " | ", colored: bool = True) -> DataStream:
@@ -298,7 +304,30 @@ class DataStream:
             separator: what stands between prefix and record.
             colored: whether the prefix is dimmed on a terminal.
         """
-        self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), name=None)
+        id_ = self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), name=None)
+        self._builder.set(id_, place=place_of("driver"))
+        return self
+
+    def place(
+        self,
+        at: Literal["cluster", "driver"] = "cluster",
+        *,
+        num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        resources: Mapping[str, float] | None = None,
+    ) -> Self:
+        """Say where on a cluster the operator before this runs; on one machine there is only one place.
+
+        Args:
+            at: "driver" keeps it in the process that submits the job.
+            num_cpus: processors that each of its tasks reserves; with something reserved, each has its own process.
+            num_gpus: GPUs that each of its tasks reserves and sees.
+            resources: other resources of the cluster that each of its tasks reserves, by name.
+
+        Raises:
+            GraphError: it cannot be placed so.
+        """
+        self._builder.set(self._id, place=place_of(at, num_cpus, num_gpus, resources))
         return self
 
     def keyby(

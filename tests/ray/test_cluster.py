@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -13,7 +14,6 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,35 +22,32 @@ from ray_nodes import GivenCluster, known
 
 from sage import AuthenticationError, JobError, ServerUnreachableError
 from sage._backends.ray_cluster import Connected, cluster
+from sage._control import doctor
 from sage._hosts.guard import runs_folder
 from sage._runtime.processes import Grace, Process, is_alive, of_session, process, wait_gone
 from sage.services.extras import load
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fair_clock import FairClock
+    from sage._leftovers import CleanBlock
 
 BOUND_S = 30.0
-TAKEN_OVER_S = 10.0
-"""How long a guardian takes to end a cluster: 2 s of grace, and what a busy machine adds to that."""
+TAKEN_OVER_S = 15.0
+"""How long it takes to end a cluster: 4 s for its job, 2 s of grace, and what a busy machine adds to that."""
 
 
 def ray() -> Any:
     return load("ray", "ray")
 
 
-@contextmanager
-def clean(more_count: int = 0) -> Iterator[None]:
-    """Fail if the block leaves anything.
+def clean() -> CleanBlock:
+    """Return a block that fails if it leaves anything.
 
-    Ray keeps its last connection and the logs of its last one open until the next one takes their place.
+    Ray keeps connections to a few of the last clusters open, and the logs of the last one, until others take their
+    place. Other programs have files in the same folders, so that the tests look at their own.
     """
-    count = len(os.listdir("/proc/self/fd"))
-    with assert_clean(ignore=("file descriptor socket:*", "file descriptor */logs/*")):
-        yield
-    assert len(os.listdir("/proc/self/fd")) <= count + more_count
+    own = ("file descriptor socket:*", "file descriptor */logs/*", "temporary *", "shared memory *")
+    return assert_clean(ignore=own)
 
 
 def listening(processes: set[Process]) -> set[int]:
@@ -163,7 +160,7 @@ class TestOwn:
         assert not ray().is_initialized()
 
     def test_it_ends_although_its_gcs_was_killed(self) -> None:
-        with clean(more_count=1):  # a connection whose other side has died is kept
+        with clean():
             with cluster() as connected:
                 processes = processes_of(connected)
                 (gcs,) = {one for one in processes if "gcs_server" in Path(f"/proc/{one.pid}/comm").read_text()}
@@ -201,7 +198,7 @@ class TestGiven:
     def test_a_cluster_that_was_not_given_is_left_alone(
         self, given: GivenCluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Line 49: one runs, the environment names it and has its token."""
+        """Line 49 and fault 99: one runs, the environment names it and has its token."""
         before = {one for one in given.processes() if "worker" not in Path(f"/proc/{one.pid}/cmdline").read_text()}
         variables = {**given.variables, "RAY_ADDRESS": given.address, "RAY_NAMESPACE": "strange"}
         for name, value in variables.items():
@@ -234,6 +231,16 @@ class TestGiven:
         assert len(namespaces) == 2
         assert is_alive(given.nodes[0].process("raylet"))
 
+    def test_connecting_again_leaves_nothing(self, given: GivenCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in given.variables.items():
+            monkeypatch.setenv(name, value)
+        counts = []
+        for _ in range(6):
+            with cluster(given.address):
+                assert ray().get(ray().put(1)) == 1
+            counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+        assert len(set(counts[1:])) == 1
+
     def test_a_connection_of_the_program_is_used_and_left(
         self, given: GivenCluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -261,12 +268,10 @@ class TestGiven:
         ids=["no mode", "no token", "wrong token", "wrong token without mode"],
     )
     def test_without_its_token_nobody_is_let_in(
-        self, given: GivenCluster, tmp_path: Path, clock: FairClock, variables: dict[str, str], why: str
+        self, given: GivenCluster, tmp_path: Path, variables: dict[str, str], why: str
     ) -> None:
         """Fault 100."""
-        began_at = clock.read_at() if hasattr(clock, "read_at") else time.monotonic()
         done = run(CONNECT.format(given.address), HOME=str(tmp_path), **variables)
-        assert time.monotonic() - began_at < BOUND_S
         error, took_s = json.loads(done.stdout)
         assert error == f"AuthenticationError: the Ray cluster at {given.address} wants a token, and {why}"
         assert took_s < 5.0
@@ -295,7 +300,6 @@ class TestGiven:
     ) -> None:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
-        read_token_again()
         with pytest.raises(AuthenticationError), cluster(given.address):
             pass
         with cluster() as own:
@@ -337,7 +341,7 @@ class Master:
         with open(lease) as file:
             opened.set()
             file.read()  # until the driver dies
-        threading.Event().wait(0.5)
+        threading.Event().wait(4)  # longer than whatever ends with the cluster is given
         open(mark, "w").close()
         if path is not None:
             os.unlink(path)
@@ -436,3 +440,18 @@ def node_of_task() -> Any:
         return str(ray.util.get_node_ip_address())
 
     return address
+
+
+class TestDoctor:
+    def test_it_tells_of_ray(self) -> None:
+        version, memory = doctor.ray()
+        assert (version.name, version.is_good, version.detail) == ("Ray", True, ray().__version__)
+        assert memory.name == "shared memory for Ray"
+        assert re.fullmatch(r"[\d.]+ GiB free in /dev/shm, [\d.]+ GiB are wanted.*", memory.detail)
+
+    def test_too_little_shared_memory_is_wrong(self) -> None:
+        _, memory = doctor.ray(Path("/proc"))  # which has no room at all
+        assert not memory.is_good
+        assert re.fullmatch(r"0\.0 GiB free in /proc, .* wanted; what does not fit goes to the disk", memory.detail)
+        _, memory = doctor.ray(Path("/nowhere"))
+        assert (memory.is_good, memory.detail) == (False, "/nowhere: No such file or directory")

@@ -189,6 +189,19 @@ def test_ready_is_asked_again_until_it_says_yes() -> None:
     assert job.end("a", "ready", True) == ["open_task t"]
 
 
+def test_ready_is_not_asked_again_where_it_has_no_time_to_answer() -> None:
+    """Acceptance 7: a `ready` that is asked just before the bound is no hook that hangs, and is not killed for it."""
+    job = Job(service("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready", "cleanup"})
+    job.post(Begin())
+    job.end("a", "build")
+    job.at(1.949)
+    job.end("a", "ready", False)
+    assert job.at(1.9999) == []
+    assert job.at(2.0) == ["run_hook a cleanup"]
+    assert job.seen_failures() == [("not_ready", "a", "ready")]
+
+
 def test_a_service_that_never_gets_ready_fails_the_start() -> None:
     """Acceptance 7: after `start_timeout_s` in all the job fails and what was built is cleaned."""
     job = Job(service("a", start_timeout_s=2.0))
@@ -829,6 +842,15 @@ def test_a_task_that_failed_by_the_death_of_a_service_is_no_second_failure() -> 
     other = FunctionError("the function failed")
     other.__cause__ = ServiceUnavailableError("stopped", service="b")
     job.post(TaskFailed("t", other))
+    assert job.seen_failures()[1:] == [("task", "t", "")]
+
+
+def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
+    job = Job(process("a")).run()
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    failed = FunctionError("raised from itself")
+    failed.__cause__ = failed
+    job.post(TaskFailed("t", failed))
     assert job.seen_failures()[1:] == [("task", "t", "")]
 
 

@@ -114,8 +114,7 @@ class Connection:
                 target, token_path = self._local.address, self._local.token_path
             else:
                 target, token_path = _target(address)
-            if token_path is not None:
-                self._set({MODE: "token", TOKEN_PATH: token_path, TOKEN: None})
+            self._set({} if token_path is None else {MODE: "token", TOKEN_PATH: token_path, TOKEN: None})
             self._open_door(target)
             self.connected = self._connect(ray, target)
         except BaseException:
@@ -148,15 +147,13 @@ class Connection:
     # --- behind it ---
 
     def _check_same(self, address: str | None) -> None:
-        if address is None and (self._local is not None or not self._is_ours):
-            same = self._local is not None
-        else:
-            same = address is not None and self._local is None and _target(address)[0] == self.connected.address
+        is_own = self._local is not None
+        same = is_own if address is None else _target(address)[0] == self.connected.address
         if not same:
             raise _connected_elsewhere(self.connected.address, address)
 
     def _set(self, variables: Mapping[str, str | None]) -> None:
-        """Change the environment until the connection is closed, for Ray reads there whether and which token it has."""
+        """Change the environment until the connection is closed, and let Ray read there which token it has."""
         for name, value in variables.items():
             self._variables.setdefault(name, os.environ.get(name))
             _set_variable(name, value)
@@ -175,7 +172,7 @@ class Connection:
         except (OSError, ValueError) as error:
             raise _unreachable(target, error) from error
         raylet = load("ray._raylet", "ray")
-        has_token = raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        has_token = _has_token()
         is_on = os.environ.get(MODE, "").lower() == "token"
         if is_on and not has_token:
             raise _refused(target, "this process has none")
@@ -215,8 +212,7 @@ class Connection:
             finally:
                 for name, value in self._variables.items():
                     _set_variable(name, value)
-                if self._variables:
-                    _read_token_again()
+                _read_token_again()
 
     @classmethod
     def _close_at_exit(cls) -> None:
@@ -259,6 +255,18 @@ def _adopted(ray: Any, address: str | None) -> Connected:
     if address != AUTO and (address is None or _target(address)[0] != found):
         raise _connected_elsewhere(found, address)
     return Connected(found, context.namespace)
+
+
+def _has_token() -> bool:
+    """Return whether Ray would find a token; where it would not, it aborts the process when it needs one."""
+    if os.environ.get(TOKEN):
+        return True
+    path = os.environ.get(TOKEN_PATH) or os.path.expanduser("~/.ray/auth_token")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return bool(file.read().strip())
+    except OSError:
+        return False
 
 
 def _refusal(raylet: Any, target: str) -> BaseException | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sage._calls import CallFuture
+    from sage._hosts.link import Asking
     from sage._hosts.wire import Connection
 
 ORDER_BYTES_MAX = 65_536
@@ -318,7 +319,7 @@ class DriverCalls:
 class Forward(logging.Handler):
     """Sends log records to the driver, where the program has said what becomes of them."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Asking) -> None:
         super().__init__()
         self._link = link
         self._connection: Connection | None = None

@@ -34,6 +34,9 @@ changes when the machine changes its network."""
 START_TIMEOUT_S = 120.0
 """It takes ten seconds on an idle machine of two cores."""
 
+STARTS_MAX = 3
+"""Ray itself gives its raylet 30 s, which is not enough on a machine that others keep busy just then."""
+
 END_GRACE_S = 0.5
 """The jobs are over, and of Ray itself the GCS waits for as long as it is let for the raylet, which has gone."""
 
@@ -102,9 +105,9 @@ class LocalRay:
         self.token_path = os.path.join(self.folder, "token")
         self.jobs = os.path.join(self.folder, "jobs")
         try:
-            self._make_folder()
             self._guard.note({"entry": "cluster", "token": self._token, "jobs": self.jobs})
-            self._run(self._command(), self._environment())
+            self._make_folder()
+            self._start()
             with open(os.path.join(self.temporary_folder, "ray_current_cluster"), encoding="ascii") as file:
                 self.address = file.read().strip()
         except BaseException:
@@ -176,13 +179,30 @@ class LocalRay:
         }
         return environment | {COOKIE_VARIABLE: self.cookie}
 
-    def _run(self, command: list[str], environment: dict[str, str]) -> None:
-        """Run `ray start`, which returns when the cluster is up and leaves it behind in a session of its own.
+    def _start(self) -> None:
+        """Run `ray start`, again if it fails.
 
         Raises:
-            JobError: it failed, or took too long.
+            JobError: it failed each time, or took too long.
         """
         path = os.path.join(self.folder, "start.log")
+        for tries_left in reversed(range(STARTS_MAX)):
+            code = self._run(self._command(), self._environment(), path)
+            if code == 0:
+                return
+            why = f"was not up after {START_TIMEOUT_S:g} s" if code is None else f"exited with code {code}"
+            error = JobError(f"the local Ray cannot be started: ray start {why}", fault="external")
+            if code is None or not tries_left or end_all(self.processes, END_GRACE_S).left:
+                raise hint(error, _last(path))
+            log.warning("cluster not started, trying again error=%s", error)
+            shutil.rmtree(self.temporary_folder, ignore_errors=True)
+
+    def _run(self, command: list[str], environment: dict[str, str], path: str) -> int | None:
+        """Run `ray start`, which leaves the cluster behind in a session of its own when it is up.
+
+        Returns:
+            The exit code, or None if it took too long.
+        """
         with open(path, "w+b") as output:
             try:
                 starting = subprocess.Popen(
@@ -196,22 +216,18 @@ class LocalRay:
                 )
             except OSError as error:
                 raise JobError(f"the local Ray cannot be started: {error}", fault="external") from error
-            # Nobody waits for it yet, so that the pid is its own even if it has ended already.
-            self._leader = process(starting.pid)
+        # Nobody waits for it yet, so that the pid is its own even if it has ended already.
+        self._leader = process(starting.pid)
+        try:
             if self._leader is not None:
                 self._guard.note({"entry": "cluster started", "token": self._token, **self._leader._asdict()})
-            try:
-                code = starting.wait(START_TIMEOUT_S)
-            except BaseException as error:
+            return starting.wait(START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if starting.returncode is None:
                 starting.kill()
                 starting.wait()
-                if isinstance(error, subprocess.TimeoutExpired):
-                    text = f"the local Ray was not up after {START_TIMEOUT_S:g} s"
-                    raise hint(JobError(text, fault="external"), _last(path)) from None
-                raise
-        if code:
-            text = f"the local Ray cannot be started: ray start exited with code {code}"
-            raise hint(JobError(text, fault="external"), _last(path))
 
 
 def _free_port() -> int:

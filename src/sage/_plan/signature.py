@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sage import functions
-from sage._plan.logical import FunctionSpec, Kind
+from sage._plan.logical import FunctionSpec, Kind, Place
 from sage.connector import Source
 from sage.errors import GraphError, hint, short
 from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Which function classes an operator takes, and how many records its function is called with.
 ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
@@ -29,6 +32,25 @@ ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
 }
 
 KINDS_OF_FUNCTION = tuple(type_ for types, _ in ACCEPTED.values() for type_ in types)
+
+
+def place_of(at: Any, num_cpus: Any = 0.0, num_gpus: Any = 0.0, resources: Mapping[str, Any] | None = None) -> Place:
+    """Check what a user wants of a place and return it.
+
+    Raises:
+        GraphError: there is no such place, or nothing can be reserved there.
+    """
+    if at not in ("cluster", "driver"):
+        raise hint(GraphError(f"a place is at {at!r}"), 'It is at the "cluster" or at the "driver".')
+    wanted: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, **(resources or {})}
+    for name, amount in wanted.items():
+        if not isinstance(amount, int | float) or isinstance(amount, bool) or amount < 0:
+            raise GraphError(f"a place reserves {name}={short(amount)}, which is no amount")
+    if at == "driver" and any(wanted.values()):
+        reserved = ", ".join(name for name, amount in wanted.items() if amount)
+        error = GraphError(f"a place at the driver reserves {reserved}")
+        raise hint(error, "Only processes of the cluster reserve something; the driver runs already.")
+    return Place(at, num_cpus, num_gpus, tuple((resources or {}).items()))
 
 
 def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionSpec:

@@ -205,9 +205,13 @@ class Job:
     def seal(self, ended: Ended) -> None:
         """Make the report; called by the supervisor, once, as its last act."""
         report = seal(ended, self.dispatcher, self._graph, self.id, self._started, self._reason)
-        self._error = to_raise(report, ended.state.failures)
-        for error in report.errors:
-            self._log.error("%s", describe(error), exc_info=error)
+        self._take(report, to_raise(report, ended.state.failures), ended)
+
+    def _take(self, report: JobReport, error: Exception | None, ended: Ended) -> None:
+        """Have a report, and what whoever waits gets; nothing of the job runs any more."""
+        self._error = error
+        for one in report.errors:
+            self._log.error("%s", describe(one), exc_info=one)
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
         if self.report_file is not None:
             self.report_file.end(report)  # before the guardian is told that all is over, which else writes one
