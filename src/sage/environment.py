@@ -345,7 +345,7 @@ class Environment:
 
     def set_console_log_level(self, level: str) -> None:
         """Show the log on standard error from `level` on: DEBUG, INFO, WARNING or ERROR."""
-        if level.upper() not in CONSOLE_LEVELS:
+        if str(level).upper() not in CONSOLE_LEVELS:
             raise hint(ValueError(f"console log level is {level!r}"), f"It is one of {', '.join(CONSOLE_LEVELS)}.")
         self._show_log(level.upper())
 

@@ -665,6 +665,8 @@ def test_the_console_shows_the_log_when_asked(tmp_path: Path) -> None:
     assert (ended.code, ended.output) == (0, "")
     assert 'service "store"' in ended.errors
     assert "ERROR" not in ended.errors
+    with pytest.raises(ValueError, match="console log level is 10"):
+        LocalEnvironment().set_console_log_level(10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="console log level is 'LOUD'") as caught:
         LocalEnvironment().set_console_log_level("LOUD")
     assert "DEBUG, INFO, WARNING, ERROR" in caught.value.__notes__[0]
