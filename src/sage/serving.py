@@ -116,6 +116,10 @@ class PipelineBridge:
         """Call `wake` each time that a request came, and when the bridge is closed."""
         self._listening.append(wake)
 
+    def __reduce__(self) -> tuple[type[PipelineBridge], tuple[()]]:
+        # It joins the source and the service of one process, which are sent there together, so that both get the same.
+        return PipelineBridge, ()
+
     @property
     def is_closed(self) -> bool:
         """Whether it takes no more requests."""

@@ -120,7 +120,8 @@ class Site:
 
     def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait for a condition; nothing else has to go on meanwhile."""
-        return condition.wait_for(is_over, timeout_s)
+        with condition:
+            return condition.wait_for(is_over, timeout_s)
 
     def ask_to_stop(self) -> None:
         """Ask for the end of the job, draining what is in flight."""

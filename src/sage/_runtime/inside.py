@@ -28,7 +28,7 @@ class Inside(Protocol):
         """Ask for the end of the job, draining what is in flight, without waiting for it."""
 
     def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
-        """Wait for a condition, whose lock is held, as a thread of the job has to; return whether it came true."""
+        """Wait for a condition as a thread of the job has to, and return whether it came true."""
 
 
 @contextmanager
