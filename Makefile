@@ -15,7 +15,8 @@ test: .venv/dev ; $(PYTHON) -m pytest -n 2 --ignore tests/services --ignore test
 test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
 # One after the other: each starts a Ray of its own, which fills a machine of two cores for seconds.
 test-ray: .venv/ray ; $(PYTHON) -m pytest -m ray --ignore tests/services --ignore tests/rag
-bench: .venv/bench ; $(PYTHON) -m benchmarks
+# Vector stores are measured against the engines under them.
+bench: .venv/bench .venv/services ; $(PYTHON) -m benchmarks
 ci: check test test-services test-ray
 check: .venv/services
 	.venv/bin/ruff format --check
@@ -28,7 +29,7 @@ lock:
 	$(LOCK) --group dev --constraint requirements/base.txt --output-file requirements/dev.txt
 	$(LOCK) --group services $(SERVICES:%=--extra %) --constraint requirements/dev.txt --output-file requirements/services.txt
 	$(LOCK) --group dev --extra ray --constraint requirements/services.txt --output-file requirements/ray.txt
-	$(LOCK) --group bench --constraint requirements/dev.txt --output-file requirements/bench.txt
+	$(LOCK) --group bench --constraint requirements/services.txt --output-file requirements/bench.txt
 
 .venv/base: requirements/base.txt pyproject.toml
 	python3 -m venv --without-pip .venv

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from benchmarks.answers import answers
@@ -15,6 +16,7 @@ from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
 from benchmarks.plot import plot
 from benchmarks.processes import process_array, process_call, process_stop
+from benchmarks.ray import jobs_on_ray
 from benchmarks.stores import stores
 from benchmarks.throughput import awaits, chain, has_bytewax, service_call, word_count
 
@@ -38,7 +40,14 @@ CASES = {
     "process-stop": process_stop,
     "stores": stores,
     "answers": answers,
+    "ray": jobs_on_ray,
 }
+
+
+def has_ray() -> bool:
+    """Return whether there is a Ray, which has a list of requirements of its own."""
+    return find_spec("ray") is not None
+
 
 MARK, MARK_END = "<!-- figures -->", "<!-- end of figures -->"
 
@@ -61,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bytewax is not installed: its cases are left out")
     print(ROW.format("case", "median", "unit", "quartiles", "target", "met"), flush=True)
     figures = []
-    for name in options.cases or CASES:
+    for name in options.cases or [name for name in CASES if name != "ray" or has_ray()]:
         for figure in CASES[name](QUICK if options.quick else FULL):
             figures.append(figure)
             print(row(figure), flush=True)

@@ -56,10 +56,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes `backend` on threads and on the step backend with each seed.
 
     One that takes `host`, and does not say which, runs with its services in this process, and on threads also with each
-    in its own: the step backend has a clock of its own, which processes do not follow.
+    in its own: the step backend has a clock of its own, which processes do not follow. On Ray, services are there too.
     """
     backends = ["threads", *(f"step-{seed}" for seed in range(metafunc.config.getoption("--seeds")))]
     pairs = [*((backend, "inline") for backend in backends), ("threads", "process")]
+    if metafunc.definition.get_closest_marker("ray") is not None:
+        backends, pairs = ["ray"], [("ray", "ray")]
     own = " ".join(str(marker.args[0]) for marker in metafunc.definition.iter_markers("parametrize"))
     match "backend" in metafunc.fixturenames, "host" in metafunc.fixturenames and "host" not in own:
         case True, False:
@@ -67,14 +69,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         case True, True:
             metafunc.parametrize(("backend", "host"), pairs, indirect=["backend"])
         case False, True:
-            metafunc.parametrize("host", ["inline", "process"])
+            metafunc.parametrize("host", ["ray"] if backends == ["ray"] else ["inline", "process"])
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Callable[[], Backend]:
     """Return what makes the backend of one job, for `LocalEnvironment(backend=...)`."""
     name: str = request.param
-    if name == "threads":
+    if name in ("threads", "ray"):  # a remote environment does not ask for it
         return ThreadsBackend
     seed = int(name.removeprefix("step-"))
     return lambda: StepBackend(seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,16 +15,19 @@ from sage import (
     DataStream,
     DuplicateNameError,
     FilterFunction,
+    FlatMapFunction,
     GraphError,
     LocalEnvironment,
     MapFunction,
     RemoteEnvironment,
+    Retry,
     ServiceOptions,
     SinkFunction,
     SourceFunction,
     UnknownServiceError,
     UnsupportedPlanError,
 )
+from sage.testing import StepBackend
 
 # What is refused has started nothing, so that there is nothing to wait for either.
 pytestmark = pytest.mark.sage_clean(within_s=0.0)
@@ -106,6 +111,7 @@ Build = Callable[[DataStream], Any]
         (lambda s: s.keyby(lambda x: x, strategy="modulo"), "strategy is 'modulo'", "hash, broadcast, round_robin"),
         (lambda s: s.keyby(lambda x: x).reduce(max, emit="all"), "reduce: emit is 'all'", 'It is "each" or "last"'),
         (lambda s: s.fill_future(s), "is filled, but it is no future", "env.from_future(name)"),
+        (lambda s: s.reduce(max), 'reduce: the stream ("source") has no keys', "Call keyby(...)"),
         (lambda s: s.connect(s).join(lambda *_: []), "has no keys", "Call keyby(...)"),
         (lambda s: s.map(len, on_error="retry"), "on_error is 'retry'", 'It is "fail", "skip"'),
     ],
@@ -145,7 +151,7 @@ def test_arguments_without_effect_are_told_while_the_graph_is_built(build: Build
     "call",
     [
         lambda env: LocalEnvironment("test", workers=3),  # type: ignore[call-arg]
-        lambda env: RemoteEnvironment("test", workers=3),  # type: ignore[call-arg]
+        lambda env: RemoteEnvironment("test", wrokers=3),  # type: ignore[call-arg]
         lambda env: env.submit(autostopp=True),
         lambda env: env.from_batch([1], paralelism=2),
         lambda env: env.from_source(Ticks, dealy=1.0),
@@ -160,7 +166,17 @@ def test_an_unknown_keyword_is_a_type_error(call: Callable[[Any], Any]) -> None:
         call(LocalEnvironment("test"))
     assert any(
         word in str(caught.value)
-        for word in ("workers", "autostopp", "paralelism", "dealy", "colour", "emits", "option", "concurency")
+        for word in (
+            "workers",
+            "wrokers",
+            "autostopp",
+            "paralelism",
+            "dealy",
+            "colour",
+            "emits",
+            "option",
+            "concurency",
+        )
     )
 
 
@@ -352,22 +368,209 @@ def test_kept_services_that_are_unknown_are_refused() -> None:
         ({"depends_on": "disk"}, "depends_on is the string 'disk'"),
         ({"restart": "sometimes"}, "restart is 'sometimes'"),
         ({"concurrency": 0}, "concurrency is 0"),
+        ({"concurrency": "4"}, "concurrency is '4', which is not a positive number"),
+        ({"concurrency": 2.5}, "concurrency is 2.5"),
+        ({"restarts_max": -1}, "restarts_max is -1, which is not a number of at least 0"),
         ({"stop_timeout_s": -1}, "stop_timeout_s is -1"),
+        ({"stop_timeout_s": float("nan")}, "stop_timeout_s is nan"),
+        ({"start_timeout_s": "1"}, "start_timeout_s is '1'"),
+        ({"start_timeout_s": None}, "start_timeout_s is None"),
+        ({"call_timeout_s": "x"}, "call_timeout_s is 'x'"),
+        ({"health_interval_s": None}, "health_interval_s is None"),
+        ({"kill_grace_s": float("inf")}, "kill_grace_s is inf"),
+        ({"backoff_s": 1}, "backoff_s is 1"),
+        ({"backoff_s": (1, -1)}, "backoff_s is (1, -1), with the pause -1"),
+        ({"depends_on": [5]}, "depends_on is [5]"),
+        ({"depends_on": None}, "depends_on is None"),
     ],
 )
 def test_service_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(GraphError) as caught:
         ServiceOptions(**options)
     assert f"service option {message}" in str(caught.value)
+    assert caught.value.__notes__
 
 
-def test_a_remote_environment_refuses_to_submit() -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop_timeout_s": "60"}, "stop_timeout_s is '60'"),
+        ({"stop_timeout_s": -1}, "stop_timeout_s is -1"),
+        ({"drain_timeout_s": True}, "drain_timeout_s is True"),
+        ({"close_timeout_s": float("nan")}, "close_timeout_s is nan"),
+        ({"services_share": 2}, "services_share is 2"),
+        ({"services_reserve_s": [5]}, "services_reserve_s is [5]"),
+    ],
+)
+def test_bounds_of_an_environment_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        LocalEnvironment("test", **settings)
+    assert str(caught.value) == f'environment "test": {message}'
+    assert "Give a" in note_of(caught.value)
+
+
+def test_a_variable_that_holds_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_STOP_TIMEOUT_S", "soon")
+    with pytest.raises(GraphError, match="the environment variable SAGE_STOP_TIMEOUT_S is 'soon'"):
+        LocalEnvironment("test")
+
+
+def test_a_backend_is_made_for_each_job() -> None:
+    with pytest.raises(TypeError, match=r'environment "test": backend is <sage\.testing\.StepBackend') as caught:
+        LocalEnvironment("test", backend=StepBackend(1))  # type: ignore[arg-type]
+    assert "lambda: StepBackend(seed)" in note_of(caught.value)
+
+
+@pytest.mark.parametrize("name", [5, "", None, ["a"], "two\nlines", "\x00"])
+def test_what_cannot_be_a_name_is_refused(name: Any) -> None:
+    """It would break the lines of reports, plans and logs, or fail where nobody knows where it came from."""
+    env = LocalEnvironment("test")
+    stream = env.from_batch([1])
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("an environment", lambda: LocalEnvironment(name)),
+        ("an operator", lambda: stream.name(name)),
+        ("a service", lambda: env.register_service(name, Memory)),
+    ]
+    if name is not None:
+        calls += [
+            ("an operator", lambda: stream.map(str, name=name)),
+            ("an operator", lambda: env.from_batch([1], name=name)),
+            ("an operator", lambda: env.dead_letters(name)),
+        ]
+    for kind, call in calls:
+        with pytest.raises(GraphError, match=f"the name of {kind} is ") as caught:
+            call()
+        assert "Give a string of printable characters" in note_of(caught.value)
+    stream.sink(Show)
+    assert len(env.explain().splitlines()) == 2
+
+
+@pytest.mark.parametrize("delay", [-1, "1", float("nan"), float("inf")])
+def test_a_delay_that_is_no_time_is_refused(delay: Any) -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match=f"from_source: delay is {delay!r}"):
+        env.from_source(Ticks, delay=delay)
+
+
+def test_options_of_a_service_are_service_options() -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(TypeError, match=r"service \"memory\": options is {'concurrency': 2}") as caught:
+        env.register_service("memory", Memory, options={"concurrency": 2})  # type: ignore[arg-type]
+    assert "ServiceOptions(...)" in note_of(caught.value)
+
+
+def test_names_of_kept_services_can_be_read() -> None:
+    env = LocalEnvironment("test")
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(TypeError, match="keep_services is None") as caught:
+        env.submit(autostop=True, keep_services=None)  # type: ignore[arg-type]
+    assert "True, False or names" in note_of(caught.value)
+
+
+async def endless() -> AsyncIterator[int]:
+    while True:
+        yield 1
+
+
+async def each(record: int) -> AsyncIterator[int]:
+    yield record
+
+
+class EachOf(FlatMapFunction):
+    async def execute(self, data: int) -> AsyncIterator[int]:  # type: ignore[override]
+        yield data
+
+
+@pytest.mark.parametrize(
+    ("build", "label"),
+    [
+        (lambda env: env.from_batch(endless), "from_batch(endless): endless"),
+        (lambda env: env.from_source(endless), "from_source(endless): endless"),
+        (lambda env: env.from_batch([1]).flatmap(each), "flatmap(each): each"),
+        (lambda env: env.from_batch([1]).flatmap(EachOf), "flatmap(EachOf): execute"),
+        (lambda env: env.from_batch([1]).map(partial(each)), "map(partial): partial"),
+    ],
+)
+def test_asynchronous_generator_functions_are_refused(build: Callable[[LocalEnvironment], Any], label: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        build(LocalEnvironment("test"))
+    assert str(caught.value) == f"{label} is an asynchronous generator function"
+    assert "returns a list" in note_of(caught.value)
+
+
+def test_dead_letters_belong_to_the_environment_that_handles_them() -> None:
+    """Otherwise they would go to whatever has the same number in the other graph."""
+    other = LocalEnvironment("other")
+    letters = other.dead_letters()
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match="on_error: the streams belong to two environments"):
+        env.from_batch([1], on_error=letters)
+    stream = env.from_batch([1])
+    with pytest.raises(GraphError, match="on_error: the streams belong to two environments"):
+        stream.map(str, on_error=Retry(then=letters))
+
+
+def test_what_serves_is_a_function() -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match=r'serve\("answers"\): None is not callable') as caught:
+        env.serve("answers", None)  # type: ignore[arg-type]
+    assert "lambda requests" in note_of(caught.value)
+    env.serve("answers", lambda requests: requests.map(str))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ServiceOptions(shared=True), 'service "memory" is shared'),
+        (ServiceOptions(host="process"), 'service "memory" has host="process"'),
+    ],
+)
+def test_a_remote_environment_refuses_what_a_cluster_does_not_have(options: ServiceOptions, message: str) -> None:
+    env = RemoteEnvironment("far away")
+    env.register_service("memory", Memory, options=options)
+    env.from_batch([1]).sink(Show)
+    with pytest.raises(UnsupportedPlanError, match=message) as caught:
+        env.submit(autostop=True)
+    assert 'host="ray"' in note_of(caught.value)
+
+
+def test_a_remote_environment_keeps_no_services() -> None:
     env = RemoteEnvironment("far away")
     env.register_service("memory", Memory)
     env.from_batch([1]).sink(Show)
-    with pytest.raises(UnsupportedPlanError, match='environment "far away" is to run on Ray') as caught:
+    with pytest.raises(UnsupportedPlanError, match='environment "far away" cannot keep services in a cluster'):
+        env.submit(autostop=True, keep_services=True)
+
+
+def test_what_cannot_be_sent_to_a_cluster_is_named() -> None:
+    lock = threading.Lock()
+    env = RemoteEnvironment("far away")
+    env.from_batch([1]).map(lambda record: (record, lock), name="locked").sink(Show)
+    with pytest.raises(GraphError, match='operator "locked" cannot be sent to the cluster: variable "lock"'):
         env.submit(autostop=True)
-    assert "LocalEnvironment" in note_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"at": "moon"}, "a place is at 'moon'"),
+        ({"num_gpus": -1}, "a place reserves num_gpus=-1, which is no amount"),
+        ({"at": "driver", "num_cpus": 1}, "a place at the driver reserves num_cpus"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(place: dict[str, Any], message: str) -> None:
+    env = LocalEnvironment("test")
+    with pytest.raises(GraphError, match=message):
+        env.from_batch([1]).place(**place)
+
+
+def test_a_loop_that_is_torn_apart_by_places_is_refused() -> None:
+    env = RemoteEnvironment("far away")
+    loop = env.from_future("loop")
+    around = env.from_batch([3]).union(loop).map(lambda n: n - 1).place(num_cpus=1).filter(lambda n: n > 0)
+    around.fill_future(loop)
+    with pytest.raises(UnsupportedPlanError, match="a feedback loop has to run in one process"):
+        env.submit(autostop=True)
 
 
 def test_values_in_messages_are_short_and_their_repr_may_raise() -> None:

@@ -22,6 +22,7 @@ from sage.services.numpy_store import NumpyStore
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
+MARK, MARK_END = "<!-- quality -->", "<!-- end of quality -->"
 EMBEDDINGS = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
 
 
@@ -76,13 +77,31 @@ def table(scores: dict[str, Scores], labels: int, k: int) -> str:
     return "\n".join(lines)
 
 
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the marks of a page.
+
+    Raises:
+        SystemExit: it has none.
+    """
+    before, found, rest = page.read_text(encoding="utf-8").partition(MARK)
+    _, closed, after = rest.partition(MARK_END)
+    if not found or not closed:
+        raise SystemExit(f"{page} has no lines {MARK} and {MARK_END}")
+    page.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK_END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how well passages are found.")
     parser.add_argument("--embeddings", choices=EMBEDDINGS, default="minilm", help="what turns texts into vectors")
     parser.add_argument("--top", type=int, default=5, help="how many passages of each question count")
+    parser.add_argument("--page", type=Path, help="measure every embeddings, and put the tables into this page")
     options = parser.parse_args()
     labels = len((HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines())
-    print(table(measure(options.embeddings, options.top), labels, options.top))
+    chosen = list(EMBEDDINGS) if options.page else [options.embeddings]
+    tables = {name: table(measure(name, options.top), labels, options.top) for name in chosen}
+    if options.page:
+        put_into(options.page, "\n\n".join(f"`{EMBEDDINGS[name].__name__}`, {text}" for name, text in tables.items()))
+    print("\n\n".join(tables.values()))
 
 
 if __name__ == "__main__":

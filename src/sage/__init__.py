@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sage.command import Http, Line, Port, RunningCommand
     from sage.connector import Source
-    from sage.environment import LocalEnvironment, RemoteEnvironment
+    from sage.environment import LocalEnvironment
     from sage.errors import (
         AuthenticationError,
         CleanupError,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         SourceFunction,
         StopSignal,
     )
+    from sage.remote import RemoteEnvironment
     from sage.report import Cleanliness, JobReport, Outcome
     from sage.service import BaseService, ServiceHandle, ServiceOptions
     from sage.stream import ConnectedStreams, DataStream, KeyedStream
@@ -140,7 +141,7 @@ _HOMES = {
     "Outcome": "sage.report",
     "Port": "sage.command",
     "ProcessFunction": "sage.functions",
-    "RemoteEnvironment": "sage.environment",
+    "RemoteEnvironment": "sage.remote",
     "Retry": "sage.failure",
     "RunningCommand": "sage.command",
     "SageError": "sage.errors",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sage._arguments import STOP_TIMEOUT_VARIABLE, seconds_in
 from sage._backends.threads import ThreadsBackend
 from sage._hosts.job_guard import JobGuard
 from sage._plan.logical import LogicalGraph
@@ -26,6 +26,12 @@ INTERRUPT_TIMEOUT_S = 25.0
 """Budget of a stop that a signal asked for: what starts programs often kills them after 30 s."""
 
 NOTHING_ADOPTED: Mapping[str, Host] = MappingProxyType({})
+
+
+def interrupt_timeout_s() -> float:
+    """Return the budget of a stop that a signal asked for."""
+    asked_s = seconds_in(STOP_TIMEOUT_VARIABLE)
+    return INTERRUPT_TIMEOUT_S if asked_s is None else asked_s
 
 
 def assemble(
@@ -55,7 +61,7 @@ def assemble(
         before: that job's guard.
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
-    job = Job(id_, graph, float(os.environ.get("SAGE_STOP_TIMEOUT_S", INTERRUPT_TIMEOUT_S)))
+    job = Job(id_, graph, interrupt_timeout_s())
     guard = JobGuard(id_, graph.name, report, graph.services, before=before)
     job.dispatcher = Dispatcher(
         plan,

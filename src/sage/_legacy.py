@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from sage import functions
 from sage._runtime.dispatcher import Dispatcher
 from sage._runtime.manager import JobManager
-from sage.environment import LocalEnvironment, RemoteEnvironment
+from sage.environment import LocalEnvironment
 from sage.errors import GraphError, ServerUnreachableError, hint
 from sage.functions import SinkFunction, SourceFunction, StopSignal
 from sage.observability import LOG_FORMAT
+from sage.remote import RemoteEnvironment
 from sage.service import BaseService
 from sage.serving import PipelineBridge, PipelineRequest, PipelineService
 from sage.stream import ConnectedStreams, DataStream

@@ -6,19 +6,21 @@ import os
 import signal
 import uuid
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sage._arguments import STOP_TIMEOUT_VARIABLE, check_name, check_seconds, seconds_in
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.manager import JobManager
-from sage.errors import DuplicateNameError, GraphError, UnsupportedPlanError, hint, short
+from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
-from sage.service import ServiceHandle, ServiceOptions
+from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
 from sage.stream import DataStream, error_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Never
 
     from sage._hosts.job_guard import JobGuard
@@ -43,6 +45,7 @@ class Environment:
     _instead_of_running: ClassVar[Callable[[Environment, LogicalGraph, PhysicalPlan], Job] | None] = None
 
     def __init__(self, name: str, config: dict[str, Any] | None = None) -> None:
+        check_name("an environment", name)
         self.name = name
         self.config = dict(config or {})
         self.env_uuid = str(uuid.uuid4())
@@ -98,7 +101,7 @@ class Environment:
 
         Args:
             function: a `SourceFunction` class, a callable without arguments or a `Source`. It returns a record, None
-                for nothing now, or a `StopSignal` at the end.
+                for nothing now, or a `StopSignal` at the end. A generator function yields them.
             *args: arguments of the class or function.
             delay: pause between two records, in seconds; without it nothing sleeps.
             lockstep: whether one record at a time goes through the whole job.
@@ -129,6 +132,8 @@ class Environment:
         on_error: Any,
         **settings: Any,
     ) -> DataStream:
+        if settings.get("delay_s") is not None:
+            check_seconds("from_source: delay is", settings["delay_s"])
         spec = source_spec(source, args, kwargs, bounded=settings["bounded"])
         policy = error_policy(self._builder, on_error)
         if policy.then != "fail":
@@ -198,8 +203,11 @@ class Environment:
             timeout_s: how long a call waits for its answer, in seconds; None is without bound.
 
         Raises:
-            GraphError: `build` returns no stream.
+            GraphError: `build` is no function, or returns no stream.
         """
+        if not callable(build):
+            error = GraphError(f'serve("{name}"): {short(build)} is not callable')
+            raise hint(error, "Give a function of the stream of requests: lambda requests: requests.map(...).")
         bridge = PipelineBridge()
         options = ServiceOptions(concurrency=None)
         handle = self.register_service(name, PipelineService, bridge, timeout_s, options=options)
@@ -337,7 +345,7 @@ class Environment:
 
     def set_console_log_level(self, level: str) -> None:
         """Show the log on standard error from `level` on: DEBUG, INFO, WARNING or ERROR."""
-        if level.upper() not in CONSOLE_LEVELS:
+        if str(level).upper() not in CONSOLE_LEVELS:
             raise hint(ValueError(f"console log level is {level!r}"), f"It is one of {', '.join(CONSOLE_LEVELS)}.")
         self._show_log(level.upper())
 
@@ -398,10 +406,37 @@ class Environment:
 
     # --- behind it ---
 
+    def _limit(
+        self,
+        stop_timeout_s: float | None,
+        drain_timeout_s: float | None,
+        close_timeout_s: float | None,
+        services_share: float | None,
+        services_reserve_s: float | None,
+    ) -> None:
+        """Set the bounds of a stop that are not the default."""
+        if stop_timeout_s is None:
+            stop_timeout_s = seconds_in(STOP_TIMEOUT_VARIABLE)
+        given = {
+            "stop_timeout_s": stop_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "close_timeout_s": close_timeout_s,
+            "services_share": services_share,
+            "services_reserve_s": services_reserve_s,
+        }
+        self._limits = {name: value for name, value in given.items() if value is not None}
+        for option, value in self._limits.items():
+            check_seconds(f'environment "{self.name}": {option} is', value)
+        if self._limits.get("services_share", 0.0) > 1:
+            error = GraphError(f'environment "{self.name}": services_share is {services_share}')
+            raise hint(error, "Give a part of 1.")
+
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
-        options = options or ServiceOptions()
-        if not name or not isinstance(name, str):
-            raise GraphError(f"a service's name is a string with something in it, not {short(name)}")
+        check_name("a service", name)
+        options = DEFAULT_OPTIONS if options is None else options
+        if not isinstance(options, ServiceOptions):
+            error = TypeError(f'service "{name}": options is {short(options)}')
+            raise hint(error, "Give ServiceOptions(...).")
         if name in self._services and not options.replace:
             error = DuplicateNameError(f'service "{name}" is registered twice')
             raise hint(error, "Choose another name, or set ServiceOptions(replace=True).")
@@ -413,6 +448,8 @@ class Environment:
     def _names_to_keep(self, keep: bool | Iterable[str]) -> frozenset[str]:
         if isinstance(keep, bool):
             return frozenset(self._services) if keep else frozenset(self._kept)
+        if not isinstance(keep, Iterable):
+            raise hint(TypeError(f"keep_services is {short(keep)}"), "Give True, False or names of services.")
         names = {keep} if isinstance(keep, str) else set(keep)
         unknown = names - set(self._services)
         if unknown:
@@ -451,15 +488,18 @@ class Environment:
         if any(self._services[name] is not host.spec for name, host in self._kept.items()):
             self._close_kept()  # one of them was replaced, and nothing would use it any more
         job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
-        self._open_files(job)
+        try:
+            self._open_files(job)
+        except BaseException:
+            job.dispatcher.discard()
+            raise
         self._spend(graph)
 
         def sealed(ended: Ended) -> None:
             self._kept = {}
             for service in graph.services:
-                host = job.dispatcher.supervisor.hosts[service.name]
                 if ended.state.services[service.name].state == "kept":
-                    self._kept[service.name] = host
+                    self._kept[service.name] = job.dispatcher.supervisor.hosts[service.name]
                 else:
                     service.handle._connect(None)
             JobManager().hold(self, keeps=bool(self._kept))
@@ -541,16 +581,10 @@ class LocalEnvironment(Environment):
         backend: Callable[[], Backend] | None = None,
     ) -> None:
         super().__init__(name, config)
-        if stop_timeout_s is None and "SAGE_STOP_TIMEOUT_S" in os.environ:
-            stop_timeout_s = float(os.environ["SAGE_STOP_TIMEOUT_S"])
-        given = {
-            "stop_timeout_s": stop_timeout_s,
-            "drain_timeout_s": drain_timeout_s,
-            "close_timeout_s": close_timeout_s,
-            "services_share": services_share,
-            "services_reserve_s": services_reserve_s,
-        }
-        self._limits = {name: value for name, value in given.items() if value is not None}
+        self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
+        if backend is not None and not callable(backend):
+            error = TypeError(f'environment "{name}": backend is {short(backend)}')
+            raise hint(error, "Give what makes one for each job: the class, or lambda: StepBackend(seed).")
         if log_dir is not None:
             self.log_dir = log_dir
         if report_file is not None:
@@ -559,14 +593,3 @@ class LocalEnvironment(Environment):
 
     def _backend(self) -> Backend:
         return super()._backend() if self._make_backend is None else self._make_backend()
-
-
-class RemoteEnvironment(Environment):
-    """Will run jobs on a Ray cluster; this release builds and explains its graphs, and refuses to submit them."""
-
-    def __init__(self, name: str = "remote_environment", config: dict[str, Any] | None = None) -> None:
-        super().__init__(name, config)
-
-    def _backend(self) -> Backend:
-        error = UnsupportedPlanError(f'environment "{self.name}" is to run on Ray, which this release cannot do')
-        raise hint(error, "Use LocalEnvironment: the program stays the same.")

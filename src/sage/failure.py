@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sage._arguments import check_backoff, check_count
 from sage.errors import GraphError, hint
 
 POLICIES = ("fail", "skip")
@@ -43,8 +44,8 @@ class Retry:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        if self.attempts_max < 1:
-            raise GraphError(f"Retry has attempts_max={self.attempts_max}, but the first call is an attempt too")
+        check_count("Retry: attempts_max is", self.attempts_max)
+        check_backoff("Retry: backoff_s is", self.backoff_s)
         if isinstance(self.then, Retry):
             raise hint(GraphError("Retry has another Retry as `then`"), 'It is "fail", "skip" or dead letters.')
 

@@ -36,7 +36,7 @@ class Event:
     Attributes:
         at: when, in seconds since the epoch.
         subject: what changed: "job", "task" or "service".
-        name: the name of it.
+        name: the name of it; empty for the job.
         before: the state it left.
         after: the state it entered.
     """
@@ -48,7 +48,8 @@ class Event:
     after: str
 
     def __str__(self) -> str:
-        return f'{self.subject} "{self.name}": {self.before} -> {self.after}'
+        what = f'{self.subject} "{self.name}"' if self.name else self.subject
+        return f"{what}: {self.before} -> {self.after}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,20 @@ class SessionLogs:
 
     @classmethod
     def open(cls, log_dir: str | os.PathLike[str]) -> SessionLogs:
-        """Return the session of this process under `log_dir`, a new one if there is none yet."""
+        """Return the session of this process under `log_dir`, a new one if there is none yet.
+
+        Raises:
+            GraphError: the folder cannot be written.
+        """
         root = Path(log_dir).absolute() / "jobmanager"
         if root not in cls._open or cls._open[root].pid != os.getpid():
-            _prune(root)
             stamp = time.strftime("%Y%m%d_%H%M%S")
-            session = cls(root / f"session_{stamp}_{os.getpid()}")
+            try:
+                _prune(root)
+                session = cls(root / f"session_{stamp}_{os.getpid()}")
+            except OSError as error:
+                wrong = GraphError(f'log folder "{os.fspath(log_dir)}" cannot be written: {error.strerror or error}')
+                raise hint(wrong, "Give log_dir, or SAGE_LOG_DIR, a folder of this user.") from error
             session.pid = os.getpid()
             cls._open[root] = session
         return cls._open[root]

@@ -71,7 +71,7 @@ class ServiceReport:
         errors: how many of them raised.
         restarts: how often it was restarted.
         stack: where its thread stood when it was abandoned, or None.
-        host: where it ran: "inline", "process" or "command".
+        host: where it ran: "inline", "process", "command" or "ray".
         pid: its last process, or None for one that had none of its own.
         exit_code: how that process ended; negative for a signal, None where it is not known.
         output: the last lines that it wrote.

@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
-from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint
+from sage._arguments import check_backoff, check_count, check_seconds
+from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,10 @@ ABSENT: Any = object()
 """Stands for an argument that was not given."""
 
 logging.getLogger("sage").addHandler(logging.NullHandler())
+
+
+NO_RESOURCES: Mapping[str, float] = {}
+"""One for all, since the options of every service of every job that is known hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +50,13 @@ class ServiceOptions:
         required: whether the job fails with the service; if not, calls fail at once and the job goes on.
         health_interval_s: pause between two calls of `health`, where the service has one, in seconds.
         replace: whether registering takes the place of an earlier service of the same name.
-        host: where it runs: "inline" in this process, "process" in one of its own, which can be killed.
+        host: where it runs: "inline" in the process that submits the job, "process" in one of its own, which can be
+            killed, "ray" in one of a cluster. None is "inline" for jobs on one machine and "ray" on a cluster.
         kill_grace_s: how long a process may take to end after its cleanup before it is killed, in seconds.
         shared: whether the environments of this process share one instance, which the last of them cleans up.
+        num_cpus: processors that its process reserves in a cluster; 0 reserves nothing.
+        num_gpus: GPUs that its process reserves in a cluster, and sees.
+        resources: other resources of the cluster that its process reserves, by name.
     """
 
     depends_on: tuple[str, ...] | list[str] = ()
@@ -63,26 +72,41 @@ class ServiceOptions:
     required: bool = True
     health_interval_s: float = 5.0
     replace: bool = False
-    host: Literal["inline", "process"] = "inline"
+    host: Literal["inline", "process", "ray"] | None = None
     kill_grace_s: float = 5.0
     shared: bool = False
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=lambda: NO_RESOURCES)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the option."""
         if isinstance(self.depends_on, str):
             error = GraphError(f"service option depends_on is the string {self.depends_on!r}, not a list of names")
             raise hint(error, f"Write depends_on=[{self.depends_on!r}].")
+        names: Any = self.depends_on
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise hint(GraphError(f"service option depends_on is {short(names)}"), "Give a list of names.")
         if self.restart not in ("never", "on_failure", "always"):
             error = GraphError(f"service option restart is {self.restart!r}")
             raise hint(error, 'It is "never", "on_failure" or "always".')
-        if self.host not in ("inline", "process"):
-            raise hint(GraphError(f"service option host is {self.host!r}"), 'It is "inline" or "process".')
-        if self.concurrency is not None and self.concurrency < 1:
-            raise GraphError(f"service option concurrency is {self.concurrency}, but at least 1 call must be allowed")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_s") and isinstance(value, int | float) and value < 0:
-                raise GraphError(f"service option {field.name} is {value}, a negative number of seconds")
+        if self.host not in (None, "inline", "process", "ray"):
+            raise hint(GraphError(f"service option host is {self.host!r}"), 'It is "inline", "process" or "ray".')
+        if self.concurrency is not None:
+            check_count("service option concurrency is", self.concurrency)
+        check_count("service option restarts_max is", self.restarts_max, least=0)
+        check_backoff("service option backoff_s is", self.backoff_s)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            is_unbounded = one.name == "call_timeout_s" and value is None
+            if one.name.endswith("_s") and one.name != "backoff_s" and not is_unbounded:
+                check_seconds(f"service option {one.name} is", value)
+        for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
+            if amount < 0:
+                raise GraphError(f"service option {name} is {amount}, less than nothing")
+
+
+DEFAULT_OPTIONS = ServiceOptions()
 
 
 class ServiceCalls(Protocol):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from sage._arguments import check_count, check_seconds
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
-from sage._plan.signature import async_spec, comap_spec, function_spec
+from sage._plan.signature import async_spec, comap_spec, function_spec, place_of
 from sage.errors import GraphError, hint
 from sage.failure import FAIL, POLICIES, ErrorPolicy, Retry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from typing import Self
 
 Strategy = Literal["hash", "broadcast", "round_robin"]
 
@@ -30,6 +32,8 @@ def error_policy(builder: GraphBuilder, on_error: Any) -> ErrorPolicy:
         return ErrorPolicy(last.then, last.letters, on_error)
     if isinstance(on_error, str) and on_error in POLICIES:
         return ErrorPolicy(on_error)
+    if isinstance(on_error, DataStream):
+        _check_stream(builder, "on_error", on_error)
     if isinstance(on_error, DataStream) and builder.node(on_error._id).kind is Kind.LETTERS:
         return ErrorPolicy("letters", on_error._id)
     error = GraphError(f"on_error is {on_error!r}")
@@ -137,9 +141,9 @@ class DataStream:
         >>> run([1, 2, 3], lambda stream: stream.map_async(double, concurrency=2))
         [2, 4, 6]
         """
-        _check_count("map_async", "concurrency", concurrency)
+        check_count("map_async: concurrency is", concurrency)
         if timeout_s is not None:
-            _check_seconds("map_async", "timeout_s", timeout_s, least_text="more than 0", is_right=timeout_s > 0)
+            check_seconds("map_async: timeout_s is", timeout_s, may_be_zero=False)
         spec = async_spec(function, args, kwargs)
         id_ = self._then(
             Kind.MAP_ASYNC,
@@ -190,9 +194,8 @@ class DataStream:
         >>> run([1, 2, 3], lambda stream: stream.map_batches(lambda batch: [x * 2 for x in batch], max_records=2))
         [2, 4, 6]
         """
-        _check_count("map_batches", "max_records", max_records)
-        is_right = 0 <= max_wait_s < float("inf")
-        _check_seconds("map_batches", "max_wait_s", max_wait_s, least_text="0 or more, and finite", is_right=is_right)
+        check_count("map_batches: max_records is", max_records)
+        check_seconds("map_batches: max_wait_s is", max_wait_s)
         if batch_format not in ("list", "numpy"):
             raise hint(GraphError(f"map_batches: batch_format is {batch_format!r}"), 'It is "list" or "numpy".')
         spec = function_spec(Kind.MAP_BATCHES, function, args, kwargs)
@@ -273,11 +276,14 @@ class DataStream:
         parallelism: int | None = None,
         name: str | None = None,
         on_error: Any = None,
+        at: Literal["cluster", "driver"] | None = None,
         **kwargs: Any,
     ) -> DataStream:
         """Hand each record to `function` and return this stream, so that chaining goes on from before the sink.
 
-        `close()` of a `SinkFunction` is called once after the last record, whatever ends the job.
+        `close()` of a `SinkFunction` is called once after the last record, whatever ends the job. On a cluster, a
+        method of a list, a set, a dict, a deque or a queue, such as `results.append`, is called in the driver, where
+        the program can see what comes of it; so is any other function with `at="driver"`.
 
         >>> from sage.testing import run
         >>> seen = []
@@ -285,7 +291,9 @@ class DataStream:
         True
         """
         spec = function_spec(Kind.SINK, function, args, kwargs)
-        self._then(Kind.SINK, spec, parallelism=parallelism, name=name, on_error=on_error)
+        id_ = self._then(Kind.SINK, spec, parallelism=parallelism, name=name, on_error=on_error)
+        if at is not None:
+            self._builder.set(id_, place=place_of(at))
         return self
 
     def print(self, prefix: str = "", separator: str = " | ", colored: bool = True) -> DataStream:
@@ -296,7 +304,30 @@ class DataStream:
             separator: what stands between prefix and record.
             colored: whether the prefix is dimmed on a terminal.
         """
-        self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), name=None)
+        id_ = self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), name=None)
+        self._builder.set(id_, place=place_of("driver"))
+        return self
+
+    def place(
+        self,
+        at: Literal["cluster", "driver"] = "cluster",
+        *,
+        num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        resources: Mapping[str, float] | None = None,
+    ) -> Self:
+        """Say where on a cluster the operator before this runs; on one machine there is only one place.
+
+        Args:
+            at: "driver" keeps it in the process that submits the job.
+            num_cpus: processors that each of its tasks reserves; with something reserved, each has its own process.
+            num_gpus: GPUs that each of its tasks reserves and sees.
+            resources: other resources of the cluster that each of its tasks reserves, by name.
+
+        Raises:
+            GraphError: it cannot be placed so.
+        """
+        self._builder.set(self._id, place=place_of(at, num_cpus, num_gpus, resources))
         return self
 
     def keyby(
@@ -336,6 +367,42 @@ class DataStream:
         return KeyedStream(self._builder, id_)
 
     key_by = keyby
+
+    def reduce(
+        self,
+        function: Callable[[Any, Any], Any],
+        *,
+        emit: Literal["each", "last"] = "each",
+        parallelism: int | None = None,
+        name: str | None = None,
+        on_error: Any = None,
+    ) -> KeyedStream:
+        """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
+
+        The stream has to be keyed.
+
+        Args:
+            function: takes what was combined so far and the next record.
+            emit: "each" emits the combined value after every record, "last" once for each key at the end.
+            parallelism: see the class.
+            name: see the class.
+            on_error: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or `emit` is neither.
+
+        >>> from sage.testing import run
+        >>> run("abab", lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: a + b, emit="last"))
+        ['aa', 'bb']
+        """
+        if emit not in ("each", "last"):
+            raise hint(GraphError(f"reduce: emit is {emit!r}"), 'It is "each" or "last".')
+        _check_keyed(self._builder, "reduce: the stream", self)
+        spec = function_spec(Kind.REDUCE, function, (), {})
+        id_ = self._then(
+            Kind.REDUCE, spec, parallelism=parallelism, name=name, on_error=on_error, emit_each=emit == "each"
+        )
+        return KeyedStream(self._builder, id_)
 
     def broadcast(self) -> DataStream:
         """Send every record to all parallel tasks of the next operator."""
@@ -383,36 +450,6 @@ class DataStream:
 class KeyedStream(DataStream):
     """A stream whose records have keys; `self.ctx.get_key()` in a function class tells that of the record in hand."""
 
-    def reduce(
-        self,
-        function: Callable[[Any, Any], Any],
-        *,
-        emit: Literal["each", "last"] = "each",
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-    ) -> KeyedStream:
-        """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
-
-        Args:
-            function: takes what was combined so far and the next record.
-            emit: "each" emits the combined value after every record, "last" once for each key at the end.
-            parallelism: see `DataStream`.
-            name: see `DataStream`.
-            on_error: see `DataStream`.
-
-        >>> from sage.testing import run
-        >>> run("abab", lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: a + b, emit="last"))
-        ['aa', 'bb']
-        """
-        if emit not in ("each", "last"):
-            raise hint(GraphError(f"reduce: emit is {emit!r}"), 'It is "each" or "last".')
-        spec = function_spec(Kind.REDUCE, function, (), {})
-        id_ = self._then(
-            Kind.REDUCE, spec, parallelism=parallelism, name=name, on_error=on_error, emit_each=emit == "each"
-        )
-        return KeyedStream(self._builder, id_)
-
 
 class ConnectedStreams:
     """Two or more streams as the inputs of one operator, which ends when all of them have ended."""
@@ -458,10 +495,7 @@ class ConnectedStreams:
         if len(self._streams) != 2:
             raise GraphError(f"join: {len(self._streams)} streams are connected, but it takes exactly 2")
         for number, stream in enumerate(self._streams):
-            if not isinstance(stream, KeyedStream):
-                label = self._builder.node(stream._id).name
-                error = GraphError(f'join: input {number} ("{label}") has no keys')
-                raise hint(error, "Call keyby(...) on both streams, or on the connected ones, before join.")
+            _check_keyed(self._builder, f"join: input {number}", stream)
         spec = function_spec(Kind.JOIN, function, args, kwargs)
         return self._join(Kind.JOIN, spec, parallelism, name, on_error)
 
@@ -515,14 +549,10 @@ def _check_stream(builder: GraphBuilder, method: str, stream: object) -> None:
         raise hint(error, "Build both in the same environment.")
 
 
-def _check_count(method: str, option: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise GraphError(f"{method}: {option} is {value!r}, which is not a positive number")
-
-
-def _check_seconds(method: str, option: str, value: float, *, least_text: str, is_right: bool) -> None:
-    if not is_right:
-        raise hint(GraphError(f"{method}: {option} is {value!r}"), f"It is a number of seconds, {least_text}.")
+def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream) -> None:
+    if not isinstance(stream, KeyedStream):
+        error = GraphError(f'{label} ("{builder.node(stream._id).name}") has no keys')
+        raise hint(error, "Call keyby(...) before it, on each of the streams.")
 
 
 def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:

@@ -164,6 +164,32 @@ class StepLane:
         self.waiting.clear()
 
 
+class Waiter:
+    """A thread that has no turn: a function on it waits, or it waits for the end of the job.
+
+    Attributes:
+        is_over: says whether it has what it waits for.
+        due: until when it waits, on the virtual clock.
+    """
+
+    def __init__(self, is_over: Callable[[], bool], due: float = math.inf) -> None:
+        self.is_over = is_over
+        self.due = due
+        self._given = threading.Event()
+        self._error: BaseException | None = None
+
+    def give(self, error: BaseException | None = None) -> None:
+        """Give it the turn, or an error to raise."""
+        self._error = error
+        self._given.set()
+
+    def wait(self) -> None:
+        """Wait for the turn."""
+        self._given.wait()
+        if self._error is not None:
+            raise self._error
+
+
 class StepBackend(Backend):
     """Runs a whole job on the calling thread: one step of a task, a hook, or one event at a time, drawn from a seed.
 
@@ -172,7 +198,7 @@ class StepBackend(Backend):
     that somebody waits for. Sizes of batches, cuts and capacities are drawn too, so thousands of seeds see thousands of
     schedules, and each seed sees the same one every time. The job runs while somebody waits for it: in
     `submit(autostop=True)`, `job.wait()`, `env.stop()` or `env.close()`. While a function waits for the answer of a
-    served pipeline, the rest of the job goes on.
+    served pipeline, another thread takes the turns.
 
     Args:
         seed: what everything is drawn from.
@@ -188,11 +214,15 @@ class StepBackend(Backend):
         self._lanes: list[StepLane] = []
         self._ready: set[Task] = set()
         self._loops: list[SteppedLoop] = []
+        # Only one thread has the turn. The others are in the middle of a step or a hook, but for the owner: it asked
+        # for the job to be run, and may have nothing left to do but to wait for the end.
         self._thread_id = 0
-        # Tasks in the middle of a step, and until when their functions wait for others.
-        self._stepping: list[Task] = []
-        self._bounds: list[float] = []
         self._turns = 0
+        self._stepping: set[Task] = set()
+        self._waiting: list[Waiter] = []
+        self._next: Waiter | None = None
+        self._owner: Waiter | None = None
+        self._stand_ins: list[threading.Thread] = []
 
     def now(self) -> float:
         """Return the virtual time."""
@@ -254,10 +284,18 @@ class StepBackend(Backend):
         Raises:
             InternalError: nothing can go on, or it never ends: a bug that the seed shows again.
         """
-        self._thread_id = threading.get_ident()
         with inside(supervisor):
-            while not supervisor.is_sealed:
+            while not supervisor.is_sealed or self._waiting:
                 self._go_on(supervisor)
+                if self._next is not None:
+                    self._owner = Waiter(lambda: supervisor.is_sealed)
+                    self._hand_over()
+                    try:
+                        self._owner.wait()
+                    finally:
+                        self._owner = None
+        for thread in self._stand_ins:
+            thread.join()
         return True
 
     def wait_for(
@@ -267,23 +305,48 @@ class StepBackend(Backend):
         is_over: Callable[[], bool],
         timeout_s: float | None,
     ) -> bool:
-        """Go on with the rest of the job until a function or hook has what it waits for, or its time is over."""
+        """Let another thread take the turns until a function or hook has what it waits for, or its time is over."""
         if threading.get_ident() != self._thread_id:
             return super().wait_for(supervisor, condition, is_over, timeout_s)
-        due = math.inf if timeout_s is None else self.now() + timeout_s
-        self._bounds.append(due)
-        try:
-            while not is_over() and self.now() < due and not supervisor.is_sealed:
-                self._go_on(supervisor)
-        finally:
-            self._bounds.pop()
+        waiter = Waiter(is_over, math.inf if timeout_s is None else self.now() + timeout_s)
+        self._waiting.append(waiter)
+        thread = threading.Thread(target=self._stand_in, args=(supervisor,), name="sage-stand-in", daemon=True)
+        self._stand_ins.append(thread)
+        thread.start()
+        waiter.wait()
+        self._thread_id = threading.get_ident()
         return is_over()
 
+    def _stand_in(self, supervisor: Supervisor) -> None:
+        """Take turns until it is that of a thread that waits."""
+        with inside(supervisor):
+            try:
+                while self._next is None and not (supervisor.is_sealed and self._owner is not None):
+                    self._go_on(supervisor)
+            except BaseException as error:  # the owner of the job hears of it, where it waits or in its function
+                waiter = self._owner or self._waiting.pop(0)
+                waiter.give(error)
+                return
+        if self._next is not None:
+            self._hand_over()
+        elif self._owner is not None:
+            self._owner.give()
+
+    def _hand_over(self) -> None:
+        waiter, self._next = self._next, None
+        assert waiter is not None
+        waiter.give()
+
     def _go_on(self, supervisor: Supervisor) -> None:
+        """Take a turn; when the job is sealed, those who still wait for something of it get theirs."""
+        self._thread_id = threading.get_ident()
         self._turns += 1
         if self._turns > STEPS_MAX:
             raise InternalError(f"seed {self.seed}: the job did not end within {STEPS_MAX} steps")
-        self.turn(supervisor)
+        if supervisor.is_sealed:
+            self._next = self._waiting.pop(0)
+        else:
+            self.turn(supervisor)
 
     @property
     def pending(self) -> int:
@@ -304,12 +367,16 @@ class StepBackend(Backend):
         if self._events:
             choices.append(None)
         choices += [loop for loop in self._loops if loop.is_ready]
+        choices += [waiter for waiter in self._waiting if waiter.is_over() or waiter.due <= self.now()]
         if not choices:
             self._pass_time(supervisor)
             return
         chosen = self._random.choice(choices)
         if chosen is None:
             supervisor.handle(self._events.pop(0))
+        elif isinstance(chosen, Waiter):
+            self._waiting.remove(chosen)
+            self._next = chosen
         elif isinstance(chosen, StepLane):
             chosen.run_next()
         else:
@@ -322,9 +389,9 @@ class StepBackend(Backend):
 
     def _step(self, task: Task) -> None:
         self._ready.discard(task)
-        self._stepping.append(task)
+        self._stepping.add(task)
         came = task.step()
-        self._stepping.pop()
+        self._stepping.discard(task)
         if came is Step.PROGRESSED:
             self._ready.add(task)
         elif came is Step.DONE:
@@ -333,7 +400,7 @@ class StepBackend(Backend):
     def _pass_time(self, supervisor: Supervisor) -> None:
         resting = [task for task in self._tasks if task not in self._stepping]
         dues = [task.wake_at for task in resting if task.wake_at is not None]
-        dues += [due for due in self._bounds if due < math.inf]
+        dues += [waiter.due for waiter in self._waiting if waiter.due < math.inf]
         if supervisor.next_due is not None:
             dues.append(supervisor.next_due)
         dues += [loop.due for loop in self._loops if loop.due is not None]

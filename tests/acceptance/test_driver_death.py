@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -269,6 +270,44 @@ def test_services_in_processes_stop_in_reverse_and_nothing_is_left(
     assert {one for one in left if is_alive(one)} == set()
     assert (report["state"], report["cleanliness"]) == ("lost", "clean")
     assert {service["name"]: service["state"] for service in report["services"]} == dict.fromkeys("abc", "stopped")
+
+
+DIES_AT_THE_END = """
+    import os, shutil, signal, subprocess, sys
+    from sage import LocalEnvironment, ServiceOptions
+
+    class Service:
+        pass
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def arm(_):
+        if sys.argv[2] == "folder":
+            shutil.rmtree = die
+        else:
+            subprocess.Popen.kill = die
+
+    if __name__ == "__main__":
+        env = LocalEnvironment("nightly", report_file=sys.argv[1] + "/report")
+        env.register_service("service", Service, options=ServiceOptions(host="process"))
+        env.from_batch([1]).sink(arm)
+        print("up", flush=True)
+        env.submit(autostop=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["folder", "guardian"])
+def test_a_driver_that_is_killed_in_its_last_act_leaves_no_folder(
+    moment: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Acceptance 47: when it would remove the folder of the run, and when it would end the guardian."""
+    program = start(DIES_AT_THE_END, moment)
+    assert program.wait(WAIT_S) == -signal.SIGKILL
+    wait_gone(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
+    assert [line["state"] for line in lines if line["type"] == "report"] == ["completed"]
+    assert not (tmp_path / "state").exists()
 
 
 CALLING = """

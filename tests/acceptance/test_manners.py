@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from sage import (
     CleanupTimeoutError,
     FilterFunction,
     FlatMapFunction,
+    GraphError,
     JobError,
     JobErrorGroup,
     KeyByFunction,
@@ -32,6 +34,7 @@ from sage import (
     ProcessFunction,
     RemoteEnvironment,
     ServiceOptions,
+    ServiceUnavailableError,
     SinkFunction,
     SourceFunction,
 )
@@ -662,6 +665,8 @@ def test_the_console_shows_the_log_when_asked(tmp_path: Path) -> None:
     assert (ended.code, ended.output) == (0, "")
     assert 'service "store"' in ended.errors
     assert "ERROR" not in ended.errors
+    with pytest.raises(ValueError, match="console log level is 10"):
+        LocalEnvironment().set_console_log_level(10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="console log level is 'LOUD'") as caught:
         LocalEnvironment().set_console_log_level("LOUD")
     assert "DEBUG, INFO, WARNING, ERROR" in caught.value.__notes__[0]
@@ -870,6 +875,32 @@ def test_print_uses_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     environment.from_batch(["a", "b"]).print("record", separator=" > ")
     environment.submit(autostop=True)
     assert capsys.readouterr().out == "record > a\nrecord > b\n"
+
+
+@pytest.mark.parametrize("files", [{"log_dir": "file/logs"}, {"report_file": "file/report"}, {"log_dir": 5}])
+def test_files_that_cannot_be_written_start_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, Any]
+) -> None:
+    """Acceptance 44: submit says so, and neither a thread nor a call of a service is left; what is kept stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    with LocalEnvironment("logged") as env:
+        kept = env.register_service("kept", Counter)
+        env.from_batch([1]).map(kept.get)
+        env.submit(autostop=True, keep_services=True)
+        before = set(threading.enumerate())
+        new = env.register_service("new", Counter)
+        env.log_dir, env.report_file = files.get("log_dir"), files.get("report_file")
+        for _ in range(2):
+            with pytest.raises((GraphError, TypeError)):
+                env.submit(autostop=True)
+        assert set(threading.enumerate()) == before
+        with pytest.raises(ServiceUnavailableError):
+            new.get(1)
+        assert kept.get(1) is None
+        env.log_dir = env.report_file = None
+        env.submit(autostop=True)
+        assert kept.get(1) is None
 
 
 # --- the interpreter's exit ---

@@ -273,6 +273,22 @@ def test_a_generator_that_raises_is_an_error_and_no_end(backend: Backends) -> No
     assert arrived == list(range(len(arrived)))
 
 
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_a_generator_that_raises_is_not_tried_again(backend: Backends, is_bounded: bool) -> None:
+    """Acceptance 19: it is over then, which another attempt would take for a good end."""
+
+    def numbers() -> Any:
+        yield from range(5)
+        raise ConnectionError("the feed is down")
+
+    env = LocalEnvironment("test", backend=backend)
+    begin = env.from_batch if is_bounded else env.from_source
+    begin(numbers, on_error=Retry(3, (0.001, 0.001))).sink(lambda record: None)
+    with pytest.raises(FunctionError, match='source "numbers" failed: ConnectionError') as caught:
+        env.submit(autostop=True)
+    assert "A generator cannot go on after an error" in caught.value.__notes__[0]
+
+
 class Ticks(SourceFunction):
     """An endless source."""
 
@@ -328,6 +344,37 @@ def test_a_job_that_was_ended_says_how(backend: Backends, drain: bool, outcome: 
     assert job.state == outcome
     assert env.jobmanager.get_job_status(job.id)["status"] == outcome
     assert job.report.why.startswith("stop()" if drain else "cancel()")
+
+
+def test_a_job_that_is_waited_for_from_inside_says_so(backend: Backends) -> None:
+    """Acceptance 29: a job that waited for its own end would never end."""
+    env = LocalEnvironment("test", backend=backend)
+
+    def wait(record: int) -> None:
+        env.jobmanager.jobs[env.env_uuid].wait(60.0)
+
+    env.from_batch([1]).sink(wait, name="impatient")
+    with pytest.raises(
+        FunctionError, match='"impatient" failed on record 1: JobError: job "test" is waited for'
+    ) as caught:
+        env.submit(autostop=True)
+    assert "job.stop() returns at once" in caught.value.__cause__.__notes__[0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("timeout_s", "error"), [("soon", ValueError), ([1], TypeError)])
+def test_a_time_that_is_none_does_not_end_a_job(timeout_s: Any, error: type[Exception]) -> None:
+    with LocalEnvironment("test") as env:
+        env.from_source(Ticks, delay=0.001).sink(lambda record: None)
+        job = env.submit()
+        with pytest.raises(error):
+            job.wait(timeout_s)
+        with pytest.raises(TimeoutError):
+            job.wait(float("nan"))
+        with pytest.raises(TimeoutError):
+            job.wait(-1)
+        assert job.is_running
+    assert str(job.events()[0]) == "job: new -> starting"
+    assert job.wait(float("inf")).state == "stopped"
 
 
 def test_a_report_prints_as_a_table(backend: Backends) -> None:

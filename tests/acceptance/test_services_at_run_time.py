@@ -29,7 +29,7 @@ from sage import (
     StopSignal,
 )
 from sage.serving import PipelineBridge, PipelineService
-from sage.testing import StepBackend
+from sage.testing import StepBackend, assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -570,6 +570,29 @@ def test_an_answer_that_takes_too_long_times_out_on_the_clock_of_the_backend() -
     env.submit(autostop=True)
     assert (arrived, lost) == (["NEXT"], ["the pipeline gave no answer within 60 s"])
     assert backend.now() < 1000 + 3600 + 60
+
+
+def test_callers_of_a_pipeline_that_calls_another_do_not_wait_for_each_other(backend: Backends) -> None:
+    """Acceptance 39: whoever has its answer goes on, however many others wait for theirs meanwhile."""
+    env = LocalEnvironment("serving", backend=backend)
+    inner = env.serve("inner", lambda requests: requests.map(lambda request: request + 1))
+    outer = env.serve("outer", lambda requests: requests.map(inner.process).map(lambda request: request * 2))
+    arrived: list[int] = []
+    source = env.from_batch(range(9))
+    source.map(outer.process, parallelism=3).sink(arrived.append)
+    source.map(inner.process, parallelism=3).sink(arrived.append)
+    env.submit(autostop=True)
+    assert sorted(arrived) == sorted([(n + 1) * 2 for n in range(9)] + [n + 1 for n in range(9)])
+
+
+def test_a_pipeline_that_never_answers_is_told_under_a_seed() -> None:
+    """Acceptance 39: nobody waits for ever where nothing can go on, and no thread is left of it."""
+    env = LocalEnvironment("serving", backend=StepBackend)
+    options = ServiceOptions(concurrency=None)
+    asked = env.register_service("asked", PipelineService, PipelineBridge(), options=options)
+    env.from_batch([1, 2]).map(asked.process).sink(lambda record: None)
+    with assert_clean(ignore=["temporary *", "shared memory *"]), pytest.raises(JobError, match="nothing can go on"):
+        env.submit(autostop=True)
 
 
 def test_a_pipeline_that_is_served_alone_needs_a_stop() -> None:

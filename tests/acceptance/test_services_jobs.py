@@ -408,6 +408,56 @@ def test_two_hundred_jobs_leave_nothing_behind(tmp_path: Path) -> None:
     assert last == first
 
 
+MANY_PROCESSES = """
+import gc, json, os, sys
+from sage import Line, LocalEnvironment, ServiceOptions
+from sage.testing import assert_clean
+
+class Memory:
+    def process(self, data):
+        return data
+    def cleanup(self):
+        pass
+
+STAYS = "import signal; print('up', flush=True); signal.pause()"
+
+def one_job():
+    env = LocalEnvironment("one of many")
+    memory = env.register_service("memory", Memory, options=ServiceOptions(host="process", concurrency=3))
+    command = env.register_command("command", [sys.executable, "-c", STAYS], ready=Line("up"))
+    stream = env.from_batch(range(20)).map(memory.process, parallelism=3).map(lambda data: command.pid)
+    stream.sink(lambda data: None)
+    env.submit(autostop=True)
+
+def state():
+    gc.collect()
+    return {
+        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "children": open(f"/proc/self/task/{os.getpid()}/children").read(),
+    }
+
+if __name__ == "__main__":
+    with assert_clean(within_s=0.0, ignore=["temporary *", "shared memory *"]):
+        one_job()
+        first = state()
+        for _ in range(10):
+            one_job()
+        last = state()
+    print(json.dumps([first, last]))
+"""
+
+
+@pytest.mark.slow
+def test_jobs_with_processes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Acceptance 13: (host) threads, descriptors and children as after the first job, the guardian's included."""
+    done = run_script(tmp_path, MANY_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    first, last = json.loads(done.stdout)
+    assert last == first
+    assert first["children"] == ""
+
+
 # --- calls that come too late -----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from sage import (
     BaseService,
     Cleanliness,
     FunctionError,
+    Line,
     LocalEnvironment,
     MapFunction,
     Outcome,
@@ -91,6 +93,48 @@ def test_a_monitor_sees_tasks_end_before_services(pause_s: float) -> None:
     assert any(services and tasks for services, tasks in running)
     assert any(services and not tasks for services, tasks in running)
     assert seen_in_cleanup == [(0, services, True) for services in (3, 2, 1)] * 5
+
+
+class Lingering(BaseService):
+    """Takes a little to stop."""
+
+    def process(self, data: int) -> int:
+        return data
+
+    def stop(self) -> None:
+        threading.Event().wait(0.03)
+
+
+LINGERS = """
+import signal, sys, threading
+def stop(*_):
+    threading.Event().wait(0.03)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("up", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("host", ["process", "command"])
+def test_a_monitor_sees_tasks_end_before_processes(host: str) -> None:
+    """Acceptance 14: (host) the same with services in processes of their own."""
+    env = LocalEnvironment()
+    for name in "abc":
+        if host == "command":
+            env.register_command(name, [sys.executable, "-c", LINGERS], ready=Line("up"))
+        else:
+            env.register_service(name, Lingering, options=ServiceOptions(host="process"))
+    env.from_batch(range(30)).map(lambda data: threading.Event().wait(0.001)).sink(lambda data: None)
+    with Monitor(env, 0.001) as monitor:
+        for _ in range(2):
+            env.submit(autostop=True)
+    assert monitor.errors == []
+    running = [(services, tasks) for is_running, services, tasks in monitor.seen if is_running]
+    assert all((services, tasks) == (0, 0) for is_running, services, tasks in monitor.seen if not is_running)
+    assert all(tasks == 0 for services, tasks in running if services == 0)
+    assert {services for services, tasks in running if tasks} == {3}
+    assert {services for services, tasks in running if not tasks} >= {3, 2, 1}
 
 
 # --- services that fail -----------------------------------------------------------------------------------------------

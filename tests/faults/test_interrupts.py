@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from fair_clock import FairClock
-from faults.drivers import SIGNAL_BOUND_S, WAIT_S, Driver, wrong_order
+from faults.drivers import SIGNAL_BOUND_S, SOURCES, WAIT_S, Driver, wrong_order
 
 from sage import BaseService, JobReport, LocalEnvironment, ServiceOptions
 
@@ -32,7 +33,7 @@ def end_of(driver: Driver, clock: FairClock) -> tuple[int, list[str]]:
     return 128 - code if code < 0 else code, ends
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_a_signal_to_every_process_does_not_break_the_order(name: str, tmp_path: Path, clock: FairClock) -> None:
     """Faults 60 and 61: the services get it as well, as from a terminal or the manager of a container."""
     driver = Driver(tmp_path / "run", "plain")
@@ -42,6 +43,51 @@ def test_a_signal_to_every_process_does_not_break_the_order(name: str, tmp_path:
         with suppress(ProcessLookupError):
             os.kill(pid, signum)
     assert end_of(driver, clock) == (128 + signum, ONCE)
+
+
+def test_sigquit_tells_where_everything_stands_and_ends_in_order(tmp_path: Path, clock: FairClock) -> None:
+    """Fault 61: like SIGTERM, with the stacks of all threads before."""
+    driver = Driver(tmp_path / "run", "plain")
+    driver.wait_marked("runs")
+    driver.process.send_signal(signal.SIGQUIT)
+    assert end_of(driver, clock) == (128 + signal.SIGQUIT, ONCE)
+    errors = (tmp_path / "run" / "errors").read_text()
+    assert "Thread 0x" in errors
+    assert "in numbers" in errors or "in submit" in errors
+
+
+FOREIGN = """
+    import faulthandler, os, signal, sys
+    from sage import LocalEnvironment
+
+    faulthandler.register(signal.SIGQUIT, all_threads=False)  # it does not stop the others while it reads their frames
+    env = LocalEnvironment("foreign")
+    env.from_batch([1]).sink(lambda _: os.kill(os.getpid(), signal.SIGQUIT))
+    print(env.submit(autostop=True).report.state)
+    os.kill(os.getpid(), signal.SIGQUIT)
+    print("lives")
+"""
+
+
+def test_a_handler_that_python_does_not_know_of_is_left_alone(tmp_path: Path) -> None:
+    """Fault 63: faulthandler, and libraries in C, set theirs behind Python's back, and it could not be put back."""
+    (tmp_path / "program.py").write_text(textwrap.dedent(FOREIGN))
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    words = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=WAIT_S)
+    assert (done.returncode, done.stdout) == (0, "completed\nlives\n"), done.stderr
+    assert done.stderr.count("(most recent call first)") == 2
+
+
+@pytest.mark.parametrize("to", ["driver", "every process"])
+def test_sigpipe_changes_nothing(to: str, tmp_path: Path, clock: FairClock) -> None:
+    """Fault 61: whoever writes to what nobody reads gets an error, and the job ends as it would have."""
+    driver = Driver(tmp_path / "run", "plain")
+    driver.wait_marked("runs")
+    for pid in driver.left_pids() if to == "every process" else [driver.process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGPIPE)
+    assert end_of(driver, clock) == (0, ONCE)
 
 
 def test_a_signal_during_a_cleanup_does_not_cut_it_off(tmp_path: Path, clock: FairClock) -> None:

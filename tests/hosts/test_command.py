@@ -38,8 +38,10 @@ from sage import (
     ServiceStartError,
     UnknownServiceError,
 )
+from sage._hosts.ports import choose_ports, let_go
 from sage._runtime.processes import process
 from sage._runtime.states import Way
+from sage.command import Command
 
 WAIT_S = 30.0
 HTTP_SERVER = (sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1", "--directory", "{folder}")
@@ -676,6 +678,7 @@ class TestAPortThatIsTaken:
 
         def __init__(self, sign: Path, times: int) -> None:
             self.sign, self.times = str(sign), times
+            self.answers = False
             self.taken: list[socket.socket] = []
 
         def is_ready(self, command: RunningCommand) -> bool:
@@ -683,10 +686,10 @@ class TestAPortThatIsTaken:
             if len(self.taken) < self.times and command.port not in self.ports:
                 self.taken.append(socket.create_server(("127.0.0.1", command.port)))
                 Path(f"{self.sign}{command.port}").touch()
-                return False
+                return self.answers
             Path(f"{self.sign}{command.port}").touch()
             with socket.create_connection(("127.0.0.1", command.port), timeout=5):
-                return command.port not in self.ports
+                return self.answers or command.port not in self.ports
 
         @property
         def ports(self) -> list[int]:
@@ -717,6 +720,42 @@ class TestAPortThatIsTaken:
         assert found == (found[0], f"http://127.0.0.1:{found[0]}", str(found[0]))
         assert (report.cleanliness, report.service("late").restarts) == (Cleanliness.CLEAN, 0)
         assert report.service("late").exit_code == 0
+
+    def test_whoever_has_taken_it_does_not_answer_for_the_command(
+        self, env: LocalEnvironment, taker: Callable[[int], Taker]
+    ) -> None:
+        takes = taker(1)
+        takes.answers = True
+        words = [*BINDS_LATE, "{port}", takes.sign, "ends"]
+        command = env.register_command("late", words, ready=takes.is_ready, options=SOON)
+        (port,), report = run(env, lambda _: command.port)
+        assert port not in takes.ports
+        assert (report.state, report.cleanliness) == (Outcome.COMPLETED, Cleanliness.CLEAN)
+
+    def test_a_command_whose_port_another_program_opens_for_it_gets_ready(
+        self, env: LocalEnvironment, taker: Callable[[int], Taker]
+    ) -> None:
+        """As for a container, whose port belongs to the container engine."""
+        takes = taker(1)
+        takes.answers = True
+        words = [*BINDS_LATE, "{port}", takes.sign, "stays"]
+        command = env.register_command("late", words, ready=takes.is_ready, options=SOON)
+        (port,), report = run(env, lambda _: command.port)
+        assert [port] == takes.ports
+        assert (report.state, report.cleanliness) == (Outcome.COMPLETED, Cleanliness.CLEAN)
+
+    def test_two_commands_of_one_program_never_choose_the_same(self) -> None:
+        command = Command("any", ("any", "{port}"))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        first = choose_ports("first", command, {"": port})
+        second = choose_ports("second", command, {"": port})
+        let_go(first)
+        third = choose_ports("third", command, {"": port})
+        let_go(second)
+        let_go(third)
+        assert first == third == {"": port}
+        assert second[""] != port
 
     def test_it_is_not_tried_for_ever(self, env: LocalEnvironment, taker: Callable[[int], Taker]) -> None:
         takes = taker(100)

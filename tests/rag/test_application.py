@@ -274,3 +274,15 @@ def test_both_ways_together_are_at_least_as_good_as_either() -> None:
     for number in (0, 1):
         assert scores["hybrid"][number] >= max(scores["keywords"][number], scores["vectors"][number])
     assert scores["hybrid"][0] > 0.65
+
+
+def test_the_page_shows_both_ways_together_as_at_least_as_good() -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "ready-made" / "rag.md").read_text("utf-8")
+    table = page.partition("`MiniLMEmbeddings`, ")[2].partition("<!-- end of quality -->")[0]
+    assert int(table.split()[0]) >= 200
+    found = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
+    rows = {name: (float(recall), float(rank)) for name, recall, rank in found}
+    assert list(rows) == ["keywords", "vectors", "hybrid"]
+    assert all(
+        both >= max(one, other) for both, one, other in zip(rows["hybrid"], *list(rows.values())[:2], strict=True)
+    )

@@ -189,6 +189,19 @@ def test_ready_is_asked_again_until_it_says_yes() -> None:
     assert job.end("a", "ready", True) == ["open_task t"]
 
 
+def test_ready_is_not_asked_again_where_it_has_no_time_to_answer() -> None:
+    """Acceptance 7: a `ready` that is asked just before the bound is no hook that hangs, and is not killed for it."""
+    job = Job(service("a", start_timeout_s=2.0))
+    job.hooks["a"] = frozenset({"ready", "cleanup"})
+    job.post(Begin())
+    job.end("a", "build")
+    job.at(1.949)
+    job.end("a", "ready", False)
+    assert job.at(1.9999) == []
+    assert job.at(2.0) == ["run_hook a cleanup"]
+    assert job.seen_failures() == [("not_ready", "a", "ready")]
+
+
 def test_a_service_that_never_gets_ready_fails_the_start() -> None:
     """Acceptance 7: after `start_timeout_s` in all the job fails and what was built is cleaned."""
     job = Job(service("a", start_timeout_s=2.0))
@@ -832,6 +845,15 @@ def test_a_task_that_failed_by_the_death_of_a_service_is_no_second_failure() -> 
     assert job.seen_failures()[1:] == [("task", "t", "")]
 
 
+def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
+    job = Job(process("a")).run()
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    failed = FunctionError("raised from itself")
+    failed.__cause__ = failed
+    job.post(TaskFailed("t", failed))
+    assert job.seen_failures()[1:] == [("task", "t", "")]
+
+
 @pytest.mark.parametrize("options", [{"restart": "on_failure"}, {"required": False}])
 def test_a_task_that_fails_by_a_death_which_does_not_fail_the_job_does(options: dict[str, Any]) -> None:
     job = Job(process("a", **options)).run()
@@ -904,6 +926,18 @@ def test_a_death_while_it_is_stopped_does_not_fail_the_job(hook: str) -> None:
     job.end("a", "exit", Exit(-9))
     assert (job.service_states(), job.seen_failures()) == ({"a": "lost"}, [("lost", "a", "")])
     assert not job.state.is_failed
+
+
+def test_no_hook_runs_after_a_death_whatever_was_known_of_the_service_before() -> None:
+    job = Job(service("a", health_interval_s=1.0))
+    job.hooks["a"] = WATCHED
+    job.run()
+    assert job.at(1.0) == ["run_hook a health"]
+    job.post(StopRequested(Way.DRAIN))
+    assert job.at(2.0) == ["abandon_hook a health"]
+    job.post(ServiceDied("a", 1, "exit code 3"))
+    assert [line for line in job.post(TaskEnded("t", TaskState.DONE)) if line.startswith("run_hook")] == []
+    assert job.state.job is JobState.SEALED
 
 
 def test_a_needed_service_that_dies_while_the_job_drains_fails_it() -> None:

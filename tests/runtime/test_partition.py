@@ -182,12 +182,23 @@ def test_a_key_without_a_stable_hash_is_refused(key: object) -> None:
     ]
 
 
-def test_a_refused_key_names_the_operator() -> None:
+class Hashless:
+    """What raises something of its own when it is asked for its hash."""
+
+    def __hash__(self) -> int:
+        raise LookupError("no hash today")
+
+
+@pytest.mark.parametrize(
+    ("key", "cause"), [([1], TypeError), (decimal.Decimal("sNaN"), decimal.InvalidOperation), (Hashless(), TypeError)]
+)
+def test_a_refused_key_names_the_operator(key: Any, cause: type[Exception]) -> None:
     """Acceptance 33: the error says which operator gave the key, and keeps the reason as its cause."""
     partitioner = Partitioner(Route.HASH, 0, 2, "by user")
     with pytest.raises(FunctionError, match='operator "by user" gave a key that cannot be used') as caught:
-        list(partitioner.split(Batch([1], keys=[[1]])))
-    assert isinstance(caught.value.__cause__, TypeError)
+        list(partitioner.split(Batch([1], keys=[key])))
+    assert isinstance(caught.value.__cause__, cause)
+    assert "Use strings, numbers" in caught.value.__notes__[0]
 
 
 def split(route: Route, values: list[Any], targets: int, *, index: int = 0, keys: Any = None) -> dict[int, list[Any]]:

@@ -127,6 +127,7 @@ def test_a_request_that_is_broadcast_is_answered_by_the_copy_that_is_left() -> N
 def test_a_refused_environment_leaves_an_iterator_as_it_was() -> None:
     env = sage.RemoteEnvironment("elsewhere")
     env.from_batch(iter([1, 2])).sink(lambda _: None)
+    env.register_service("kept", lambda: object())
     for _ in range(2):
-        with pytest.raises(sage.UnsupportedPlanError, match="is to run on Ray"):
-            env.submit()
+        with pytest.raises(sage.UnsupportedPlanError, match="cannot keep services"):
+            env.submit(keep_services=True)

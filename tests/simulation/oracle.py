@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from simulation.flow import Flow
+from simulation.flow import Flow, all_of
 from simulation.scenario import PASSING
 
 from sage import ServiceUnavailableError
@@ -113,15 +114,20 @@ class Oracle:
     def _dependencies(self) -> Iterator[str]:
         """Yield services that started before what they need, or ended after it."""
         needs = {(service.name, other) for service in self._services.values() for other in service.requires}
-        seen = {(entry.within[-1][0], entry.name) for entry in self._log if entry.within}
-        if not self._scenario.keep:  # of kept services, it depends on the job which of them were seen by then
-            needs |= seen
-        for name, other in needs:
+        seen = [(*entry.within[-1], entry.name, entry.job) for entry in self._log if entry.within]
+        pairs = needs | {(name, other) for name, _, other, _ in seen}
+        for name, other in pairs:
             if name == other or not self._services[other].required:
                 continue
-            for mine in self._instances[name].values():
-                yield from self._dependency(name, [at for at, _ in mine], other)
-        if not needs | seen:
+            for number, mine in self._instances[name].items():
+                ended_in = next((entry.job for _, entry in mine if entry.hook in ENDING), None)
+                # What an instance called has to outlive it in each later job, and in one job that of all instances.
+                has_called = any(
+                    one[0] == name and one[2] == other and (one[1] == number or one[3] == ended_in) for one in seen
+                )
+                if (name, other) in needs or has_called:
+                    yield from self._dependency(name, [at for at, _ in mine], other)
+        if not pairs:
             yield from self._reverse_order()
 
     def _dependency(self, name: str, mine: list[int], other: str) -> Iterator[str]:
@@ -233,24 +239,72 @@ class Oracle:
                 yield f"{name} took {-count} records more than it was sent"
         if sum(missing.values()) != undelivered:
             yield f"{undelivered} records are counted as undelivered, but these are missing: {missing}"
-        is_drained = state == "stopped"
-        cancels = any(request.way == "CANCEL" for request in self._scenario.requests)
-        if (state == "completed" or (is_drained and not cancels)) and undelivered:
-            yield f"{undelivered} records are undelivered in a job that is {state}"
+        # A loop is ended by dropping what comes back.
+        inner = {name: count for name, count in missing.items() if self._scenario.node(name).kind != "future"}
+        if flow.is_whole and any((missing if state == "completed" else inner).values()):
+            yield f"records are undelivered in a job that is {state}: {missing}"
+        yield from flow.wrong_answers()
+        yield from self._coroutines(entries, flow)
+        yield from self._scattered(entries)
+        yield from self._batches(entries)
         if state == "completed":
             yield from flow.wrong_results()
+
+    def _coroutines(self, entries: list[Entry], flow: Flow) -> Iterator[str]:
+        """Yield coroutines that ran after the close of their function, too many at once, or too long or too short."""
+        for node in self._scenario.nodes:
+            if node.kind != "map_async":
+                continue
+            settings = dict(node.settings)
+            timeout_s = settings.get("timeout_s")
+            calls = [entry for entry in entries if entry.name == node.name and entry.hook == "call"]
+            closed = {
+                entry.instance: entry.at for entry in entries if entry.name == node.name and entry.hook == "close"
+            }
+            for entry in calls:
+                if entry.ended_at is None or entry.ended_at > closed.get(entry.instance, len(self._log)):
+                    yield f"{node.name} #{entry.instance} was closed while its coroutine for {entry.value} ran"
+                beside = [
+                    one
+                    for one in calls
+                    if one.instance == entry.instance and one.at < entry.at and (one.ended_at or 0) > entry.at
+                ]
+                if len(beside) >= settings["concurrency"]:
+                    yield f"{node.name} #{entry.instance} had {len(beside) + 1} coroutines at once"
+                if entry.error is None and timeout_s is not None and entry.pause_s > timeout_s:
+                    yield f"{node.name} waited {entry.pause_s} s for {entry.value}"
+                if isinstance(entry.error, CancelledError) and flow.is_whole and timeout_s is None:
+                    yield f"{node.name} was cancelled at {entry.value} for no reason"
+
+    def _batches(self, entries: list[Entry]) -> Iterator[str]:
+        """Yield calls of functions of batches with nothing or too much."""
+        sizes = {node.name: dict(node.settings).get("max_records", 0) for node in self._scenario.nodes}
+        for entry in entries:
+            size = sizes.get(entry.name, 0)
+            if size and entry.hook == "call" and not 1 <= len(entry.value) <= size:
+                yield f"{entry.name} was called with {len(entry.value)} records at once"
+
+    def _scattered(self, entries: list[Entry]) -> Iterator[str]:
+        """Yield keys that came to several tasks of a join."""
+        tasks: dict[tuple[str, Any], int] = {}
+        for entry in entries:
+            node = self._scenario.node(entry.name) if self._scenario.has(entry.name) else None
+            if node is None or node.kind != "join" or entry.hook != "call" or entry.error is not None:
+                continue
+            if tasks.setdefault((entry.name, entry.key), entry.instance) != entry.instance:
+                yield f"{entry.name} had key {entry.key} in several tasks"
 
     def _verdict(self, run: Run, entries: list[Entry]) -> Iterator[str]:
         """Yield where the outcome is not what the failures and requests make it."""
         state = str(run.report.state)
         must, may = self._failures(run, entries)
-        shown = [inner for error in run.report.errors for inner in _all_of(error)]
+        shown = [inner for error in run.report.errors for inner in all_of(error)]
         for error in must:
             if not any(error is one for one in shown):
                 yield f"{error!r} is not among the errors of the report"
         if must and state != "failed":
             yield f"the job is {state} although {must} happened"
-        if state == "failed" and not must and not may:
+        if state == "failed" and not any(error is one for error in (*must, *may) for one in shown):
             yield f"the job failed for no reason: {run.report.errors}"
         if state not in ("failed", "completed") and not self._scenario.requests:
             yield f"the job is {state}, but nobody asked for its end"
@@ -277,10 +331,16 @@ class Oracle:
         must: list[BaseException] = []
         may: list[BaseException] = []
         flow = Flow(self._scenario, entries, run.report)
+        of_sources: list[BaseException] = []
         for name, fates in flow.fates.items():
-            # Records that were read before a source raised go on first, and then it may be too late for the error.
-            is_source = self._scenario.node(name).kind == "source"
-            (may if is_source else must).extend(fates.fatal)
+            # Records that were read before a source raised go on first, and then it may be too late for the error. What
+            # coroutines raise while a job is ended for another reason goes nowhere, and so do calls that were ended.
+            node = self._scenario.node(name)
+            if node.kind == "source":
+                of_sources += fates.fatal
+            elif flow.is_whole or node.kind != "map_async":
+                must += [one for one in fates.fatal if flow.is_whole or not isinstance(one, ServiceUnavailableError)]
+            may += fates.fatal
         for entry in entries:
             if entry.error is None:
                 continue
@@ -292,8 +352,8 @@ class Oracle:
                 (must if service.restart == "never" else may).append(entry.error)
             elif service.required and entry.hook == "health":
                 may.append(entry.error)
-        if may and not must and not self._scenario.requests and any(fates.fatal for fates in flow.fates.values()):
-            must = [error for fates in flow.fates.values() for error in fates.fatal]
+        if not must and may == of_sources and not self._scenario.requests:
+            must = of_sources
         return must, may
 
     def _report(self, run: Run, entries: list[Entry], *, is_first: bool) -> Iterator[str]:
@@ -309,6 +369,14 @@ class Oracle:
             calls = [entry.error is not None for entry in mine if entry.hook == "call"]
             if is_first and (reported.calls, reported.errors) != (len(calls), sum(calls)):
                 yield f"{name} had {len(calls)} calls, {sum(calls)} failed; the report says {reported}"
+        for name in self._scenario.served:
+            reported = run.report.service(name)
+            asked = [
+                entry for entry in entries if entry.asked is not None and self._scenario.service_of(entry.name) == name
+            ]
+            failed = sum(entry.asking is not None for entry in asked)
+            if str(run.report.state) == "completed" and (reported.calls, reported.errors) != (len(asked), failed):
+                yield f"{name} was asked {len(asked)} times, {failed} failed; the report says {reported}"
 
     def _closing(self) -> Iterator[str]:
         """Yield what is wrong after the environment was closed."""
@@ -322,13 +390,3 @@ class Oracle:
             except ServiceUnavailableError:
                 continue
             yield f"{name} answered a call after its end"
-
-
-def _all_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, its causes, and what is in it if it is a group."""
-    yield error
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _all_of(inner)
-    if error.__cause__ is not None:
-        yield from _all_of(error.__cause__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from simulation.scenario import RETRIES_MAX
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 TURNS_MAX = 20_000
 """How many turns a job of this size may take; most take a few hundred."""
+
+
+METHODS = {"generator": "flatmap", "collect": "flatmap", "last": "reduce", "again": "filter"}
 
 
 class Schedule(StepBackend):
@@ -130,9 +134,33 @@ class Simulation:
     def _build(self) -> None:
         if any(node.kind == "letters" for node in self.scenario.nodes):
             self._streams["letters"] = self._letters = self.env.dead_letters("letters")
+        for name in self.scenario.served:
+            self.handles[name] = self.env.serve(name, partial(self._answers, name))
         for node in self.scenario.nodes:
-            if node.kind != "letters":
+            if node.kind == "future":
+                self._streams[node.name] = self.env.from_future(node.name)
+            elif node.kind != "letters" and node.name not in self._streams and not node.served:
                 self._streams[node.name] = self._stream(node)
+        for node in self.scenario.nodes:
+            if node.kind == "future":
+                self._streams[node.fed_by].fill_future(self._streams[node.name])
+
+    def _answers(self, name: str, requests: DataStream) -> DataStream:
+        """Build a served pipeline."""
+        for node in self.scenario.nodes:
+            if node.served == name and node.kind != "reply":
+                self._streams[node.name] = requests = requests if node.kind == "requests" else self._stream(node)
+        return requests
+
+    def _keyed_together(self, node: Node) -> DataStream:
+        """Give two streams their keys at once, as connected ones."""
+        nodes = (node, self.scenario.node(node.pair))
+        first, second = (self._streams[one.inputs[0]] for one in nodes)
+        functions = [plain(self.world, one, self.handles) for one in nodes]
+        connected = first.connect(second).keyby(*functions, parallelism=node.parallelism)
+        for one, stream in zip(nodes, connected._streams, strict=True):
+            self._streams[one.name] = stream.name(one.name)
+        return self._streams[node.name]
 
     def _on_error(self, node: Node) -> Any:
         last = self._letters if "letters" in node.policy else node.policy.removeprefix("retry ")
@@ -141,6 +169,8 @@ class Simulation:
     def _stream(self, node: Node) -> DataStream:
         if node.kind == "source":
             return self._source(node)
+        if node.pair:
+            return self._keyed_together(node)
         inputs = [self._streams[name] for name in node.inputs]
         if node.kind == "union":
             return inputs[0].union(inputs[1]).name(node.name)
@@ -152,10 +182,13 @@ class Simulation:
             (plain(self.world, node, self.handles),) if node.form == "plain" else (CLASSES[node.kind], self.world, node)
         )
         settings = {"parallelism": node.parallelism, "name": node.name, "on_error": self._on_error(node)}
-        stream: Any = inputs[0].connect(inputs[1]) if node.kind == "comap" else inputs[0]
+        settings.update(node.settings)
+        stream: Any = inputs[0]
+        for other in inputs[1:]:
+            stream = stream.connect(other)
         if node.kind in ("reduce", "last"):
             settings["emit"] = "each" if node.kind == "reduce" else "last"
-        method = {"generator": "flatmap", "collect": "flatmap", "last": "reduce"}.get(node.kind, node.kind)
+        method = METHODS.get(node.kind, node.kind)
         made: DataStream = getattr(stream, method)(*given, **settings)
         return made
 

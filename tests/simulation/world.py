@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import re
 import zlib
 from collections import Counter
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sage import (
     BaseCoMapFunction,
+    BaseJoinFunction,
     BaseService,
     BatchFunction,
     FilterFunction,
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from sage._runtime.job import Job
 
 
+PAUSES_S = (0.0, 0.0, 0.0005, 0.003, 0.02)
+"""How long coroutines wait; the last one is longer than their time-out, where they have one."""
+
+
 @dataclass(slots=True)
 class Entry:
     """One call of anything.
@@ -46,6 +54,15 @@ class Entry:
         outs: what came of it, for functions.
         error: what it raised, or None.
         within: the calls of services that were running when it began.
+        at: its place in the log.
+        record: for coroutines, which record it is for, the same number at each attempt.
+        pause_s: for coroutines, how long it waits.
+        ended_at: for coroutines, how long the log was when it ended.
+        end: for coroutines, how many had ended then.
+        key: for joins, the key.
+        asked: what a served pipeline was asked, or None.
+        answer: what it answered.
+        asking: what it raised.
     """
 
     name: str
@@ -57,6 +74,15 @@ class Entry:
     outs: list[Any] = field(default_factory=list)
     error: BaseException | None = None
     within: tuple[tuple[str, int], ...] = ()
+    at: int = 0
+    record: int = 0
+    pause_s: float = 0.0
+    ended_at: int | None = None
+    end: int = 0
+    key: Any = None
+    asked: str | None = None
+    answer: Any = None
+    asking: BaseException | None = None
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" {self.value}"
@@ -82,6 +108,8 @@ def outs_of(node: Node, value: str, port: int = 0) -> list[Any]:
     match node.kind:
         case "filter":
             return [value] if digest(value) % (node.number + 1) else []
+        case "again":
+            return [value] if goes_round_again(node, value) else []
         case "flatmap" | "generator" | "collect" | "process":
             return [f"{value}>{node.name}.{number}" for number in range(digest(value) % (node.number + 1))]
         case "comap":
@@ -93,6 +121,22 @@ def outs_of(node: Node, value: str, port: int = 0) -> list[Any]:
     return [f"{value}>{node.name}"]
 
 
+def goes_round_again(node: Node, value: str) -> bool:
+    """Return whether a record has not gone round its loop as often as it says."""
+    rounds = len(re.findall(rf">{node.inputs[0]}\b", value))
+    return node.number == 0 or rounds <= digest(value.partition(">")[0]) % (node.number + 1)
+
+
+def matched(node: Node, first: str, second: str) -> str:
+    """Return what a join makes of two records."""
+    return f"({first}&{second})>{node.name}"
+
+
+def pause_s(value: str, attempt: int) -> float:
+    """Return how long a coroutine waits at an attempt."""
+    return PAUSES_S[digest(f"{value} {attempt}") % len(PAUSES_S)]
+
+
 class World:
     """Everything that the functions and services of one scenario share."""
 
@@ -101,6 +145,9 @@ class World:
         self.job_number = 0
         self.job: Job | None = None
         self.running: list[tuple[str, int]] = []
+        self.served = frozenset(scenario.served)
+        self.coroutine_count = 0
+        self.ended_count = 0
         self._counts: Counter[str] = Counter()
         self._instances: Counter[str] = Counter()
         self._faults = {fault.place: fault for fault in scenario.faults}
@@ -112,7 +159,7 @@ class World:
 
     def enter(self, name: str, hook: str, instance: int, value: Any = None, port: int = 0) -> Entry:
         """Note a call, and raise what is to be raised there."""
-        entry = Entry(name, hook, instance, value, port, self.job_number, within=tuple(self.running))
+        entry = Entry(name, hook, instance, value, port, self.job_number, within=tuple(self.running), at=len(self.log))
         self.log.append(entry)
         place = f"{name}.{hook}"
         self._counts[place] += 1
@@ -126,6 +173,21 @@ class World:
             entry.error = kind(f"{place} at {count}")
             raise entry.error
         return entry
+
+    def call(self, node: Node, entry: Entry, service: Any) -> None:
+        """Call the service of a node."""
+        value = "+".join(entry.value) if isinstance(entry.value, tuple) else entry.value
+        if node.service in self.served:
+            entry.asked = value
+        try:
+            answer = service.process(value)
+        except BaseException as error:
+            entry.error = error
+            if entry.asked is not None:
+                entry.asking = error
+            raise
+        if entry.asked is not None:
+            entry.answer = answer
 
 
 class Function:
@@ -148,11 +210,7 @@ class Function:
     def taken(self, value: str, port: int = 0) -> Entry:
         entry = self.world.enter(self.node.name, "call", self.number, value, port)
         if self.node.service:
-            try:
-                self.ctx.service(self.node.service).process(value)
-            except BaseException as error:
-                entry.error = error
-                raise
+            self.world.call(self.node, entry, self.ctx.service(self.node.service))
         return entry
 
     def worked(self, value: str, port: int = 0) -> list[Any]:
@@ -239,6 +297,64 @@ class CoMap(Function, BaseCoMapFunction):
     def map1(self, data: str) -> Any:
         return self.worked(data, 1)[0]
 
+    def map2(self, data: str) -> Any:
+        return self.worked(data, 2)[0]
+
+
+class Join(Function, BaseJoinFunction):
+    """Matches each record with those of its key that came by the other input before it."""
+
+    def __init__(self, world: World, node: Node) -> None:
+        super().__init__(world, node)
+        self.seen: tuple[dict[Any, list[str]], dict[Any, list[str]]] = ({}, {})
+
+    def execute(self, payload: str, key: Any, tag: int) -> list[Any]:
+        entry = self.taken(payload, tag)
+        entry.key = key
+        self.seen[tag].setdefault(key, []).append(payload)
+        others = self.seen[1 - tag].get(key, [])
+        entry.outs = [matched(self.node, *((other, payload) if tag else (payload, other))) for other in others]
+        return entry.outs
+
+
+class Batches(Function, MapFunction):
+    def execute(self, data: list[str]) -> Any:
+        entry = self.taken(tuple(data))  # type: ignore[arg-type]
+        entry.outs = [out for value in data for out in outs_of(self.node, value)]
+        return entry.outs
+
+
+class Coroutines(Function, MapFunction):
+    """Waits before it answers, at each attempt as long as that says."""
+
+    async def execute(self, data: str) -> Any:
+        world, (number, attempt) = self.world, _attempt.get()
+        if not attempt:
+            world.coroutine_count = number = world.coroutine_count + 1
+        _attempt.set((number, attempt + 1))
+        entry: Entry | None = None
+        try:
+            entry = self.taken(data)
+            entry.pause_s = pause_s(data, attempt)
+            if entry.pause_s:
+                await asyncio.sleep(entry.pause_s)
+            entry.outs = outs_of(self.node, data)
+            return entry.outs[0]
+        except BaseException as error:
+            entry = entry or next(
+                one for one in reversed(world.log) if one.error is error and one.name == self.node.name
+            )
+            entry.error = error
+            raise
+        finally:
+            assert entry is not None
+            entry.record, entry.ended_at = number, len(world.log)
+            world.ended_count = entry.end = world.ended_count + 1
+
+
+_attempt: ContextVar[tuple[int, int]] = ContextVar("attempt", default=(0, 0))
+"""The number of the record that the current coroutine is for, and how often it was tried before."""
+
 
 class Sink(Function, SinkFunction):
     def execute(self, data: Any) -> None:
@@ -250,6 +366,10 @@ CLASSES: dict[str, type[Function]] = {
     "stream": Stream,
     "map": Map,
     "filter": Filter,
+    "again": Filter,
+    "join": Join,
+    "map_async": Coroutines,
+    "map_batches": Batches,
     "flatmap": FlatMap,
     "collect": Collect,
     "generator": Generator,
@@ -277,11 +397,7 @@ def plain(world: World, node: Node, handles: dict[str, Any]) -> Callable[..., An
     def taken(value: Any) -> Entry:
         entry = world.enter(node.name, "call", 0, value)
         if node.service:
-            try:
-                handles[node.service].process(value)
-            except BaseException as error:
-                entry.error = error
-                raise
+            world.call(node, entry, handles[node.service])
         return entry
 
     def worked(data: Any) -> Any:
@@ -290,7 +406,7 @@ def plain(world: World, node: Node, handles: dict[str, Any]) -> Callable[..., An
         if node.kind == "generator":
             return generated(node, entry)
         entry.outs = outs_of(node, value)
-        if node.kind == "filter":
+        if node.kind in ("filter", "again"):
             return bool(entry.outs)
         if node.kind == "keyby":
             return key_of(node, value)

@@ -637,6 +637,34 @@ def test_a_coroutine_that_cannot_be_cancelled_is_given_up(blocks: bool) -> None:
     assert "in stubborn" in str(stacks["abandoned"])
 
 
+def test_a_task_that_is_given_up_starts_no_more_coroutines() -> None:
+    """While its thread is stuck behind them, the loop ends those that run, and their places stay empty."""
+    is_stuck = threading.Event()
+    may_end = threading.Event()
+    begun: list[int] = []
+
+    async def work(number: int) -> int:
+        begun.append(number)
+        if number:
+            await asyncio.Event().wait()
+        return number
+
+    def stick(number: int) -> None:
+        is_stuck.set()
+        may_end.wait(60)
+
+    env = LocalEnvironment("stuck", drain_timeout_s=0.2, stop_timeout_s=1.0, close_timeout_s=0.2)
+    stream = env.from_batch(range(10)).map_async(work, name="work", concurrency=2, ordered=False)
+    stream.sink(stick, name="stick")
+    job = env.submit()
+    assert is_stuck.wait(20)
+    with pytest.raises(JobError, match='task "work -> stick" did not end in time and was abandoned'):
+        job.cancel()
+    were_begun = len(begun)
+    may_end.set()
+    assert were_begun == len(begun) <= 3
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

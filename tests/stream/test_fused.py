@@ -211,6 +211,6 @@ def test_the_time_is_shared_among_the_operators_as_they_take_it() -> None:
 def test_names_need_not_be_fit_for_files() -> None:
     env = LocalEnvironment("chain")
     arrived: list[int] = []
-    env.from_batch(range(100)).map(abs, name="nu\0l").map(abs, name="half \ud800").sink(arrived.append)
+    env.from_batch(range(100)).map(abs, name='"{call0}" \\').map(abs, name="ünï'").sink(arrived.append)
     env.submit(autostop=True)
     assert arrived == list(range(100))

@@ -19,6 +19,7 @@ from sage import (
     Outcome,
     ProcessFunction,
     SinkFunction,
+    StopSignal,
 )
 from sage.testing import STEP_S, StepBackend, run
 
@@ -190,6 +191,93 @@ def test_a_drain_takes_its_whole_bound_of_virtual_time() -> None:
     assert 20.0 <= backend.now() - stopped_at_s[0] < 20.0 + 100 * STEP_S
 
 
+def test_a_generator_function_is_a_source_that_ends_with_it(backend: Backends) -> None:
+    """None is nothing now, as for other functions of `from_source`, and a `StopSignal` the end."""
+    closed: list[str] = []
+
+    def ticks(first: int, is_signalled: bool) -> Iterator[Any]:
+        try:
+            yield from (first, None, first + 1)
+            if is_signalled:
+                yield StopSignal()
+                yield first + 2
+        finally:
+            closed.append("closed")
+
+    for is_signalled in (False, True):
+        arrived: list[int] = []
+        env = LocalEnvironment("test", backend=backend)
+        env.from_source(ticks, 5, is_signalled=is_signalled).sink(arrived.append)
+        env.submit(autostop=True)
+        assert arrived == [5, 6]
+    assert closed == ["closed", "closed"]
+
+
+def test_an_endless_generator_function_goes_on_until_the_environment_is_closed(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("test", backend=backend)
+
+    def take(number: int) -> None:
+        arrived.append(number)
+        if number == 100:
+            env.close()
+
+    def numbers() -> Iterator[int]:
+        yield from count()
+
+    env.from_source(numbers).sink(take)
+    job = env.submit(autostop=True)
+    assert arrived == list(range(len(arrived)))
+    assert len(arrived) > 100
+    assert job.state == "stopped"
+
+
+async def several(number: int = 2) -> list[int]:
+    return [number] * 2
+
+
+def test_a_coroutine_function_returns_the_records_of_a_source(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("test", backend=backend)
+    env.from_batch(several, 3).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived == [3, 3]
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_a_function_of_from_batch_returns_an_iterable(backend: Backends, value: Any) -> None:
+    env = LocalEnvironment("test", backend=backend)
+    env.from_batch(lambda: value, name="feed")
+    with pytest.raises(FunctionError, match=f'"feed" failed to open: TypeError: it returned {value}, which') as caught:
+        env.submit(autostop=True)
+    assert "BatchFunction" in caught.value.__cause__.__notes__[0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_pause_of_a_source_does_not_hold_up_what_came_of_its_record(seed: int) -> None:
+    step = StepBackend(seed)
+    env = LocalEnvironment("test", backend=lambda: step)
+    read_at_s: list[float] = []
+    arrived_after_s: list[float] = []
+
+    def tick() -> list[int] | StopSignal:
+        read_at_s.append(step.clock())
+        return list(range(20)) if len(read_at_s) < 4 else StopSignal()
+
+    class Everything(FilterFunction):
+        """A class, as such a function is not run in one loop with its neighbours."""
+
+        def execute(self, data: int) -> bool:
+            return data >= 0
+
+    env.from_source(tick, delay=5.0).flatmap(list).filter(Everything).sink(
+        lambda _: arrived_after_s.append(step.clock() - read_at_s[-1])
+    )
+    env.submit(autostop=True)
+    assert len(arrived_after_s) == 60
+    assert max(arrived_after_s) < 1.0
+
+
 class Sums(ProcessFunction):
     """Emits negative numbers at once, and the sum of the others at the end."""
 
@@ -217,6 +305,44 @@ def test_every_parallel_process_finishes(backend: Backends) -> None:
     arrived = run(range(1, 31), lambda stream: stream.process(Sums, parallelism=3), backend=backend)
     assert arrived.count(-1000) == 3
     assert sum(number for number in arrived if number > 0) == sum(range(1, 31))
+
+
+def test_what_finish_yields_goes_on_as_it_is_read(backend: Backends) -> None:
+    """It may be more than the memory holds, so that a cancel must not wait for its end."""
+    arrived: list[int] = []
+    env = LocalEnvironment("test", backend=backend)
+
+    class Counting(ProcessFunction):
+        def execute(self, data: int) -> None:
+            self.collect(-data)
+
+        def finish(self) -> Iterator[int]:
+            yield from range(100_000)
+            raise AssertionError("it was read to its end")
+
+    def take(number: int) -> None:
+        arrived.append(number)
+        if number == 5000:
+            env.jobmanager.jobs[env.env_uuid].cancel()
+
+    env.from_batch([7]).process(Counting).sink(take)
+    job = env.submit(autostop=True)
+    assert arrived == [-7, *range(len(arrived) - 1)]
+    assert job.report is not None
+    assert job.report.state is Outcome.CANCELLED
+
+
+def test_an_error_in_finish_is_told_as_one(backend: Backends) -> None:
+    class Failing(ProcessFunction):
+        def execute(self, data: int) -> None:
+            pass
+
+        def finish(self) -> Iterator[int]:
+            yield from range(5000)
+            raise LookupError("at the end")
+
+    with pytest.raises(FunctionError, match='operator "Failing" failed to finish: LookupError: at the end'):
+        run([1], lambda stream: stream.process(Failing), backend=backend)
 
 
 def test_process_without_finish_is_a_flatmap(backend: Backends) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from itertools import pairwise
+from re import escape
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -295,6 +296,29 @@ def test_a_job_that_is_stopped_during_a_pause_does_not_wait_for_it() -> None:
     assert job.report.duration_s < 10
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stop_does_not_shorten_the_pauses_between_attempts(seed: int) -> None:
+    """What was down for a moment may be there at the next attempt, so that the record still arrives."""
+    step = StepBackend(seed)
+    env = LocalEnvironment("test", backend=lambda: step)
+    at_s: list[float] = []
+    arrived: list[int] = []
+
+    def fail_at_first(number: int) -> int:
+        at_s.append(step.clock())
+        if len(at_s) == 1:
+            env.stop()
+        if len(at_s) < 4:
+            raise ConnectionError("not now")
+        return number
+
+    env.from_batch([1]).map(fail_at_first, on_error=Retry(5, (1.0, 1.0))).sink(arrived.append)
+    job = env.submit(autostop=True)
+    assert job.state == "stopped"
+    assert arrived == [1]
+    assert [later - sooner for sooner, later in pairwise(at_s)] == pytest.approx([1.0] * 3)
+
+
 def test_a_generator_that_fails_in_the_middle_is_skipped_from_there_on(backend: Backends) -> None:
     """What a generator gave before its reading was cut may have gone on; what a list would have held has not."""
 
@@ -333,7 +357,12 @@ def test_a_stream_that_is_no_dead_letters_is_refused() -> None:
 
 
 def test_a_retry_that_cannot_work_is_refused() -> None:
-    with pytest.raises(GraphError, match="attempts_max=0"):
-        Retry(attempts_max=0)
+    for attempts_max in (0, "3", 2.5):
+        with pytest.raises(GraphError, match=f"Retry: attempts_max is {attempts_max!r}, which is not a positive"):
+            Retry(attempts_max=attempts_max)  # type: ignore[arg-type]
+    for backoff_s in (0.5, (1,), ("a", 2), (-1, 2), None):
+        with pytest.raises(GraphError, match=f"Retry: backoff_s is {escape(str(backoff_s))}") as caught:
+            Retry(backoff_s=backoff_s)  # type: ignore[arg-type]
+        assert caught.value.__notes__
     with pytest.raises(GraphError, match="another Retry"):
         Retry(then=Retry())

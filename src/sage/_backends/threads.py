@@ -18,6 +18,7 @@ from sage.records import Span
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sage._runtime.inside import Inside
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Pace, Task
 
@@ -40,7 +41,7 @@ class ThreadsBackend(Backend):
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._supervisor_thread: threading.Thread | None = None
         self._sealed = threading.Event()
-        self.supervisor: Supervisor | None = None
+        self.supervisor: Inside | None = None
 
     def now(self) -> float:
         """Return the monotonic time."""
@@ -69,7 +70,7 @@ class ThreadsBackend(Backend):
         """Put an event into the supervisor's queue."""
         self._queue.put(event)
 
-    def start_task(self, supervisor: Supervisor, task: Task) -> None:
+    def start_task(self, supervisor: Inside, task: Task) -> None:
         """Start a task's thread."""
         doorbell = Doorbell()
         task.wake = doorbell.ring
@@ -121,7 +122,7 @@ class ThreadsBackend(Backend):
                 else:
                     supervisor.handle(event)
 
-    def _run_task(self, supervisor: Supervisor, task: Task, doorbell: Doorbell) -> None:
+    def _run_task(self, supervisor: Inside, task: Task, doorbell: Doorbell) -> None:
         with inside(supervisor):
             while True:
                 came = task.step()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
+import threading
 import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +32,9 @@ EXIT_INTERRUPTED = 130
 
 TERMINATING = (signal.SIGTERM, signal.SIGHUP)
 
+NUDGES_S = (0.05, 0.2, 1.0)
+"""How long after a signal, and after each other, the main thread is nudged, in seconds."""
+
 OWN_CODE = str(Path(errors.__file__).parent)
 
 
@@ -50,7 +55,7 @@ class Program:
 
     def run(self) -> None:
         """Run it, and wait for the jobs that it leaves running; they are stopped if it raised something."""
-        with self._terminated_by_exit():
+        with self._terminated_by_exit(), _heard_while_waiting():
             try:
                 with self._as_main():
                     self.names = runpy.run_path(str(self.file), run_name="__main__")
@@ -141,6 +146,44 @@ class Program:
             yield
         finally:
             sys.path[:], sys.argv = path, argv
+
+
+@contextmanager
+def _heard_while_waiting() -> Iterator[None]:
+    """See to it that the main thread hears of every signal, also of one that comes when it is about to wait.
+
+    A thread that is to wait, in a call such as `Event.wait`, gives the interpreter's lock to another one first, which
+    takes a while on a busy machine. A signal that comes meanwhile interrupts nothing, and the thread then waits without
+    having heard of it. What the interpreter writes to the wake-up descriptor is read by a thread that waits already,
+    and that interrupts the main thread again by a signal that means nothing.
+    """
+    if signal.getsignal(signal.SIGURG) is not signal.SIG_DFL:
+        yield  # the program around has a use for it
+        return
+    main = threading.get_ident()
+    over = threading.Event()
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def watch() -> None:
+        while received := os.read(read_end, 64):
+            for pause_s in NUDGES_S if set(received) != {signal.SIGURG} else ():
+                if not over.wait(pause_s):
+                    signal.pthread_kill(main, signal.SIGURG)
+
+    watching = threading.Thread(target=watch, name="sage-nudges", daemon=True)
+    watching.start()
+    signal.signal(signal.SIGURG, lambda *_: None)
+    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(write_end)
+        watching.join()
+        os.close(read_end)
+        signal.signal(signal.SIGURG, signal.SIG_DFL)
 
 
 def _code_of(report: JobReport) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sage._calls import CallFuture
+    from sage._hosts.link import Asking
     from sage._hosts.wire import Connection
 
 ORDER_BYTES_MAX = 65_536
@@ -318,7 +319,7 @@ class DriverCalls:
 class Forward(logging.Handler):
     """Sends log records to the driver, where the program has said what becomes of them."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Asking) -> None:
         super().__init__()
         self._link = link
         self._connection: Connection | None = None
@@ -359,7 +360,7 @@ def main(link: int, guard: int, name: str) -> None:
     """
     # While the driver lives, only it decides when the service ends: a signal to the whole group must not break the
     # order. What it asks for comes over the link, and what it has to enforce comes as SIGKILL.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, lambda *_: None)  # unlike SIG_IGN, this is not passed on to what the service starts
     child = Child(socket.socket(fileno=link), socket.socket(fileno=guard), name)
     child.live()

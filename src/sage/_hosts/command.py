@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sage._hosts.gated import GatedHost
 from sage._hosts.output import Output
 from sage._hosts.own_process import OwnProcess
-from sage._hosts.ports import choose_ports, of_others, taken
+from sage._hosts.ports import choose_ports, let_go, of_others, taken
 from sage._hosts.probe import why_not
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import Exit
@@ -48,6 +48,9 @@ ANSWER_SHARE = 0.9
 STARTS_MAX = 3
 """How often a command is started in all, if another program takes its port each time before it can."""
 
+DOUBTS_MAX = 20
+"""How often a probe is made again while another program has the command's port, before that is taken to be meant so."""
+
 SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a program."""
 
@@ -74,6 +77,8 @@ class CommandHost(GatedHost):
         self._given_up = 0  # the last incarnation that must not be started any more
         self._unready = ""
         self._ports_lost = 0
+        self._doubts_count = 0
+        self._chosen: dict[str, int] = {}
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -155,6 +160,8 @@ class CommandHost(GatedHost):
 
     def _launch(self, ports: dict[str, int]) -> None:
         incarnation = self._incarnation
+        self._chosen = ports
+        self._doubts_count = 0
         cookie = self._guard.announce(self.spec.name, incarnation, "command", self.spec.requires)
         self._make_folder()
         child = Child(self.spec.name, self._command, incarnation, cookie)
@@ -193,6 +200,7 @@ class CommandHost(GatedHost):
             raise hint(error, f"{text}, {STARTS_MAX} times." if self._ports_lost == STARTS_MAX else f"{text}.")
         log.warning("port of command was taken, starting it again service=%r port=%d", self.spec.name, lost[0])
         child.output.close()
+        let_go(self._chosen)
         self._launch(choose_ports(self.spec.name, self._command, {}))
 
     @property
@@ -226,6 +234,7 @@ class CommandHost(GatedHost):
         with self._lock:
             if not child.is_over:
                 child.is_up = True
+                let_go(self._chosen)
                 return
         error = ServiceError(self._how_it_ended(child), service=self.spec.name)
         if child.own.exit_code == 0:
@@ -250,9 +259,10 @@ class CommandHost(GatedHost):
                 if child.is_over:  # whoever has taken its port may answer in its place
                     self._launch_again(child)
                     return False
-                if not self._unready:
+                if not self._unready and not self._is_doubtful(child):
                     self._is_up(child)
-                return not self._unready
+                    return True
+                return False
             case "health":
                 assert child is not None
                 why = self._why_not(self._command.health, child, due)
@@ -262,6 +272,15 @@ class CommandHost(GatedHost):
                     child.own.wait_ended()  # until its death was told, which is the better reason
                 raise ServiceError(why, service=self.spec.name)
         return None
+
+    def _is_doubtful(self, child: Child) -> bool:
+        """Return whether another program may have answered; a command that has lost its port to it gets time to end."""
+        assert self._running is not None
+        ports = self._running.ports.values()
+        if self._doubts_count == DOUBTS_MAX or not ports or not of_others(ports, self._left_of(child)):
+            return False
+        self._doubts_count += 1
+        return True
 
     def _why_not(self, probe: Any, child: Child, due: float | None) -> str | None:
         assert self._running is not None
@@ -282,6 +301,7 @@ class CommandHost(GatedHost):
     def _exit(self, due: float | None) -> Exit | None:
         with self._lock:
             self._given_up = self._incarnation
+            let_go(self._chosen)
             child = self._child
             if child is None or child.incarnation != self._incarnation:
                 return None  # it could not be started

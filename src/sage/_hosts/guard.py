@@ -113,13 +113,14 @@ class Guard:
             if self._users_count or Guard._current is not self:
                 return
             Guard._current = None
-        # Everything is over, so that there is nothing to tell it, and it need not even have begun.
+        # Everything is over, so that there is nothing to tell it, and it need not even have begun. It is there until
+        # the folder is gone, and would remove that if this process were killed just now.
         with self._lock_of_run:
             self._is_over = True
+            shutil.rmtree(self.folder, ignore_errors=True)
             self._guardian.kill()
         self._watcher.join()
         self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def guardian_pid(self) -> int:

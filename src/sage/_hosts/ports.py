@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,18 @@ if TYPE_CHECKING:
     from sage._runtime.processes import Process
     from sage.command import Command
 
+_chosen: set[int] = set()
+"""The ports that commands of this process have chosen, and not opened yet."""
+_lock = threading.Lock()
+
 LISTEN = "0A"
 """The state of a socket that listens, in /proc/net/tcp."""
 
 
 def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> dict[str, int]:
     """Return a port for each name; a command that is restarted gets its earlier ones again if they are free.
+
+    No other command of this process gets one of them before `let_go`, which the caller has to call.
 
     Raises:
         ServiceError: the port that was asked for is in use.
@@ -32,7 +39,7 @@ def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> 
     try:
         for name in command.ports:
             wanted = command.port if name == "" else None
-            port = _take(wanted or earlier.get(name, 0), held)
+            port = _take(wanted or earlier.get(name, 0), held, wanted)
             if port is None and wanted is not None:
                 error = ServiceError(
                     f'port {wanted} is in use, but command {command.label} of service "{service}" needs it',
@@ -43,10 +50,19 @@ def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> 
             chosen = port if port is not None else _take(0, held)
             assert chosen is not None
             ports[name] = chosen
+    except BaseException:
+        let_go(ports)
+        raise
     finally:
         for one in held:
             one.close()
     return ports
+
+
+def let_go(ports: Mapping[str, int]) -> None:
+    """Let other commands of this process have ports that their command has opened, or does not want any more."""
+    with _lock:
+        _chosen.difference_update(ports.values())
 
 
 def taken(ports: Iterable[int]) -> list[int]:
@@ -54,7 +70,7 @@ def taken(ports: Iterable[int]) -> list[int]:
     found = []
     for port in ports:
         held: list[socket.socket] = []
-        if _take(port, held) is None:
+        if _bind(port, held) is None:
             found.append(port)
         held[0].close()
     return found
@@ -92,7 +108,19 @@ def _open_files(pid: int) -> set[str]:
     return found
 
 
-def _take(port: int, held: list[socket.socket]) -> int | None:
+def _take(port: int, held: list[socket.socket], fixed: int | None = None) -> int | None:
+    """Choose a port, or any free one for 0, and return it; None if it is in use or was chosen by another command."""
+    while True:
+        number = _bind(port, held)
+        with _lock:
+            if number is None or number not in _chosen or number == fixed:
+                _chosen.update(() if number is None else (number,))
+                return number
+        if port:
+            return None
+
+
+def _bind(port: int, held: list[socket.socket]) -> int | None:
     """Bind a port, or any free one for 0, and return it; None if it is in use."""
     one = socket.socket()
     held.append(one)

@@ -228,7 +228,7 @@ class SharedHost(GatedHost):
 
     def facts(self) -> HostFacts:
         """Return where the instance runs."""
-        facts = HostFacts(self.spec.options.host) if self.instance is None else self.instance.host.facts()
+        facts = HostFacts(self.spec.options.host or "inline") if self.instance is None else self.instance.host.facts()
         return replace(facts, released=self.is_released)
 
     def abandon(self) -> str:

@@ -182,7 +182,8 @@ class MapAsync(Holder):
 
         running, waiting = self._running, self._waiting
         create_task = asyncio.get_running_loop().create_task
-        while waiting and len(running) < self._concurrency and not self._is_dropped:
+        # A task that is stuck is told of the end, but does not come to drop anything.
+        while waiting and len(running) < self._concurrency and not (self._is_dropped or self.span.cancelled):
             if self._has_too_many():
                 # Said before it is looked at again, so that the task, which looks the other way round, misses nothing.
                 self._is_full = True

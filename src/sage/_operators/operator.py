@@ -64,7 +64,7 @@ class Operator:
 
     Attributes:
         rest: records that were not processed, because the span was cut or the function is to be tried again.
-        more: whether `resume` has to be called before anything else is processed.
+        more: whether `resume` has to be called before anything else is processed, or `finish` once more.
         wake_at: when a record is to be tried again.
         letters: dead letters to be sent.
         failure: the error that ends the job, once what came before it has gone on.
@@ -119,7 +119,7 @@ class Operator:
         raise NotImplementedError
 
     def finish(self) -> Batch | None:
-        """Return what is emitted when all inputs have ended by themselves."""
+        """Return what is emitted when all inputs have ended by themselves; called again while `more` is set."""
         return None
 
     def close(self) -> None:

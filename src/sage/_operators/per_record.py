@@ -307,12 +307,27 @@ class FlatMap(Operator):
 
 
 class Process(FlatMap):
-    """A flat map that may emit at the end."""
+    """A flat map that may also emit at the end."""
+
+    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+        super().__init__(node, surroundings)
+        self._last: Iterator[Any] = iter(())
 
     def finish(self) -> Batch | None:
-        """Return what the function's `finish` gives."""
-        finishing = getattr(self._function, "finish", None)
-        if finishing is None:
-            return None
-        result = self._collecting(lambda: self._call_now(finishing))()
-        return Batch(list(result)) if result is not None else None
+        """Return what the function's `finish` gives, as far as there is room; the rest is read in further calls."""
+        if not self.more:
+            finishing = getattr(self._function, "finish", None)
+            result = None if finishing is None else self._collecting(lambda: self._call_now(finishing))()
+            if result is None:
+                return None
+            self._last = iter(result)
+        # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
+        turns = self.span.begin([None] * BATCH_RECORDS_MAX)
+        out: list[Any] = []
+        try:
+            for _, value in zip(turns, self._last, strict=False):
+                out.append(value)
+        finally:
+            self.span.end()
+        self.more = self.span.is_cut or len(out) == BATCH_RECORDS_MAX
+        return Batch(out)

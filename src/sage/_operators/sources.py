@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.operator import Operator
 from sage.connector import Source
-from sage.errors import FunctionError, describe
+from sage.errors import FunctionError, describe, hint, short
 from sage.functions import StopSignal
 from sage.records import Batch
 from sage.serving import RequestSource
@@ -36,15 +38,27 @@ class HoldingSource(Source):
 
     Attributes:
         held: the error, until it is raised.
+        generator: what is read, where it is a generator: it cannot go on after an error, and is closed in the end.
     """
 
     held: BaseException | None = None
+    generator: Any = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more can come, as after an error of a generator."""
+        return self.generator is not None and self.generator.gi_frame is None
 
     def raise_held(self) -> None:
         """Raise the error, if there is one."""
         error, self.held = self.held, None
         if error is not None:
             raise error
+
+    def close(self) -> None:
+        """Close a generator, so that its `finally` runs now."""
+        if self.generator is not None:
+            self.generator.close()
 
 
 class IterableSource(HoldingSource):
@@ -57,7 +71,12 @@ class IterableSource(HoldingSource):
 
     def open(self) -> None:
         """Begin to iterate; a callable is called for its iterable first."""
-        self._iterator = iter(self._values() if callable(self._values) else self._values)
+        values = self._values() if callable(self._values) else self._values
+        if not hasattr(values, "__iter__"):
+            error = TypeError(f"it returned {short(values)}, which is no iterable")
+            raise hint(error, "A BatchFunction class, or from_source, calls a function for one record at a time.")
+        self._iterator = iter(values)
+        self.generator = self._iterator if inspect.isgenerator(self._iterator) else None
 
     def read(self, records_max: int) -> list[Any] | None:
         """Return records until there are enough or the span is cut."""
@@ -78,12 +97,6 @@ class IterableSource(HoldingSource):
         if not records and not self._span.is_cut:
             return None
         return records
-
-    def close(self) -> None:
-        """Close a generator, so that its `finally` runs now."""
-        closing = getattr(self._iterator, "close", None)
-        if closing is not None and hasattr(self._iterator, "gi_frame"):
-            closing()
 
 
 class FunctionSource(HoldingSource):
@@ -119,6 +132,14 @@ class FunctionSource(HoldingSource):
         return None if self._ended and not records else records
 
 
+class GeneratorSource(FunctionSource):
+    """A generator that may have nothing now, as a function may; where it ends, the source does."""
+
+    def __init__(self, generator: Any, span: Span) -> None:
+        super().__init__(partial(next, generator, StopSignal()), span, none_ends=False)
+        self.generator = generator
+
+
 class Reader(Operator):
     """The operator of a source: it reads instead of processing.
 
@@ -148,11 +169,13 @@ class Reader(Operator):
             return target
         if hasattr(target, "execute"):
             return FunctionSource(self.callable_of(), self.span, none_ends=bounded)
+        if not bounded and inspect.isgeneratorfunction(target):
+            return GeneratorSource(target(), self.span)
         if not bounded:
             return FunctionSource(self.callable_of(), self.span, none_ends=False)
         if isinstance(target, list | tuple | range):
             return SequenceSource(target, self.context.parallel_index, self.context.parallelism)
-        return IterableSource(target, self.span)
+        return IterableSource(self.callable_of() if callable(target) else target, self.span)
 
     def read(self, records_max: int) -> Batch:
         """Return the next records; none when there is nothing now, when the source ended, or when it is to try again.
@@ -178,12 +201,15 @@ class Reader(Operator):
         return batch
 
     def _failed(self, error: BaseException) -> None:
-        retry = self.node.on_error.retry
+        has_ended = isinstance(self.source, HoldingSource) and self.source.has_ended
+        retry = None if has_ended else self.node.on_error.retry
         self._attempts += 1
         if isinstance(error, Exception) and retry is not None and self._attempts < retry.attempts_max:
             self.wake_at = self._surroundings.now() + retry.pause_s(self._attempts)
             return
         self.failure = self._blamed(error)
+        if has_ended and self.node.on_error.retry is not None:
+            hint(self.failure, "A generator cannot go on after an error; the execute() of a function class can.")
 
     def overtaken(self) -> FunctionError | None:
         """Return the error that the source holds, and that nobody will ask for any more."""

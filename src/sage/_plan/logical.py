@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from sage._arguments import check_count, check_name
 from sage.errors import DuplicateNameError, GraphError, hint
 from sage.failure import FAIL, ErrorPolicy
 from sage.functions import BaseFunction
@@ -80,6 +81,31 @@ class FunctionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the tasks of an operator run, when a job has more than one process.
+
+    Attributes:
+        at: "driver" for the process that submits the job, "cluster" for any other.
+        num_cpus: processors that each task reserves; 0 reserves nothing.
+        num_gpus: GPUs that each task reserves and sees.
+        resources: other resources of the cluster that each task reserves, by name.
+    """
+
+    at: Literal["cluster", "driver"] = "cluster"
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    resources: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def reserves(self) -> bool:
+        """Whether each task has a process to itself, which reserves something."""
+        return bool(self.num_cpus or self.num_gpus or self.resources)
+
+
+ANYWHERE = Place()
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """One operator of the logical graph.
 
@@ -92,7 +118,8 @@ class Node:
         parallelism: how many tasks run it.
         on_error: what follows when the function raises.
         route: how its own output is distributed; None leaves that to the planner.
-        settings: what only this kind of node has.
+        settings: what only this kind of node has, and the `Place` that the user asked for, as "place".
+        place: where it runs; set for a job that has more than one process.
     """
 
     id: int
@@ -104,6 +131,7 @@ class Node:
     on_error: ErrorPolicy = FAIL
     route: Route | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    place: Place = ANYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +200,14 @@ class GraphBuilder:
 
         Raises:
             DuplicateNameError: `name` is given and another node has it.
-            GraphError: the parallelism is not a positive number.
+            GraphError: the parallelism is not a positive number, or `name` cannot be one.
         """
         parallelism = attributes.get("parallelism", 1)
         function: FunctionSpec | None = attributes.get("function")
+        if name is not None:
+            check_name("an operator", name)
         label = name or (function.label if function else None) or str(kind)
-        if not isinstance(parallelism, int) or isinstance(parallelism, bool) or parallelism < 1:
-            raise GraphError(f'operator "{label}" has parallelism {parallelism!r}, which is not a positive number')
+        check_count(f'operator "{label}" has parallelism', parallelism)
         if name is not None and any(name == given for _, given in self._nodes.values()):
             error = DuplicateNameError(f'operator "{name}" is defined twice')
             raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")
@@ -195,7 +224,9 @@ class GraphBuilder:
 
         Raises:
             DuplicateNameError: another node was given it.
+            GraphError: it cannot be a name.
         """
+        check_name("an operator", name)
         if any(name == given for other, (_, given) in self._nodes.items() if other != id_):
             error = DuplicateNameError(f'operator "{name}" is defined twice')
             raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")

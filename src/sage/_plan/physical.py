@@ -10,6 +10,8 @@ from sage._plan.logical import Kind, Node, Route
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sage._plan.logical import Place
+
 
 @dataclass(frozen=True, slots=True)
 class Edge:
@@ -49,9 +51,23 @@ class Chain:
         return self.nodes[0].parallelism
 
     @property
+    def head(self) -> int:
+        """The id of the first node."""
+        return self.nodes[0].id
+
+    @property
+    def place(self) -> Place:
+        """Where its tasks run."""
+        return self.nodes[0].place
+
+    @property
     def is_source(self) -> bool:
         """Whether records enter the job here."""
         return self.nodes[0].kind is Kind.SOURCE
+
+    def outline(self) -> Chain:
+        """Return the chain without the users' functions and data."""
+        return Chain(tuple(replace(node, function=None, settings={}) for node in self.nodes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +101,7 @@ class PhysicalPlan:
 
     def outline(self) -> PhysicalPlan:
         """Return the plan without the users' functions and data, which a job that has ended must not keep."""
-        bare = (
-            Chain(tuple(replace(node, function=None, settings={}) for node in chain.nodes)) for chain in self.chains
-        )
-        return replace(self, chains=tuple(bare))
+        return replace(self, chains=tuple(chain.outline() for chain in self.chains))
 
     def text(self) -> str:
         """Return the plan as indented text."""
@@ -124,4 +137,4 @@ class PhysicalPlan:
 
 
 def _quoted(text: str) -> str:
-    return text.replace('"', "#quot;")
+    return text.replace("#", "#35;").replace('"', "#quot;")

@@ -126,7 +126,7 @@ def choose_routes(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
 
 
 def fuse(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
-    """Put neighbours into one chain: a forward edge, equal parallelism, and no other edge at either end of it.
+    """Put neighbours into one chain: a forward edge, equal parallelism, one place, no other edge at its ends.
 
     What holds records begins a chain.
     """
@@ -135,9 +135,10 @@ def fuse(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
     for edge in sorted(plan.edges, key=lambda edge: edge.target):
         alone_out = [other for other in plan.edges if other.source == edge.source and not other.letters] == [edge]
         alone_in = [other for other in plan.edges if other.target == edge.target] == [edge]
-        same = graph.nodes[edge.source].parallelism == graph.nodes[edge.target].parallelism
+        source, target = graph.nodes[edge.source], graph.nodes[edge.target]
+        same = source.parallelism == target.parallelism and source.place == target.place
         plain = edge.route is Route.FORWARD and not edge.feedback and not edge.letters
-        plain = plain and graph.nodes[edge.target].kind not in HOLDING
+        plain = plain and target.kind not in HOLDING
         if plain and same and alone_out and alone_in:
             first = head[edge.source]
             joined = chains.pop(edge.target)

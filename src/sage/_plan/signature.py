@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sage import functions
-from sage._plan.logical import FunctionSpec, Kind
+from sage._plan.logical import FunctionSpec, Kind, Place
 from sage.connector import Source
 from sage.errors import GraphError, hint, short
 from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Which function classes an operator takes, and how many records its function is called with.
 ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
@@ -29,6 +32,25 @@ ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
 }
 
 KINDS_OF_FUNCTION = tuple(type_ for types, _ in ACCEPTED.values() for type_ in types)
+
+
+def place_of(at: Any, num_cpus: Any = 0.0, num_gpus: Any = 0.0, resources: Mapping[str, Any] | None = None) -> Place:
+    """Check what a user wants of a place and return it.
+
+    Raises:
+        GraphError: there is no such place, or nothing can be reserved there.
+    """
+    if at not in ("cluster", "driver"):
+        raise hint(GraphError(f"a place is at {at!r}"), 'It is at the "cluster" or at the "driver".')
+    wanted: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, **(resources or {})}
+    for name, amount in wanted.items():
+        if not isinstance(amount, int | float) or isinstance(amount, bool) or amount < 0:
+            raise GraphError(f"a place reserves {name}={short(amount)}, which is no amount")
+    if at == "driver" and any(wanted.values()):
+        reserved = ", ".join(name for name, amount in wanted.items() if amount)
+        error = GraphError(f"a place at the driver reserves {reserved}")
+        raise hint(error, "Only processes of the cluster reserve something; the driver runs already.")
+    return Place(at, num_cpus, num_gpus, tuple((resources or {}).items()))
 
 
 def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionSpec:
@@ -136,6 +158,7 @@ def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) 
     function = getattr(target, method) if method else target
     if isinstance(function, ServiceMethod | ServiceHandle):
         return
+    _refuse_asynchronous_generator(kind, target, function)
     if method and not bound and not isinstance(inspect.getattr_static(target, method), staticmethod | classmethod):
         function = partial(function, None)
     try:
@@ -151,6 +174,12 @@ def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) 
             f"{kind}({_label(target)}): {label}{inspect.signature(function)} has the wrong arity: {error}"
         )
         raise hint(mended, f"{kind} calls it with {records}.") from None
+
+
+def _refuse_asynchronous_generator(kind: Kind | str, target: Any, function: Any) -> None:
+    if inspect.isasyncgenfunction(function):
+        error = GraphError(f"{kind}({_label(target)}): {_label(function)} is an asynchronous generator function")
+        raise hint(error, "Write a coroutine function that returns a list, or a generator function without async.")
 
 
 def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: int) -> FunctionSpec:
@@ -172,7 +201,7 @@ def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], input
     missing = [f"map{port}" for port in range(inputs) if not callable(getattr(target, f"map{port}", None))]
     if missing:
         error = GraphError(f"comap({_label(target)}): {_label(target)} has no {', '.join(missing)}")
-        raise hint(error, f"Connected streams of {inputs} inputs need map0 to map{inputs - 1}.")
+        raise hint(error, f"Give a class with map0 to map{inputs - 1}, or a list of {inputs} callables.")
     for port in range(inputs):
         _check_records(Kind.COMAP, target, f"map{port}", bound=not isinstance(target, type))
     if isinstance(target, type):
@@ -210,6 +239,7 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
         _check_constructor(Kind.SOURCE, target, args, kwargs)
         return FunctionSpec(target, True, args, kwargs)
     if callable(target) and not isinstance(target, type):
+        _refuse_asynchronous_generator(method, target, target)
         try:
             inspect.signature(target).bind(*args, **kwargs)
         except TypeError as refused:
@@ -230,6 +260,6 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
     wanted = (
         "a BatchFunction class, a list or any iterable, a generator function or a Source"
         if bounded
-        else ("a SourceFunction class, a callable without arguments or a Source")
+        else "a SourceFunction class, a callable without arguments, a generator function or a Source"
     )
     raise hint(error, f"Give {wanted}.")

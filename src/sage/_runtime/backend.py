@@ -38,7 +38,7 @@ class HostFacts:
     """What a report says of the place where a service ran.
 
     Attributes:
-        host: what kind of place: "inline", "process" or "command".
+        host: what kind of place: "inline", "process", "command" or "ray".
         pid: the process of the last incarnation, or None for one that was never started.
         exit_code: how that process ended; negative for a signal, None while it runs or where it is not known.
         output: the last lines that it wrote.

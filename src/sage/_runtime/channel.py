@@ -52,6 +52,13 @@ class Channel:
 
     The bound is in records: an element is taken in while fewer than `capacity_records` wait, so at most one batch more
     than that is held.
+
+    Attributes:
+        counters: count what is on its way here; see `InFlight`.
+        wake_consumer: called when there is something to get.
+        undelivered: how many records were put after it was closed.
+        enters: the counter of a loop that is entered here from other processes; whoever puts for them counts the end
+            of each of their streams off it.
     """
 
     def __init__(self, capacity_records: int = CHANNEL_RECORDS_MAX) -> None:
@@ -64,6 +71,7 @@ class Channel:
         self.counters: tuple[InFlight, ...] = ()
         self.wake_consumer: Callable[[], None] = _nobody
         self.undelivered = 0
+        self.enters: InFlight | None = None
 
     def put_nowait(self, port: int, element: Element, wake: Callable[[], None], *, force: bool = False) -> bool:
         """Put an element for an input of the consumer and return whether there was room.

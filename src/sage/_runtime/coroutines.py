@@ -45,6 +45,7 @@ class CoroutineLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._running: set[Future[Any]] = set()
+        self._is_closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine to its end and return its result; any thread but the loop's own may call it."""
@@ -91,11 +92,15 @@ class CoroutineLoop:
         if thread.is_alive():
             log.error("event loop left behind thread=%r", thread.name)
             return
-        self._thread = None
+        with self._lock:
+            self._is_closed = True
+            self._loop = self._thread = None  # a job that has ended is remembered for long
 
     def _started(self) -> asyncio.AbstractEventLoop:
-        """Return the loop, which is started if it was not."""
+        """Return the loop, which is started if it was not; RuntimeError says that it is closed."""
         with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the event loop of the job is closed")
             if self._loop is None:
                 import asyncio
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.operator import Surroundings
@@ -14,7 +15,7 @@ from sage._runtime.task import Output, Task
 from sage.functions import TaskContext
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from sage._plan.physical import Chain, Edge, PhysicalPlan
     from sage._runtime.backend import Backend
@@ -23,30 +24,82 @@ if TYPE_CHECKING:
     from sage.service import ServiceHandle
 
 
+class Absent:
+    """A task that another process runs.
+
+    Attributes:
+        name: its name.
+        inbox: what leads to its inbox, or None for a source.
+    """
+
+    def __init__(self, name: str, inbox: Channel | None) -> None:
+        self.name = name
+        self.inbox = inbox
+
+
+Group = list[Task | Absent]
+"""The tasks of one chain, in order."""
+
+LeadingTo = Callable[[str], Channel | None]
+"""Returns the channel that leads to a task of another process, by its name, or None for a task of this process."""
+
+
 def deploy(
     plan: PhysicalPlan,
     backend: Backend,
     loop: CoroutineLoop,
     services: dict[str, ServiceHandle[Any]],
     report: Callable[[TaskEvent], None],
-) -> tuple[dict[str, Task], tuple[TaskPlan, ...]]:
-    """Return the tasks of a plan by name, with what the lifecycle has to know of each. Nothing runs yet."""
-    groups: dict[int, list[Task]] = {}
+    leading_to: LeadingTo = lambda _: None,
+) -> dict[str, Task]:
+    """Return the tasks of a plan that this process runs, by name. Nothing runs yet.
+
+    All tasks of a feedback loop have to be of one process, and so has everything that is in step with a source.
+    """
+    groups: dict[int, Group] = {}
     for chain in plan.chains:
-        groups[chain.nodes[0].id] = [
-            _task(chain, index, backend, loop, services, report) for index in range(chain.parallelism)
-        ]
+        group: Group = []
+        groups[chain.nodes[0].id] = group
+        for index, name in enumerate(task_names(chain)):
+            channel = leading_to(name)
+            if channel is not None:
+                group.append(Absent(name, None if chain.is_source else channel))
+            else:
+                group.append(_task(chain, name, index, backend, loop, services, report))
     owner = {node.id: chain for chain in plan.chains for node in chain.nodes}
     for edge in plan.between:
         _connect(edge, owner[edge.source], groups[owner[edge.source].nodes[0].id], groups[edge.target])
     _count_loops(plan, owner, groups)
     _count_lockstep(groups)
-    tasks = {task.name: task for group in groups.values() for task in group}
-    return tasks, _task_plans(plan, owner, groups)
+    return {task.name: task for task in _present(groups)}
+
+
+def task_names(chain: Chain) -> tuple[str, ...]:
+    """Return the names of the tasks that run a chain."""
+    if chain.parallelism == 1:
+        return (chain.name,)
+    return tuple(f"{chain.name} [{index}]" for index in range(chain.parallelism))
+
+
+def task_plans(plan: PhysicalPlan) -> tuple[TaskPlan, ...]:
+    """Return what the lifecycle has to know of the tasks of a plan."""
+    owner = {node.id: chain for chain in plan.chains for node in chain.nodes}
+    downstream: dict[int, set[int]] = {id_: set() for id_ in plan.heads}
+    for edge in plan.between:
+        if not edge.feedback:
+            downstream[owner[edge.source].nodes[0].id].add(edge.target)
+    plans = []
+    for id_, chain in plan.heads.items():
+        after = tuple(name for target in downstream[id_] for name in task_names(plan.heads[target]))
+        takes_stop = chain.nodes[0].kind in (Kind.SOURCE, Kind.FUTURE)
+        serving = id_ in plan.serving
+        plans += [TaskPlan(name, after, takes_stop, serving) for name in task_names(chain)]
+    return tuple(plans)
 
 
 def _task(
     chain: Chain,
+    name: str,
     index: int,
     backend: Backend,
     loop: CoroutineLoop,
@@ -60,7 +113,6 @@ def _task(
         alone = chain.parallelism == 1
         surroundings = Surroundings(context, span, backend.now, loop.run, loop.post, alone)
         operators.append(OPERATORS[node.kind](node, surroundings))
-    name = chain.name if chain.parallelism == 1 else f"{chain.name} [{index}]"
     task = Task(name, tuple(operators), span, report, backend.now, backend.pace())
     if not chain.is_source:
         task.inbox = Channel(backend.capacity_records)
@@ -68,35 +120,44 @@ def _task(
     return task
 
 
-def _connect(edge: Edge, chain: Chain, sources: list[Task], targets: list[Task]) -> None:
+def _connect(edge: Edge, chain: Chain, sources: Group, targets: Group) -> None:
     """Join the tasks of two chains, and let each target know how many producers it has."""
     place = next(place for place, node in enumerate(chain.nodes) if node.id == edge.source)
     for index, source in enumerate(sources):
-        reached = [targets[index % len(targets)]] if edge.route is Route.FORWARD else targets
-        channels = tuple(task.inbox for task in reached if task.inbox is not None)
-        partitioner = Partitioner(edge.route, index, len(channels), chain.nodes[place].name)
-        output = Output(partitioner, channels, edge.port, feedback=edge.feedback, letters=edge.letters)
-        source.outputs[place] = (*source.outputs.get(place, ()), output)
+        reached = _reached(edge, index, targets)
+        if isinstance(source, Task):
+            channels = tuple(task.inbox for task in reached if task.inbox is not None)
+            partitioner = Partitioner(edge.route, index, len(channels), chain.nodes[place].name)
+            output = Output(partitioner, channels, edge.port, feedback=edge.feedback, letters=edge.letters)
+            source.outputs[place] = (*source.outputs.get(place, ()), output)
         if not edge.feedback:
             for task in reached:
-                task.producers += 1
+                if isinstance(task, Task):
+                    task.producers += 1
 
 
-def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, list[Task]]) -> None:
+def _reached(edge: Edge, index: int, targets: Group) -> Group:
+    return [targets[index % len(targets)]] if edge.route is Route.FORWARD else targets
+
+
+def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, Group]) -> None:
     """Give the channels of each loop a counter; what has not ended outside of it counts as on its way."""
     for loop in plan.loops:
         heads = {owner[id_].nodes[0].id for id_ in loop}
-        inner = [task for id_ in heads for task in groups[id_]]
+        inner = _present({id_: groups[id_] for id_ in heads})
+        if not inner:
+            continue
         inboxes = {task.inbox for task in inner}
         counter = InFlight()
-        for group in groups.values():
-            for task in group:
-                for outputs in task.outputs.values():
-                    for output in outputs:
-                        entered = [channel for channel in output.channels if channel in inboxes]
-                        if entered and task not in inner:
-                            output.enters = counter
-                            counter.add(len(entered))
+        for task in _present(groups):
+            for outputs in task.outputs.values():
+                for output in outputs:
+                    entered = [channel for channel in output.channels if channel in inboxes]
+                    if entered and task not in inner:
+                        output.enters = counter
+                        counter.add(len(entered))
+        for edge in plan.between:
+            _count_absent(edge, groups[owner[edge.source].nodes[0].id], groups[edge.target], inner, counter)
         for task in inner:
             assert task.inbox is not None
             task.inbox.counters += (counter,)
@@ -105,9 +166,19 @@ def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, 
                 counter.when_zero(lambda task=task: task.wake())  # type: ignore[misc]
 
 
-def _count_lockstep(groups: dict[int, list[Task]]) -> None:
+def _count_absent(edge: Edge, sources: Group, targets: Group, inner: list[Task], counter: InFlight) -> None:
+    """Count what enters a loop from other processes; the inbox counts it off at the end of each producer there."""
+    for index, source in enumerate(sources):
+        for task in _reached(edge, index, targets) if isinstance(source, Absent) else ():
+            if task in inner:
+                assert task.inbox is not None
+                task.inbox.enters = counter
+                counter.add(1)
+
+
+def _count_lockstep(groups: dict[int, Group]) -> None:
     """If a source wants lockstep, let it see whether anything of its last record is still on its way."""
-    everyone = [task for group in groups.values() for task in group]
+    everyone = _present(groups)
     stepping = [task for task in everyone if task.nodes[0].settings.get("lockstep")]
     if not stepping:
         return
@@ -120,16 +191,5 @@ def _count_lockstep(groups: dict[int, list[Task]]) -> None:
         counter.when_zero(lambda task=task: task.wake())  # type: ignore[misc]
 
 
-def _task_plans(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, list[Task]]) -> tuple[TaskPlan, ...]:
-    downstream: dict[int, set[int]] = {id_: set() for id_ in groups}
-    for edge in plan.between:
-        if not edge.feedback:
-            downstream[owner[edge.source].nodes[0].id].add(edge.target)
-    plans = []
-    for chain in plan.chains:
-        id_ = chain.nodes[0].id
-        after = tuple(task.name for target in downstream[id_] for task in groups[target])
-        takes_stop = chain.nodes[0].kind in (Kind.SOURCE, Kind.FUTURE)
-        serving = id_ in plan.serving
-        plans += [TaskPlan(task.name, after, takes_stop, serving) for task in groups[id_]]
-    return tuple(plans)
+def _present(groups: Mapping[int, Group]) -> list[Task]:
+    return [task for group in groups.values() for task in group if isinstance(task, Task)]

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._runtime.coroutines import CoroutineLoop
-from sage._runtime.deployment import deploy
+from sage._runtime.deployment import deploy, task_plans
 from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServiceFailed, ServicePlan, begin
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
 from sage._runtime.supervisor import Supervisor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend, Host
     from sage._runtime.lifecycle import Limits
     from sage._runtime.supervisor import Ended
+    from sage._runtime.task import Task
     from sage.service import ServiceHandle
 
 
@@ -56,14 +57,14 @@ class Dispatcher:
         until_asked: bool = False,
     ) -> None:
         self.plan = plan
+        self._adopted = frozenset(adopted)
         self._claims = claims
         self._loop = CoroutineLoop(plan.name if plan is not None else "sage", backend)
         self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
+        self._specs = {service.name: service for service in services}
         self._dependencies = Dependencies()
         hosts = self._hosts(services, backend, make_host, adopted)
-        tasks, task_plans = (
-            deploy(plan, backend, self._loop, self._handles, self._report) if plan is not None else ({}, ())
-        )
+        tasks = self._tasks(plan, backend) if plan is not None else {}
         service_plans = tuple(
             ServicePlan(
                 service.name,
@@ -76,7 +77,7 @@ class Dispatcher:
             )
             for service in services
         )
-        state = begin(service_plans, task_plans, limits, until_asked=until_asked)
+        state = begin(service_plans, task_plans(plan) if plan is not None else (), limits, until_asked=until_asked)
         self.supervisor = Supervisor(state, tasks, hosts, backend, self._loop, on_sealed)
         self._dependencies.tell = self._depends
         for service in services:
@@ -84,6 +85,16 @@ class Dispatcher:
                 host = adopted[service.name]
                 host.adopt(self._context(service), backend, self._loop, self._death_of(service.name))
             service.handle._connect(hosts[service.name].calls)
+
+    def discard(self) -> None:
+        """Free what was made for a job that does not begin; what it took over stays as it was."""
+        for name, host in self.supervisor.hosts.items():
+            if name in self._adopted:
+                host.release()
+            else:
+                host.close()
+                host.spec.handle._connect(None)
+        self._loop.close()
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -125,6 +136,9 @@ class Dispatcher:
         if self.plan is not None:
             self.plan = self.plan.outline()
         self.supervisor.forget()
+
+    def _tasks(self, plan: PhysicalPlan, backend: Backend) -> dict[str, Task]:
+        return deploy(plan, backend, self._loop, self._handles, self._report)
 
     def _depends(self, service: str, requires: str) -> None:
         self.supervisor.note_dependency(service, requires)

@@ -1,16 +1,17 @@
-"""SIGINT, SIGTERM and SIGHUP while the main thread waits for a job."""
+"""SIGINT, SIGTERM, SIGHUP and SIGQUIT while the main thread waits for a job."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
 class Interrupts:
@@ -40,9 +41,10 @@ class Interrupts:
         self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), name="sage-signals", daemon=True)
         self._thread.start()
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        unknown = _caught_in_c()
         for signum in SIGNALS:
             previous = signal.getsignal(signum)
-            if previous not in (signal.SIG_IGN, None):
+            if previous not in (signal.SIG_IGN, None) and not (previous is signal.SIG_DFL and signum in unknown):
                 self._previous[signum] = previous
                 signal.signal(signum, self._handle)
         return self
@@ -78,7 +80,25 @@ class Interrupts:
         while received := os.read(read_end, 64):
             for signum in received:
                 if signum in self._previous:
+                    if signum == getattr(signal, "SIGQUIT", None):
+                        _tell_where()
                     self.first = self.first or signum
                     self._on_signal(signum)
                 if self._wakeup_before != -1:
                     os.write(self._wakeup_before, bytes([signum]))
+
+
+def _caught_in_c() -> set[int]:
+    """Return the signals that have a handler, Python's own or one that it does not know of and could not put back."""
+    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        mask = int(next(line for line in file if line.startswith("SigCgt:")).split()[1], 16)
+        return {signum for signum in SIGNALS if mask >> (signum - 1) & 1}
+    return set()
+
+
+def _tell_where() -> None:
+    """Write to standard error where all threads stand."""
+    import faulthandler  # hardly any program needs it
+
+    with suppress(OSError, ValueError, RuntimeError, AttributeError):  # there may be no standard error
+        faulthandler.dump_traceback(all_threads=True)

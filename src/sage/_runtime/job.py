@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,8 @@ class Job:
 
         Raises:
             TimeoutError: the job is not over after `timeout_s`.
-            JobError: what failed; several errors come as one `JobErrorGroup`.
+            JobError: what failed; several errors come as one `JobErrorGroup`. Also where a function or a service of
+                the job itself waits for it.
             KeyboardInterrupt: Ctrl-C stopped the job.
             SystemExit: SIGTERM stopped the job; the code is 143.
         """
@@ -120,6 +122,11 @@ class Job:
         if self._pid != os.getpid():
             error = JobError(f'job "{self.name}" runs in process {self._pid}, from which this one was forked')
             raise hint(error, "Only the process that submitted a job can wait for it.")
+        if is_inside(supervisor):
+            error = JobError(f'job "{self.name}" is waited for by one of its own threads', job=self.name)
+            raise hint(error, "It cannot end before that thread does; job.stop() returns at once there.")
+        if timeout_s is not None:
+            timeout_s = min(max(0.0, float(timeout_s)), threading.TIMEOUT_MAX)
         interrupted: BaseException | None = None
         with Interrupts(self.interrupt) as interrupts:
             begin()
@@ -198,9 +205,13 @@ class Job:
     def seal(self, ended: Ended) -> None:
         """Make the report; called by the supervisor, once, as its last act."""
         report = seal(ended, self.dispatcher, self._graph, self.id, self._started, self._reason)
-        self._error = to_raise(report, ended.state.failures)
-        for error in report.errors:
-            self._log.error("%s", describe(error), exc_info=error)
+        self._take(report, to_raise(report, ended.state.failures), ended)
+
+    def _take(self, report: JobReport, error: Exception | None, ended: Ended) -> None:
+        """Have a report, and what whoever waits gets; nothing of the job runs any more."""
+        self._error = error
+        for one in report.errors:
+            self._log.error("%s", describe(one), exc_info=one)
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
         if self.report_file is not None:
             self.report_file.end(report)  # before the guardian is told that all is over, which else writes one

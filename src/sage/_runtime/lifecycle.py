@@ -121,6 +121,7 @@ class ServiceRecord:
         again: whether its teardown leads to a restart, unless stopping begins before.
         goal: the state that its teardown leads to otherwise.
         extended_s: how much longer the hook that runs was allowed to take.
+        has_died: whether the incarnation is gone, so that no hook of it can run.
     """
 
     state: ServiceState = ServiceState.REGISTERED
@@ -133,6 +134,7 @@ class ServiceRecord:
     again: bool = False
     goal: ServiceState = ServiceState.STOPPED
     extended_s: float = 0.0
+    has_died: bool = False
 
 
 @dataclass(frozen=True, slots=True)

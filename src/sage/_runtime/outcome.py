@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,8 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
         case Trouble.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
             hint(error, "Its stop and cleanup could not run any more.")
+            if facts is not None and facts.exit_code == -signal.SIGKILL:
+                hint(error, "The system kills processes when memory runs out; its log tells.")
             for caused in failure.caused:
                 hint(error, f"With it failed: {describe(caused)}")
         case Trouble.FAILED:

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from sage._plan.logical import Route
-from sage.errors import FunctionError, hint, short
+from sage.errors import FunctionError, describe, hint, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 KNOWN_KEYS_MAX = 65_536
 """How many keys a partitioner remembers the task of."""
+
+
+KEYS_HINT = "Use strings, numbers, tuples of them, enums, dates, UUIDs or frozen dataclasses as keys."
 
 
 def stable_hash(key: Any) -> int:
@@ -58,7 +61,7 @@ def stable_hash(key: Any) -> int:
         return stable_hash((type(key).__qualname__, *(getattr(key, field.name) for field in fields(key))))
     raise hint(
         TypeError(f"key {short(key)} of type {type(key).__name__} has no hash that is the same in every process"),
-        "Use strings, numbers, tuples of them, enums, dates, UUIDs or frozen dataclasses as keys.",
+        KEYS_HINT,
     )
 
 
@@ -107,7 +110,7 @@ class Partitioner:
         for place, key in enumerate(keys):
             try:
                 target = known[key]
-            except (KeyError, TypeError):
+            except Exception:  # not known, or without a hash: what its own `__hash__` raises is told below
                 target = self._target(key)
             places.setdefault(target, []).append(place)
         for target, picked in places.items():
@@ -119,8 +122,8 @@ class Partitioner:
             if len(self._known) >= KNOWN_KEYS_MAX:
                 self._known.clear()
             self._known[key] = target
-        except TypeError as error:
-            blamed = FunctionError(f'operator "{self._operator}" gave a key that cannot be used: {error}')
-            blamed.operator = self._operator
-            raise blamed from error
+        except Exception as error:
+            text = f'operator "{self._operator}" gave a key that cannot be used: {describe(error)}'
+            blamed = FunctionError(text, operator=self._operator)
+            raise hint(blamed, KEYS_HINT) from error
         return target

@@ -61,12 +61,12 @@ class ServiceDraft(Draft):
                 if record.hook == event.hook:
                     self.take_hook(event)
             case ServiceDied():
-                if record.hook != "exit" and record.goal is not S.LOST:
+                if record.hook != "exit" and not record.has_died:
                     self.take_death(event)
             case ServiceFailed():
                 self.take_failure(event)
             case CleanupDeferred():
-                if record.goal is not S.LOST:
+                if not record.has_died:
                     self.change(event.service, hooks=record.hooks | {"cleanup"})
             case ExtendTimeout():
                 self.extend(event.service, event.seconds)
@@ -121,7 +121,7 @@ class ServiceDraft(Draft):
         name, record = event.service, self.services[event.service]
         if record.hook not in (None, *PAUSES):
             self.do(Do.LOSE_HOOK, name, hook=record.hook, incarnation=record.incarnation)
-        self.change(name, hook=None, due=None, hooks=record.hooks & {"exit"})
+        self.change(name, hook=None, due=None, hooks=record.hooks & {"exit"}, has_died=True)
         self.worsen(name, S.LOST)
         job: JobState = self.get("job")
         needed = job is JobState.DRAINING and self.start.service_plans[name].options.required
@@ -186,6 +186,7 @@ class ServiceDraft(Draft):
             hook=None,
             again=False,
             goal=S.STOPPED,
+            has_died=False,
         )
         self.next_start_hook(name, "")
 
@@ -289,7 +290,7 @@ class ServiceDraft(Draft):
 
     def drain_service(self, name: str) -> None:
         self.move_service(name, S.DRAINING)
-        if self.services[name].goal is S.LOST:
+        if self.services[name].has_died:
             self.next_stop_hook(name, "cleanup")
             return
         self.run_bounded(name, "drain", self.start.service_plans[name].options.drain_timeout_s)

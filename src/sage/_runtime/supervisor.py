@@ -7,20 +7,22 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.lifecycle import Begin, DependencySeen, Do, Exit, HookEnded, Tick
-from sage._runtime.states import ServiceState
+from sage._runtime.lifecycle import Begin, DependencySeen, Do, Exit, HookEnded, StopRequested, Tick
+from sage._runtime.states import ServiceState, Way
 from sage._runtime.transitions import step
 from sage.errors import describe
 from sage.observability import Event, HookEvent
 from sage.report import HookReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from threading import Condition
 
     from sage._runtime.backend import Backend, Host
     from sage._runtime.coroutines import CoroutineLoop
     from sage._runtime.lifecycle import Action, LifecycleEvent, State
     from sage._runtime.task import Task
+    from sage.service import ServiceHandle
 
 CUT_AFTER_S = 0.02
 """How long a task works through one batch before the watch cuts it short."""
@@ -105,6 +107,19 @@ class Supervisor:
         for action in actions:
             self._carry_out(action)
 
+    def handle_of(self, service: str) -> ServiceHandle[Any] | None:
+        """Return the handle of a service of the job, or None."""
+        host = self.hosts.get(service)
+        return None if host is None else host.spec.handle
+
+    def ask_to_stop(self) -> None:
+        """Ask for the end of the job, draining what is in flight."""
+        self.post(StopRequested(Way.DRAIN))
+
+    def wait_for(self, condition: Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for a condition as the backend has its threads wait."""
+        return self.backend.wait_for(self, condition, is_over, timeout_s)
+
     def crash(self, error: BaseException) -> None:
         """Give up after a bug in the supervision itself: whoever waits must be told, and not wait for ever."""
         log.critical("supervisor crashed", exc_info=error)
@@ -118,11 +133,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Cut short what takes long, so that what is done goes on."""
-        now = time.perf_counter()
-        for task in self.tasks.values():
-            started_at = task.span.started_at
-            if started_at is not None and now - started_at > CUT_AFTER_S:
-                task.span.cut()
+        cut_late(self.tasks.values())
 
     def forget(self) -> None:
         """Let go of tasks and hosts, and of everything that users gave for them."""
@@ -241,3 +252,12 @@ class Supervisor:
         ended = Ended(self.state, {name: tuple(hooks) for name, hooks in self._hooks.items()}, self._stacks)
         self.is_sealed = True
         self._on_sealed(ended)
+
+
+def cut_late(tasks: Iterable[Task]) -> None:
+    """Cut short what takes long in tasks of this process; the watch calls this again and again."""
+    now = time.perf_counter()
+    for task in tasks:
+        started_at = task.span.started_at
+        if started_at is not None and now - started_at > CUT_AFTER_S:
+            task.span.cut()

@@ -151,7 +151,8 @@ class Task:
         self._bridge: PipelineBridge | None = self.nodes[0].settings.get("bridge")
         if self._bridge is not None:
             self._bridge.when_changed(lambda: self.wake())
-        self._paused_until: float | None = None
+        self._reads_at: float | None = None
+        self._retries_at: float | None = None
         self._segments: dict[int, Segment] = {}
         self._stash: list[tuple[int, Batch | None, int]] = []
         self._outgoing: deque[tuple[Output, int, Element]] = deque()
@@ -174,9 +175,9 @@ class Task:
     @property
     def wake_at(self) -> float | None:
         """When to step again although nobody wakes it, in seconds of the backend's clock, or None."""
-        if self._paused_until is not None or self._holder is None or self._outgoing:
-            return self._paused_until
-        return self._holder.due
+        if self._retries_at is not None or self._outgoing:
+            return self._retries_at
+        return self._reads_at if self._holder is None else self._holder.due
 
     def where(self) -> str:
         """Return where the coroutines of the task stand, for a person; what its thread does the backend knows."""
@@ -213,10 +214,10 @@ class Task:
         """Do what can be done now without waiting."""
         if self.phase is Phase.DONE:
             return Step.DONE
-        if self._paused_until is not None and not self.span.cancelled and not self._stopping:
-            if self._now() < self._paused_until:
+        if self._retries_at is not None and not self.span.cancelled:
+            if self._now() < self._retries_at:
                 return Step.IDLE
-            self._paused_until = None
+            self._retries_at = None
         if self.span.cancelled and self.phase is not Phase.CLOSING:
             self._drop()
             self.phase = Phase.CLOSING
@@ -236,7 +237,7 @@ class Task:
 
     def _drop(self) -> None:
         """Count and forget everything that waits here, but for an error that the source was about to raise."""
-        self._paused_until = None
+        self._retries_at = None
         overtaken = self._reader.overtaken() if self._reader is not None else None
         if overtaken is not None:
             self._failed = True
@@ -276,24 +277,26 @@ class Task:
     def _run(self) -> Step:
         if not self._flush():
             return Step.BLOCKED
-        started_at = perf_counter()
         if self._stash:
-            index, batch, port = self._stash.pop()
-            records = 0 if batch is None else len(batch)
-            self._push(index, batch, port)
-        elif self._reader is not None:
-            read = self._read(self._reader)
-            if read is None:
-                return Step.IDLE
-            records = read
+            self._unstash()
         else:
-            taken = self._take() if self._holder is None else self._hold(self._holder)
-            if taken is None:
+            started_at = perf_counter()
+            if self._reader is not None:
+                records = self._read(self._reader)
+            else:
+                records = self._take() if self._holder is None else self._hold(self._holder)
+            if records is None:
                 return Step.IDLE
-            records = taken
-        self._pace.measured(records, perf_counter() - started_at)
+            self._pace.measured(records, perf_counter() - started_at)
         self._flush()
         return Step.PROGRESSED
+
+    def _unstash(self) -> None:
+        """Go on with what was put aside last."""
+        started_at = perf_counter()
+        index, batch, port = self._stash.pop()
+        self._push(index, batch, port)
+        self._pace.measured(0 if batch is None else len(batch), perf_counter() - started_at)
 
     def _take(self) -> int | None:
         """Process the next element of the inbox and return its number of records, or None if there was none."""
@@ -344,6 +347,10 @@ class Task:
                 raise overtaken
             self.phase = Phase.FINISHING
             return 0
+        if self._reads_at is not None:
+            if self._now() < self._reads_at:
+                return None
+            self._reads_at = None
         if self.lockstep is not None and not self.lockstep.is_zero:
             return None
         single = self.lockstep is not None or reader.delay_s is not None
@@ -358,15 +365,15 @@ class Task:
         if len(batch):
             self._idle_pause_s = IDLE_PAUSE_MIN_S
             if reader.delay_s:
-                self._paused_until = self._now() + reader.delay_s
+                self._reads_at = self._now() + reader.delay_s
             self._push(1, batch, 0)
             return len(batch)
         if reader.wake_at is not None:
-            self._paused_until, reader.wake_at = reader.wake_at, None
+            self._reads_at, reader.wake_at = reader.wake_at, None
         elif not reader.span.is_cut and not reader.is_told:
-            self._paused_until = self._now() + (reader.delay_s or self._idle_pause_s)
+            self._reads_at = self._now() + (reader.delay_s or self._idle_pause_s)
             self._idle_pause_s = min(self._idle_pause_s * 2, IDLE_PAUSE_MAX_S)
-        return None if reader.is_told or self._paused_until is not None else 0
+        return None if reader.is_told or self._reads_at is not None else 0
 
     def _push(self, index: int, batch: Batch | None, port: int, failures: Sequence[BaseException] = ()) -> None:
         """Run operators from `index` on over a batch (None: what operator `index` still has of the last record).
@@ -415,7 +422,7 @@ class Task:
             self._stash.append((place, operator.rest, port))
             operator.rest = None
             if operator.wake_at is not None:
-                self._paused_until, operator.wake_at = operator.wake_at, None
+                self._retries_at, operator.wake_at = operator.wake_at, None
         if operator.more:
             self._stash.append((place, None, port))
         if operator.letters:
@@ -461,18 +468,17 @@ class Task:
         if not self._flush():
             return Step.BLOCKED
         if self._stash:
-            index, batch, port = self._stash.pop()
-            self._push(index, batch, port)
+            self._unstash()
             return Step.PROGRESSED
         if self._holder is not None and self._holder.held:
             return Step.IDLE if self._hand_on(self._holder, is_all=True) is None else Step.PROGRESSED
         if self._finished < len(self.operators):
             place = self._finished
-            self._finished += 1
             try:
                 last = self.operators[place].finish()
             except BaseException as error:  # a task owns whatever its operators raise
                 raise _blamed(self.operators[place], "finish", error) from error
+            self._finished += not self.operators[place].more
             if last is not None and len(last):
                 self.operators[place].metrics.records_out += len(last)
                 if place + 1 < len(self.operators):

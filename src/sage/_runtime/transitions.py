@@ -128,7 +128,9 @@ class _JobDraft(ServiceDraft):
         """
         failures: tuple[Failure, ...] = self.get("failures")
         reason: BaseException | None = error
-        while reason is not None:
+        looked_at: set[int] = set()
+        while reason is not None and id(reason) not in looked_at:  # `raise error from error` makes a circle
+            looked_at.add(id(reason))
             for place, failure in enumerate(failures):
                 is_death = failure.trouble is Trouble.DIED and failure.counts
                 if is_death and isinstance(reason, ServiceUnavailableError) and reason.service == failure.name:

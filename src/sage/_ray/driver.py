@@ -1,0 +1,486 @@
+"""The driver's end of a remote job: it starts the master, shows the job while it runs, and hears how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sage._hosts.link import LinkClosedError
+from sage._ray.actors import MasterActor, actor_name
+from sage._ray.mesh import Peer
+from sage._ray.orders import JobOrder, Part, Pickled, SiteOrder
+from sage._ray.placement import DRIVER, Site, sites_of
+from sage._ray.shipping import outline, pickled_part, pickled_service
+from sage._ray.site import Site as RunningSite
+from sage._runtime.job import Job
+from sage._runtime.lifecycle import Limits, ServiceRecord, StopRequested, begin
+from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, JobState, ServiceState, TaskState, Way
+from sage._runtime.supervisor import Ended
+from sage.errors import JobError, ServiceUnavailableError, UnsupportedPlanError, describe, hint
+from sage.observability import Event
+from sage.report import Cleanliness, JobReport, Outcome
+from sage.services.extras import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sage._backends.ray_cluster import Connected
+    from sage._plan.logical import LogicalGraph
+    from sage._plan.physical import PhysicalPlan
+    from sage._ray.master import PackedReport
+    from sage.observability import HookEvent
+    from sage.report import OperatorReport
+    from sage.service import ServiceHandle
+
+MASTER_START_S = 60.0
+"""How long the master may take to get its place in the cluster."""
+
+NEXT_MASTER_S = 30.0
+"""How long the driver waits for the master that follows one that is gone."""
+
+GONE_S = 10.0
+"""How long the master may take to be gone when it was killed."""
+
+COUNTS_BOUND_S = 5.0
+
+log = logging.getLogger("sage.dispatcher")
+
+
+@dataclass(frozen=True)
+class RemoteSettings:
+    """How a remote environment runs its jobs; see `RemoteEnvironment`."""
+
+    address: str | None = None
+    workers: int | None = None
+    runtime_env: Mapping[str, Any] | None = None
+    on_driver_loss: str = "stop"
+    start_timeout_s: float = 60.0
+
+
+def check_supported(name: str, graph: LogicalGraph) -> None:
+    """Refuse what cannot run on a cluster.
+
+    Raises:
+        UnsupportedPlanError: a service is to run in a way that a cluster does not have.
+    """
+    for spec in graph.services:
+        what = ""
+        if spec.command is not None:
+            what = "is a command"
+        elif spec.options.shared:
+            what = "is shared"
+        elif spec.options.host == "process":
+            what = 'has host="process"'
+        if what:
+            error = UnsupportedPlanError(f'service "{spec.name}" {what}, which environment "{name}" cannot run')
+            raise hint(error, 'On a cluster a service has host="ray", its own process, or "inline", in the driver.')
+
+
+class RemoteJob(Job):
+    """A job whose master runs in the cluster."""
+
+    remote: DriverSupervisor
+
+    def operators(self) -> tuple[OperatorReport, ...]:
+        """Return the counts of every operator as they stand; those of a moment ago if the master does not answer."""
+        if self.report is not None:
+            return self.report.operators
+        return self.remote.operators()
+
+    def request(self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None) -> None:
+        """Ask for the end without waiting for it; any thread may."""
+        if self.is_running:
+            self._reason = self._reason or reason
+            self.remote.stop(way, reason, budget_s, hook_cap_s)
+
+    def take_sealed(self, report: JobReport, error: Exception | None, ended: Ended) -> None:
+        """Have the report that the master made."""
+        self._take(replace(report, started_at=self._started[0]), error, ended)
+
+
+@dataclass
+class Seen:
+    """Where something of the job is, as far as the driver has heard."""
+
+    state: Any
+
+
+@dataclass
+class SeenJob:
+    """Where the job is, as far as the driver has heard."""
+
+    job: JobState = JobState.NEW
+    tasks: dict[str, Seen] = field(default_factory=dict)
+    services: dict[str, Seen] = field(default_factory=dict)
+
+
+class RemoteDispatcher:
+    """Shows a remote job while it runs, and leads to what stands for its supervisor here."""
+
+    def __init__(self, plan: PhysicalPlan, supervisor: DriverSupervisor) -> None:
+        self.plan = plan
+        self.supervisor = supervisor
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """The tasks that have not ended, with their states."""
+        tasks = self.supervisor.state.tasks
+        return {name: str(one.state) for name, one in tuple(tasks.items()) if one.state not in TASK_TERMINAL}
+
+    @property
+    def services(self) -> dict[str, str]:
+        """The services that have not ended, with their states."""
+        services = self.supervisor.state.services
+        return {name: str(one.state) for name, one in tuple(services.items()) if one.state not in SERVICE_TERMINAL}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether anything of the job has not ended."""
+        return not self.supervisor.is_sealed
+
+    def forget(self) -> None:
+        """Let go of users' functions, services and data."""
+        self.plan = self.plan.outline()
+
+
+class DriverSupervisor:
+    """Stands for the supervisor of a remote job in the driver: what is asked of it goes to the master.
+
+    Attributes:
+        state: where everything is, as far as the driver has heard.
+        events: every change of state so far.
+        is_sealed: whether the job is over.
+        listeners: called with every event as it is heard.
+    """
+
+    def __init__(self, job: RemoteJob, graph: LogicalGraph, launch: Launch) -> None:
+        self.state = SeenJob()
+        self.events: list[Event] = []
+        self.is_sealed = False
+        self.listeners: list[Callable[[Event | HookEvent], None]] = []
+        self.hosts: dict[str, Any] = {}
+        self.backend = self
+        self._job = job
+        self._launch = launch
+        self._graph = graph
+        self._handles: dict[str, ServiceHandle[Any]] = {spec.name: spec.handle for spec in graph.services}
+        self._actor: Any = None
+        self._master: Peer | None = None
+        self._over = threading.Event()
+        self._sealed: tuple[PackedReport, dict[str, str]] | None = None
+        self._is_ending = threading.Lock()
+        self._pending: list[tuple[Any, ...]] = []
+        self._lock = threading.Lock()
+        answers: dict[str, Callable[..., Any]] = {
+            "notice": self._notice,
+            "sealed": self._take_sealed,
+            "attach": self._attach,
+        }
+        options = {spec.name: spec.options for spec in graph.services}
+        self.site = RunningSite(
+            DRIVER,
+            launch.secret,
+            launch.ip,
+            options,
+            launch.by_task,
+            lambda _: launch.driver_part,
+            self._master_lost,
+            answers=answers,
+            handles=self._handles,
+            stands_for=self,
+        )
+
+    def handle_of(self, service: str) -> ServiceHandle[Any] | None:
+        """Return the handle of a service of the job, or None."""
+        return self._handles.get(service)
+
+    def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for a condition; nothing else has to go on meanwhile."""
+        return condition.wait_for(is_over, timeout_s)
+
+    def ask_to_stop(self) -> None:
+        """Ask for the end of the job, draining what is in flight."""
+        self.stop(Way.DRAIN, "stop() was called", None, None)
+
+    def begin(self) -> None:
+        """Start the master, which starts everything else."""
+        try:
+            self._actor = self._launch.start_master(self.site.listener.address)
+        except BaseException as error:
+            self._end_without_report(error)
+
+    def stop(self, way: Way, reason: str, budget_s: float | None, hook_cap_s: float | None) -> None:
+        """Let the master end the job; what it has not heard when it is lost, the next one hears."""
+        request = ("stop", int(way), reason, budget_s, hook_cap_s)
+        with self._lock:
+            master = self._master
+            if master is None:
+                self._pending.append(request)
+                return
+        try:
+            master.ask(*request)
+        except LinkClosedError:
+            with self._lock:
+                self._pending.append(request)
+
+    def post(self, event: StopRequested) -> None:
+        """Let the master end the job."""
+        self.stop(event.way, "", event.budget_s, event.hook_cap_s)
+
+    def wait(self, _: Any, timeout_s: float | None) -> bool:
+        """Wait until the job is sealed and nothing of it runs, and return whether that is so."""
+        return self._over.wait(timeout_s)
+
+    def operators(self) -> tuple[OperatorReport, ...]:
+        """Return the counts of every operator."""
+        master = self._master
+        try:
+            if master is None:
+                return ()
+            counts: tuple[OperatorReport, ...] = master.ask("operators", timeout_s=COUNTS_BOUND_S)
+        except (LinkClosedError, TimeoutError):
+            return ()
+        return counts
+
+    # --- what the master tells ---
+
+    def _attach(self, master: Any, epoch: int, addresses: Mapping[str, Any]) -> None:
+        self.site.attach(master, epoch, addresses)
+        peer = Peer(master, self._launch.secret, {})
+        with self._lock:
+            self._master = peer
+            pending, self._pending = self._pending, []
+        for request in pending:
+            peer.ask(*request)
+
+    def _notice(self, event: Event | HookEvent) -> None:
+        if isinstance(event, Event):
+            self.events.append(event)
+            match event.subject:
+                case "job":
+                    self.state.job = JobState(event.after)
+                case "task":
+                    self.state.tasks[event.name] = Seen(TaskState(event.after))
+                case "service":
+                    self.state.services[event.name] = Seen(ServiceState(event.after))
+        for listener in self.listeners:
+            listener(event)
+
+    def _take_sealed(self, sealed: PackedReport, services: dict[str, str]) -> None:
+        self._sealed = (sealed, services)
+        # Not on the thread of the request, whose answer the master waits for.
+        threading.Thread(target=self._end, name="sage-remote-end", daemon=True).start()
+
+    def _master_lost(self) -> None:
+        """Wait for the master that follows, within bounds."""
+        if self._sealed is not None:
+            return
+        with self._lock:
+            self._master = None
+        self.site.cancel()
+        epoch = self.site.epoch
+        if self.site.wait_attached(epoch, NEXT_MASTER_S) or self._sealed is not None:
+            return
+        text = f'the master of job "{self._graph.name}" was lost, and none came after it'
+        self._end_without_report(JobError(text, job=self._graph.name, fault="external"))
+
+    # --- the end ---
+
+    def _end(self) -> None:
+        """Take the master away, close what is here, and make it known that the job is over."""
+        assert self._sealed is not None
+        sealed, services = self._sealed
+        report, error = sealed.unpack()
+        self._take_away()
+        self._seal(report, error, services)
+
+    def _end_without_report(self, error: BaseException) -> None:
+        self._take_away()
+        if not isinstance(error, JobError):
+            text = f'the job "{self._graph.name}" could not be started in the cluster: {describe(error)}'
+            failed = JobError(text, job=self._graph.name, fault="external")
+            failed.__cause__ = error
+            error = failed
+        states = dict.fromkeys(self._handles, "lost")
+        now = time.time()
+        report = JobReport(
+            self._job.id,
+            self._graph.name,
+            Outcome.FAILED,
+            Cleanliness.DIRTY,
+            str(error),
+            now,
+            now,
+            0.0,
+            errors=(error,),
+        )
+        self._seal(report, error, states)
+
+    def _seal(self, report: JobReport, error: Exception | None, services: dict[str, str]) -> None:
+        with self._is_ending:
+            if self.is_sealed:
+                return
+            self.site.close()
+            if self._master is not None:
+                self._master.close()
+            self._launch.close()
+            self.is_sealed = True
+        records = {name: ServiceRecord(ServiceState(state)) for name, state in services.items()}
+        state = replace(begin((), (), Limits()), services=records)
+        try:
+            self._job.take_sealed(report, error, Ended(state, {}, {}))
+        finally:
+            self._over.set()
+
+    def _take_away(self) -> None:
+        """Kill the master, which has nothing left to do, and see that it is gone."""
+        if self._actor is None:
+            return
+        self.site.let_master_go()
+        self._launch.kill_master(self._actor)
+
+
+class Launch:
+    """Everything that a job needs to be started, made before anything is started.
+
+    Args:
+        id_: the job's id.
+        graph: what the user wrote, with places.
+        plan: the physical plan.
+        limits: the bounds of the stop that are not the default.
+        settings: how the environment runs its jobs.
+        connect: returns what keeps this process connected to a cluster, given an address or None.
+    """
+
+    def __init__(
+        self,
+        id_: str,
+        graph: LogicalGraph,
+        plan: PhysicalPlan,
+        limits: Mapping[str, float],
+        settings: RemoteSettings,
+        connect: Callable[[str | None], Any],
+    ) -> None:
+        self.id = id_
+        self.secret = secrets.token_bytes(32)
+        self._graph = graph
+        self._plan = plan
+        self._limits = Limits(**limits)
+        self._settings = settings
+        self._stack = ExitStack()
+        try:
+            self._prepare(connect)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def close(self) -> None:
+        """Let the connection to the cluster go."""
+        self._stack.close()
+
+    def start_master(self, driver: tuple[str, int]) -> Any:
+        """Start the master and return its actor when it answers.
+
+        Raises:
+            ServiceUnavailableError: it did not come.
+        """
+        ray = load("ray", "ray")
+        ends_itself = self._connected.ends_itself(self.id, self._limits.stop_timeout_s)
+        order = JobOrder(
+            job=self.id,
+            graph=outline(self._graph),
+            plan=self._plan.outline(),
+            services=outline(self._graph).services,
+            limits=self._limits,
+            secret=self.secret,
+            sites=self._sites,
+            driver=driver,
+            started=time.time(),
+            continues=self._settings.on_driver_loss == "continue",
+            start_timeout_s=self._settings.start_timeout_s,
+            level=_level(),
+            runtime_env=self._settings.runtime_env,
+            ends_itself=ends_itself,
+        )
+        orders = {name: ray.put(self._site_order(name, part, driver)) for name, part in self._parts.items()}
+        name = actor_name(self.id, "master")
+        options = {"name": name, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
+        options["runtime_env"] = self._settings.runtime_env
+        actor = ray.remote(MasterActor).options(**options).remote(order, name)
+        exceptions = load("ray.exceptions", "ray")
+        try:
+            ray.get(actor.begin.remote(orders), timeout=MASTER_START_S)
+        except exceptions.RayError as error:
+            self.kill_master(actor)
+            raise ServiceUnavailableError(f"the job master was not started: {describe(error)}") from error
+        return actor
+
+    def kill_master(self, actor: Any) -> None:
+        """Take the master away; Ray starts no other."""
+        load("ray", "ray").kill(actor, no_restart=True)
+
+    # --- behind it ---
+
+    def _prepare(self, connect: Callable[[str | None], Any]) -> None:
+        settings, services = self._settings, {spec.name: spec for spec in self._graph.services}
+        workers_max = settings.workers or os.cpu_count() or 1
+        if settings.address is not None:
+            self._connect(connect)
+            if settings.workers is None:
+                workers_max = int(load("ray", "ray").cluster_resources().get("CPU", 1))
+        self._sites: dict[str, Site] = sites_of(self._plan, self._graph.services, workers_max)
+        self.by_task = {task: site.name for site in self._sites.values() for task in site.tasks}
+        # Everything is pickled before a cluster of its own is started, which takes seconds.
+        self._parts = {
+            name: pickled_part(self._plan, site, services) for name, site in self._sites.items() if name != DRIVER
+        }
+        beside = {name for site in self._sites.values() for name in site.services}
+        self._parts |= {
+            f"service {spec.name}": pickled_service(spec) for spec in self._graph.services if spec.name not in beside
+        }
+        at_driver = self._sites.get(DRIVER, Site(DRIVER))
+        self.driver_part = Part(self._plan, tuple(services[name] for name in at_driver.services))
+        if settings.address is None:
+            self._connect(connect)
+        self.ip: str = load("ray.util", "ray").get_node_ip_address()
+
+    def _connect(self, connect: Callable[[str | None], Any]) -> None:
+        self._connected: Connected = self._stack.enter_context(connect(self._settings.address))
+
+    def _site_order(self, name: str, part: Pickled, driver: tuple[str, int]) -> SiteOrder:
+        options = {spec.name: spec.options for spec in self._graph.services}
+        path = tuple(os.path.abspath(place) for place in sys.path)
+        return SiteOrder(self.id, name, self.secret, options, self.by_task, part, path, _level(), driver)
+
+
+def _level() -> int:
+    return logging.getLogger("sage").getEffectiveLevel()
+
+
+def remote_job(
+    id_: str,
+    graph: LogicalGraph,
+    plan: PhysicalPlan,
+    limits: Mapping[str, float],
+    settings: RemoteSettings,
+    connect: Callable[[str | None], Any],
+    interrupt_timeout_s: float,
+) -> RemoteJob:
+    """Return a job that nothing runs of yet but the connection to the cluster.
+
+    Raises:
+        GraphError: something of it cannot be sent to the cluster.
+    """
+    launch = Launch(id_, graph, plan, limits, settings, connect)
+    job = RemoteJob(id_, graph, interrupt_timeout_s)
+    job.remote = DriverSupervisor(job, graph, launch)
+    # A job asks of its dispatcher only what this one has, too.
+    job.dispatcher = RemoteDispatcher(plan, job.remote)  # type: ignore[assignment]
+    return job

@@ -1,0 +1,272 @@
+"""Services in other processes of a job, as the supervisor of its master sees them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from sage._ray.calls import RemoteCalls
+from sage._runtime.backend import HostFacts
+from sage._runtime.lifecycle import Exit
+from sage.errors import ServiceTimeoutError, ServiceUnavailableError, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sage._plan.logical import ServiceSpec
+    from sage._ray.links import SiteLink
+    from sage._ray.mesh import Address
+    from sage._runtime.backend import Backend
+    from sage._runtime.coroutines import CoroutineLoop
+    from sage.service import ServiceContext, ServiceOptions
+
+WHERE_BOUND_S = 0.5
+"""How long a process may take to say where a hook hangs."""
+
+COUNT_BOUND_S = 1.0
+
+
+class RemoteHost:
+    """Runs one service in a process of its own, a new one for each incarnation, or in a site beside tasks.
+
+    Args:
+        spec: what was registered, without its code.
+        backend: gives the thread that waits for hooks.
+        on_died: told when the process of an incarnation ended by itself.
+        site: where it lives beside tasks, or None.
+        start: starts the process of an incarnation otherwise.
+    """
+
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        backend: Backend,
+        on_died: Callable[[int, str], None],
+        site: SiteLink | None,
+        start: Callable[[ServiceSpec, int], SiteLink],
+    ) -> None:
+        self.spec = spec
+        self.calls = RemoteCalls(spec.name, spec.options.call_timeout_s, _nowhere)
+        self._backend = backend
+        self._on_died = on_died
+        self._site = site
+        self._start = start
+        self._link: SiteLink | None = site
+        self._lane = backend.lane(spec.name)
+        self._incarnation = 0
+        self._hooks: frozenset[str] = frozenset()
+        self._counts: dict[int, tuple[int, int]] = {}
+        self._is_exiting = False
+        self._died = 0  # the last incarnation whose process ended by itself
+        self._refused = False
+        self._changed = threading.Condition()
+
+    @property
+    def link(self) -> SiteLink | None:
+        """What leads to the process, or None before there is one."""
+        return self._link
+
+    @property
+    def options(self) -> ServiceOptions:
+        """What the lifecycle of this job goes by."""
+        return self.spec.options
+
+    @property
+    def call_count(self) -> int:
+        """How many calls were let through, over all instances whose process could be asked."""
+        return sum(calls for calls, _ in self._counts.values())
+
+    @property
+    def error_count(self) -> int:
+        """How many calls raised, over all instances whose process could be asked."""
+        return sum(errors for _, errors in self._counts.values())
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether a call runs on a thread of this host: never, as they run elsewhere."""
+        return False
+
+    @property
+    def own_hooks(self) -> frozenset[str]:
+        """The end of the process, if it has one to itself."""
+        return frozenset({"exit"}) if self._site is None else frozenset()
+
+    @property
+    def local_hooks(self) -> frozenset[str]:
+        """The hooks that run here: none, as the others end with their process."""
+        return frozenset()
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The names of the hooks of the instance that is there."""
+        return self._hooks | self.own_hooks
+
+    def adopt(self, _: ServiceContext, __: Backend, ___: CoroutineLoop, on_died: Callable[[int, str], None]) -> None:
+        """Let the master that takes over run the hooks of an instance that another one started."""
+        self._on_died = on_died
+
+    def take_over(self, link: SiteLink, incarnation: int, hooks: frozenset[str]) -> None:
+        """Have the process and the instance that another master started."""
+        self._link, self._incarnation, self._hooks = link, incarnation, hooks
+
+    # --- what the supervisor asks for ---
+
+    def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
+        """Have a hook run there, and tell `done` what came of it."""
+        if hook == "build":
+            with self._changed:
+                self._incarnation += 1
+                self._is_exiting = False
+                self._hooks = frozenset()
+
+        def work() -> None:
+            try:
+                value = self._run(hook, due)
+            except BaseException as error:  # the lifecycle of a service owns what its hooks raise
+                done(None, error)
+            else:
+                done(value, None)
+
+        self._lane.run(work)
+
+    def hurry(self, due: float) -> None:
+        """Move the `due` of an "exit" that runs forward: it ends by force as soon as the process was asked once."""
+
+    def facts(self) -> HostFacts:
+        """Return what the report says of the host."""
+        kind = "ray" if self._site is None else "inline"
+        return HostFacts(kind, self._link.pid if self._link is not None else None)
+
+    def admit(self) -> None:
+        """Let calls through."""
+        self._tell_gate("admit")
+
+    def hold(self) -> None:
+        """Let calls wait."""
+        self._tell_gate("hold")
+
+    def refuse(self) -> None:
+        """Let calls fail at once."""
+        with self._changed:
+            self._refused = True
+            self._changed.notify_all()
+        self._tell_gate("refuse")
+
+    def abandon(self) -> str:
+        """Leave the hook that hangs in its process, and say where it stands there."""
+        stack = ""
+        link = self._link
+        if link is not None and not link.is_gone:
+            try:
+                stack = link.ask("abandon", self.spec.name, timeout_s=WHERE_BOUND_S)
+            except (ServiceUnavailableError, TimeoutError):
+                stack = f"process {link.pid} does not say where it stands"
+            except KeyError:
+                stack = f"process {link.pid} has not loaded it"
+        self._lane.close(wait=False)
+        self._lane = self._backend.lane(self.spec.name)
+        return stack
+
+    def release(self) -> None:
+        """Free the thread."""
+        self._lane.close(wait=True)
+
+    def close(self) -> None:
+        """Free the thread; the site of a service beside tasks is ended with those."""
+        self._lane.close(wait=True)
+
+    # --- what others ask for ---
+
+    def died(self, link: SiteLink, text: str) -> None:
+        """Take in that a process is gone."""
+        with self._changed:
+            if link is not self._link or self._is_exiting or self._died >= self._incarnation:
+                return
+            self._died = self._incarnation
+            self._changed.notify_all()
+        self._on_died(self._incarnation, text)
+
+    def where_is(self, gone: Address | None) -> Address:
+        """Return the address of the process, and wait while there is none because the service is restarted.
+
+        Raises:
+            ServiceUnavailableError: the service takes no more calls.
+            ServiceTimeoutError: it was not back in time.
+        """
+        timeout_s = self.spec.options.call_timeout_s
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._refused or self._reachable(gone), timeout_s):
+                text = f'service "{self.spec.name}" was not back within {timeout_s:g} s'
+                raise ServiceTimeoutError(text, service=self.spec.name, fault="external")
+            address = self._link.address if self._link is not None else None
+            if self._refused or address is None:
+                text = f'service "{self.spec.name}" has stopped and takes no more calls'
+                error = ServiceUnavailableError(text, service=self.spec.name)
+                raise hint(error, "A service is stopped when what depends on it has ended, or when it failed.")
+            return address
+
+    def take_counts(self, counts: tuple[int, int]) -> None:
+        """Take in how many calls there were of this incarnation, and how many of them raised."""
+        self._counts[self._incarnation] = counts
+
+    # --- behind it ---
+
+    def _reachable(self, gone: Address | None) -> bool:
+        link = self._link
+        return link is not None and not link.is_gone and link.address is not None and link.address != gone
+
+    def _run(self, hook: str, due: float | None) -> Any:
+        if hook == "exit":
+            return self._exit(due)
+        if hook == "build":
+            self._bring_up()
+        link = self._link
+        if link is None:
+            raise ServiceUnavailableError(f'service "{self.spec.name}" has no process')
+        left_s = None if due is None else max(due - self._backend.now(), 0.0)
+        value = link.ask("hook", self.spec.name, self._incarnation, hook, left_s)
+        if hook == "build":
+            self._hooks = value
+        return value
+
+    def _bring_up(self) -> None:
+        if self._site is not None:
+            self._site.wait_up()
+            return
+        link = self._start(self.spec, self._incarnation)
+        with self._changed:
+            self._link = link
+        try:
+            link.bring_up()
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _exit(self, due: float | None) -> Exit | None:
+        with self._changed:
+            self._is_exiting = True
+            link = self._link
+        if link is None:
+            return None
+        was_killed = False
+        if not link.is_gone and link.address is not None:
+            left_s = COUNT_BOUND_S if due is None else max(due - self._backend.now(), 0.1)
+            began_at = time.monotonic()
+            try:
+                _, services = link.ask("counts", timeout_s=min(COUNT_BOUND_S, left_s))
+                self.take_counts(services.get(self.spec.name, (0, 0)))
+                link.ask("close", timeout_s=max(left_s - (time.monotonic() - began_at), 0.1))
+            except (ServiceUnavailableError, TimeoutError):
+                was_killed = not link.is_gone
+        left = link.end()
+        return Exit(None, was_killed, left)
+
+    def _tell_gate(self, what: str) -> None:
+        link = self._link
+        if link is not None and not link.is_gone and link.address is not None:
+            link.tell("gate", self.spec.name, what)
+
+
+def _nowhere(service: str, _: Address | None) -> Any:
+    raise ServiceUnavailableError(f'the job master does not call service "{service}"')

@@ -1,0 +1,187 @@
+"""The sites of a job as its master sees them: processes that it starts, tells what to do, and ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sage._hosts.link import LinkClosedError
+from sage._ray.mesh import Lease, Peer
+from sage.errors import ServiceUnavailableError, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sage._backends.threads import ThreadLane
+    from sage._ray.mesh import Address
+    from sage._ray.processes import Began, SiteProcess
+
+KILL_SEEN_S = 5.0
+"""How long a killed process may take to be gone."""
+
+log = logging.getLogger("sage.dispatcher")
+
+
+class SiteLink:
+    """Leads to one site.
+
+    Attributes:
+        name: its name.
+        pid: its process id, once it is known.
+        peer: leads to its process, once that answers.
+        bring_up: starts its process and lets it follow the master.
+    """
+
+    bring_up: Callable[[], None]
+
+    def __init__(self, name: str, secret: bytes, lane: ThreadLane, on_gone: Callable[[SiteLink, str], None]) -> None:
+        self.name = name
+        self.pid: int | None = None
+        self.peer: Peer | None = None
+        self.process: SiteProcess | None = None
+        self._secret = secret
+        self._lane = lane
+        self._on_gone = on_gone
+        self._lease: Lease | None = None
+        self._is_up = threading.Event()
+        self._is_gone = threading.Event()
+        self._is_ending = False
+        self._why = ""
+        self._lock = threading.Lock()
+
+    @property
+    def address(self) -> Address | None:
+        """Where the site listens, or None."""
+        return None if self.peer is None else self.peer.address
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended."""
+        return self._is_gone.is_set()
+
+    def begin(self, process: SiteProcess, timeout_s: float) -> Began:
+        """Wait until the process answers, watch it from now on, and return where it is.
+
+        Raises:
+            ServiceUnavailableError: it does not come.
+        """
+        with self._lock:
+            if self._is_ending:
+                raise ServiceUnavailableError(f"{self.name} was given up before it was there")
+            self.process = process
+        began = process.began(timeout_s)
+        self.pid = began.pid
+        self.reach(began.address)
+        return began
+
+    def reach(self, address: Address) -> None:
+        """Watch the process at an address from now on.
+
+        Raises:
+            ServiceUnavailableError: it is not there.
+        """
+        peer = Peer(address, self._secret, {})
+        try:
+            self._lease = Lease(peer, self._lost)
+        except LinkClosedError as error:
+            raise ServiceUnavailableError(f"{self.name} cannot be reached: {error}") from None
+        self.peer = peer
+
+    def attach(self, master: Address, epoch: int, addresses: dict[str, Address]) -> None:
+        """Let the site follow this master; from then on it can be told what to do."""
+        self.ask("attach", master, epoch, addresses)
+        self._is_up.set()
+
+    def give_up(self, why: str) -> None:
+        """Let everyone who waits for the site know that it does not come."""
+        self._lost(why)
+
+    def ask(self, *request: Any, timeout_s: float | None = None) -> Any:
+        """Ask the site.
+
+        Raises:
+            ServiceUnavailableError: its process is gone.
+        """
+        if self.peer is None:
+            raise ServiceUnavailableError(f"{self.name} is not there{self._reason()}")
+        try:
+            return self.peer.ask(*request, timeout_s=timeout_s)
+        except LinkClosedError:
+            self._lost()  # whoever follows the site hears of it before the one who asked does
+            raise ServiceUnavailableError(f"{self.name} is gone{self._reason()}") from None
+
+    def tell(self, *request: Any) -> None:
+        """Ask the site for something when it is up, after what it was told before; errors are logged."""
+
+        def work() -> None:
+            self.wait_up()
+            try:
+                self.ask(*request)
+            except ServiceUnavailableError:
+                log.debug("nobody to tell site=%r request=%r", self.name, request[:3])
+            except Exception as error:
+                log.error("site failed site=%r request=%r", self.name, request[:3], exc_info=error)
+
+        self._lane.run(work)
+
+    def flush(self) -> None:
+        """Wait until everything was asked for that was told before."""
+        done = threading.Event()
+        self._lane.run(done.set)
+        done.wait()
+
+    def wait_up(self) -> None:
+        """Wait until the site follows this master, or does not come."""
+        self._is_up.wait()
+
+    def end(self) -> tuple[str, ...]:
+        """End the process by force, and return what it had left behind or what does not go, in words."""
+        with self._lock:
+            self._is_ending = True
+            process = self.process
+        if self._lease is None:
+            self._is_gone.set()
+        left = process.kill() if process is not None else ()
+        if not self._is_gone.wait(KILL_SEEN_S):
+            left = (*left, f"process {self.pid} of {self.name} does not end")
+        self._is_up.set()
+        self._lane.close(wait=False)
+        if self.peer is not None:
+            self.peer.close()
+        return left
+
+    def _reason(self) -> str:
+        return f": {self._why}" if self._why else ""
+
+    def _lost(self, why: str = "") -> None:
+        with self._lock:
+            if self._is_gone.is_set():
+                return
+            self._why = why or f"process {self.pid} ended by itself"
+            is_expected = self._is_ending
+            self._is_gone.set()
+        if self.peer is not None:
+            self.peer.shut()
+        if not is_expected:
+            self._on_gone(self, self._why)
+        self._is_up.set()
+
+
+def in_parallel(works: Sequence[Callable[[], object]]) -> list[BaseException]:
+    """Run functions side by side and return what they raised."""
+    errors: list[BaseException] = []
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:  # whoever started them owns it
+            errors.append(error)
+            log.debug("failed: %s", describe(error))
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors

@@ -1,0 +1,130 @@
+"""The environment whose jobs run on a Ray cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from sage._runtime.inside import around
+from sage.environment import Environment
+from sage.errors import JobError, UnsupportedPlanError, hint
+
+if TYPE_CHECKING:
+    import os
+
+    from sage._plan.logical import LogicalGraph
+    from sage._plan.physical import PhysicalPlan
+    from sage._runtime.backend import Backend
+    from sage._runtime.job import Job
+
+
+class EnvironmentInside:
+    """What an environment is to a function that runs on a cluster: a way to end the job."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def stop(self) -> None:
+        """Ask for the end of the job, draining what is in flight; nothing is waited for.
+
+        Raises:
+            JobError: this is called outside of a job, or from a thread that the program started itself.
+        """
+        job = around()
+        if job is None:
+            raise JobError(f'environment "{self.name}" was sent to a cluster, and this thread is of no job there')
+        job.ask_to_stop()
+
+    close = stop
+
+
+class RemoteEnvironment(Environment):
+    """Runs jobs on a Ray cluster: tasks and services in processes there, and what fills the program's lists here.
+
+    Args:
+        name: the environment's name, seen in reports and logs.
+        config: the environment's own settings, kept for the program.
+        address: host and port of a cluster; by default a Ray of this program's own is started on this machine.
+        workers: how many processes tasks that reserve nothing are dealt out to; by default as many as the widest
+            operator has tasks, at most one for each processor of the cluster.
+        runtime_env: what Ray prepares for each process, as its documentation says: `working_dir`, `py_modules`, `pip`.
+        on_driver_loss: "stop" ends the job when this process is gone, "continue" lets it go on to its end.
+        start_timeout_s: how long a process may take to get its place in the cluster, in seconds.
+        log_dir: where log files go; see `LocalEnvironment`.
+        report_file: where events and reports of jobs are appended as JSON Lines while they run.
+        stop_timeout_s: budget of a whole stop, in seconds.
+        drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
+        close_timeout_s: how long each `close` of a function may take, in seconds.
+        services_share: the part of the budget of a stop that is reserved for services; 0.4 by default.
+        services_reserve_s: the least that is reserved for them, in seconds; 5 by default.
+    """
+
+    def __init__(
+        self,
+        name: str = "remote_environment",
+        config: dict[str, Any] | None = None,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+        runtime_env: dict[str, Any] | None = None,
+        on_driver_loss: Literal["stop", "continue"] = "stop",
+        start_timeout_s: float = 60.0,
+        log_dir: str | os.PathLike[str] | None = None,
+        report_file: str | os.PathLike[str] | None = None,
+        stop_timeout_s: float | None = None,
+        drain_timeout_s: float | None = None,
+        close_timeout_s: float | None = None,
+        services_share: float | None = None,
+        services_reserve_s: float | None = None,
+    ) -> None:
+        super().__init__(name, config)
+        self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
+        if log_dir is not None:
+            self.log_dir = log_dir
+        if report_file is not None:
+            self.report_file = report_file
+        if on_driver_loss not in ("stop", "continue"):
+            raise hint(ValueError(f"on_driver_loss is {on_driver_loss!r}"), 'It is "stop" or "continue".')
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers is {workers}, which is not a positive number")
+        self._remote: dict[str, Any] = {
+            "address": address,
+            "workers": workers,
+            "runtime_env": runtime_env,
+            "on_driver_loss": on_driver_loss,
+            "start_timeout_s": start_timeout_s,
+        }
+
+    def __reduce__(self) -> tuple[type[EnvironmentInside], tuple[str]]:
+        # A function that uses the environment takes along what it can do from another process.
+        return EnvironmentInside, (self.name,)
+
+    def _graph(self) -> LogicalGraph:
+        from sage._ray.placement import placed
+
+        return placed(super()._graph())
+
+    def _start(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str], autostop: bool) -> Job:
+        from sage._ray.driver import check_supported
+
+        check_supported(self.name, graph)
+        if keep:
+            error = UnsupportedPlanError(f'environment "{self.name}" cannot keep services in a cluster')
+            raise hint(error, "Leave keep_services out; LocalEnvironment can.")
+        return super()._start(graph, plan, keep, autostop)
+
+    def _new_job(
+        self,
+        id_: str,
+        graph: LogicalGraph,
+        plan: PhysicalPlan | None,
+        backend: Backend,  # noqa: ARG002
+        adopted: dict[str, Any],  # noqa: ARG002
+        keep: frozenset[str] = frozenset(),  # noqa: ARG002
+    ) -> Job:
+        from sage._assembly import interrupt_timeout_s
+        from sage._backends.ray_cluster import cluster
+        from sage._ray.driver import RemoteSettings, remote_job
+
+        assert plan is not None
+        settings = RemoteSettings(**self._remote)
+        return remote_job(id_, graph, plan, self._limits, settings, cluster, interrupt_timeout_s())
