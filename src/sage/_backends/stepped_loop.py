@@ -69,12 +69,12 @@ class SteppedLoop(asyncio.SelectorEventLoop):
         """Whether a round has something to do now."""
         if self._waiting_count or not self.is_running():
             return self._has_more and self._waiting_count == 0 and not self.is_closed()
-        return self._has_more or (self._due_at is not None and self._due_at <= self.time())
+        return self._has_more or (self._due_at is not None and self._due_at <= self._now())
 
     @property
     def due(self) -> float | None:
         """When a round has something to do, on the clock, or None."""
-        return None if self._due_at is None or not self.is_running() else self._due_at - self._added_s
+        return self._due_at if self.is_running() else None
 
     def go_round(self) -> None:
         """Let one round be run, and return when it is over."""
@@ -114,7 +114,9 @@ class SteppedLoop(asyncio.SelectorEventLoop):
 
     def _wait_for_round(self, timeout_s: float | None) -> Events:
         with self._changed:
-            self._due_at = None if timeout_s is None else self.time() + timeout_s
+            # Kept on the clock, which moves to just this moment: if real time were added to it and taken away again, it
+            # could stay a rounding error before the moment for ever.
+            self._due_at = None if timeout_s is None else self._now() + timeout_s
             self._stands = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._may_go or self._waiting_count)
@@ -122,7 +124,7 @@ class SteppedLoop(asyncio.SelectorEventLoop):
             is_free = self._waiting_count > 0
         if not is_free:
             return self._rounds.look(0)
-        left_s = None if self._due_at is None else max(self._due_at - self.time(), 0.0)
+        left_s = None if self._due_at is None else max(self._due_at - self._now(), 0.0)
         began_at = time.monotonic()
         events = self._rounds.look(left_s)
         self._added_s += time.monotonic() - began_at
