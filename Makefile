@@ -10,7 +10,8 @@ SERVICES := vector chroma milvus embed llm redis graph html pdf
 export PYTHONDONTWRITEBYTECODE :=
 
 demo: .venv/base ; $(PYTHON) examples/ask_the_docs.py
-test: .venv/dev ; $(PYTHON) -m pytest -n 2 --ignore tests/services --ignore tests/rag
+# Four at once on two cores, as many tests wait for a bound to come.
+test: .venv/dev ; $(PYTHON) -m pytest -n 4 --ignore tests/services --ignore tests/rag
 # The ready-made services with the real engines behind them, which are half a gigabyte to install.
 test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
 # One after the other: each starts a Ray of its own, which fills a machine of two cores for seconds.

@@ -32,7 +32,7 @@ class Stubborn:
 def dirty_report(path: Path | None = None) -> JobReport:
     released = threading.Event()
     env = LocalEnvironment("dirty", report_file=path)
-    env.register_service("<script>", Stubborn, released, options=ServiceOptions(stop_timeout_s=1))
+    env.register_service("<script>", Stubborn, released, options=ServiceOptions(stop_timeout_s=0.2))
     env.from_batch([1, 0]).map(lambda n: 1 // n, name="invert").sink(lambda n: None)
     try:
         with pytest.raises(JobErrorGroup):
