@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 # The entry point of an installed SAGE names the same module, and then it is loaded once all the same.
 pytest_plugins = ["sage.pytest_plugin"]
 
-# A shell that starts the tests in the background has them ignore SIGINT, and what the tests start inherits that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background, or nohup, has them ignore these, and what they start inherits that.
+for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, signal.default_int_handler if signum is signal.SIGINT else signal.SIG_DFL)
 
 # What an example takes says more about the machine than about the code; each test has a bound of its own.
 hypothesis.settings.register_profile("untimed", deadline=None)
