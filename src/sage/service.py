@@ -289,7 +289,8 @@ class UserContext:
         self.name = name
         self._services = services
         self._note = note
-        self._found: dict[str, ServiceHandle[Any]] = {}
+        # The methods of each service that was asked for, which its handle finds, and forgets with the job.
+        self._found: dict[str, dict[str | None, Callable[..., Any]]] = {}
 
     def service(self, name: str) -> ServiceHandle[Any]:
         """Return the handle of the service `name`.
@@ -303,7 +304,7 @@ class UserContext:
             raise unknown_service(f'"{self.name}"', name, self._services) from None
         if self._note is not None:
             self._note(name)
-        self._found[name] = handle
+        self._found[name] = handle._methods
         return handle
 
 
@@ -504,7 +505,7 @@ class ServiceUser:
             given = () if first is ABSENT else (first, *args)
             return self.service(name)._require().call(method or DEFAULT_METHOD, given, kwargs, timeout)
         try:
-            call = self.ctx._found[name]._methods[method]
+            call = self.ctx._found[name][method]
         except (AttributeError, KeyError):
             call = self.service(name)._method(method)
         if first is ABSENT:
