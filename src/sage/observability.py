@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sage._logs import log_of
 from sage.errors import GraphError, hint
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class ReportFile:
             return
         text = f'report file "{os.fspath(self._path)}" is not complete: {self._problem}'
         self.problems.append(text)
-        logging.getLogger("sage.job").error("%s", text, extra={"job": self._job})
+        log_of("sage.job", {"job": self._job}).error("%s", text)
         # Standard error may be closed or on the same full disk.
         if sys.stderr is not None:
             with suppress(OSError, ValueError):

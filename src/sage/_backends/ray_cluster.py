@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._hosts.local_ray import LocalRay, check_ray
 from sage._hosts.warm_ray import WARM, warm_ray
+from sage._logs import log_of
 from sage.errors import AuthenticationError, JobError, ServerUnreachableError, hint
 from sage.services.extras import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-log = logging.getLogger("sage.cluster")
+log = log_of("sage.cluster")
 
 AUTO = "auto"
 """The word, Ray's own, for the cluster that RAY_ADDRESS names, else the one that runs on this machine."""

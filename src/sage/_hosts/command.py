@@ -18,6 +18,7 @@ from sage._hosts.output import Output
 from sage._hosts.own_process import OwnProcess
 from sage._hosts.ports import choose_ports, let_go, of_others, taken
 from sage._hosts.probe import why_not
+from sage._logs import log_of
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import Exit
 from sage._runtime.processes import Process, is_alive, is_ending, of_session, process, send
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from sage.command import Command, Word
     from sage.service import ServiceContext
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 LINES_KEPT_MAX = 50
 

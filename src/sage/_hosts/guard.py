@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._hosts import guardian
 from sage._hosts.reaping import reap
+from sage._logs import log_of
 from sage._runtime.journal import Journal, encode, make_private, replay
 from sage._runtime.processes import COOKIE_VARIABLE, GUARDIAN_VARIABLE, process
 from sage.errors import ServiceError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sage._runtime.journal import Entry
     from sage._runtime.processes import Process
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 GUARDIANS_MAX = 5
 """How many times in a row a guardian may end at once; after that the driver goes on without."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.gate import SharedGate
 from sage._hosts.gated import GatedHost
 from sage._hosts.instance import Instance
+from sage._logs import log_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sage._runtime.coroutines import CoroutineLoop
     from sage.service import ServiceContext
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 class InlineHost(GatedHost):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import logging
 import os
 import secrets
 import shutil
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from sage._hosts.guard import Guard
+from sage._logs import log_of
 from sage._runtime.processes import COOKIE_VARIABLE, carriers, end_all, of_session, process, with_descendants
 from sage.errors import CleanupError, JobError, hint
 from sage.services.extras import MissingExtraError
@@ -22,7 +22,7 @@ from sage.services.extras import MissingExtraError
 if TYPE_CHECKING:
     from sage._runtime.processes import Process
 
-log = logging.getLogger("sage.cluster")
+log = log_of("sage.cluster")
 
 RAY_MIN, RAY_BELOW = (2, 52), (3, 0)
 """The versions that are supported; earlier ones have no token, and let in whoever reaches the machine."""

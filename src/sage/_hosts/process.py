@@ -14,6 +14,7 @@ from sage._hosts.gated import GatedHost
 from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
 from sage._hosts.own_process import OwnProcess
 from sage._hosts.wire import encode
+from sage._logs import forward, log_of
 from sage._runtime.backend import HostFacts
 from sage.errors import GraphError, ServiceError, ServiceUnavailableError, describe, hint
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sage._runtime.lifecycle import Exit
     from sage.service import ServiceContext, ServiceHandle, Supervision
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 WHERE_BOUND_S = 0.3
 """How long a process may take to say where it hangs; one that holds the interpreter's lock or was stopped cannot."""
@@ -303,10 +304,7 @@ class ProcessHost(GatedHost):
         return handle._require().call(name, args, kwargs, timeout_s)
 
     def _log(self, values: dict[str, Any]) -> Any:
-        record = logging.makeLogRecord(values)
-        logger = logging.getLogger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
+        forward(values)
         return SILENT
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.child import Forward
+from sage._logs import log_of
 from sage._ray.master import Master
 from sage._ray.mesh import Peer
 from sage._ray.processes import Began
@@ -42,7 +43,7 @@ LEAVE_S = 20.0
 CHILD_TERM_S = 0.2
 """How long what a killed process left behind may take to end by itself."""
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 class SiteActor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.link import LinkClosedError
+from sage._logs import log_of
 from sage._ray.actors import MasterActor, actor_name
 from sage._ray.mesh import Peer
 from sage._ray.orders import JobOrder, Part, Pickled, SiteOrder
@@ -50,7 +51,7 @@ GONE_S = 10.0
 
 COUNTS_BOUND_S = 5.0
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 @dataclass(frozen=True)

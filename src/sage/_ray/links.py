@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.link import LinkClosedError
+from sage._logs import log_of
 from sage._ray.mesh import Lease, Peer
 from sage.errors import ServiceUnavailableError, describe
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 KILL_SEEN_S = 5.0
 """How long a killed process may take to be gone."""
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 class SiteLink:

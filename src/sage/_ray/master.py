@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -10,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from sage._backends.threads import ThreadsBackend
+from sage._logs import log_of
 from sage._ray.errors import PackedError, pack, unpack
 from sage._ray.hosts import RemoteHost
 from sage._ray.links import SiteLink, in_parallel
@@ -46,7 +46,7 @@ COUNTS_BOUND_S = 2.0
 TELL_DRIVER_S = 10.0
 """How long the driver may take to hear that the job is over."""
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 class RemoteOperator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sage._backends.threads import WATCH_S, ThreadsBackend
 from sage._hosts.inline import InlineHost
 from sage._hosts.link import SILENT, LinkClosedError
+from sage._logs import forward, log_of
 from sage._ray.calls import RemoteCalls
 from sage._ray.errors import pack
 from sage._ray.mesh import Lease, Listener, Peer
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 JOIN_S = 1.0
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 class Site:
@@ -245,10 +245,7 @@ class Site:
         return tasks, {name: (host.call_count, host.error_count) for name, host in self.hosts.items()}
 
     def _log(self, values: dict[str, Any]) -> Any:
-        record = logging.makeLogRecord(values)
-        logger = logging.getLogger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
+        forward(values)
         return SILENT
 
     # --- what it asks of its master: `Supervision`, and more ---

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from sage._logs import log_of
 from sage._runtime.inside import carried
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CLOSE_S = 1.0
 """How long coroutines may take to end when the loop is closed, and then its thread."""
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 _here = threading.local()
 

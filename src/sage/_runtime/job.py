@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from sage._logs import flush, log_of
 from sage._plan.logical import LogicalGraph
 from sage._runtime.inside import is_inside
 from sage._runtime.interrupts import Interrupts
@@ -55,7 +55,7 @@ class Job:
         self._error: Exception | None = None
         self._is_told = False
         # One logger for all jobs, as loggers are never freed; the file of a job takes in what bears its id.
-        self._log = logging.LoggerAdapter(logging.getLogger("sage.job"), {"job": id_})
+        self._log = log_of("sage.job", {"job": id_})
         self._when_sealed: list[Callable[[Ended], None]] = []
 
     def __str__(self) -> str:
@@ -215,6 +215,7 @@ class Job:
         self._log.info("sealed state=%s cleanliness=%s why=%r", report.state, report.cleanliness, report.why)
         if self.report_file is not None:
             self.report_file.end(report)  # before the guardian is told that all is over, which else writes one
+        flush()
         for action in self._when_sealed:
             action(ended)
         self._when_sealed.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sage._logs import log_of
 from sage._runtime.states import Way
 from sage.errors import JobNotFoundError, SageError, describe, hint
 
@@ -29,7 +29,7 @@ JOBS_MAX = 1_000
 EXIT_GRACE_S = 5.0
 """How much longer than the budget of its stop the interpreter's exit waits for a job, in seconds."""
 
-log = logging.getLogger("sage.manager")
+log = log_of("sage.manager")
 
 
 class NoDispatcher:

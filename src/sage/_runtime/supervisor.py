@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sage._logs import log_of
 from sage._runtime.lifecycle import Begin, DependencySeen, Do, Exit, HookEnded, StopRequested, Tick
 from sage._runtime.states import ServiceState, Way
 from sage._runtime.transitions import step
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CUT_AFTER_S = 0.02
 """How long a task works through one batch before the watch cuts it short."""
 
-log = logging.getLogger("sage.dispatcher")
+log = log_of("sage.dispatcher")
 
 
 @dataclass(frozen=True, slots=True)
