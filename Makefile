@@ -31,6 +31,7 @@ lock:
 	$(LOCK) --group services $(SERVICES:%=--extra %) --constraint requirements/dev.txt --output-file requirements/services.txt
 	$(LOCK) --group dev --extra ray --constraint requirements/services.txt --output-file requirements/ray.txt
 	$(LOCK) --group bench --constraint requirements/services.txt --output-file requirements/bench.txt
+	$(LOCK) --group docs --constraint requirements/services.txt --output-file requirements/docs.txt
 
 .venv/base: requirements/base.txt pyproject.toml
 	python3 -m venv --without-pip .venv
