@@ -1,5 +1,5 @@
 # The one door to the project. Every target first makes the part of .venv that it needs, and only once.
-.PHONY: demo test test-services test-ray check bench ci lock
+.PHONY: demo test test-services test-ray check bench docs ci lock
 .NOTPARALLEL:
 PYTHON := .venv/bin/python
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
@@ -18,19 +18,25 @@ test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/ra
 test-ray: .venv/ray ; $(PYTHON) -m pytest -m ray --ignore tests/services --ignore tests/rag
 # Vector stores are measured against the engines under them.
 bench: .venv/bench .venv/services ; $(PYTHON) -m benchmarks
-ci: check test test-services test-ray
+ci: check test test-services test-ray docs
 check: .venv/services
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/vulture
+# The site, in build/site. It is made from a copy, as Zensical would look through all of .venv and hang.
+docs: .venv/docs
+	rm -rf build/pages build/site && mkdir -p build/pages
+	cp -r README.md CHANGELOG.md LICENSE docs examples src tests build/pages
+	.venv/bin/zensical build --clean --strict
 lock:
 	$(LOCK) --group build --output-file requirements/base.txt
 	$(LOCK) --group dev --constraint requirements/base.txt --output-file requirements/dev.txt
 	$(LOCK) --group services $(SERVICES:%=--extra %) --constraint requirements/dev.txt --output-file requirements/services.txt
 	$(LOCK) --group dev --extra ray --constraint requirements/services.txt --output-file requirements/ray.txt
 	$(LOCK) --group bench --constraint requirements/services.txt --output-file requirements/bench.txt
+	$(LOCK) --group docs --constraint requirements/services.txt --output-file requirements/docs.txt
 
 .venv/base: requirements/base.txt pyproject.toml
 	python3 -m venv --without-pip .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def test_the_code_blocks_run(page: Path, tmp_path: Path) -> None:
 def test_the_links_lead_somewhere(page: Path) -> None:
     targets = [page.parent / match.group(1) for match in LINK.finditer(page.read_text(encoding="utf-8"))]
     assert [target for target in targets if not target.exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """Decisions are listed on the page of contents, so that the navigation stays short."""
+    listed = str(tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"])
+    contents = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [
+        name for name in IDS if f"'{name}'" not in listed and f"({name.removeprefix('docs/')})" not in contents
+    ] == []
 
 
 def test_the_blocks_are_found() -> None:
