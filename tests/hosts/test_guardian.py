@@ -374,6 +374,19 @@ def test_the_report_goes_to_the_file_of_the_job(driver: Driver, tmp_path: Path) 
     assert not running.state.exists()
 
 
+def test_a_job_that_has_its_report_gets_no_other(driver: Driver, tmp_path: Path) -> None:
+    """Fault 87: its driver died after it had written how the job ended, and before it had told its guardian."""
+    report = tmp_path / "report.jsonl"
+    own = '{"type": "report", "job": "job-1", "state": "completed"}\n'
+    others = '{"type": "report", "job": "job-0", "state": "failed"}\n{"type": "event", "job": "job-1"}\n{"type": "rep'
+    report.write_text(own + others)
+    running = driver(CHAIN, report=str(report))
+    running.kill_and_wait()
+    assert report.read_text() == own + others
+    assert running.alive() == []
+    assert not running.state.exists()
+
+
 def test_a_report_that_cannot_be_written_keeps_nothing_alive(driver: Driver, tmp_path: Path) -> None:
     """Fault 106."""
     running = driver(CHAIN, report=str(tmp_path / "no" / "such" / "folder"))

@@ -71,6 +71,8 @@ def take_over(
         log(problem)
     reports = []
     for job in jobs:
+        if _has_report(job):  # its driver died between the end of the job and telling its guardian of it
+            continue
         report = lost_report(run, job, ends, errors[job.id])
         _write_report(run, job, report, log)
         reports.append(report)
@@ -221,6 +223,25 @@ def _service(service: ServiceLine, end: End) -> dict[str, Any]:
 
 def _error(text: str) -> dict[str, Any]:
     return {"type": "CleanupError", "text": f"CleanupError: {text}", "cause": None, "notes": []}
+
+
+def _has_report(job: JobLine) -> bool:
+    """Return whether the report file tells already how the job ended."""
+    if job.report is None:
+        return False
+    try:
+        with open(job.report, encoding="utf-8", errors="replace") as file:
+            return any(_is_report(line, job.id) for line in file if job.id in line)
+    except OSError:
+        return False
+
+
+def _is_report(line: str, job: str) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # a line that was torn
+        return False
+    return isinstance(entry, dict) and (entry.get("type"), entry.get("job")) == ("report", job)
 
 
 def _write_report(run: Run, job: JobLine, report: dict[str, Any], log: Callable[[str], None]) -> None:
