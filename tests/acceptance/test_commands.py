@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import textwrap
 import threading
@@ -12,7 +14,7 @@ import pytest
 from recorded import Notes, report_of
 
 from sage import FunctionError, JobError, Line, LocalEnvironment, Outcome, ServiceOptions
-from sage._runtime.processes import process
+from sage._runtime.processes import is_ending, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,3 +212,23 @@ def test_one_that_hangs_is_ended_within_its_bound(notes: Notes, register: Regist
         env.submit(autostop=True)
     assert report_of(env).service("deaf").state == "killed"
     assert notes == ["store stopped"]
+
+
+def test_one_that_died_as_the_job_failed_was_lost_and_is_not_told_to_stop(notes: Notes, register: Register) -> None:
+    """Acceptance 15 and 23: (host) a task notices the death first, and fails; its end is no answer to the stop."""
+    env = LocalEnvironment()
+    store = register(env, "store")
+
+    def call(_: int) -> None:
+        running = process(store.pid)
+        assert running is not None
+        os.kill(running.pid, signal.SIGKILL)
+        while not is_ending(running):
+            os.sched_yield()
+        raise ConnectionError("the store went away")
+
+    env.from_batch([1]).sink(call)
+    with pytest.raises(JobError, match="store"):
+        env.submit(autostop=True)
+    assert report_of(env).service("store").state == "lost"
+    assert notes == []

@@ -290,6 +290,8 @@ class CommandHost(GatedHost):
 
     def _stop(self, child: Child) -> None:
         """Ask the command to end and wait for that; whoever gives it up has the process killed."""
+        if is_ending(child.process):  # by itself, which whoever had a connection to it may have noticed first
+            child.own.wait_ended()  # until its death was told, which is what it is
         with self._lock:
             child.is_ending = child.was_told = True
         self._tell(child)
