@@ -24,6 +24,7 @@ FILE_LINES_MAX = 600
 
 # The tables of exceptions, each with its reason. A place is a file or a folder under src/sage.
 BROAD_HANDLERS = {
+    "_logs.py": "a log handler raised: it is told on standard error, and the others get their records",
     "_control/program.py": "the top of the command line: what a program raised decides about the exit code",
     "_operators/asynchronous.py": "a user's coroutine raised: the policy of the operator decides",
     "_operators/batched.py": "a user's function raised: the policy of the operator decides",

@@ -87,9 +87,9 @@ class LogThread:
             self._waiting.append((logger, record))
             self._put += 1
             self._changed.notify_all()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="sage-log", daemon=True)
-                self._thread.start()
+            has_thread = self._thread is not None or self._start()
+        if not has_thread:
+            self._work()
 
     def flush(self) -> None:
         """Wait until what was put in so far is handled, and the thread has ended if nobody else needs it."""
@@ -108,13 +108,26 @@ class LogThread:
         if is_over:
             thread.join(PATIENCE_S)
 
+    def _start(self) -> bool:
+        """Start the thread and return whether there is one: the system may have no more, or the interpreter may end."""
+        thread = threading.Thread(target=self._work, name="sage-log", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._thread = thread
+        return True
+
     def _has_room(self) -> bool:
         return len(self._waiting) < RECORDS_MAX
 
     def _work(self) -> None:
         while (entry := self._next()) is not None:
             logger, record = entry
-            logger.handle(record)
+            try:
+                logger.handle(record)
+            except Exception:  # of a handler that does not see to its own; it must not take the others along
+                logging.Handler().handleError(record)
             with self._changed:
                 self._handled += 1
                 self._is_stuck = False

@@ -274,6 +274,44 @@ def test_what_does_not_fit_is_dropped_and_counted(
     assert caplog.messages == ["log records dropped count=6"]
 
 
+class Raising(logging.Handler):
+    """Does not see to its own errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+        raise OSError("disk full")
+
+
+def test_a_log_handler_that_raises_is_told_of_and_gets_the_next_record(capfd: pytest.CaptureFixture[str]) -> None:
+    logger, handler, thread = logging.Logger("test"), Raising(), LogThread()
+    logger.addHandler(handler)
+    for text in ("0", "1"):
+        thread.put(logger, logger.makeRecord("test", logging.INFO, "", 0, text, (), None))
+        thread.flush()
+    assert handler.texts == ["0", "1"]
+    assert capfd.readouterr().err.count("OSError: disk full") == 2
+
+
+def test_where_no_thread_can_be_started_whoever_logs_calls_the_handlers(tmp_path: Path) -> None:
+    """Fault 109, with a log."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import logging, sys, threading\n"
+        "from sage._logs import flush, log_of\n"
+        "logging.basicConfig(stream=sys.stdout, level=logging.INFO, format='%(threadName)s %(message)s')\n"
+        'def refuse(self): raise RuntimeError("can\'t start new thread")\n'
+        "threading.Thread.start = refuse\n"
+        "log = log_of('sage.test')\n"
+        "log.info('first'); log.info('second'); flush()\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=SOON_S, check=True)
+    assert done.stdout == "MainThread first\nMainThread second\n"
+
+
 def test_a_process_that_was_forked_logs_too(tmp_path: Path) -> None:
     """The thread of the parent is not there, and its lock may have been held."""
     program = tmp_path / "program.py"

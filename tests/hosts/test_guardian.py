@@ -387,6 +387,16 @@ def test_a_job_that_has_its_report_gets_no_other(driver: Driver, tmp_path: Path)
     assert not running.state.exists()
 
 
+def test_a_report_that_would_go_into_a_pipe_is_not_waited_for(driver: Driver, tmp_path: Path) -> None:
+    """Fault 106: nobody writes into it any more, so that reading would never end."""
+    pipe = tmp_path / "report.jsonl"
+    os.mkfifo(pipe)
+    running = driver(CHAIN, report=str(pipe))
+    running.kill_and_wait()
+    assert running.alive() == []
+    assert not running.folder.exists()
+
+
 def test_a_report_that_cannot_be_written_keeps_nothing_alive(driver: Driver, tmp_path: Path) -> None:
     """Fault 106."""
     running = driver(CHAIN, report=str(tmp_path / "no" / "such" / "folder"))

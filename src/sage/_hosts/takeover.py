@@ -227,7 +227,7 @@ def _error(text: str) -> dict[str, Any]:
 
 def _has_report(job: JobLine) -> bool:
     """Return whether the report file tells already how the job ended."""
-    if job.report is None:
+    if job.report is None or not os.path.isfile(job.report):  # a named pipe would be waited for
         return False
     try:
         with open(job.report, encoding="utf-8", errors="replace") as file:
