@@ -117,7 +117,8 @@ class Command:
     @property
     def label(self) -> str:
         """The program, for messages."""
-        return short(str(self.words[0]))
+        word = self.words[0]
+        return short(word if isinstance(word, ServiceMethod) else os.fspath(word))
 
     @property
     def ports(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass, field, fields
+from operator import index
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from sage._arguments import check_backoff, check_count, check_seconds
@@ -226,7 +227,11 @@ def handle_of(name: str) -> ServiceHandle[Any]:
 
 
 class ServiceMethod:
-    """A method of a service, named before the service runs; calling it calls the service of the running job."""
+    """A method of a service, named before the service runs; calling it calls the service of the running job.
+
+    It stands for other attributes too, such as the `url` of a command: as text (`f"{db.url}/ping"`) or as a number it
+    is what the running service has under the name, and `ServiceUnavailableError` where none runs.
+    """
 
     def __init__(self, handle: ServiceHandle[Any], name: str) -> None:
         self.handle = handle
@@ -235,6 +240,17 @@ class ServiceMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method on the running service."""
         return self.resolve()(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<ServiceMethod {self.__name__!r} of {self.handle._name!r}>"
+
+    def __str__(self) -> str:
+        is_method = callable(getattr(self.handle._target, self.__name__, None))
+        return repr(self) if is_method else str(self.resolve())
+
+    def __index__(self) -> int:
+        value: Any = self.resolve()
+        return index(value)
 
     def __copy__(self) -> ServiceMethod:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from recorded import Notes, report_of
 
-from sage import FunctionError, JobError, Line, LocalEnvironment, Outcome, ServiceOptions
+from sage import FunctionError, JobError, Line, LocalEnvironment, Outcome, ServiceOptions, ServiceUnavailableError
 from sage._runtime.processes import is_ending, process
 
 if TYPE_CHECKING:
@@ -128,6 +129,62 @@ def test_a_command_that_does_not_start_lets_no_record_through(notes: Notes, regi
     with pytest.raises(JobError, match='service "broken"'):
         env.submit(autostop=True)
     assert notes == ["store stopped"]
+
+
+@pytest.mark.parametrize(
+    "use", [lambda store: f"{store.url}", lambda store: range(store.pid), lambda store: store.output()]
+)
+def test_nothing_of_it_can_be_used_after_the_job(use: Callable[[Any], Any], register: Register) -> None:
+    """Acceptance 41: (host) its attributes are no values any more, and say so."""
+    env = LocalEnvironment()
+    store = register(env, "store")
+    found: list[Any] = []
+    env.from_batch([1]).sink(lambda _: found.append(use(store)))
+    env.submit(autostop=True)
+    assert len(found) == 1
+    with pytest.raises(ServiceUnavailableError, match='service "store" is not running'):
+        use(store)
+
+
+SCRIPT = f"""
+import sys
+from sage import Line, LocalEnvironment
+
+env = LocalEnvironment()
+words = [sys.executable, "-c", {textwrap.dedent(STORE)!r}, sys.argv[1], "store", "0"]
+env.register_command("store", words, ready=Line("up"))
+env.from_batch([1]).sink(lambda record: None)
+env.submit(autostop=True)
+"""
+
+
+def test_a_script_that_ends_with_submit_stops_it_once(notes: Notes, tmp_path: Path) -> None:
+    """Acceptance 2: (host) before the interpreter is gone, whose exit code is 0."""
+    program = tmp_path / "program.py"
+    program.write_text(SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, str(program), str(notes.path)], capture_output=True, text=True, timeout=SOON_S, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert notes == ["store stopped"]
+
+
+def test_one_that_ends_badly_does_not_keep_the_others_from_their_end(notes: Notes, register: Register) -> None:
+    """Acceptance 5: (host) it is in the report and in what submit raises, once everything is down."""
+    env = LocalEnvironment()
+    register(env, "first")
+    bad = textwrap.dedent(STORE).replace("sys.exit(0)", "print('disk is full'); sys.exit(7)")
+    env.register_command("bad", [sys.executable, "-c", bad, str(notes.path), "bad", "0"], ready=Line("up"))
+    register(env, "last")
+    env.from_batch([1]).sink(lambda _: None)
+    with pytest.raises(JobError, match='DIRTY: service "bad" failed in stop') as caught:
+        env.submit(autostop=True)
+    assert notes == ["last stopped", "bad stopped", "first stopped"]
+    report = report_of(env)
+    assert (report.state, report.cleanliness) == (Outcome.COMPLETED, "dirty")
+    service = report.service("bad")
+    assert (service.exit_code, service.output) == (7, ("up", "disk is full"))
+    assert "exited with code 7 when it was told to stop, its last line: disk is full" in str(caught.value)
 
 
 @pytest.mark.parametrize("end", ["close", "with"])

@@ -298,7 +298,7 @@ class CommandHost(GatedHost):
         child.over.wait()
         code, number = child.own.exit_code, int(self._command.stop_signal)
         if code is not None and code not in self._command.exit_codes | {-number, SIGNALLED + number}:
-            error = ServiceError(f"{self._how_it_ended(child)} when it was told to stop", service=self.spec.name)
+            error = ServiceError(self._how_it_ended(child, " when it was told to stop"), service=self.spec.name)
             raise hint(error, f"If this is a good end of it, name it: exit_codes=[0, {code}].")
 
     def _exit(self, due: float | None) -> Exit | None:
@@ -345,9 +345,10 @@ class CommandHost(GatedHost):
             self.hold()  # until the lifecycle has decided what becomes of the service
             tell(incarnation, self._how_it_ended(child))
 
-    def _how_it_ended(self, child: Child) -> str:
+    def _how_it_ended(self, child: Child, when: str = "") -> str:
         last = child.lines()[-1:]
-        return f"command {self._label}: {child.own.how_it_ended()}" + (f", its last line: {last[0]}" if last else "")
+        how = f"command {self._label}: {child.own.how_it_ended()}{when}"
+        return f"{how}, its last line: {last[0]}" if last else how
 
     @property
     def _label(self) -> str:
