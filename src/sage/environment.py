@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._arguments import STOP_TIMEOUT_VARIABLE, check_name, check_seconds, seconds_in
+from sage._kept import Kept
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import check_service_arguments, source_spec
 from sage._runtime.manager import JobManager
@@ -55,7 +56,7 @@ class Environment:
         self._builder = GraphBuilder()
         self._services: dict[str, ServiceSpec] = {}
         self._job: Job | None = None
-        self._kept: dict[str, Any] = {}
+        self._kept = self._new_kept()
         self._guard: JobGuard | None = None
         JobManager().expect(self.env_uuid, self)
 
@@ -278,7 +279,9 @@ class Environment:
         """The job manager of this process."""
         return JobManager()
 
-    def submit(self, autostop: bool = False, *, keep_services: bool | Iterable[str] = False) -> Job:
+    def submit(
+        self, autostop: bool = False, *, keep_services: bool | Iterable[str] = False, keep_s: float | None = None
+    ) -> Job:
         """Run the pipeline and return its job.
 
         Args:
@@ -286,6 +289,8 @@ class Environment:
                 failed.
             keep_services: services to leave ready for this environment's next job: True for all, or their names. They
                 end with `close()`, at the end of `with env:`, or when the interpreter exits.
+            keep_s: how long they are left without a job before they end by themselves, in seconds; None is for ever.
+                An error of such an end is logged.
 
         Raises:
             GraphError: the program is wrong; nothing was started.
@@ -295,14 +300,20 @@ class Environment:
         if self._job is not None and self._job.is_running:
             error = GraphError(f'environment "{self.name}" already runs job {self._job.id}')
             raise hint(error, "Wait for it with job.wait(), stop it with env.stop(), or use another environment.")
+        if keep_s is not None:
+            check_seconds("keep_s is", keep_s, may_be_zero=False)
+            if not keep_services:
+                raise hint(GraphError(f"keep_s is {keep_s}, but no service is kept"), "Add keep_services=True.")
         graph = self._graph()
-        keep = self._names_to_keep(keep_services)
+        keep = self._kept.names(keep_services, self._services)
         plan = self._plan(graph)
         if autostop and len(plan.serving) == len(graph.nodes):
             error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')
             raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
         if Environment._instead_of_running is not None:
             return Environment._instead_of_running(self, graph, plan)
+        if keep_services:
+            self._kept.keep_s = keep_s
         return self._start(graph, plan, keep, autostop)
 
     def stop(self) -> None:
@@ -315,7 +326,7 @@ class Environment:
         try:
             self.stop()
         finally:
-            self._close_kept()
+            self._kept.close()
 
     def __enter__(self) -> Any:
         return self
@@ -330,7 +341,7 @@ class Environment:
         except Exception as another:
             error.add_note(f"While the environment was closed: {another}")
         finally:
-            self._close_kept()
+            self._kept.close()
 
     def explain(self, format: str = "text") -> str:
         """Return the physical plan as "text" or as a "mermaid" flowchart; nothing is started.
@@ -445,24 +456,6 @@ class Environment:
     def _graph(self) -> LogicalGraph:
         return self._builder.freeze(self.name, tuple(self._services.values()))
 
-    def _names_to_keep(self, keep: bool | Iterable[str]) -> frozenset[str]:
-        if isinstance(keep, bool):
-            return frozenset(self._services) if keep else frozenset(self._kept)
-        if not isinstance(keep, Iterable):
-            raise hint(TypeError(f"keep_services is {short(keep)}"), "Give True, False or names of services.")
-        names = {keep} if isinstance(keep, str) else set(keep)
-        unknown = names - set(self._services)
-        if unknown:
-            error = GraphError(f"keep_services names {', '.join(sorted(unknown))}, which is not registered")
-            raise hint(error, f"Registered: {', '.join(self._services) or 'none'}.")
-        todo = list(names)
-        while todo:  # what a kept service depends on is kept too
-            for other in self._services[todo.pop()].requires:
-                if other not in names:
-                    names.add(other)
-                    todo.append(other)
-        return frozenset(names | set(self._kept))
-
     def _spend(self, graph: LogicalGraph) -> None:
         """Remember which sources read an iterator, which can be read only once."""
         for node in graph.nodes.values():
@@ -485,24 +478,27 @@ class Environment:
             from sage._hosts.process import check_can_be_sent
 
             check_can_be_sent(graph.services)
-        if any(self._services[name] is not host.spec for name, host in self._kept.items()):
-            self._close_kept()  # one of them was replaced, and nothing would use it any more
-        job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept), keep)
+        self._kept.hold()
+        if any(self._services[name] is not host.spec for name, host in self._kept.hosts.items()):
+            self._kept.close()  # one of them was replaced, and nothing would use it any more
+        job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept.hosts), keep)
         try:
             self._open_files(job)
         except BaseException:
             job.dispatcher.discard()
+            self._kept.expire_later()
             raise
         self._spend(graph)
 
         def sealed(ended: Ended) -> None:
-            self._kept = {}
+            self._kept.hosts = {}
             for service in graph.services:
                 if ended.state.services[service.name].state == "kept":
-                    self._kept[service.name] = job.dispatcher.supervisor.hosts[service.name]
+                    self._kept.hosts[service.name] = job.dispatcher.supervisor.hosts[service.name]
                 else:
                     service.handle._connect(None)
-            JobManager().hold(self, keeps=bool(self._kept))
+            JobManager().hold(self, keeps=bool(self._kept.hosts))
+            self._kept.expire_later()
 
         job.when_sealed(sealed)
         self._job = job
@@ -513,11 +509,11 @@ class Environment:
             job.begin(job.dispatcher)
         return job
 
-    def _close_kept(self) -> None:
-        """Stop the services that were kept, by a job without tasks."""
-        if not self._kept or (self._job is not None and self._job.is_running):
-            return
-        kept, self._kept = self._kept, {}
+    def _new_kept(self) -> Kept:
+        return Kept(self.name, self._begin_to_close, lambda: self._job is not None and self._job.is_running)
+
+    def _begin_to_close(self, kept: dict[str, Any]) -> Job:
+        """Stop services that were kept, by a job without tasks."""
         specs = tuple(host.spec for host in kept.values())
         job = self._new_job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), None, self._backend(), kept)
 
@@ -530,15 +526,15 @@ class Environment:
         JobManager().hold(self, keeps=False)
         JobManager().register(job)
         job.begin(job.dispatcher)
-        job.wait()
+        return job
 
     def _after_fork_in_child(self) -> None:
         """Forget the job and the kept services, which belong to the process that this one was forked from."""
-        self._job, self._guard, self._kept = None, None, {}
+        self._job, self._guard, self._kept = None, None, self._new_kept()
 
     def _close_at_exit(self) -> None:
-        if self._kept:
-            names = ", ".join(self._kept)
+        if self._kept.hosts:
+            names = ", ".join(self._kept.hosts)
             try:
                 warnings.warn(
                     f'environment "{self.name}" still keeps {names} at exit; call env.close() or use `with env:`',
@@ -546,7 +542,7 @@ class Environment:
                     stacklevel=1,
                 )
             finally:  # a program may have made warnings errors
-                self._close_kept()
+                self._kept.close()
 
 
 class LocalEnvironment(Environment):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from recorded import Notes, report_of
 
-from sage import BaseService, JobErrorGroup, LocalEnvironment, Outcome, ServiceOptions, SourceFunction, StopSignal
+from sage import (
+    BaseService,
+    FunctionError,
+    JobErrorGroup,
+    LocalEnvironment,
+    Outcome,
+    ServiceOptions,
+    SourceFunction,
+    StopSignal,
+)
 from sage._logs import LogThread
 from sage.testing import StepBackend, assert_clean
 
@@ -93,6 +103,35 @@ def test_a_last_record_of_an_hour_is_waited_for(notes: Notes) -> None:
     assert arrived == [1]
     assert report_of(env).cleanliness == "clean"
     assert notes == ["cleaned"]
+
+
+def test_a_consumer_that_fails_frees_who_waits_for_it() -> None:
+    """Fault 50: every source finds the channel full, and closes all the same."""
+    env = LocalEnvironment("full")
+    is_known = threading.Event()
+    closed: list[int] = []
+
+    class Fast(SourceFunction):
+        def execute(self) -> int:
+            return 1
+
+        def close(self) -> None:
+            closed.append(self.ctx.parallel_index)
+
+    def fails_once_it_is_full(_: int) -> None:
+        assert is_known.wait(SOON_S)
+        (inbox,) = (task.inbox for task in job.dispatcher.supervisor.tasks.values() if task.inbox is not None)
+        while inbox.fill < 1:
+            os.sched_yield()
+        raise OSError("nobody takes records any more")
+
+    env.from_source(Fast, parallelism=3).sink(fails_once_it_is_full)
+    job = env.submit()
+    is_known.set()
+    with pytest.raises(FunctionError, match="nobody takes records any more"):
+        job.wait(SOON_S)
+    assert sorted(closed) == [0, 1, 2]
+    assert_clean()
 
 
 def test_work_in_c_keeps_no_stop_from_being_noticed(notes: Notes) -> None:

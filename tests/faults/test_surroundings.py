@@ -146,6 +146,35 @@ STRANGE = """
 """
 
 
+LOOKING = """
+    import threading
+
+    marks = []
+    lock = threading.Lock()
+
+    class Looking:
+        def process(self, record):
+            return marks, lock.locked()
+"""
+
+FORKING = """
+    import multiprocessing, threading
+    import looking
+    from sage import LocalEnvironment, ServiceOptions
+
+    if __name__ == "__main__":
+        multiprocessing.set_start_method("fork")
+        holder = threading.Thread(target=looking.lock.acquire)
+        holder.start()
+        holder.join()
+        looking.marks.append("of the driver")
+        env = LocalEnvironment("forking")
+        service = env.register_service("service", looking.Looking, options=ServiceOptions(host="process"))
+        env.from_batch([1]).map(service).sink(lambda seen: print(*seen))
+        env.submit(autostop=True)
+"""
+
+
 def run(text: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program without a terminal."""
     program = folder / "program.py"
@@ -168,6 +197,13 @@ def test_without_a_home_and_with_a_strange_mask(tmp_path: Path) -> None:
     """Fault 112: no home, no terminal, and files that nobody may read."""
     done = run(STRANGE, tmp_path, HOME="/nonexistent", XDG_STATE_HOME="/proc/nowhere")
     assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned\n", "")
+
+
+def test_no_process_is_forked_from_a_program_with_threads(tmp_path: Path) -> None:
+    """Fault 125: whatever `multiprocessing` is told, the process of a service is a new interpreter."""
+    (tmp_path / "looking.py").write_text(textwrap.dedent(LOOKING))
+    done = run(FORKING, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] False\n", "")
 
 
 def test_no_bound_looks_at_the_calendar() -> None:

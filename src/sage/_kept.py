@@ -1,0 +1,114 @@
+"""What the jobs of an environment leave to it: services that are ready for its next job, for ever or for a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from sage.errors import GraphError, JobError, hint, short
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sage._plan.logical import ServiceSpec
+    from sage._runtime.job import Job
+
+
+class Kept:
+    """The services that are kept, and the end of them.
+
+    Args:
+        name: the environment's name.
+        begin_to_close: begins a job without tasks that ends the hosts that it is given, by name.
+        is_in_use: whether a job has what is kept.
+
+    Attributes:
+        hosts: the hosts of the services, by name.
+        keep_s: how long they are left without a job, in seconds, or None for ever.
+    """
+
+    def __init__(
+        self, name: str, begin_to_close: Callable[[dict[str, Any]], Job], is_in_use: Callable[[], bool]
+    ) -> None:
+        self.hosts: dict[str, Any] = {}
+        self.keep_s: float | None = None
+        self._name = name
+        self._begin_to_close = begin_to_close
+        self._is_in_use = is_in_use
+        self._closing: Job | None = None
+        self._expiry: threading.Timer | None = None
+        self._lock = threading.Lock()  # held while it is decided who has them
+
+    def names(self, keep: bool | Iterable[str], services: Mapping[str, ServiceSpec]) -> frozenset[str]:
+        """Return what the next job is to leave: what was asked for with what it depends on, and what is kept already.
+
+        Raises:
+            GraphError: a name is not registered.
+            TypeError: `keep` is neither True, False nor names.
+        """
+        if isinstance(keep, bool):
+            return frozenset(services) if keep else frozenset(self.hosts)
+        if not isinstance(keep, Iterable):
+            raise hint(TypeError(f"keep_services is {short(keep)}"), "Give True, False or names of services.")
+        names = {keep} if isinstance(keep, str) else set(keep)
+        unknown = names - set(services)
+        if unknown:
+            error = GraphError(f"keep_services names {', '.join(sorted(unknown))}, which is not registered")
+            raise hint(error, f"Registered: {', '.join(services) or 'none'}.")
+        todo = list(names)
+        while todo:
+            for other in services[todo.pop()].requires:
+                if other not in names:
+                    names.add(other)
+                    todo.append(other)
+        return frozenset(names | set(self.hosts))
+
+    def expire_later(self) -> None:
+        """End what is kept when it was left without a job for its time."""
+        if self.hosts and self.keep_s is not None:
+            wait_s = min(self.keep_s, threading.TIMEOUT_MAX)
+            self._expiry = timer = threading.Timer(wait_s, lambda: self._expire(timer))
+            timer.name, timer.daemon = f"sage-keep {self._name}", True
+            timer.start()
+
+    def hold(self) -> None:
+        """See that what is kept stays from now on, or has ended: what comes next may need its files and its port."""
+        with self._lock:
+            self._forget_expiry()
+        if self._closing is not None:
+            with suppress(JobError):  # which is in the log; a submit of something else need not fail for it
+                self._closing.finish_up()
+
+    def close(self) -> None:
+        """End what is kept, and raise what failed if nobody was told yet; what a job has is left to it."""
+        with self._lock:
+            closing = self._close()
+        if closing is not None:
+            closing.finish_up()
+
+    def _close(self) -> Job | None:
+        """Return the job that ends them, or the latest one that did."""
+        if self.hosts and not self._is_in_use():
+            self._forget_expiry()
+            hosts, self.hosts = self.hosts, {}
+            self._closing = self._begin_to_close(hosts)
+        return self._closing
+
+    def _expire(self, timer: threading.Timer) -> None:
+        with self._lock:
+            if self._expiry is not timer:
+                return  # a job has taken over what was kept
+            if self._is_in_use():
+                self.expire_later()  # the job has told what it leaves, and is about to end
+                return
+            closing = self._close()
+        if closing is not None:
+            with suppress(JobError):  # which is in the log
+                closing.finish_up()
+
+    def _forget_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
