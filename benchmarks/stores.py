@@ -6,7 +6,6 @@ import gc
 import json
 import sqlite3
 import tempfile
-from contextlib import closing
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -207,12 +206,16 @@ class PlainSqlite(Plain):
 
     def ingest(self, chunks: list[Chunk]) -> None:
         """Write each batch, and copy it into the matrix."""
-        with closing(sqlite3.connect(self.path, isolation_level=None)) as database:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
-            database.execute("CREATE TABLE chunks (id TEXT PRIMARY KEY, vector BLOB, text TEXT, metadata TEXT)")
-            self._database = database
-            super().ingest(chunks)
+        self._database = sqlite3.connect(self.path, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.execute("CREATE TABLE chunks (id TEXT PRIMARY KEY, vector BLOB, text TEXT, metadata TEXT)")
+        super().ingest(chunks)
+
+    def query(self, queries: list[Any], out: list[Any]) -> None:
+        """Compare with every vector, and close the file."""
+        super().query(queries, out)
+        self._database.close()
 
     def keep(self, ids: list[str], vectors: Any, texts: list[str], metadatas: list[dict[str, Any]]) -> None:
         self._database.execute("BEGIN IMMEDIATE")

@@ -49,18 +49,24 @@ class Shelf:
         """Store rows, in place of those with the same ids."""
         np = load("numpy", "vector")
         with self._lock:
-            places = np.empty(len(rows.ids), dtype=np.intp)
-            for place, one in enumerate(rows.ids):
-                known = self._places.get(one)
-                if known is None:
-                    known = self._places[one] = len(self._ids)
-                    self._ids.append(one)
-                    self._documents.append(None)
-                    self._metadatas.append({})
-                places[place] = known
-                self._documents[known] = rows.documents[place]
-                self._metadatas[known] = rows.metadatas[place]
+            start = len(self._ids)
+            fresh = [one for one in rows.ids if one not in self._places]
+            self._ids += fresh
+            self._places.update(zip(fresh, range(start, len(self._ids)), strict=True))
             self._grow(len(self._ids))
+            places: slice | NDArray[intp]
+            if len(fresh) == len(rows.ids):
+                places = slice(start, len(self._ids))
+                self._documents += rows.documents
+                self._metadatas += rows.metadatas
+            else:
+                known = [self._places[one] for one in rows.ids]
+                places = np.array(known)
+                self._documents += [None] * len(fresh)
+                self._metadatas += [{}] * len(fresh)
+                for place, document, metadata in zip(known, rows.documents, rows.metadatas, strict=True):
+                    self._documents[place] = document
+                    self._metadatas[place] = metadata
             self._vectors[places] = rows.vectors
             squares = np.einsum("ij,ij->i", rows.vectors, rows.vectors)
             self._lengths[places] = 1 / np.sqrt(squares) if self.shape.metric == "cosine" else squares
@@ -119,15 +125,15 @@ class Shelf:
 
     def _nearest_of(self, vectors: Vectors, among: Vectors, places: NDArray[intp], k: int) -> list[list[Hit]]:
         np = load("numpy", "vector")
+        # Each row less or times what is the same for all entries, as long as it is only asked which are the best.
         scores = vectors @ among.T
         if self.shape.metric == "cosine":
             scores *= self._lengths[places]
-            scores /= np.linalg.norm(vectors, axis=1, keepdims=True)
         elif self.shape.metric == "l2":
-            # Less the square of the searched vector, which is the same for all entries.
-            scores = 2 * scores - self._lengths[places]
+            scores *= 2
+            scores -= self._lengths[places]
         best = (
-            np.argpartition(-scores, k - 1, axis=1)[:, :k]
+            np.argpartition(scores, len(places) - k, axis=1)[:, len(places) - k :]
             if k < len(places)
             else np.tile(np.arange(k), (len(vectors), 1))
         )
@@ -136,6 +142,8 @@ class Shelf:
             best_scores = -np.linalg.norm(among[best] - vectors[:, None, :], axis=2)
         else:
             best_scores = np.take_along_axis(scores, best, axis=1)
+        if self.shape.metric == "cosine":
+            best_scores /= np.linalg.norm(vectors, axis=1, keepdims=True)
         ids, documents, metadatas = self._ids, self._documents, self._metadatas
         hits = []
         for chosen, found in zip(places[best].tolist(), best_scores.tolist(), strict=True):

@@ -39,6 +39,9 @@ ON CONFLICT (collection, id) DO UPDATE SET
     vector = excluded.vector, document = excluded.document, metadata = excluded.metadata
 """
 
+METADATA = json.JSONEncoder(ensure_ascii=False)
+"""One for all rows: `json.dumps` would make one for each."""
+
 
 class SqliteStore(VectorStore):
     """A vector store in one file that needs no server: exact, and the best choice up to some hundred thousand entries.
@@ -273,7 +276,7 @@ def _columns(rows: Rows) -> Iterator[tuple[str, bytes, str | None, str | None]]:
     # Little-endian whatever the machine, so that the file can be carried to another one.
     whole = np.ascontiguousarray(rows.vectors, dtype="<f4").tobytes()
     for place, (one, document, metadata) in enumerate(zip(rows.ids, rows.documents, rows.metadatas, strict=True)):
-        text = json.dumps(metadata, ensure_ascii=False) if metadata else None
+        text = METADATA.encode(metadata) if metadata else None
         yield one, whole[place * width : (place + 1) * width], document, text
 
 

@@ -493,11 +493,17 @@ def _rows(
         place = int(np.flatnonzero(~finite)[0])
         raise ValueError(f"the vector of id {short(given[place])} has a value that is not finite")
     texts = [None] * len(given) if documents is None else list(documents)
-    for one, text in zip(given, texts, strict=True):
-        if text is not None:
-            _check_document(one, text)
-    mappings = [{}] * len(given) if metadatas is None else list(map(_metadata, given, metadatas))
+    if not _are_plain(texts):
+        for one, text in zip(given, texts, strict=True):
+            if text is not None:
+                _check_document(one, text)
+    mappings = [{}] * len(given) if metadatas is None else _mappings(given, metadatas)
     return Rows(given, array, texts, mappings)
+
+
+def _are_plain(values: Sequence[Any]) -> bool:
+    """Return whether all are strings of ASCII, which most are and which no rule refuses: a look at each would cost."""
+    return set(map(type, values)) == {str} and all(map(str.isascii, values))
 
 
 def _check_document(one: str, text: Any) -> None:
@@ -507,14 +513,24 @@ def _check_document(one: str, text: Any) -> None:
         raise kind(f"the document of id {short(one)} {problem}")
 
 
-def _metadata(one: str, metadata: Any) -> Metadata:
+def _mappings(ids: Sequence[str], metadatas: Sequence[Any]) -> list[Metadata]:
+    fields: set[str] = set()
+    return [_metadata(one, metadata, fields) for one, metadata in zip(ids, metadatas, strict=True)]
+
+
+def _metadata(one: str, metadata: Any, fields: set[str]) -> Metadata:
+    """Return a copy of what can be kept; `fields` are those that were looked at before."""
     if metadata is None:
         return {}
     if not hasattr(metadata, "items"):
         raise TypeError(f"the metadata of id {short(one)} is {short(metadata)}, not a mapping")
     for field, value in metadata.items():
-        if not isinstance(field, str) or not field or field.startswith("$") or problem_of(field):
-            raise ValueError(f"the metadata of id {short(one)} has the field {short(field)}")
+        if field not in fields:
+            if not isinstance(field, str) or not field or field.startswith("$") or problem_of(field):
+                raise ValueError(f"the metadata of id {short(one)} has the field {short(field)}")
+            fields.add(field)
+        if type(value) is str and value.isascii():
+            continue  # as most are
         problem = problem_of(value)
         if problem is not None:
             kind = TypeError if problem.startswith("is of type") else ValueError
@@ -527,7 +543,7 @@ def _checked_ids(ids: Sequence[str], *, may_repeat: bool) -> list[str]:
     if isinstance(ids, str):
         raise TypeError(f"ids is {short(ids)}, a string and not a list")
     given = list(ids)
-    for place, one in enumerate(given):
+    for place, one in enumerate(given) if not (_are_plain(given) and all(given)) else ():
         if not isinstance(one, str):
             raise TypeError(f"id {place} is {short(one)}, of type {type(one).__name__} and not a string")
         if not one or problem_of(one):
