@@ -35,6 +35,9 @@ VANISHED = "Error finding id"
 """What Chroma says where an entry was removed while it searched."""
 
 HEARTBEAT = "/api/v2/heartbeat"
+EXACT_MAX = 2**53
+"""Up to here every integer is a float too, so that it does not matter as which of the two a number is compared."""
+
 READ_MAX = 10_000
 """How many entries are read at once where all of a collection are gone through."""
 
@@ -441,13 +444,20 @@ def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:
             # A list is of one type.
             by_type: dict[type, list[Scalar]] = defaultdict(list)
             for value in values:
-                by_type[type(value)].append(value)
+                if not (is_negated and _is_rounded(value)):
+                    by_type[type(value)].append(value)
             name, join = ("$nin", "$and") if is_negated else ("$in", "$or")
-            return _joined(join, [{field: {name: same}} for same in by_type.values()]), True
+            wheres = [{field: {name: same}} for same in by_type.values()]
+            return _joined(join, wheres), not any(map(_is_rounded, values))
         case Compare(field, name, value, is_negated):
-            if is_negated or kind_of(value) == "text":
+            if is_negated or kind_of(value) == "text" or _is_rounded(value):
                 return None, False
             return {field: {name: value}}, True
+
+
+def _is_rounded(value: Scalar) -> bool:
+    """Return whether Chroma, which compares a float with integers as an integer and the other way, changes a number."""
+    return kind_of(value) == "number" and not -EXACT_MAX <= value <= EXACT_MAX  # type: ignore[operator]
 
 
 def _joined(name: str, wheres: list[dict[str, Any]]) -> dict[str, Any] | None:
