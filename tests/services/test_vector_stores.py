@@ -160,21 +160,20 @@ def test_filters_hold_as_the_reference_says(place: Place, filtered: VectorStore,
 
 
 LARGE = (2**53, 2.0**53, 2**53 + 1, 2**63 - 1, 2.0**63, -(2**63), -(2.0**63), 1e300, -1e300)
+SMALL = (-2, -1.5, -1, -0.5, 0, -0.0, 1e-300, 0.5, 1, 1.0, 1.5, 2)
 
 
-def test_filters_do_not_round_large_numbers(filtered: VectorStore) -> None:
+@pytest.mark.parametrize("numbers", [LARGE, SMALL], ids=["large", "small"])
+def test_filters_do_not_round_numbers(filtered: VectorStore, numbers: tuple[float, ...]) -> None:
     """Python compares integers with floats exactly; an engine that makes one of the other finds what is not there."""
-    ids = ids_of(len(LARGE))
-    filtered.upsert(ids, np.eye(len(LARGE)) + 0.1, metadatas=[{"n": value} for value in LARGE])
-    for value in LARGE:
+    ids = ids_of(len(numbers))
+    filtered.upsert(ids, np.eye(len(numbers)) + 0.1, metadatas=[{"n": value} for value in numbers])
+    for value in numbers:
         for name in ("$eq", "$ne", "$in", "$nin", "$lt", "$lte", "$gt", "$gte"):
-            where = {"n": {name: [value, 1] if name.endswith("in") else value}}
-            held = {one for one, kept in zip(ids, LARGE, strict=True) if reference(where, {"n": kept})}
-            assert set(filtered_ids(filtered, where)) == held, where
-
-
-def filtered_ids(store: VectorStore, where: Any) -> list[str]:
-    return [hit.id for hit in store.search(np.ones(len(LARGE)), len(LARGE), where=where)]
+            where: Any = {"n": {name: [value, 1] if name.endswith("in") else value}}
+            held = {one for one, kept in zip(ids, numbers, strict=True) if reference(where, {"n": kept})}
+            assert {hit.id for hit in filtered.search(np.ones(len(ids)), len(ids), where=where)} == held, where
+            assert filtered.count(where=where) == len(held)
 
 
 @pytest.fixture

@@ -450,14 +450,16 @@ def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:
             wheres = [{field: {name: same}} for same in by_type.values()]
             return _joined(join, wheres), not any(map(_is_rounded, values))
         case Compare(field, name, value, is_negated):
-            if is_negated or kind_of(value) == "text" or _is_rounded(value):
+            if is_negated or kind_of(value) == "text" or abs(value) > EXACT_MAX:  # type: ignore[arg-type]
                 return None, False
-            return {field: {name: value}}, True
+            # Chroma cuts what stands behind the point where it compares with an integer.
+            is_exact = not _is_rounded(value) or name in (("$gt", "$lte") if value > 0 else ("$gte", "$lt"))  # type: ignore[operator]
+            return {field: {name if is_exact else name[:3] + "e": value}}, is_exact
 
 
 def _is_rounded(value: Scalar) -> bool:
     """Return whether Chroma, which compares a float with integers as an integer and the other way, changes a number."""
-    return kind_of(value) == "number" and not -EXACT_MAX <= value <= EXACT_MAX  # type: ignore[operator]
+    return kind_of(value) == "number" and (abs(value) > EXACT_MAX or value != int(value))  # type: ignore[arg-type]
 
 
 def _joined(name: str, wheres: list[dict[str, Any]]) -> dict[str, Any] | None:
