@@ -1,4 +1,4 @@
-"""The memory of conversations, with and without an index."""
+"""The memory of conversations; test_memory_index.py has more of those with an index."""
 
 from __future__ import annotations
 
@@ -51,8 +51,6 @@ def memory(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -
     index = Shelf() if request.param == "with an index" else None
     with opened(tmp_path / "memory.db", index=index, clock=clock, half_life_s=DAY_S) as found:
         yield found
-        if index is not None:
-            assert index.count() >= found.count()
 
 
 def texts(recollections: list[Recollection]) -> list[str]:
@@ -275,51 +273,6 @@ class TestForgetting:
         assert "session" in notes_of(caught.value)
         with pytest.raises(TypeError, match=r"takes a list of ids"):
             memory.forget("abc")
-
-
-class TestIndex:
-    def test_one_that_is_new_is_given_everything(self, tmp_path: Path) -> None:
-        with opened(tmp_path / "memory.db") as memory:
-            memory.remember_many(["one cat", "two dogs"])
-        for _ in range(2):
-            index = Shelf()
-            with opened(tmp_path / "memory.db", index=index) as memory:
-                assert index.count() == 2
-                assert texts(memory.recall("cat", k=1)) == ["one cat"]
-
-    def test_one_that_raises_loses_nothing(self, tmp_path: Path) -> None:
-        index = Shelf()
-        with opened(tmp_path / "memory.db", index=index) as memory:
-            memory.remember("one cat")
-            index.is_broken = True
-            with pytest.raises(OSError, match="the shelf is broken"):
-                memory.remember("two dogs")
-            assert texts(memory.recall("dogs", k=1)) == ["two dogs"]
-            index.is_broken = False
-        with opened(tmp_path / "memory.db", index=index):
-            assert index.count() == 2
-
-    def test_what_it_has_too_much_is_removed_when_it_is_seen(self, tmp_path: Path) -> None:
-        index = Shelf()
-        index.upsert(["gone"], numpy.ones((1, 64), numpy.float32), metadatas=[{"session": "default"}])
-        with opened(tmp_path / "memory.db", index=index) as memory:
-            memory.remember("one cat")
-            assert texts(memory.recall("cat")) == ["one cat"]
-            assert "gone" not in index.rows
-
-    def test_it_forgets_too(self, tmp_path: Path, clock: ManualClock) -> None:
-        index = Shelf()
-        with opened(tmp_path / "memory.db", index=index, clock=clock) as memory:
-            name = memory.remember("one")
-            memory.remember("two", ttl_s=1)
-            memory.remember("three", ttl_s=5)
-            memory.forget([name])
-            clock.advance(2)
-            memory.expire()
-            assert index.count() == 1
-            clock.advance(5)
-            memory.remember("four")
-            assert index.count() == 1
 
 
 LINE: dict[str, Any] = {

@@ -80,7 +80,8 @@ class Memory(MeasuredService):
     that is given, outside of any lock; a file holds the vectors of one model.
 
     With an index, the file still holds every vector, and is what counts. An index that raises leaves memories that are
-    recalled all the same; what it lacks, after that or a crash, is put there by `setup`.
+    recalled all the same; what it lacks, after that or a crash, is put there by `setup`. A text whose vector is zeros
+    is not put there; recency and importance bring it to mind.
 
     Args:
         path: the file; it is made if it is not there.
@@ -482,18 +483,25 @@ class Memory(MeasuredService):
     # --- the index ---
 
     def _found(self, vector: Floats, k: int, session: str | None) -> list[str] | None:
-        if self._index is None:
+        """Return the ids that the index finds; None where it cannot choose and all memories are compared."""
+        if self._index is None or not vector.any():
             return None
         where = None if session is None else {"session": session}
         return [hit.id for hit in self._index.search(vector, max(CANDIDATES_MIN, 10 * k), where=where)]
 
-    def _add_to_index(self, index: Any, rows: Sequence[Row]) -> None:
+    def _add_to_index(self, index: Any, rows: Sequence[Row]) -> int:
+        """Give the index memories, and return how many it took."""
         numpy = load("numpy", "vector")
-        ids = [row[0] for row in rows]
         vectors = numpy.stack([numpy.frombuffer(row[-1], numpy.float32) for row in rows])
-        index.upsert(ids, vectors, metadatas=[{"session": row[1]} for row in rows])
+        # Zeros have no cosine, and an index may refuse them; they stay among the memories that it does not have.
+        places = numpy.flatnonzero(vectors.any(axis=1)).tolist()
+        if not places:
+            return 0
+        ids = [rows[place][0] for place in places]
+        index.upsert(ids, vectors[places], metadatas=[{"session": rows[place][1]} for place in places])
         with self._file.writing() as connection:
             connection.executemany("UPDATE memories SET is_indexed = 1 WHERE id = ?", [(name,) for name in ids])
+        return len(ids)
 
     def _complete_index(self, index: Any) -> None:
         """Give the index what it lacks: what was in flight at a crash, or everything if it is a new one."""
@@ -502,10 +510,11 @@ class Memory(MeasuredService):
             if index.count() < indexed:
                 connection.execute("UPDATE memories SET is_indexed = 0")
             rows = connection.execute(f"SELECT {memory_rows.COLUMNS} FROM memories WHERE is_indexed = 0").fetchall()
-        for start in range(0, len(rows), BATCH_ROWS):
-            self._add_to_index(index, rows[start : start + BATCH_ROWS])
-        if rows:
-            self.logger.info("index completed memories=%d", len(rows))
+        added = sum(
+            self._add_to_index(index, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS)
+        )
+        if added:
+            self.logger.info("index completed memories=%d", added)
 
     def _unindex(self, ids: list[str]) -> None:
         if self._index is not None and ids:
