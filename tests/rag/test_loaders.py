@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from rag.small_pdf import pdf_of
@@ -14,9 +14,6 @@ from sage import DeadLetter, FunctionError, GraphError, JobError, LocalEnvironme
 from sage.rag.documents import Document, DocumentError
 from sage.rag.loaders import Files, Load
 from sage.testing import StepBackend, assert_clean
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PAGE = """<!doctype html>
 <html><head><meta charset="utf-8"><title> The  guide </title><style>p { color: red }</style></head>
@@ -124,6 +121,16 @@ class TestFormats:
             Document("faq.jsonl#line=3", "two", {"score": 0.5, "line": 3, **about}),
         ]
 
+    def test_halves_of_characters_are_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"id": "1\\ud800", "text": "x \\udfff.", "k\\ud800": "v\\ud800"}', "utf-8")
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("coffee", "utf-8")
+        documents, errors = loaded(tmp_path)
+        assert errors == []
+        assert documents == [
+            Document("a.jsonl#1?", "x ?.", {"k?": "v?", "file": "a.jsonl", "format": "jsonl", "line": 1}),
+            Document("caf\\udce9.txt", "coffee", {"file": "caf\\udce9.txt", "format": "text"}),
+        ]
+
     def test_paths_are_records_too(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("one", "utf-8")
         (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n', "utf-8")
@@ -146,6 +153,57 @@ class TestFormats:
             assert ids == expected
 
 
+def test_a_file_that_comes_again_may_have_moved_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    load = Load()
+    for lines in ("one", "two one"):
+        path.write_text("".join(f'{{"id": "{name}", "text": "{name}"}}\n' for name in lines.split()), "utf-8")
+        assert " ".join(document.text for document in load.execute(path)) == lines
+
+
+class TestPlaces:
+    @staticmethod
+    def made(folder: Path, *names: str) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name, "utf-8")
+
+    @staticmethod
+    def names(*places: Path | str) -> list[str]:
+        documents, errors = loaded(*map(Path, places))
+        assert errors == []
+        assert len({document.id for document in documents}) == len(documents)
+        assert [document.metadata["file"] for document in documents] == [document.id for document in documents]
+        return [document.id for document in documents]
+
+    def test_several_folders_stand_in_the_names(self, tmp_path: Path) -> None:
+        self.made(tmp_path, "a/guide.md", "a/deep/more.md", "b/guide.md")
+        assert self.names(tmp_path / "a", tmp_path / "b") == ["a/guide.md", "a/deep/more.md", "b/guide.md"]
+        assert self.names(tmp_path / "a") == ["guide.md", "deep/more.md"]
+
+    def test_folders_and_files_of_one_name_take_what_stands_before_it(self, tmp_path: Path) -> None:
+        self.made(tmp_path, "one/docs/guide.md", "two/docs/guide.md", "guide.md", "one/guide.md")
+        places = [tmp_path / "one/docs", tmp_path / "two/docs", tmp_path / "one/guide.md"]
+        assert self.names(*places) == ["one/docs/guide.md", "two/docs/guide.md", "one/guide.md"]
+        assert self.names(tmp_path / "guide.md", tmp_path / "one/guide.md") == [
+            f"{tmp_path.name}/guide.md",
+            "one/guide.md",
+        ]
+
+    def test_no_name_of_a_place_begins_with_that_of_another(self, tmp_path: Path) -> None:
+        self.made(tmp_path, "x/a/b/guide.md", "y/a/b/guide.md", "z/b/guide.md")
+        assert self.names(tmp_path / "x/a", tmp_path / "y/a/b", tmp_path / "z/b") == [
+            "x/a/b/guide.md",
+            "a/b/guide.md",
+            "z/b/guide.md",
+        ]
+
+    def test_what_is_named_twice_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made(tmp_path, "a/deep/more.md", "a/guide.md")
+        monkeypatch.chdir(tmp_path / "a")
+        assert self.names(".", "../a", "deep", "guide.md") == ["a/guide.md", "a/deep/more.md"]
+
+
 class TestWhatCannotBeRead:
     def test_the_rest_goes_on(self, tmp_path: Path) -> None:
         (tmp_path / "broken.pdf").write_bytes(pdf_of("text")[:120])
@@ -164,6 +222,43 @@ class TestWhatCannotBeRead:
             'file "list.jsonl", line 4: has no text in the field "text"',
             'file "list.jsonl", line 5: the line has 10,000,012 bytes, at most 1,048,576 are taken',
             'file "long.txt", line 2: the line has 10,000,000 bytes, at most 1,048,576 are taken',
+        ]
+
+    def test_what_no_index_can_keep(self, tmp_path: Path) -> None:
+        bad = ['"score": NaN', '"score": -1e999', f'"count": {2**63}', '"": 1', '"$in": "x"']
+        good = ['"score": 1e308', f'"count": {-(2**63)}', '"all": [NaN]', '"is": true', '"no": null']
+        lines = [f'{{"text": "x", {field}}}\n' for field in [*bad, *good]]
+        (tmp_path / "list.jsonl").write_text("".join(lines), "utf-8")
+        documents, errors = loaded(tmp_path)
+        assert [document.metadata["line"] for document in documents] == [6, 7, 8, 9, 10]
+        assert errors == [
+            "file \"list.jsonl\", line 1: the field 'score' is nan, which is not finite",
+            "file \"list.jsonl\", line 2: the field 'score' is -inf, which is not finite",
+            "file \"list.jsonl\", line 3: the field 'count' is 9223372036854775808, which does not fit into 64 bits",
+            "file \"list.jsonl\", line 4: a field cannot have the name ''",
+            "file \"list.jsonl\", line 5: a field cannot have the name '$in'",
+        ]
+
+    def test_two_lines_with_one_id(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text(
+            "".join(f'{{"text": "text {line}", "id": {line // 2}}}\n' for line in range(300)), "utf-8"
+        )
+        (tmp_path / "b.jsonl").write_text(
+            '{"text": "one", "id": "line=2"}\n{"text": "two"}\n{"text": "three", "id": 7}\n{"text": "four", "id": "7"}',
+            "utf-8",
+        )
+        (tmp_path / "c.jsonl").write_text('{"text": "", "score": NaN, "id": 1}\n{"text": "kept", "id": 1}', "utf-8")
+        documents, errors = loaded(tmp_path)
+        texts = [document.text for document in documents]
+        assert texts == [*(f"text {line}" for line in range(0, 300, 2)), "one", "three", "kept"]
+        assert errors[:2] == [
+            "file \"a.jsonl\", line 2: has the id '0', as line 1 has",
+            "file \"a.jsonl\", line 4: has the id '1', as line 3 has",
+        ]
+        assert errors[150:] == [
+            "file \"b.jsonl\", line 2: has the id 'line=2', as line 1 has",
+            "file \"b.jsonl\", line 4: has the id '7', as line 3 has",
+            "file \"c.jsonl\", line 1: the field 'score' is nan, which is not finite",
         ]
 
     def test_without_a_policy_the_job_fails_and_names_the_file(self, tmp_path: Path) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
 from sage.connector import Source
-from sage.errors import GraphError, describe, hint
+from sage.errors import GraphError, describe, hint, short
 from sage.functions import FlatMapFunction
 from sage.rag.documents import Document, DocumentError, Value
 from sage.rag.markup import html_text
+from sage.services.embeddings import well_formed
+from sage.services.filters import problem_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 FORMATS = {
     ".txt": "text",
@@ -38,7 +42,7 @@ class Raw:
 
     Attributes:
         path: the file.
-        name: the file as it is named in ids and errors: relative to the folder it was found in.
+        name: the file as it is named in ids and errors, see `Files`.
         line: the number of the line, counted from 1; None for a whole file.
         content: the line without its end, where there is one.
         problem: why it could not be read; `Load` raises it, so that its `on_error` decides.
@@ -58,6 +62,10 @@ class Files(Source):
     of formats that are not known. A file that is named itself is taken whatever it is. Nothing is parsed here, so one
     broken file fails in `Load`, where `on_error` can skip it. Run it in one task: each would find every file.
 
+    A file is named relative to the folder that it was found in. Where there are several places, the name of the folder
+    stands before that, with as much of its path as makes the places differ, so that no two files have one name. A file
+    that is in two places is taken once.
+
     Args:
         places: folders and files.
         line_bytes_max: the longest line of JSON Lines that is taken, in bytes.
@@ -73,12 +81,14 @@ class Files(Source):
         self._places = tuple(Path(place) for place in places)
         self._line_bytes_max = line_bytes_max
         self._found: Iterator[Raw] = iter(())
+        self._seen: set[str] = set()
 
     def open(self) -> None:
         """Look whether every place is there."""
         for place in self._places:
             if not place.exists():
                 raise DocumentError(str(place), "there is no such file or folder")
+        self._seen.clear()
         self._found = self._find()
 
     def read(self, records_max: int) -> list[Raw] | None:
@@ -93,9 +103,9 @@ class Files(Source):
             closing()
 
     def _find(self) -> Iterator[Raw]:
-        for place in self._places:
+        for place, above in zip(self._places, names_of(self._places), strict=True):
             if not place.is_dir():
-                yield from self._open(place, place.name)
+                yield from self._open(place, above)
                 continue
             refused: list[OSError] = []
             for folder, folders, files in os.walk(place, onerror=refused.append):
@@ -103,11 +113,16 @@ class Files(Source):
                 for name in sorted(files):
                     path = Path(folder, name)
                     if path.suffix.lower() in FORMATS and not name.startswith("."):
-                        yield from self._open(path, path.relative_to(place).as_posix())
+                        yield from self._open(path, above / path.relative_to(place))
             for error in refused:
                 yield Raw(place, str(error.filename or place), problem=f"cannot be read: {error.strerror or error}")
 
-    def _open(self, path: Path, name: str) -> Iterator[Raw]:
+    def _open(self, path: Path, named: PurePath) -> Iterator[Raw]:
+        place = os.path.abspath(path)
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        name = text_of(named)
         if FORMATS.get(path.suffix.lower()) != "jsonl":
             yield Raw(path, name)
             return
@@ -139,6 +154,9 @@ class Load(FlatMapFunction):
     line of JSON Lines, "NAME#ID" by the field `id_field`, or else "NAME#line=3"; the other fields that are texts,
     numbers or booleans are its metadata. Records may also be paths, as text or `Path`.
 
+    Of lines of one file with the same id, the first one counts, and the others cannot be read; that is found where one
+    task loads all of the file. Halves of characters, which no index can write, become "?".
+
     Args:
         encoding: of text, Markdown and JSON Lines, and of HTML that declares none.
         file_bytes_max: the largest file that is read, in bytes.
@@ -162,21 +180,29 @@ class Load(FlatMapFunction):
         self._line_bytes_max = line_bytes_max
         self._text_field = text_field
         self._id_field = id_field
+        # Which line has an id, for each file.
+        self._lines: defaultdict[Path, dict[str, int | None]] = defaultdict(dict)
 
     def execute(self, data: Raw | str | Path) -> Iterator[Document]:
         """Yield the documents of a file or of a line.
 
         Raises:
-            DocumentError: it cannot be read, is too large, is broken, or has another encoding.
+            DocumentError: it cannot be read, is too large, is broken, or has another encoding; a line has the id of
+                another one, or something that no index can keep.
             ServiceError: the package that reads this format is not installed.
         """
+        for document in self._documents(data):
+            yield mended(document)
+
+    def _documents(self, data: Raw | str | Path) -> Iterator[Document]:
         if not isinstance(data, Raw):
             path = Path(data)
             if FORMATS.get(path.suffix.lower()) == "jsonl":
-                for raw in Files(path)._open(path, path.name):
+                self._lines.pop(path, None)
+                for raw in Files(path)._open(path, PurePath(path.name)):
                     yield self._record(raw)
                 return
-            data = Raw(path, path.name)
+            data = Raw(path, text_of(PurePath(path.name)))
         if data.problem:
             raise DocumentError(data.name, data.problem, data.line)
         match FORMATS.get(data.path.suffix.lower()):
@@ -239,9 +265,24 @@ class Load(FlatMapFunction):
         if not isinstance(text, str):
             raise DocumentError(raw.name, f'has no text in the field "{self._text_field}"', raw.line)
         id_ = record.pop(self._id_field, None)
-        name = f"{raw.name}#line={raw.line}" if id_ is None else f"{raw.name}#{id_}"
-        fields = {str(key): value for key, value in record.items() if isinstance(value, str | int | float)}
-        return Document(name, text, {**fields, **self._metadata(raw, "jsonl", line=raw.line or 0)})
+        name = well_formed(f"line={raw.line}" if id_ is None else str(id_))
+        fields = self._fields(raw, record)
+        first = self._lines[raw.path].setdefault(name, raw.line)
+        # A line that is tried again is not another one.
+        if first != raw.line:
+            raise DocumentError(raw.name, f"has the id {short(name)}, as line {first} has", raw.line)
+        return Document(f"{raw.name}#{name}", text, {**fields, **self._metadata(raw, "jsonl", line=raw.line or 0)})
+
+    @staticmethod
+    def _fields(raw: Raw, record: dict[str, object]) -> dict[str, Value]:
+        """Return what an index can keep of the fields of a line; lists, objects and null are left out."""
+        fields = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
+        for name, value in fields.items():
+            if not name or name.startswith("$"):
+                raise DocumentError(raw.name, f"a field cannot have the name {short(name)}", raw.line)
+            if not isinstance(value, str) and (problem := problem_of(value)):
+                raise DocumentError(raw.name, f"the field {short(name)} is {short(value)}, which {problem}", raw.line)
+        return fields
 
     def _html(self, raw: Raw) -> Document:
         content = self._bytes(raw)
@@ -271,6 +312,33 @@ class Load(FlatMapFunction):
         for number, text in enumerate(texts, 1):
             if text:
                 yield Document(f"{raw.name}#page={number}", text, self._metadata(raw, "pdf", title=title, page=number))
+
+
+def names_of(places: Sequence[Path]) -> list[PurePath]:
+    """Return what stands before the names of the files of each place: nothing where there is one folder.
+
+    All of them have the same number of parts, so that no file of one place has the name of a file of another.
+    """
+    parts = [Path(os.path.abspath(place)).parts for place in places]
+    distinct = set(parts)
+    if len(distinct) == 1 and places[0].is_dir():
+        return [PurePath()] * len(places)
+    depth = next(depth for depth in count(1) if len({each[-depth:] for each in distinct}) == len(distinct))
+    return [PurePath(*each[-depth:]) for each in parts]
+
+
+def text_of(name: PurePath) -> str:
+    """Return the name of a file as a text that can be written: bytes of another encoding are shown as they are."""
+    return name.as_posix().encode("utf-8", "backslashreplace").decode()
+
+
+def mended(document: Document) -> Document:
+    """Return a document in which "?" stands for halves of characters, as broken PDF files and JSON have them."""
+    metadata = {
+        well_formed(name): well_formed(value) if isinstance(value, str) else value
+        for name, value in document.metadata.items()
+    }
+    return Document(well_formed(document.id), well_formed(document.text), metadata)
 
 
 def too_long(length: int, length_max: int) -> str:
