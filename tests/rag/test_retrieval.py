@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,12 +18,16 @@ from sage.rag.retrieval import Found, Index, Question, Retrieve, Retrieved, fuse
 from sage.rag.splitters import SplitByStructure
 from sage.services.embeddings import HashingEmbeddings
 from sage.services.numpy_store import NumpyStore
+from sage.services.sqlite_store import SqliteStore
 from sage.services.vector_store import Hit
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    Store = NumpyStore | SqliteStore
 
 PASSAGES = [
     Passage("a.md#keys", "The same key goes to the same task.", "a.md", 8, 43, "Keys", {"file": "a.md"}),
@@ -32,15 +37,20 @@ PASSAGES = [
 
 
 @contextmanager
-def services() -> Iterator[tuple[KeywordIndex, NumpyStore, HashingEmbeddings]]:
-    """Lend the three services that were set up by hand."""
+def opened(keywords: KeywordIndex, vectors: Store) -> Iterator[tuple[KeywordIndex, Store, HashingEmbeddings]]:
+    """Lend the three services, set up by hand."""
+    embeddings = HashingEmbeddings()
     with assert_clean():
-        keywords, vectors, embeddings = KeywordIndex(), NumpyStore(), HashingEmbeddings()
         for service in (keywords, vectors, embeddings):
             service.setup()
         yield keywords, vectors, embeddings
         for service in (keywords, vectors, embeddings):
             service.cleanup()
+
+
+def services() -> AbstractContextManager[tuple[KeywordIndex, Store, HashingEmbeddings]]:
+    """Lend services in memory."""
+    return opened(KeywordIndex(), NumpyStore())
 
 
 def ids(retrieved: Retrieved) -> list[str]:
@@ -121,6 +131,17 @@ class TestByHand:
             assert keywords.count() == vectors.count() == 2
             assert ids(Retrieve(keywords=keywords).execute("same key")) == []
 
+    def test_of_two_passages_with_one_id_the_later_one_counts_however_batches_fall(self) -> None:
+        twice = [*PASSAGES, replace(PASSAGES[0], text="Sources have a key."), PASSAGES[2]]
+        for size in range(1, len(twice) + 1):
+            with services() as (keywords, vectors, embeddings):
+                index = Index(keywords=keywords, vectors=vectors, embeddings=embeddings)
+                for start in range(0, len(twice), size):
+                    assert index.execute(twice[start : start + size]) == twice[start : start + size]
+                assert keywords.count() == vectors.count() == 3
+                for way in (Retrieve(1, keywords=keywords), Retrieve(1, vectors=vectors, embeddings=embeddings)):
+                    assert [found.passage.text for found in way.execute("a key").found] == ["Sources have a key."]
+
     def test_a_blank_question(self) -> None:
         with services() as (keywords, vectors, embeddings):
             retrieve = Retrieve(vectors=vectors, embeddings=embeddings)
@@ -178,6 +199,26 @@ def indexed(folder: Path, questions: list[str], on_error: object = None) -> tupl
         return answers, str(env.submit(autostop=True).report)
 
 
+def kept(folder: Path, *, anew: bool) -> list[str]:
+    """Index the folder "docs" and return which documents are in both indexes then."""
+    with assert_clean():
+        env = LocalEnvironment("rag")
+        handles = {
+            "keywords": env.register_service("keywords", KeywordIndex, folder / "words.db"),
+            "vectors": env.register_service("vectors", SqliteStore, folder / "vectors.db"),
+            "embeddings": env.register_service("embeddings", HashingEmbeddings),
+        }
+        passages = env.from_batch(Files, folder / "docs").flatmap(Load).flatmap(SplitByStructure)
+        passages.map_batches(Index(**handles, anew=anew)).sink(lambda _: None)
+        env.submit(autostop=True)
+    keywords, vectors = KeywordIndex(folder / "words.db"), SqliteStore(folder / "vectors.db")
+    with opened(keywords, vectors) as (_, _, embeddings):
+        ways = (Retrieve(keywords=keywords), Retrieve(vectors=vectors, embeddings=embeddings))
+        one, other = (sorted(found.passage.document for found in way.execute("all").found) for way in ways)
+    assert one == other
+    return one
+
+
 class TestInAJob:
     def test_a_folder_is_indexed_and_asked(self, tmp_path: Path) -> None:
         (tmp_path / "guide.md").write_text("# Keys\n\nSame key, same task.\n\n# Stopping\n\nIt drains.\n", "utf-8")
@@ -185,6 +226,19 @@ class TestInAJob:
         answers, report = indexed(tmp_path, ["Which task has a key?", "What reads files?", "When does it drain?"])
         assert [found[0].partition("~")[0] for found in answers] == ["guide.md#keys", "notes.txt", "guide.md#stopping"]
         assert "COMPLETED and CLEAN" in report
+
+    def test_documents_that_are_gone_or_empty_are_found_no_more_in_an_index_made_anew(self, tmp_path: Path) -> None:
+        docs = tmp_path / "docs"
+        docs.mkdir()
+        for name in ("keys", "stopping", "sources"):
+            (docs / f"{name}.md").write_text(f"# {name}\n\nAll of {name}.\n", "utf-8")
+        assert kept(tmp_path, anew=True) == ["keys.md", "sources.md", "stopping.md"]
+        (docs / "keys.md").unlink()
+        (docs / "sources.md").write_text("", "utf-8")
+        assert kept(tmp_path, anew=False) == ["keys.md", "sources.md", "stopping.md"]
+        assert kept(tmp_path, anew=True) == ["stopping.md"]
+        (docs / "stopping.md").unlink()
+        assert kept(tmp_path, anew=True) == []
 
     def test_a_blank_question_is_named_and_the_rest_goes_on(self, tmp_path: Path) -> None:
         (tmp_path / "guide.md").write_text("# Keys\n\nSame key, same task.\n", "utf-8")

@@ -112,6 +112,12 @@ class TestStructure:
         assert passages[3].searchable == "Guide > Keys\nAgain."
         assert passages[0].searchable == "Before any heading."
 
+    def test_headings_of_one_name_have_anchors_that_differ(self) -> None:
+        text = "# Keys\n\none\n\n# Keys\n\ntwo\n\n# Keys-1\n\nthree\n\n# Keys\n\nfour\n\n# Keys-1\n\nfive"
+        assert [passage.id.partition("#")[2] for passage in split(text, SplitByStructure())] == [
+            *("keys", "keys-1", "keys-1-1", "keys-2", "keys-1-2"),
+        ]
+
     def test_paragraphs_are_packed_and_sentences_are_kept(self) -> None:
         text = "# Top\n\nOne two.\n\nThree four.\n\nFive, e.g. six. Seven eight nine. Ten!\n\nLast."
         passages = split(text, SplitByStructure(6))

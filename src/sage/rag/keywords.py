@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sage.errors import ServiceUnavailableError, hint, short
-from sage.services.embeddings import FREQUENT_WORDS
+from sage.services.embeddings import FREQUENT_WORDS, well_formed
 from sage.services.filters import OneOf, condition_of, predicate, problem_of
 from sage.services.measures import MeasuredService
 from sage.services.sqlite_file import SqliteFile
@@ -276,7 +276,7 @@ def _checked(id_: str, document: str, metadata: Metadata) -> tuple[str, str, dic
         if problem is not None:
             raise ValueError(f"metadata {short(name)} of id {short(id_)} {problem}")
     # Half of a surrogate pair, as some PDF files have it, cannot be written.
-    return id_, document.encode("utf-8", "replace").decode("utf-8"), dict(metadata)
+    return id_, well_formed(document), dict(metadata)
 
 
 def _candidates(

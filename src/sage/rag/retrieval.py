@@ -97,12 +97,14 @@ class Index(MapFunction):
 
     When the first passage of a document arrives, what was stored of that document before is removed, so that indexing
     again leaves nothing of an older version. It must therefore run in one task. If the program is killed, the next run
-    makes good for it: what is stored twice is stored once.
+    makes good for it: what is stored twice is stored once. Of passages with the same id, the later one counts.
 
     Args:
         keywords: the keyword index.
         vectors: the vector store, with `embeddings`.
         embeddings: turn passages into vectors.
+        anew: whether everything that is stored there is removed before the first passage, so that a document is found
+            no more if it does not come again. Until the job has ended, the index is not whole.
 
     Raises:
         GraphError: there is nothing to put them into, or only one of `vectors` and `embeddings` is given.
@@ -114,12 +116,19 @@ class Index(MapFunction):
         keywords: Keywords | None = None,
         vectors: Vectors | None = None,
         embeddings: Embeddings | None = None,
+        anew: bool = False,
     ) -> None:
         check_services("Index", keywords, vectors, embeddings)
         self._keywords = keywords
         self._vectors = vectors
         self._embeddings = embeddings
+        self._anew = anew
         self._documents: set[str] = set()
+
+    def open(self) -> None:
+        """Remove everything, if the index is made anew."""
+        if self._anew:
+            self._remove({})
 
     @overload
     def execute(self, data: Passage) -> Passage: ...
@@ -133,22 +142,26 @@ class Index(MapFunction):
         Raises:
             Exception: what a service raises; the whole batch may be given again.
         """
-        batch = [data] if isinstance(data, Passage) else data
+        batch = list({passage.id: passage for passage in ([data] if isinstance(data, Passage) else data)}.values())
         new = {passage.document for passage in batch} - self._documents
         ids = [passage.id for passage in batch]
         texts = [passage.text for passage in batch]
         metadatas = [metadata_of(passage) for passage in batch]
         # The vectors come first: a model that fails must not leave a document half removed.
         rows = None if self._embeddings is None else self._embeddings.embed([passage.searchable for passage in batch])
-        for store in (self._keywords, self._vectors):
-            if store is not None and new:
-                store.delete(where={"document": {"$in": sorted(new)}})
+        if new:
+            self._remove({"document": {"$in": sorted(new)}})
         if self._vectors is not None and rows is not None:
             self._vectors.upsert(ids, rows, documents=texts, metadatas=metadatas)
         if self._keywords is not None:
             self._keywords.upsert(ids, texts, metadatas=metadatas)
         self._documents |= new
         return data
+
+    def _remove(self, where: Where) -> None:
+        for store in (self._keywords, self._vectors):
+            if store is not None:
+                store.delete(where=where)
 
 
 class Retrieve(MapFunction):

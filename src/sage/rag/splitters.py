@@ -174,8 +174,12 @@ def sections_of(text: str) -> Iterator[Section]:
 
 def _slug(name: str, used: dict[str, int]) -> str:
     slug = SLUG_DROPS.sub("", name.lower()).strip().replace(" ", "-") or "section"
-    used[slug] = count = used.get(slug, -1) + 1
-    return f"{slug}-{count}" if count else slug
+    name = slug
+    while name in used:
+        used[slug] += 1
+        name = f"{slug}-{used[slug]}"
+    used[name] = 0
+    return name
 
 
 def _lines_with_kind(text: str) -> Iterator[tuple[str | int, int, int]]:
