@@ -72,7 +72,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_is_left(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with assert_clean(within_s=5.0, ignore=ELSEWHERE):

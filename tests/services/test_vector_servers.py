@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 from services.token_gate import TOKEN
@@ -103,6 +105,18 @@ def test_the_right_token_opens(kind: str, guarded: str) -> None:
 def test_a_wrong_token_is_refused(kind: str, guarded: str, token: str | None) -> None:
     name = {"chroma": "Chroma", "milvus": "Milvus"}[kind]
     with refused(client(kind, guarded, token=token), ServiceError, f"{name} at {guarded} refuses the token"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["milvus"], indirect=True)
+def test_a_name_and_a_password_in_the_address_are_a_token(kind: str, guarded: str) -> None:
+    store = client(kind, guarded.replace("//", f"//{quote(TOKEN, safe=':')}@"), collection="by_address")
+    with assert_clean(ignore=ELSEWHERE):
+        store.setup()  # type: ignore[attr-defined]
+        assert store.count() == 0
+        store.cleanup()  # type: ignore[attr-defined]
+    place = guarded.replace("//", "//***@")
+    with refused(client(kind, guarded.replace("//", "//root:wrong@")), ServiceError, re.escape(place)):
         pass
 
 

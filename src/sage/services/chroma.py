@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from sage.command import Http
 from sage.errors import ServiceError, ServiceUnavailableError, describe, hint
-from sage.service import ServiceMethod
+from sage.services.address import apart, basic, checked_url, resolved, shown
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of, predicate
 from sage.services.open_folder import OpenFolder
@@ -23,6 +23,7 @@ from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_er
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from sage.services.address import Url
     from sage.services.filters import Condition, Scalar
     from sage.services.vector_store import Metric, Rows, Vectors
 
@@ -85,7 +86,8 @@ class ChromaStore(VectorStore):
     Args:
         path: the folder of an embedded Chroma, which is made if it is not there.
         dimension: see `VectorStore`.
-        url: the address of a server, or that of a command service: `env.register_command(...).url`.
+        url: the address of a server, or that of a command service: `env.register_command(...).url`. A name and a
+            password in it are sent as `Authorization: Basic`, and shown nowhere.
         token: what the server, or what stands before it, takes as `Authorization: Bearer`.
         tenant: the tenant on the server.
         database: the database of the tenant.
@@ -99,7 +101,7 @@ class ChromaStore(VectorStore):
         path: str | os.PathLike[str] | None = None,
         dimension: int | None = None,
         *,
-        url: str | ServiceMethod | None = None,
+        url: Url | None = None,
         token: str | None = None,
         tenant: str = "default_tenant",
         database: str = "default_database",
@@ -113,6 +115,8 @@ class ChromaStore(VectorStore):
         if token is not None and url is None:
             raise ValueError("ChromaStore takes a token only with a url")
         self.path = None if path is None else os.path.abspath(os.fspath(path))
+        if isinstance(url, str):
+            apart("url", checked_url("url", url), token)
         self.url = url
         self.tenant, self.database = tenant, database
         self.timeout_s = timeout_s
@@ -122,6 +126,7 @@ class ChromaStore(VectorStore):
         self._sessions: list[Any] = []
         self._found: dict[str, tuple[Any, Shape]] = {}
         self._address = ""
+        self._shown_url = shown(url) if isinstance(url, str) else ""
 
     def setup(self) -> None:
         """Open the folder, or connect to the server.
@@ -139,9 +144,13 @@ class ChromaStore(VectorStore):
             with self._told():
                 self._start(self.path)
         else:
-            url = str(self.url.resolve() if isinstance(self.url, ServiceMethod) else self.url).rstrip("/")
-            self._address = f"Chroma at {url}"
+            given = checked_url("url", resolved(self.url or "")).rstrip("/")
+            url, user = apart("url", given, self._token)
+            self._shown_url = shown(given)
+            self._address = f"Chroma at {self._shown_url}"
             headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+            if user:
+                headers = {"Authorization": basic(user)}
             self._ask_first(url, headers)
             with self._told():
                 self._client = chromadb.HttpClient(
@@ -185,7 +194,7 @@ class ChromaStore(VectorStore):
 
     def describe(self) -> Mapping[str, object]:
         """Return the settings that a person may see."""
-        place = {"path": self.path} if self.path is not None else {"url": str(self._address), "database": self.database}
+        place = {"path": self.path} if self.path is not None else {"url": self._shown_url, "database": self.database}
         return {**super().describe(), **place}
 
     @property

@@ -10,13 +10,12 @@ import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
-from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint, short
-from sage.service import ServiceHandle, ServiceMethod
+from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
+from sage.services.address import apart, basic, checked_url, resolved, shown
 from sage.services.extras import load
 from sage.services.loop_thread import LoopThread
-from sage.services.secret import HIDDEN, Secret, told, without
+from sage.services.secret import Secret, told, without
 from sage.services.slots import Slots
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from openai import AsyncOpenAI
+
+    from sage.services.address import Url
 
 T = TypeVar("T")
 
@@ -36,8 +37,6 @@ RETRY_AFTER_MAX_S = 60.0
 
 CLOSE_TIMEOUT_S = 5.0
 """Bound of closing the connections of one event loop."""
-
-BaseUrl = str | ServiceHandle[Any] | ServiceMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class Endpoint:
 
     Args:
         base_url: the address up to and with the version, such as "http://127.0.0.1:8000/v1"; of a service that is a
-            command, its handle or `handle.url`.
+            command, its handle or `handle.url`. A name and a password in it are sent as `Authorization: Basic`.
         secret: the key, if there is one.
         model: the name of the model, for messages.
         options: how the server is reached.
@@ -88,12 +87,12 @@ class Endpoint:
     """
 
     def __init__(
-        self, base_url: BaseUrl, secret: Secret, model: str, options: EndpointOptions, on_retry: Callable[[], object]
+        self, base_url: Url, secret: Secret, model: str, options: EndpointOptions, on_retry: Callable[[], object]
     ) -> None:
         if secret == Secret() and base_url == OPENAI_URL:
             secret = Secret(variable=OPENAI_VARIABLE)
         if isinstance(base_url, str):
-            checked_url(base_url)
+            apart("base_url", checked_url("base_url", base_url), secret != Secret())
         self._base_url = base_url
         self._secret = secret
         self._model = model
@@ -107,6 +106,7 @@ class Endpoint:
         self._of_loops: dict[AbstractEventLoop, tuple[AsyncGenerator[AsyncOpenAI, None], AsyncOpenAI]] = {}
         self._closing: set[object] = set()
         self._key = ""
+        self._password, self._basic = "", ""
         self.url = base_url if isinstance(base_url, str) else "not known yet"
         self.is_open = False
 
@@ -128,11 +128,16 @@ class Endpoint:
     @property
     def headers(self) -> dict[str, Any]:
         """What a request says of its headers: without a key, that there is to be none for it."""
-        return {} if self._key else {"extra_headers": {"Authorization": self._openai.Omit()}}
+        return {} if self._key else {"extra_headers": {"Authorization": self._basic or self._openai.Omit()}}
 
     def without_key(self, text: str) -> str:
         """Return a text in which the key does not stand."""
-        return without(text, self._key)
+        return without(text, *self.secrets)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must stand in no message: the key, or the password of the address and what is sent of it."""
+        return self._key, self._password, self._basic.removeprefix("Basic ")
 
     # --- from setup to cleanup ---
 
@@ -146,9 +151,10 @@ class Endpoint:
         self._openai = load("openai", "llm")
         self._key = self._secret.read()
         self.url = resolved(self._base_url)
-        checked_url(self.url)
+        url, user = apart("base_url", checked_url("base_url", self.url), self._key)
+        self._password, self._basic = user.partition(":")[2], basic(user) if user else ""
         # Retries are counted and bounded here, for threads and coroutines alike.
-        self._settings = {"base_url": self.url, "max_retries": 0, "timeout": self._options.timeout_s}
+        self._settings = {"base_url": url, "max_retries": 0, "timeout": self._options.timeout_s}
         self._settings["api_key"] = self._key or "none"  # The client insists on one, and would look for it elsewhere.
         self.is_open = True
         self._thread = LoopThread(f"requests to {self.shown_url}")
@@ -316,7 +322,7 @@ class Tries:
         server = f"model server {endpoint.shown_url}"
         model = f'model "{endpoint._model}"'
         tries = f" in {self._count} tries" if self._count > 1 else ""
-        text = told(failure, endpoint._key)
+        text = told(failure, *endpoint.secrets)
         if isinstance(failure, openai.APITimeoutError):
             silent = f"{server} was silent for {endpoint._options.timeout_s:g} s, asked for {model}{tries}"
             return hint(ServiceTimeoutError(silent, fault="external"), "Raise timeout_s if the model needs longer.")
@@ -325,7 +331,7 @@ class Tries:
                 failure, f"{server} answered {failure.status_code} for {model}{tries}: {text}"
             )
         if isinstance(failure, openai.APIConnectionError):
-            cause = told(failure.__cause__ or failure, endpoint._key)
+            cause = told(failure.__cause__ or failure, *endpoint.secrets)
             error = ServiceUnavailableError(f"{server} cannot be reached{tries}: {cause}", fault="external")
             return hint(error, "Look whether it runs and whether base_url is right, with its port and /v1.")
         if isinstance(failure, openai.OpenAIError):
@@ -372,33 +378,3 @@ class Tries:
             date = email.utils.parsedate_tz(value)
             seconds = float("nan") if date is None else email.utils.mktime_tz(date) - time.time()
         return max(seconds, 0.0) if seconds == seconds else None
-
-
-def resolved(base_url: BaseUrl) -> str:
-    """Return an address as text, asking the service that it is taken of."""
-    if isinstance(base_url, ServiceHandle):
-        base_url = base_url.url
-    value: Any = base_url.resolve() if isinstance(base_url, ServiceMethod) else base_url
-    return str(value)
-
-
-def checked_url(url: str) -> None:
-    """Refuse what is no address.
-
-    Raises:
-        ValueError: it is none.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise hint(
-            ValueError(f"base_url is {short(shown(url))}, no http address"),
-            'It is one like "http://127.0.0.1:8000/v1".',
-        )
-
-
-def shown(url: str) -> str:
-    """Return an address without user, password and query."""
-    parts = urlsplit(url)
-    place = parts.netloc.rpartition("@")[2]
-    hidden = f"{HIDDEN}@{place}" if "@" in parts.netloc else place
-    return urlunsplit((parts.scheme, hidden, parts.path, "", ""))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
-from sage.service import ServiceMethod
+from sage.services.address import apart, resolved, shown
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of
 from sage.services.open_folder import OpenFolder
@@ -18,6 +18,7 @@ from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_er
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from sage.services.address import Url
     from sage.services.filters import Condition, Metadata, Scalar
     from sage.services.vector_store import Metric, Rows, Vectors
 
@@ -58,7 +59,8 @@ class MilvusStore(VectorStore):
     Args:
         path: the folder of Milvus Lite, which is made if it is not there.
         dimension: see `VectorStore`.
-        uri: the address of a server, such as "http://127.0.0.1:19530", or that of a command service.
+        uri: the address of a server, such as "http://127.0.0.1:19530", or that of a command service. A name and a
+            password in it are the token, and shown nowhere.
         token: for the server: a key, or "user:password".
         database: the database of the server.
         metric: see `VectorStore`.
@@ -73,7 +75,7 @@ class MilvusStore(VectorStore):
         path: str | os.PathLike[str] | None = None,
         dimension: int | None = None,
         *,
-        uri: str | ServiceMethod | None = None,
+        uri: Url | None = None,
         token: str | None = None,
         database: str = "",
         metric: Metric = "cosine",
@@ -87,6 +89,8 @@ class MilvusStore(VectorStore):
         if token is not None and uri is None:
             raise ValueError("MilvusStore takes a token only with a uri")
         self.path = None if path is None else os.path.abspath(os.fspath(path))
+        if isinstance(uri, str):
+            apart("uri", uri, token)
         self.uri = uri
         self.database = database
         self.index = index or ("FLAT" if uri is None else "AUTOINDEX")
@@ -100,6 +104,7 @@ class MilvusStore(VectorStore):
         self._found: dict[str, Shape] = {}
         self._unflushed: set[str] = set()
         self._address = ""
+        self._shown_uri = shown(uri) if isinstance(uri, str) else ""
 
     def setup(self) -> None:
         """Open the folder, or connect to the server.
@@ -113,13 +118,15 @@ class MilvusStore(VectorStore):
         load("pymilvus", "milvus")
         with self._opening():
             if self.path is None:
-                uri = str(self.uri.resolve() if isinstance(self.uri, ServiceMethod) else self.uri)
-                self._address = f"Milvus at {uri}"
+                given = resolved(self.uri or "")
+                uri, user = apart("uri", given, self._token)
+                self._shown_uri = shown(given)
+                self._address = f"Milvus at {self._shown_uri}"
+                self._connect(uri, user or self._token)
             else:
                 self._address = f'Milvus folder "{self.path}"'
                 self._folder = OpenFolder(self.path, "Milvus folder")
-                uri = self._start(self.path)
-            self._connect(uri)
+                self._connect(self._start(self.path))
         self._check_own_collection()
 
     def cleanup(self) -> None:
@@ -141,7 +148,7 @@ class MilvusStore(VectorStore):
 
     def describe(self) -> Mapping[str, object]:
         """Return the settings that a person may see."""
-        place = {"path": self.path} if self.path is not None else {"uri": self._address, "database": self.database}
+        place = {"path": self.path} if self.path is not None else {"uri": self._shown_uri, "database": self.database}
         return {**super().describe(), **place, "index": self.index}
 
     @property
@@ -150,9 +157,9 @@ class MilvusStore(VectorStore):
             raise closed_error(self)
         return self._client
 
-    def _connect(self, uri: str) -> None:
+    def _connect(self, uri: str, token: str | None = None) -> None:
         client = load("pymilvus", "milvus").MilvusClient
-        options: dict[str, Any] = {} if self._token is None else {"token": self._token}
+        options: dict[str, Any] = {} if token is None else {"token": token}
         # The library keeps connections that clients share for the life of the process, and gRPC goes on for 20 s with
         # one that nobody waits for any more.
         attempt = {"grpc.min_reconnect_backoff_ms": max(int(1_000 * self.timeout_s), 1)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sage.errors import ServiceError, short
 from sage.services.embeddings import EmbeddingService, well_formed
-from sage.services.endpoint import OPENAI_URL, BaseUrl, Endpoint, EndpointOptions
+from sage.services.endpoint import OPENAI_URL, Endpoint, EndpointOptions
 from sage.services.llm import Answer, LLMService, checked_tokens, conversation_of, stops_of
 from sage.services.secret import Secret
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from openai import AsyncOpenAI
 
+    from sage.services.address import Url
     from sage.services.llm import Message
 
 
@@ -25,7 +26,8 @@ class OpenAILLM(LLMService):
 
     Args:
         model: the model's name, as the server calls it.
-        base_url: the server's address up to and with the version; of a service that is a command, `handle.url`.
+        base_url: the server's address up to and with the version; of a service that is a command, `handle.url`. A name
+            and a password in it are sent as `Authorization: Basic`, in place of a key.
         api_key: the key. Better name a place that holds it, as what is written in a program is read by many.
         api_key_env: the environment variable that holds the key; for OpenAI's own address it is OPENAI_API_KEY, for
             another server there is no key unless one is given.
@@ -40,7 +42,7 @@ class OpenAILLM(LLMService):
         self,
         model: str,
         *,
-        base_url: BaseUrl = OPENAI_URL,
+        base_url: Url = OPENAI_URL,
         api_key: str | None = None,
         api_key_env: str | None = None,
         api_key_file: str | os.PathLike[str] | None = None,
@@ -249,7 +251,7 @@ class OpenAIEmbeddings(EmbeddingService):
         *,
         dimension: int | None = None,
         shortened: bool = False,
-        base_url: BaseUrl = OPENAI_URL,
+        base_url: Url = OPENAI_URL,
         api_key: str | None = None,
         api_key_env: str | None = None,
         api_key_file: str | os.PathLike[str] | None = None,

@@ -7,10 +7,11 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from sage.command import own_value
 from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
+from sage.services.address import shown
 from sage.services.extras import load
 from sage.services.key_value import KeyValueStore, counter_overflow, no_counter
 
@@ -60,7 +61,7 @@ class RedisKeyValue(KeyValueStore):
         self._prefix = prefix
         self._timeout_s = timeout_s
         self._client: redis.Redis | None = None
-        self._place = ""
+        self._place = shown(url) if isinstance(url, str) else ""
         self._secrets: tuple[str, ...] = ()
 
     def setup(self) -> None:
@@ -243,18 +244,6 @@ def secrets_in(url: str) -> tuple[str, ...]:
     password = user.partition(":")[2]
     query = [part.partition("=")[2] for part in rest.partition("?")[2].split("&") if part.startswith("password=")]
     return tuple(found for text in (password, *query) if text for found in (text, unquote(text)))
-
-
-def shown(url: str) -> str:
-    """Return a url without name, password and settings."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port is not None else ""
-    except ValueError:
-        return "(not a url)"
-    if "://" not in url:
-        return "(not a url)"
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
 def text_of(value: bytes | str) -> str:

@@ -74,12 +74,14 @@ class Secret:
         return self.value, self.variable, self.path
 
 
-def without(text: str, key: str) -> str:
-    """Return a text in which a key does not stand."""
-    return text.replace(key, HIDDEN) if key else text
+def without(text: str, *keys: str) -> str:
+    """Return a text in which none of the keys stands."""
+    for key in filter(None, keys):
+        text = text.replace(key, HIDDEN)
+    return text
 
 
-def told(error: BaseException, key: str, length_max: int = 300) -> str:
-    """Return what an error says, without the key and not longer than can be read."""
-    text = " ".join(without(describe(error), key).split())
+def told(error: BaseException, *keys: str, length_max: int = 300) -> str:
+    """Return what an error says, without the keys and not longer than can be read."""
+    text = " ".join(without(describe(error), *keys).split())
     return text if len(text) <= length_max else text[: length_max - 3] + "..."

@@ -1,0 +1,180 @@
+"""What is shown of services whose address has a name and a password in it, and of what comes of these."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+from services.kept import left_clean, notes_of
+
+from sage import JobError, JobErrorGroup, LocalEnvironment
+from sage.errors import ServiceError
+from sage.services.address import apart, checked_url, shown
+from sage.services.chroma import ChromaStore
+from sage.services.endpoint import EndpointOptions
+from sage.services.milvus import MilvusStore
+from sage.services.openai import OpenAIEmbeddings, OpenAILLM
+from sage.services.redis import RedisKeyValue
+
+QUICK = EndpointOptions(retries_max=0, timeout_s=5.0)
+Made = tuple[type[Any], dict[str, Any]]
+
+SERVICES: dict[str, Callable[[str], Made]] = {
+    "chroma": lambda place: (ChromaStore, {"url": f"http://{place}"}),
+    "milvus": lambda place: (MilvusStore, {"uri": f"http://{place}", "timeout_s": 1.0}),
+    "redis": lambda place: (RedisKeyValue, {"url": f"redis://{place}/0"}),
+    "embeddings": lambda place: (
+        OpenAIEmbeddings,
+        {"model": "m", "base_url": f"http://{place}/v1", "request_options": QUICK},
+    ),
+    "llm": lambda place: (OpenAILLM, {"model": "m", "base_url": f"http://{place}/v1", "request_options": QUICK}),
+}
+every_service = pytest.mark.parametrize("kind", list(SERVICES))
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """A place where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def use(service: Any) -> None:
+    service.setup()
+    if isinstance(service, OpenAILLM):  # it asks for nothing before it has to
+        service.generate("hi")
+
+
+@every_service
+def test_a_password_in_an_address_is_shown_nowhere(kind: str, nobody: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    made, settings = SERVICES[kind](f"user:sek%2Frit@{nobody}")
+    service = made(**settings)
+    told = [repr(service), str(service.describe())]
+    with left_clean():
+        with pytest.raises(ServiceError, match=rf"\*\*\*@{nobody}") as caught:
+            use(service)
+        told += [repr(service), str(service.describe())]
+        service.cleanup()
+    told += ["".join(traceback.format_exception(caught.value)), repr(caught.value), notes_of(caught.value)]
+    told += [str(service.describe()), caplog.text]
+    assert [text for text in told if "sek" in text] == []
+    assert f"***@{nobody}" in str(service.describe())
+
+
+@every_service
+def test_a_job_does_not_show_it_either(kind: str, nobody: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    made, settings = SERVICES[kind](f"user:sek%2Frit@{nobody}")
+    with left_clean(), LocalEnvironment("secret") as env:
+        service = env.register_service("service", made, **settings)
+        env.from_batch(["hi"]).map(service).sink(print)
+        with pytest.raises((JobError, JobErrorGroup)) as caught:
+            env.submit(autostop=True)
+    told = ["".join(traceback.format_exception(caught.value)), env.explain(), caplog.text]
+    assert [text for text in told if "sek" in text] == []
+
+
+class Gate(BaseHTTPRequestHandler):
+    """Notes who asks, and refuses everybody with what they sent."""
+
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        sent = self.headers.get("Authorization", "")
+        self.seen.append(sent)
+        text = json.dumps({"error": {"message": f"who is {sent}?"}}).encode()
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def gate() -> Iterator[tuple[str, list[str]]]:
+    seen: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Noting", (Gate,), {"seen": seen}))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}", seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["chroma", "embeddings", "llm"])
+def test_it_is_sent_as_browsers_send_it(kind: str) -> None:
+    basic = base64.b64encode(b"user:sek/rit").decode()
+    with left_clean(), gate() as (place, seen):
+        made, settings = SERVICES[kind](f"user:sek%2Frit@{place}")
+        service = made(**settings)
+        with pytest.raises(ServiceError, match=r"401|refuses") as caught:
+            use(service)
+        service.cleanup()
+    assert set(seen) == {f"Basic {basic}"}
+    assert basic not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "settings"),
+    [
+        (ChromaStore, {"url": "http://user:sekrit@h:1", "token": "t"}),
+        (MilvusStore, {"uri": "http://user:sekrit@h:1", "token": "t"}),
+        (OpenAILLM, {"model": "m", "base_url": "http://user:sekrit@h:1", "api_key": "t"}),
+    ],
+)
+def test_two_keys_for_one_server_are_refused(made: Any, settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"has a name and a password, and there is a key besides") as caught:
+        made(**settings)
+    assert "sekrit" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+        ("https://me:sekrit@host/v1?key=sekrit#sekrit", "https://***@host/v1"),
+        ("redis://:sekrit@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://:sek@rit@[::1]:6379/0", "redis://***@[::1]:6379/0"),
+        ("unix:///run/redis.sock?password=sekrit", "unix:///run/redis.sock"),
+        ("unix:/run/milvus.sock", "unix:/run/milvus.sock"),
+        ("me:sekrit@host:1", "***@host:1"),
+        ("localhost:8000", "localhost:8000"),
+        ("nonsense:sekrit", "***"),
+        ("redis://:sek/rit@host", "***"),
+        ("redis://me:1/sekrit@host", "***"),
+        ("redis://:sek?rit@host", "***"),
+        ("redis://:sekrit@[", "***"),
+        ("redis://me:sekrit@host:port", "***"),
+        ("", ""),
+    ],
+)
+def test_what_is_shown_of_an_address(url: str, text: str) -> None:
+    assert shown(url) == text
+
+
+def test_name_and_password_are_taken_apart() -> None:
+    assert apart("url", "http://me:a%40b@host:1/x?y=1") == ("http://host:1/x?y=1", "me:a@b")
+    assert apart("url", "http://host") == ("http://host", "")
+    for url in ("http://me:sek/rit@host", "http://[", "ftp://me:sekrit@host", "me:sekrit@host:1", "http://"):
+        with pytest.raises(ValueError, match=r"url is '.*', no http address") as caught:
+            checked_url("url", url)
+        assert "sek" not in str(caught.value)
