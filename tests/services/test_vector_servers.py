@@ -183,6 +183,22 @@ def test_a_server_that_ends_meanwhile(kind: str, tmp_path: Path) -> None:
             store.cleanup()  # type: ignore[attr-defined]
 
 
+def test_a_collection_that_another_program_removes_is_named(kind: str, servers: Servers) -> None:
+    """Whatever it is called: the authors of this one are no matter of the token."""
+    stores = [client(kind, servers.url(f"{kind} server"), collection="authors") for _ in range(2)]
+    for store in stores:
+        store.setup()  # type: ignore[attr-defined]
+    first, second = stores
+    first.upsert(ids_of(3), vectors_of(3))
+    assert first.count() == 3
+    assert second.drop("authors")
+    with pytest.raises(ServiceError, match="authors") as caught:
+        first.search(vectors_of(1)[0])
+    assert "token" not in str(caught.value)
+    for store in stores:
+        store.cleanup()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("host", ["inline", "process"])
 def test_a_server_of_the_same_job(kind: str, host: Any, tmp_path: Path) -> None:
     """It starts before the store and ends after it, and its data are there for the next job."""

@@ -41,6 +41,9 @@ MESSAGE_BYTES_MAX = 256 * 1024 * 1024
 STOP_S = 2.0
 """How long requests in hand may take when the server in this process is stopped."""
 
+NOT_ALLOWED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "1400", "1401")
+"""What gRPC and Milvus call a token that is not right, or that has no right to do what is asked."""
+
 OPERATORS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
 OPPOSITES = {"$lt": ">=", "$lte": ">", "$gt": "<=", "$gte": "<"}
 
@@ -241,14 +244,14 @@ class MilvusStore(VectorStore):
             cause = error.__cause__
             if isinstance(cause, grpc.RpcError):  # the library says of every reason alone that it cannot connect
                 raise self._refusal(cause.code().name, cause.details() or "", error) from error
-            code = "UNAVAILABLE" if self._is_unavailable(error) else ""
+            code = "UNAVAILABLE" if self._is_unavailable(error) else str(error.code)
             raise self._refusal(code, error.message, error) from error
 
     def _is_unavailable(self, error: Any) -> bool:
         return error.code == 2 or "UNAVAILABLE" in error.message or "DEADLINE_EXCEEDED" in error.message
 
     def _refusal(self, code: str, text: str, error: BaseException) -> ServiceError:
-        if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "auth" in text.lower():
+        if code in NOT_ALLOWED or "auth check failure" in text:
             return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
         if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
             return ServiceUnavailableError(f"{self._address} does not answer: {text}", fault="external")
