@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -60,7 +61,8 @@ class GivenCluster:
         self._cookie = secrets.token_hex(8)
         try:
             self._start(
-                "127.0.1.1", cpus_count, "--head", "--port", "0", "--include-dashboard", "false", "--no-monitor"
+                *("127.0.1.1", cpus_count, "head", "--head"),
+                *("--port", "0", "--include-dashboard", "false", "--no-monitor"),
             )
         except BaseException:
             self.end()
@@ -73,10 +75,10 @@ class GivenCluster:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
 
     def add_node(self, cpus_count: int = 2) -> Node:
-        """Start another node, which has an address of its own."""
+        """Start a second node, which has an address of its own."""
         host = f"127.0.1.{len(self.nodes) + 1}"
         # One log monitor serves all nodes of a machine.
-        return self._start(host, cpus_count, "--address", self.address, "--include-log-monitor", "false")
+        return self._start(host, cpus_count, "second", "--address", self.address, "--include-log-monitor", "false")
 
     def processes(self) -> set[Process]:
         found = carriers(self._cookie)
@@ -89,10 +91,10 @@ class GivenCluster:
         rmtree(self.folder)
         assert not left
 
-    def _start(self, host: str, cpus_count: int, *words: str) -> Node:
+    def _start(self, host: str, cpus_count: int, resource: str, *words: str) -> Node:
         """Start a node, again if it is not up within the 30 s that Ray gives it."""
         for _ in range(STARTS_MAX):
-            node, output = self._try(host, cpus_count, *words)
+            node, output = self._try(host, cpus_count, "--resources", json.dumps({resource: 8}), *words)
             if output is None:
                 self.nodes.append(node)
                 return node

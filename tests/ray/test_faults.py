@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ray_jobs import WAIT_S, Placed, Ticks, Told, ends, master_pid, wait_until
+from ray_nodes import known
 from recorded import Notes, Recorded
 
 import sage
@@ -21,14 +22,12 @@ from sage import (
     CleanupTimeoutError,
     JobError,
     JobErrorGroup,
-    MapFunction,
     Outcome,
     RemoteEnvironment,
     ServiceError,
     ServiceOptions,
-    SourceFunction,
 )
-from sage._runtime.processes import Process, process
+from sage._runtime.processes import process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,70 +35,6 @@ if TYPE_CHECKING:
     from ray_nodes import GivenCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
-
-WAIT_S = 30.0
-
-
-class Ticks(SourceFunction):
-    """Counts for ever, a little slowly."""
-
-    def __init__(self) -> None:
-        self._at = -1
-
-    def execute(self) -> int:
-        time.sleep(0.001)
-        self._at += 1
-        return self._at
-
-
-class Told(MapFunction):
-    """Says in which process it runs, and calls a service with each record."""
-
-    def __init__(self, path: Path, *services: str) -> None:
-        self._path = path
-        self._services = services
-
-    def open(self) -> None:
-        self._path.write_text(str(os.getpid()))
-
-    def execute(self, data: int) -> int:
-        for name in self._services:
-            self.call_service(name, data)
-        return data
-
-
-class Placed(Recorded):
-    """Says in which process it runs."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    due = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < due
-        threading.Event().wait(0.02)
-
-
-def known(pid: int) -> Process:
-    found = process(pid)
-    assert found is not None
-    return found
-
-
-def master_pid() -> int:
-    import ray._private.state as state
-
-    actors: dict[str, dict[str, Any]] = state.actors()
-    (pid,) = (
-        one["Pid"] for one in actors.values() if one["ActorClassName"] == "MasterActor" and one["State"] != "DEAD"
-    )
-    return int(pid)
-
-
-def ends(journal: Notes) -> list[str]:
-    return [line for line in journal if ".stop" in line or ".cleanup" in line]
 
 
 def running(address: str, journal: Notes, folder: Path) -> tuple[RemoteEnvironment, Any, list[int]]:
@@ -190,6 +125,8 @@ def test_a_killed_master_is_followed_by_one_that_cleans_up(ray_address: str, jou
 PROGRAM = """
 import sys, time
 from pathlib import Path
+from ray_jobs import WAIT_S, Placed, Ticks, Told, ends, master_pid, wait_until
+from ray_nodes import known
 from recorded import Notes, Recorded
 from sage import RemoteEnvironment, SourceFunction
 

@@ -8,6 +8,8 @@ import os
 import secrets
 import sys
 import threading
+import time
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from sage.errors import ServiceUnavailableError, describe, hint
 from sage.services.extras import load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sage._plan.logical import Place
     from sage._ray.orders import JobOrder, Part, SiteOrder
@@ -36,9 +38,18 @@ ORPHAN_STOP_S = 10.0
 """How long its end may take then."""
 
 STORE = b"sage"
+STORE_S = 5.0
+"""How long the cluster's store may take to answer."""
+
+WATCH_S = 1.0
+SILENT_S = 4.0
+"""After how long without an answer the cluster counts as lost."""
 
 LEAVE_S = 20.0
 """How long a master waits for the driver to take it away."""
+
+EXIT_S = 0.1
+"""How long a process that ends itself gives its answer to arrive."""
 
 CHILD_TERM_S = 0.2
 """How long what a killed process left behind may take to end by itself."""
@@ -62,7 +73,8 @@ class SiteActor:
         self._order = order
         self._attached = threading.Event()
         self._site = Site(
-            order.name, order.secret, _own_ip(), order.options, order.sites, self._load, self._master_lost
+            *(order.name, order.secret, _own_ip(), order.options, order.sites, self._load, self._master_lost),
+            answers={"exit": lambda: self._exit(cookie)},
         )
         logging.getLogger().setLevel(order.level)
         logging.getLogger().addHandler(Forward(Peer(order.driver, order.secret, {})))
@@ -70,6 +82,12 @@ class SiteActor:
     def began(self) -> Began:
         """Tell where it is."""
         return Began(self._site.listener.address, os.getpid(), _own_node())
+
+    def _exit(self, cookie: str) -> tuple[str, ...]:
+        """End what this process has left behind, and soon itself, where the cluster cannot."""
+        left = end_left(cookie)
+        threading.Timer(EXIT_S, os._exit, (1,)).start()
+        return left
 
     def _load(self, handles: Mapping[str, ServiceHandle[Any]]) -> Part:
         return unpickled(self._order.part, handles)
@@ -97,7 +115,7 @@ class MasterActor:
         memory = ClusterMemory(order.job)
         cluster = RayCluster(order.job, order.runtime_env)
         known = memory.read()
-        self._master = Master(order, cluster, memory, _own_ip(), self._over, known)
+        self._master = Master(order, cluster, memory, _own_ip(), self._over, self._followed, known)
         logging.getLogger("sage").setLevel(order.level)
         logging.getLogger("sage").addHandler(Forward(Peer(order.driver, order.secret, {})))
         self._ends_itself = order.ends_itself
@@ -109,10 +127,17 @@ class MasterActor:
         self._master.begin(orders)
         return Began(self._master.address, os.getpid(), _own_node())
 
+    def _followed(self) -> None:
+        """End at once: whatever this process did now would be done beside the master that followed it."""
+        log.error("master followed pid=%s, it was taken for dead and ends", os.getpid())
+        os._exit(1)
+
     def _over(self, is_told: bool) -> None:
         """Go, when the driver has had time to take this process away."""
         if self._ends_itself is not None and os.path.exists(self._ends_itself):
             os.unlink(self._ends_itself)
+        if self._master.is_cluster_lost:
+            os._exit(1)
         if is_told:
             threading.Event().wait(LEAVE_S)
         ray = load("ray", "ray")
@@ -122,7 +147,8 @@ class MasterActor:
 class ActorProcess:
     """One process of the cluster: an actor."""
 
-    def __init__(self, name: str, actor: Any, wanted: str, cookie: str) -> None:
+    def __init__(self, cluster: RayCluster, name: str, actor: Any, wanted: str, cookie: str) -> None:
+        self._cluster = cluster
         self._name = name
         self._actor = actor
         self._wanted = wanted
@@ -146,6 +172,8 @@ class ActorProcess:
 
     def kill(self) -> tuple[str, ...]:
         """End it by force, and what it left behind."""
+        if self._cluster.is_lost:
+            raise ServiceUnavailableError(f"{self._name} cannot be ended by a cluster that is lost")
         load("ray", "ray").kill(self._actor, no_restart=True)
         if not self._node:
             return ()
@@ -160,11 +188,32 @@ class RayCluster:
     Args:
         job: the id of the job, of which the names of its actors are made.
         runtime_env: what Ray prepares for its processes.
+
+    Attributes:
+        is_lost: whether it can neither start nor end processes any more.
     """
 
     def __init__(self, job: str, runtime_env: Mapping[str, Any] | None) -> None:
+        self.is_lost = False
         self._job = job
         self._runtime_env = runtime_env
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Have `on_lost` called once when Ray's control store (GCS) does not answer: a minute later Ray ends us all."""
+
+        def work() -> None:
+            answered_at = time.monotonic()
+            while (silent_s := time.monotonic() - answered_at) < SILENT_S:
+                try:
+                    _store().internal_kv_exists(STORE, STORE, timeout=WATCH_S)
+                    answered_at = time.monotonic()
+                except load("ray.exceptions", "ray").RayError as error:
+                    log.debug("cluster silent error=%s", describe(error))
+                threading.Event().wait(WATCH_S)
+            self.is_lost = True
+            on_lost(f"Ray's control store (GCS) does not answer for {silent_s:.0f} s")
+
+        threading.Thread(target=work, name="sage-cluster", daemon=True).start()
 
     def start(self, name: str, order: Any, place: Place, *, outlives_master: bool) -> ActorProcess:
         """Begin to start a process for a site and return it at once."""
@@ -182,7 +231,7 @@ class RayCluster:
         actor = load("ray", "ray").remote(SiteActor).options(**options).remote(order, cookie)
         wanted = {"CPU": place.num_cpus, "GPU": place.num_gpus, **dict(place.resources)}
         listed = ", ".join(f"{resource} {amount:g}" for resource, amount in wanted.items() if amount)
-        return ActorProcess(name, actor, listed or "nothing", cookie)
+        return ActorProcess(self, name, actor, listed or "nothing", cookie)
 
     def find(self, name: str, cookie: str) -> ActorProcess | None:
         """Return a process that an earlier master started and that outlives it, or None if it is gone."""
@@ -190,7 +239,7 @@ class RayCluster:
             actor = load("ray", "ray").get_actor(actor_name(self._job, name))
         except ValueError:
             return None
-        return ActorProcess(name, actor, "nothing", cookie)
+        return ActorProcess(self, name, actor, "nothing", cookie)
 
 
 class ClusterMemory:
@@ -198,21 +247,28 @@ class ClusterMemory:
 
     def __init__(self, job: str) -> None:
         self._key = f"sage/{job}".encode()
-        self._store = load("ray.experimental.internal_kv", "ray")
 
     def read(self) -> dict[str, Any] | None:
         """Return what was written last, or None."""
-        data = self._store._internal_kv_get(self._key, namespace=STORE)
+        data = _store().internal_kv_get(self._key, STORE, timeout=STORE_S)
         known: dict[str, Any] | None = None if data is None else json.loads(data)
         return known
 
     def write(self, known: dict[str, Any]) -> None:
         """Keep what is known, and return when it is kept."""
-        self._store._internal_kv_put(self._key, json.dumps(known).encode(), overwrite=True, namespace=STORE)
+        try:
+            _store().internal_kv_put(self._key, json.dumps(known).encode(), True, STORE, timeout=STORE_S)
+        except load("ray.exceptions", "ray").RayError as error:
+            raise ServiceUnavailableError(f"the cluster keeps nothing any more: {describe(error)}") from error
 
     def clear(self) -> None:
-        """Forget it."""
-        self._store._internal_kv_del(self._key, namespace=STORE)
+        """Forget it, if the cluster answers."""
+        with suppress(load("ray.exceptions", "ray").RayError):
+            _store().internal_kv_del(self._key, False, STORE, timeout=STORE_S)
+
+
+def _store() -> Any:
+    return load("ray.experimental.internal_kv", "ray").internal_kv_get_gcs_client()
 
 
 def actor_name(job: str, site: str) -> str:
@@ -233,7 +289,11 @@ def end_left(cookie: str) -> tuple[str, ...]:
 
 
 def end_left_at(node: str, cookie: str) -> tuple[str, ...]:
-    """End what a process of another machine, which was killed, has left behind there."""
+    """End what a process of another machine, which was killed, has left behind there.
+
+    Raises:
+        ServiceUnavailableError: nothing can be run there.
+    """
     ray = load("ray", "ray")
     strategies = load("ray.util.scheduling_strategies", "ray")
     there = strategies.NodeAffinitySchedulingStrategy(node, soft=False)
@@ -241,7 +301,7 @@ def end_left_at(node: str, cookie: str) -> tuple[str, ...]:
     try:
         left: tuple[str, ...] = ray.get(task.remote(cookie), timeout=LEAVE_S)
     except load("ray.exceptions", "ray").RayError as error:
-        return (f"node {node} cannot be looked at: {describe(error)}",)
+        raise ServiceUnavailableError(f"whatever is left on node {node}, which does not answer") from error
     return left
 
 

@@ -257,8 +257,10 @@ class DriverSupervisor:
         self.site.attach(master, epoch, addresses)
         peer = Peer(master, self._launch.secret, {})
         with self._lock:
-            self._master = peer
+            before, self._master = self._master, peer
             pending, self._pending = self._pending, []
+        if before is not None:
+            before.close()
         for request in pending:
             peer.ask(*request)
 
@@ -285,7 +287,9 @@ class DriverSupervisor:
         if self._sealed is not None:
             return
         with self._lock:
-            self._master = None
+            before, self._master = self._master, None
+        if before is not None:
+            before.close()
         self.site.cancel()
         epoch = self.site.epoch
         if self.site.wait_attached(epoch, NEXT_MASTER_S) or self._sealed is not None:
@@ -415,6 +419,9 @@ class Launch:
         name = actor_name(self.id, "master")
         options = {"name": name, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
         options["runtime_env"] = self._settings.runtime_env
+        # Beside the driver, so that the job depends on no machine more; one that follows it is started elsewhere.
+        node, strategies = ray.get_runtime_context().get_node_id(), load("ray.util.scheduling_strategies", "ray")
+        options["scheduling_strategy"] = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
         actor = ray.remote(MasterActor).options(**options).remote(order, name)
         exceptions = load("ray.exceptions", "ray")
         try:
@@ -425,8 +432,11 @@ class Launch:
         return actor
 
     def kill_master(self, actor: Any) -> None:
-        """Take the master away; Ray starts no other."""
-        load("ray", "ray").kill(actor, no_restart=True)
+        """Take the master away; Ray starts no other. A cluster that is lost does not answer, and is not waited for."""
+        ray = load("ray", "ray")
+        killing = threading.Thread(target=lambda: ray.kill(actor, no_restart=True), name="sage-kill", daemon=True)
+        killing.start()
+        killing.join(GONE_S)
 
     # --- behind it ---
 

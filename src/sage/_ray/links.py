@@ -23,8 +23,19 @@ KILL_SEEN_S = 5.0
 log = log_of("sage.dispatcher")
 
 
+class FollowedError(ServiceUnavailableError):
+    """The master that asks was taken for dead, and another one has followed it."""
+
+
 class SiteLink:
     """Leads to one site.
+
+    Args:
+        name: its name.
+        secret: what the processes of the job prove to each other.
+        lane: does what the site is told, in order.
+        on_gone: called when its process has ended that should not have, with why.
+        on_followed: called when the site follows another master, and does nothing for this one any more.
 
     Attributes:
         name: its name.
@@ -35,7 +46,14 @@ class SiteLink:
 
     bring_up: Callable[[], None]
 
-    def __init__(self, name: str, secret: bytes, lane: ThreadLane, on_gone: Callable[[SiteLink, str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        secret: bytes,
+        lane: ThreadLane,
+        on_gone: Callable[[SiteLink, str], None],
+        on_followed: Callable[[], None],
+    ) -> None:
         self.name = name
         self.pid: int | None = None
         self.peer: Peer | None = None
@@ -43,6 +61,8 @@ class SiteLink:
         self._secret = secret
         self._lane = lane
         self._on_gone = on_gone
+        self._on_followed = on_followed
+        self._epoch = 0
         self._lease: Lease | None = None
         self._is_up = threading.Event()
         self._is_gone = threading.Event()
@@ -91,6 +111,7 @@ class SiteLink:
     def attach(self, master: Address, epoch: int, addresses: dict[str, Address]) -> None:
         """Let the site follow this master; from then on it can be told what to do."""
         self.ask("attach", master, epoch, addresses)
+        self._epoch = epoch
         self._is_up.set()
 
     def give_up(self, why: str) -> None:
@@ -106,7 +127,10 @@ class SiteLink:
         if self.peer is None:
             raise ServiceUnavailableError(f"{self.name} is not there{self._reason()}")
         try:
-            return self.peer.ask(*request, timeout_s=timeout_s)
+            return self.peer.ask(*request if not self._epoch else ("from", self._epoch, *request), timeout_s=timeout_s)
+        except FollowedError:
+            self._on_followed()
+            raise
         except LinkClosedError:
             self._lost()  # whoever follows the site hears of it before the one who asked does
             raise ServiceUnavailableError(f"{self.name} is gone{self._reason()}") from None
@@ -136,13 +160,27 @@ class SiteLink:
         self._is_up.wait()
 
     def end(self) -> tuple[str, ...]:
-        """End the process by force, and return what it had left behind or what does not go, in words."""
+        """End the process by force, and return what it had left behind or what does not go, in words.
+
+        One that the cluster cannot end, as it takes its node for dead or is lost itself, is asked to end itself.
+        """
         with self._lock:
             self._is_ending = True
             process = self.process
         if self._lease is None:
             self._is_gone.set()
-        left = process.kill() if process is not None else ()
+        left: tuple[str, ...] = ()
+        unseen: tuple[str, ...] = ()
+        try:
+            left = process.kill() if process is not None else ()
+            self._is_gone.wait(KILL_SEEN_S)
+        except ServiceUnavailableError as error:
+            unseen = (str(error),)
+        if unseen or not self._is_gone.is_set():
+            try:
+                left = self.ask("exit", timeout_s=KILL_SEEN_S)
+            except (ServiceUnavailableError, TimeoutError):
+                left = unseen
         if not self._is_gone.wait(KILL_SEEN_S):
             left = (*left, f"process {self.pid} of {self.name} does not end")
         self._is_up.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -149,6 +150,7 @@ class Master:
         memory: where the master that follows this one finds what this one knows.
         ip: the address of this machine.
         on_over: called when nothing of the job is left but this process, with whether the driver knows.
+        on_followed: called when another master has followed this one, which was taken for dead.
         known: what the master before this one knew, or None for the first.
     """
 
@@ -159,6 +161,7 @@ class Master:
         memory: Memory,
         ip: str,
         on_over: Callable[[bool], None],
+        on_followed: Callable[[], None],
         known: dict[str, Any] | None = None,
     ) -> None:
         self._order = order
@@ -169,10 +172,12 @@ class Master:
         self._known: dict[str, Any] = {"epoch": self._epoch, "pid": os.getpid(), "services": {}}
         self._writing = threading.Lock()
         self._on_over = on_over
+        self._on_followed = on_followed
         self._began_at = time.monotonic()
         self._reason = ""
         self._orders: Mapping[str, Any] = {}
         self._is_driver_there = True
+        self.is_cluster_lost = False
         self._has_started = True
         self._own: dict[str, SiteLink] = {}
         self._backend = MasterBackend()
@@ -212,6 +217,7 @@ class Master:
         """Start everything, given the order of each site, or what stands for it in the cluster, by its name."""
         self._orders = orders
         self._memory.write(self._known)
+        self._cluster.watch(self._cluster_lost)
         self._listener.begin()
         self._dispatcher.supervisor.begin()
         threading.Thread(target=self._start_sites, name="sage-start", daemon=True).start()
@@ -221,6 +227,7 @@ class Master:
         assert self._before is not None
         log.error("master lost pid=%s, epoch %d takes over", self._before["pid"], self._epoch)
         self._memory.write({**self._before, "epoch": self._epoch, "pid": os.getpid()})
+        self._cluster.watch(self._cluster_lost)
         self._listener.begin()
 
         def reach(link: SiteLink, address: Address) -> None:
@@ -247,14 +254,15 @@ class Master:
     def _note(self, event: Event | HookEvent) -> None:
         """Tell the driver of an event, and keep what the next master would need of it."""
         self._links[DRIVER].tell("notice", event)
-        if isinstance(event, HookEvent):
-            if event.report.hook == "build" and event.report.outcome == "ok":
-                self._keep(event.service, hooks=sorted(self._host(event.service).hooks))
-        elif event.subject == "service" and event.after in SERVICE_TERMINAL:
-            self._keep(event.name, is_over=True)
+        with suppress(ServiceUnavailableError):  # of a cluster that is lost; another master will not come
+            if isinstance(event, HookEvent):
+                if event.report.hook == "build" and event.report.outcome == "ok":
+                    self._keep(event.service, hooks=sorted(self._host(event.service).hooks))
+            elif event.subject == "service" and event.after in SERVICE_TERMINAL:
+                self._keep(event.name, is_over=True)
 
     def _keep(self, service: str, *, is_over: bool = False, **facts: Any) -> None:
-        if self._before is not None:
+        if self._before is not None or self.is_cluster_lost:
             return  # what the first one wrote holds for all that follow
         with self._writing:
             services = self._known["services"]
@@ -278,7 +286,7 @@ class Master:
     # --- processes ---
 
     def _new_link(self, name: str) -> SiteLink:
-        return SiteLink(name, self._order.secret, self._backend.lane(name), self._gone)
+        return SiteLink(name, self._order.secret, self._backend.lane(name), self._gone, self._on_followed)
 
     def _start_sites(self) -> None:
         """Start the processes that run tasks, and let them know each other."""
@@ -356,6 +364,14 @@ class Master:
         for task in going:
             self._post(TaskEnded(task.name, TaskState.FAILED))
 
+    def _cluster_lost(self, why: str) -> None:
+        """End the job while its processes are still there, over the connections of its own."""
+        log.error("cluster lost why=%s", why)
+        self.is_cluster_lost = True
+        text = f'the cluster of job "{self._order.graph.name}" is lost: {why}'
+        error = hint(JobError(text, job=self._order.graph.name, fault="external"), "Is its head node up?")
+        self._post(TaskFailed(next(iter(self._dispatcher.supervisor.tasks), ""), error))
+
     # --- what others ask for ---
 
     def _event(self, event: TaskEvent, error: PackedError | None, counts: TaskCounts | None) -> None:
@@ -403,7 +419,8 @@ class Master:
         error = to_raise(report, ended.state.failures)
         if self._before is not None:
             report, error = after_loss(report, self._before["pid"], self._order.plan)
-        self._memory.clear()
+        if not self.is_cluster_lost:
+            self._memory.clear()
         states = {name: str(record.state) for name, record in ended.state.services.items()}
         sealed = pack_report(report, error)
         threading.Thread(target=self._hand_over, args=(sealed, states), name="sage-over", daemon=True).start()

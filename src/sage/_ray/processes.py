@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sage._plan.logical import Place
     from sage._ray.mesh import Address
 
@@ -40,7 +42,11 @@ class SiteProcess(Protocol):
         """
 
     def kill(self) -> tuple[str, ...]:
-        """End it by force, whatever it does, and what it left behind; return that in words. Does nothing twice."""
+        """End it by force, whatever it does, and what it left behind; return that in words. Does nothing twice.
+
+        Raises:
+            ServiceUnavailableError: the cluster cannot end it, or not look at what it left.
+        """
 
 
 class Memory(Protocol):
@@ -50,14 +56,21 @@ class Memory(Protocol):
         """Return what was written last, or None."""
 
     def write(self, known: dict[str, Any]) -> None:
-        """Keep what is known, and return when it is kept."""
+        """Keep what is known, and return when it is kept.
+
+        Raises:
+            ServiceUnavailableError: the cluster does not answer.
+        """
 
     def clear(self) -> None:
-        """Forget it."""
+        """Forget it, if the cluster answers."""
 
 
 class Cluster(Protocol):
     """Where processes of a job run."""
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Have `on_lost` called once, with why, when the cluster can neither start nor end processes any more."""
 
     def start(self, name: str, order: Any, place: Place, *, outlives_master: bool) -> SiteProcess:
         """Begin to start a process for a site and return it at once.

@@ -15,6 +15,7 @@ from sage._hosts.link import SILENT, LinkClosedError
 from sage._logs import forward, log_of
 from sage._ray.calls import RemoteCalls
 from sage._ray.errors import pack
+from sage._ray.links import FollowedError
 from sage._ray.mesh import Lease, Listener, Peer
 from sage._ray.orders import OperatorCounts, TaskCounts
 from sage._ray.streams import Outlet, take_in
@@ -89,6 +90,7 @@ class Site:
         self._peers: dict[Address, Peer] = {}
         self._outlets: dict[str, Outlet] = {}
         self._remote: list[RemoteCalls] = []
+        self._once: dict[tuple[str, int, str], Future[Any]] = {}
         self._lock = threading.Lock()
         self._attached = threading.Condition()
         self._over = threading.Event()
@@ -97,6 +99,7 @@ class Site:
         self._backend = ThreadsBackend()
         self._backend.supervisor = self._inside
         self._answers: dict[str, Callable[..., Any]] = {
+            "from": self._answer_master,
             "attach": self.attach,
             "task": self._task,
             "where": lambda task: self._backend.where(self.tasks[task]),
@@ -191,16 +194,23 @@ class Site:
     def _answer(self, kind: str, *request: Any) -> Any:
         return self._answers[kind](*request)
 
+    def _answer_master(self, epoch: int, kind: str, *request: Any) -> Any:
+        if epoch < self._epoch:
+            raise FollowedError(f'site "{self.name}" follows the master of epoch {self._epoch}')
+        return self._answer(kind, *request)
+
     def attach(self, master: Address, epoch: int, addresses: Mapping[str, Address]) -> None:
         """Do as this master says from now on; one that was taken for dead has an older epoch, and is refused."""
         with self._lock:
             if epoch <= self._epoch:
-                raise ServiceUnavailableError(f'site "{self.name}" follows the master of epoch {self._epoch}')
+                raise FollowedError(f'site "{self.name}" follows the master of epoch {self._epoch}')
             is_first = self._epoch == 0
             self._epoch = epoch
             before, self._lease = self._lease, None
             if before is not None:
                 before.end()
+            if self._master is not None:
+                self._master.close()
             self._master = Peer(master, self._secret, self.handles)
             self._lease = Lease(self._master, self._on_master_lost)
             self._addresses = dict(addresses)
@@ -219,8 +229,12 @@ class Site:
         host = self.hosts[service]
         if hook == "build":
             host.begin_at(incarnation)
-        ended: Future[Any] = Future()
-        host.run(hook, None if left_s is None else self._backend.now() + left_s, _set(ended))
+        with self._lock:
+            # A master that follows another one does not know which hooks have run, or run, for that one.
+            once = self._once.get((service, incarnation, hook)) if hook in ("stop", "cleanup") else None
+            ended = self._once[service, incarnation, hook] = once or Future()
+        if once is None:
+            host.run(hook, None if left_s is None else self._backend.now() + left_s, _set(ended))
         value = ended.result()
         # Hooks may return whatever they like; only these are asked for an answer.
         return value if hook in ("build", "drain") else None if hook not in ("ready", "health") else _truth(hook, value)
