@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from services.kept import output_of
 
 from sage import Cleanliness, LocalEnvironment, ServiceError, ServiceOptions, ServiceUnavailableError
 from sage.services.embedding_cache import MemoryCache, SqliteCache
@@ -29,7 +31,7 @@ ODD = ["", " ", "...", "\ud800", "\0", "数据流引擎", "x" * 3000, "word " * 
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
     with assert_clean(within_s=5.0, ignore=["shared memory *"]):
         yield
 
@@ -226,6 +228,52 @@ def test_a_cache_that_cannot_be_used_is_named(trouble: str, tmp_path: Path) -> N
     with pytest.raises(ServiceError, match=f"the embedding cache '{path}' cannot be used"):
         service.setup()
     service.cleanup()
+
+
+FULL = """
+import json, logging, resource, sys
+from sage.services.embeddings import HashingEmbeddings
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+service = HashingEmbeddings(256, cache_path=sys.argv[1])
+service.setup()
+service.embed([f"text {number}" for number in range(50)])
+print(service.describe()["cache"])
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+for number in range(20):
+    vectors = service.embed([f"{number} {other}" for other in range(50)])
+    assert vectors.shape == (50, 256)
+service.embed_one("19 1")
+print(service.describe()["cache"], service.measures()["cache_hits"].items)
+service.cleanup()
+"""
+
+
+def test_a_full_disk_fails_no_embedding(tmp_path: Path) -> None:
+    """It is said once, and what is computed from then on is kept in memory."""
+    path = tmp_path / "cache"
+    first, warning, after = output_of(FULL, str(path), folder=tmp_path)
+    assert first == str(path)
+    assert re.fullmatch(rf"WARNING embedding cache given up, .* path={path} error=OperationalError: .*", warning)
+    assert after == f"memory, as {path} failed 1"
+    with opened(HashingEmbeddings(256, cache_path=path)) as service:
+        service.embed([f"text {number}" for number in range(50)])
+        assert service.measures()["cache_hits"].items == 50
+
+
+def test_a_file_that_another_program_breaks_fails_no_embedding(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "cache"
+    with opened(Counted(cache_path=path)) as service:
+        expected = service.embed(["a"])
+        other = sqlite3.connect(path)
+        other.execute("DROP TABLE embeddings")
+        other.close()
+        for _ in range(2):
+            np.testing.assert_array_equal(service.embed(["a"]), expected)
+        assert service.batches == [["a"], ["a"]]
+    assert [f"path={path}" in text for text in caplog.messages] == [True]
 
 
 def test_vectors_of_another_length_are_computed_anew(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from sage.errors import ServiceError, describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 10.0
 """How long to wait for another process that writes into the same file."""
@@ -30,6 +33,10 @@ CREATE INDEX IF NOT EXISTS embeddings_by_use ON embeddings (model, used);
 
 class EmbeddingCache(Protocol):
     """Keeps vectors by key and drops those first that were not used for longest; any thread may call it."""
+
+    @property
+    def place(self) -> str:
+        """Where it keeps them, for people to read."""
 
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         """Return the vectors that are known, as bytes, by key."""
@@ -52,6 +59,11 @@ class MemoryCache:
         self._entries_max = entries_max
         self._vectors: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """Where it keeps them, for people to read."""
+        return "memory"
 
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         """Return the vectors that are known, as bytes, by key."""
@@ -82,6 +94,9 @@ class MemoryCache:
 class SqliteCache:
     """Keeps vectors in a file, for the next run too; several processes may use the same file.
 
+    Where the file fails later, as on a full disk, the log says so once, and vectors are kept in memory from then on:
+    nobody's work ends because something cannot be kept.
+
     Args:
         path: the file; it is made where it is missing, its folder is not.
         model: what computes the vectors. Those of other models in the same file are left alone.
@@ -97,6 +112,7 @@ class SqliteCache:
         self._entries_max = entries_max
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._instead: MemoryCache | None = None
         connection = None
         try:
             # Every statement runs under the lock, whichever thread runs it.
@@ -119,8 +135,39 @@ class SqliteCache:
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         """Return the vectors that are known, as bytes, by key."""
         wanted = list(keys)
+        with self._lock:
+            if self._instead is None:
+                try:
+                    return self._read(wanted)
+                except sqlite3.Error as error:
+                    self._instead = self._given_up(error)
+            return self._instead.get_many(wanted)
+
+    def put_many(self, vectors: Mapping[bytes, bytes]) -> None:
+        """Keep vectors, and drop those of this model that were not used for longest where there are too many."""
+        with self._lock:
+            if self._instead is None:
+                try:
+                    return self._write(vectors)
+                except sqlite3.Error as error:
+                    self._instead = self._given_up(error)
+            return self._instead.put_many(vectors)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    @property
+    def place(self) -> str:
+        """Where it keeps them, for people to read."""
+        return self._path if self._instead is None else f"memory, as {self._path} failed"
+
+    def _read(self, wanted: list[bytes]) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
-        with self._lock, closing(self._open().cursor()) as cursor, Transaction(cursor):
+        with closing(self._open().cursor()) as cursor, Transaction(cursor):
             for begin in range(0, len(wanted), KEYS_MAX):
                 some = wanted[begin : begin + KEYS_MAX]
                 marks = ",".join("?" * len(some))
@@ -130,9 +177,8 @@ class SqliteCache:
                 cursor.execute(f"UPDATE embeddings SET used = ? {where}", (self._next_use(cursor), self._model, *some))
         return found
 
-    def put_many(self, vectors: Mapping[bytes, bytes]) -> None:
-        """Keep vectors, and drop those of this model that were not used for longest where there are too many."""
-        with self._lock, closing(self._open().cursor()) as cursor, Transaction(cursor):
+    def _write(self, vectors: Mapping[bytes, bytes]) -> None:
+        with closing(self._open().cursor()) as cursor, Transaction(cursor):
             use = self._next_use(cursor)
             cursor.executemany(
                 "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)",
@@ -145,12 +191,15 @@ class SqliteCache:
                 (self._model, self._model, max(count - self._entries_max, 0)),
             )
 
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+    def _given_up(self, error: sqlite3.Error) -> MemoryCache:
+        """Close the file and return what takes its place."""
+        text = "embedding cache given up, vectors are kept in memory path=%s error=%s"
+        log.warning(text, self._path, describe(error))
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):  # what was open ends with the connection
+                connection.close()
+        return MemoryCache(self._entries_max)
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:

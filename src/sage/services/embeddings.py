@@ -56,7 +56,8 @@ class EmbeddingService(MeasuredService):
     Args:
         batch_max: how many texts the model is given at once.
         cache_entries_max: how many vectors are kept; 0 turns the cache off.
-        cache_path: an SQLite file that keeps them beyond the job, instead of memory.
+        cache_path: an SQLite file that keeps them beyond the job, instead of memory. Where it fails while the service
+            runs, the log says so once and memory takes its place.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class EmbeddingService(MeasuredService):
     def describe(self) -> Mapping[str, object]:
         """Return the settings."""
         where = "memory" if self._cache_path is None else str(self._cache_path)
+        if self._cache is not None:
+            where = self._cache.place
         return {
             **super().describe(),
             "model": self.name,
