@@ -6,6 +6,7 @@ and with `--keep FOLDER` index and conversation are there for the next one.
 """
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from sage import DeadLetter, LocalEnvironment, SageError, ServiceOptions
 from sage.rag.conversation import Converse
+from sage.rag.documents import Passage
 from sage.rag.generation import Answered, Generate
 from sage.rag.keywords import KeywordIndex
 from sage.rag.loaders import Files, Load
@@ -59,14 +61,14 @@ def register_index(env: LocalEnvironment, options: argparse.Namespace, folder: P
 
 
 def index(env: LocalEnvironment, docs: list[Path], services: Services) -> None:
-    """Read, split and store the documents. What cannot be read is named on standard error, and the rest goes on."""
+    """Read, split and store the documents. What is refused is named on standard error, and the rest goes on."""
     unread = env.dead_letters("unread")
     stored: list[str] = []
     (
         env.from_batch(Files, *docs, name="files")
         .flatmap(Load, name="load", on_error=unread)
         .flatmap(SplitByStructure, name="split")
-        .map_batches(Index(**services), max_records=64, name="index")
+        .map_batches(Index(**services, anew=True), max_records=64, name="index", on_error=unread)
         .sink(lambda passage: stored.append(passage.document), name="count")
     )
     unread.sink(complain, name="complain")
@@ -75,7 +77,9 @@ def index(env: LocalEnvironment, docs: list[Path], services: Services) -> None:
 
 
 def complain(letter: DeadLetter) -> None:
-    print(f"left out: {letter.error}", file=sys.stderr)
+    # Of a batch of passages that could not be stored, the error is one, so that each passage is named beside it.
+    name = f"{letter.value.id}: " if isinstance(letter.value, Passage) else ""
+    print(f"left out: {name}{letter.error}", file=sys.stderr)
 
 
 def converse(env: LocalEnvironment, options: argparse.Namespace, services: Services, folder: Path) -> Converse:
@@ -175,13 +179,24 @@ def parsed() -> argparse.Namespace:
 
 def notes_of(error: BaseException) -> Iterator[str]:
     """Yield what may help: the notes of an error, and of those that it came from."""
-    yield from getattr(error, "__notes__", ())
-    for cause in (error.__cause__, *getattr(error, "exceptions", ())):
-        if cause is not None:
-            yield from notes_of(cause)
+    # The errors of some libraries are causes of themselves.
+    found: list[BaseException | None] = [error]
+    for each in found:
+        if each is not None:
+            yield from getattr(each, "__notes__", ())
+            found += [cause for cause in (each.__cause__, *getattr(each, "exceptions", ())) if cause not in found]
+
+
+def show_warnings() -> None:
+    """Write what SAGE has to tell to standard error, such as that a store was not closed the last time."""
+    handler = logging.StreamHandler()
+    # An error is raised too, and told at the end.
+    handler.addFilter(lambda record: record.exc_info is None)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
 
 
 def main() -> None:
+    show_warnings()
     try:
         run(parsed())
     except SageError as error:
