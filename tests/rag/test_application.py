@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import pytest
+from rag.filled import is_filled
 from rag.small_pdf import pdf_of
 from stores import wait_for
 
@@ -316,15 +315,6 @@ def counts_in(kept: Path, store: str) -> str:
     words: list[str | Path] = [sys.executable, "-c", COUNT, kept, store]
     environment_ = environment(kept.parent)
     return subprocess.run(words, env=environment_, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def is_filled(path: Path) -> bool:
-    """Return whether a keyword index has anything in it."""
-    try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            return bool(database.execute("SELECT count(*) FROM keyword_entries").fetchone()[0])
-    except sqlite3.Error:
-        return False
 
 
 def test_ctrl_c_while_it_waits_for_a_question(docs: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rag.filled import is_filled
+from stores import wait_for
 
 from sage._control.cli import main
 
@@ -26,14 +28,17 @@ def new(*args: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def environment() -> dict[str, str]:
+    """Return an environment without the options that these tests are run with."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SAGE_", "PYTEST_"))}
+    return {**kept, "PYTHONPATH": str(ROOT / "src")}
+
+
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    # A new project knows nothing of the options that the tests around it are run with.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SAGE_", "PYTEST_"))}
-    environment["PYTHONPATH"] = str(ROOT / "src")
     return subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", *command],
         cwd=folder,
-        env=environment,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -56,7 +61,7 @@ def test_the_tests_of_a_new_project_pass(project: Path) -> None:
     assert made == FILES
     ended = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert ended.returncode == 0, ended.stdout
-    assert "4 passed" in ended.stdout
+    assert "5 passed" in ended.stdout
     assert not (project / "index").exists()
 
 
@@ -67,6 +72,21 @@ def test_a_new_project_answers(project: Path) -> None:
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout.startswith("3 passages\n\nWhere do I put my documents?\n")
         assert "[1] welcome.md#documents" in ended.stdout
+
+
+def test_a_new_project_tells_that_it_was_killed_while_it_indexed(project: Path) -> None:
+    for number in range(200):
+        (project / "docs" / f"more{number}.md").write_text(f"# Part {number}\n\nIt says {number}.\n" * 20, "utf-8")
+    with subprocess.Popen([sys.executable, "pipeline.py"], cwd=project, env=environment()) as program:
+        wait_for(lambda: is_filled(project / "index" / "words.db"), "a passage in the index")
+        program.kill()
+    for path in (project / "docs").glob("more*.md"):
+        path.unlink()
+    killed, ended = run(project, "pipeline.py"), run(project, "pipeline.py")
+    assert (killed.returncode, ended.returncode) == (0, 0)
+    assert "WARNING: file was not closed: what was being written then may be missing" in killed.stderr
+    assert killed.stdout.startswith("3 passages\n\nWhere do I put my documents?\n")
+    assert (ended.stdout, ended.stderr) == (killed.stdout, "")
 
 
 TOOLS = [
