@@ -35,6 +35,8 @@ from sage.services.sqlite_store import SqliteStore
 
 HERE = Path(__file__).resolve().parent
 EMBEDDINGS = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
+# Of keywords and vectors. Hashed vectors know only words, as keywords do, and less well, so that they count for less.
+WEIGHTS = {"hashing": (1.0, 0.06), "minilm": (1.0, 1.0)}
 
 # Two environments use the index, so the first one builds it and the last one cleans it up.
 SHARED = ServiceOptions(shared=True, concurrency=None)
@@ -91,7 +93,8 @@ def converse(env: LocalEnvironment, options: argparse.Namespace, services: Servi
         )
     else:
         llm = env.register_service("llm", ExtractiveLLM)
-    return Converse(Retrieve(options.top, **services), Generate(llm), memory, session=options.session)
+    retrieve = Retrieve(options.top, **services, weights=WEIGHTS[options.embeddings])
+    return Converse(retrieve, Generate(llm), memory, session=options.session)
 
 
 def show(answer: Answered) -> None:

@@ -1,13 +1,20 @@
 """Measure how well keywords, vectors and both fused find the passages that answer the labelled questions.
 
-Each line of questions.jsonl has a question, the id of the passage that answers it, and a quote from that passage. A
-label whose passage does not have its quote any more, because the text was changed, is left out and counted.
+Each line of questions.jsonl has a question, the document that answers it, and a quote: the passage that has the quote
+is the one to be found. A label is left out and counted if its quote is not in one passage of the document any more,
+because the text was changed.
+
+`--half` takes every other label: the weight of the vectors was chosen with the odd lines, so that the even ones show
+what it does to questions that it was not chosen for.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from ask import EMBEDDINGS, WEIGHTS
 
 from sage import LocalEnvironment, ProcessFunction
 from sage.rag.documents import Passage
@@ -16,34 +23,41 @@ from sage.rag.keywords import KeywordIndex
 from sage.rag.loaders import Files, Load
 from sage.rag.retrieval import Index, Question, Retrieve
 from sage.rag.splitters import SplitByStructure
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.minilm import MiniLMEmbeddings
 from sage.services.numpy_store import NumpyStore
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 MARK, MARK_END = "<!-- quality -->", "<!-- end of quality -->"
-EMBEDDINGS = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
+HALVES = {"odd": slice(0, None, 2), "even": slice(1, None, 2), "all": slice(None)}
+SHOWN = [("hashing", "all"), ("hashing", "even"), ("minilm", "all")]
+"""What stands on the page: embeddings, and lines of the labels."""
 
 
 class Ask(ProcessFunction):
     """Takes in the passages; when it has them all, emits the questions whose labels hold."""
 
-    def __init__(self, questions: Path) -> None:
-        self.questions = questions
-        self.texts: dict[str, str] = {}
+    def __init__(self, labels: list[dict[str, str]]) -> None:
+        self.labels = labels
+        self.texts: defaultdict[str, dict[str, str]] = defaultdict(dict)
 
     def execute(self, data: Passage) -> None:
-        self.texts[data.id] = " ".join(data.text.split())
+        self.texts[data.document][data.id] = " ".join(data.text.split())
 
     def finish(self) -> Iterator[Question]:
-        for line in self.questions.read_text(encoding="utf-8").splitlines():
-            label = json.loads(line)
-            if " ".join(label["quote"].split()) in self.texts.get(label["passage"], ""):
-                yield Question(label["question"], expected=frozenset([label["passage"]]))
+        for label in self.labels:
+            quote = " ".join(label["quote"].split())
+            found = frozenset(id_ for id_, text in self.texts[label["document"]].items() if quote in text)
+            if len(found) == 1:
+                yield Question(label["question"], expected=found)
 
 
-def measure(embeddings: str, k: int, questions: Path = HERE / "questions.jsonl") -> dict[str, Scores]:
+def labels_of(half: str) -> list[dict[str, str]]:
+    """Return the labels, or every other one."""
+    lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[HALVES[half]]]
+
+
+def measure(labels: list[dict[str, str]], embeddings: str, k: int, weights: tuple[float, float]) -> dict[str, Scores]:
     """Return the scores of each way to find passages."""
     scores: dict[str, Scores] = {}
     env = LocalEnvironment("measure retrieval")
@@ -55,12 +69,12 @@ def measure(embeddings: str, k: int, questions: Path = HERE / "questions.jsonl")
         .flatmap(Load, name="load")
         .flatmap(SplitByStructure, name="split")
         .map_batches(Index, keywords=keywords, vectors=vectors, embeddings=model, max_records=64, name="index")
-        .process(Ask, questions, name="ask")
+        .process(Ask, labels, name="ask")
     )
     ways = {
         "keywords": Retrieve(k, keywords=keywords),
         "vectors": Retrieve(k, vectors=vectors, embeddings=model),
-        "hybrid": Retrieve(k, keywords=keywords, vectors=vectors, embeddings=model),
+        "hybrid": Retrieve(k, keywords=keywords, vectors=vectors, embeddings=model, weights=weights),
     }
     for name, way in ways.items():
         found = asked.map_batches(way, max_records=64, name=name)
@@ -93,15 +107,21 @@ def put_into(page: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how well passages are found.")
     parser.add_argument("--embeddings", choices=EMBEDDINGS, default="minilm", help="what turns texts into vectors")
+    parser.add_argument("--half", choices=HALVES, default="all", help="which lines of the labels")
+    parser.add_argument("--weight", type=float, help="of the vectors, where keywords have 1; that of the application")
     parser.add_argument("--top", type=int, default=5, help="how many passages of each question count")
-    parser.add_argument("--page", type=Path, help="measure every embeddings, and put the tables into this page")
+    parser.add_argument("--page", type=Path, help="put tables of every embeddings into this page")
     options = parser.parse_args()
-    labels = len((HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines())
-    chosen = list(EMBEDDINGS) if options.page else [options.embeddings]
-    tables = {name: table(measure(name, options.top), labels, options.top) for name in chosen}
+    tables = []
+    for embeddings, half in SHOWN if options.page else [(options.embeddings, options.half)]:
+        labels = labels_of(half)
+        weights = WEIGHTS[embeddings] if options.weight is None else (1.0, options.weight)
+        scores = measure(labels, embeddings, options.top, weights)
+        lines = "" if half == "all" else f", {half} lines"
+        tables.append(f"`{EMBEDDINGS[embeddings].__name__}`{lines}, {table(scores, len(labels), options.top)}")
     if options.page:
-        put_into(options.page, "\n\n".join(f"`{EMBEDDINGS[name].__name__}`, {text}" for name, text in tables.items()))
-    print("\n\n".join(tables.values()))
+        put_into(options.page, "\n\n".join(tables))
+    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ LABELS = [json.loads(line) for line in (EXAMPLE / "questions.jsonl").read_text("
 
 def test_the_labels_are_whole() -> None:
     assert len(LABELS) >= 200
-    assert all(set(label) == {"question", "passage", "quote"} for label in LABELS)
+    assert all(set(label) == {"question", "document", "quote"} for label in LABELS)
     assert len({label["question"] for label in LABELS}) == len(LABELS)
 
 
@@ -362,29 +362,51 @@ def measured(*args: str) -> tuple[int, dict[str, tuple[float, float]]]:
     assert ended.returncode == 0, ended.stderr
     print(ended.stdout)
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", ended.stdout, re.MULTILINE)
-    return int(ended.stdout.split()[0]), {name: (float(found), float(rank)) for name, found, rank in rows}
+    return int(ended.stdout.split()[1]), {name: (float(found), float(rank)) for name, found, rank in rows}
 
 
-def test_the_labels_hold_and_keywords_find_passages() -> None:
-    questions, scores = measured("--embeddings", "hashing")
+LABELLED = """
+import json, sys
+from ask import Passage
+from measure import Ask
+label = {"question": "When?", "document": "a.md", "quote": "at  nine"}
+for texts in json.loads(sys.argv[1]):
+    asked = Ask([label])
+    for number, text in enumerate(texts):
+        asked.execute(Passage(f"a.md~{number}", text, "a.md"))
+        asked.execute(Passage(f"b.md~{number}", "at nine", "b.md"))
+    print(*(question.expected for question in asked.finish()))
+"""
+
+
+def test_a_label_holds_as_long_as_one_passage_has_its_quote(tmp_path: Path) -> None:
+    texts = [["at nine"], ["at ten", "it opens at\nnine."], ["at ten"], ["at nine", "at nine"], []]
+    words = [sys.executable, "-c", LABELLED, json.dumps(texts)]
+    ended = subprocess.run(words, env=environment(tmp_path, EXAMPLE), capture_output=True, text=True, check=False)
+    assert (ended.stdout.split("\n"), ended.stderr) == (
+        ["frozenset({'a.md~0'})", "frozenset({'a.md~1'})", "", "", "", ""],
+        "",
+    )
+
+
+EMBEDDINGS = [("hashing", 0.55), pytest.param("minilm", 0.65, marks=pytest.mark.slow)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("embeddings", "recall"), EMBEDDINGS)
+def test_both_ways_together_are_at_least_as_good_as_either(embeddings: str, recall: float) -> None:
+    questions, scores = measured("--embeddings", embeddings)
     assert questions >= 200
     assert list(scores) == ["keywords", "vectors", "hybrid"]
-    assert scores["keywords"][0] > 0.5
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_both_ways_together_are_at_least_as_good_as_either() -> None:
-    questions, scores = measured("--embeddings", "minilm")
-    assert questions >= 200
     for number in (0, 1):
         assert scores["hybrid"][number] >= max(scores["keywords"][number], scores["vectors"][number])
-    assert scores["hybrid"][0] > 0.65
+    assert scores["hybrid"][0] >= recall
 
 
-def test_the_page_shows_both_ways_together_as_at_least_as_good() -> None:
+@pytest.mark.parametrize("embeddings", ["HashingEmbeddings", "MiniLMEmbeddings"])
+def test_the_page_shows_both_ways_together_as_at_least_as_good(embeddings: str) -> None:
     page = (EXAMPLE.parents[1] / "docs" / "ready-made" / "rag.md").read_text("utf-8")
-    table = page.partition("`MiniLMEmbeddings`, ")[2].partition("<!-- end of quality -->")[0]
+    table = page.partition(f"`{embeddings}`, ")[2].partition("`")[0].partition("<!-- end of quality -->")[0]
     assert int(table.split()[0]) >= 200
     found = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
     rows = {name: (float(recall), float(rank)) for name, recall, rank in found}
