@@ -55,8 +55,8 @@ class Placed(Recorded):
         return os.getpid()
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    due = time.monotonic() + WAIT_S
+def wait_until(is_so: Callable[[], bool], within_s: float = WAIT_S) -> None:
+    due = time.monotonic() + within_s
     while not is_so():
         assert time.monotonic() < due
         threading.Event().wait(0.02)

@@ -45,13 +45,24 @@ class Node:
 class GivenCluster:
     """A cluster with a token, in a folder that is as short as Ray needs it.
 
+    Args:
+        cpus_count: how many processors each node has.
+        hosts: the addresses of the nodes.
+        inside: for each node, the words that run a command where it is to be.
+
     Attributes:
         address: host and port of its head.
         token_path: the file of its token.
         nodes: the head, and the nodes that were added, in order.
     """
 
-    def __init__(self, cpus_count: int = 2) -> None:
+    def __init__(
+        self,
+        cpus_count: int = 2,
+        hosts: tuple[str, ...] = ("127.0.1.1", "127.0.1.2"),
+        inside: tuple[tuple[str, ...], ...] = ((), ()),
+    ) -> None:
+        self._cpus_count, self._hosts, self._inside = cpus_count, hosts, inside
         self.folder = Path(tempfile.mkdtemp(prefix="sr"))
         self.token = secrets.token_hex(16)
         self.token_path = self.folder / "token"
@@ -60,10 +71,7 @@ class GivenCluster:
         self.nodes: list[Node] = []
         self._cookie = secrets.token_hex(8)
         try:
-            self._start(
-                *("127.0.1.1", cpus_count, "head", "--head"),
-                *("--port", "0", "--include-dashboard", "false", "--no-monitor"),
-            )
+            self._start("head", "--head", "--port", "0", "--include-dashboard", "false", "--no-monitor")
         except BaseException:
             self.end()
             raise
@@ -74,11 +82,10 @@ class GivenCluster:
         """What a driver has to have in its environment to be let in."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
 
-    def add_node(self, cpus_count: int = 2) -> Node:
+    def add_node(self) -> Node:
         """Start a second node, which has an address of its own."""
-        host = f"127.0.1.{len(self.nodes) + 1}"
         # One log monitor serves all nodes of a machine.
-        return self._start(host, cpus_count, "second", "--address", self.address, "--include-log-monitor", "false")
+        return self._start("second", "--address", self.address, "--include-log-monitor", "false")
 
     def processes(self) -> set[Process]:
         found = carriers(self._cookie)
@@ -91,10 +98,10 @@ class GivenCluster:
         rmtree(self.folder)
         assert not left
 
-    def _start(self, host: str, cpus_count: int, resource: str, *words: str) -> Node:
+    def _start(self, resource: str, *words: str) -> Node:
         """Start a node, again if it is not up within the 30 s that Ray gives it."""
         for _ in range(STARTS_MAX):
-            node, output = self._try(host, cpus_count, "--resources", json.dumps({resource: 8}), *words)
+            node, output = self._try("--resources", json.dumps({resource: 8}), *words)
             if output is None:
                 self.nodes.append(node)
                 return node
@@ -102,10 +109,12 @@ class GivenCluster:
             rmtree(self.folder / str(len(self.nodes)), ignore_errors=True)
         raise AssertionError(output)
 
-    def _try(self, host: str, cpus_count: int, *words: str) -> tuple[Node, str | None]:
+    def _try(self, *words: str) -> tuple[Node, str | None]:
         """Run `ray start`, and return the node and, if it failed, the output."""
-        command: list[str] = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", host, *words]
-        command += ["--temp-dir", str(self.folder / str(len(self.nodes))), "--num-cpus", str(cpus_count)]
+        host, inside = self._hosts[len(self.nodes)], self._inside[len(self.nodes)]
+        command: list[str] = [*inside, sys.executable, "-m", "ray.scripts.scripts", "start"]
+        command += ["--node-ip-address", host, *words]
+        command += ["--temp-dir", str(self.folder / str(len(self.nodes))), "--num-cpus", str(self._cpus_count)]
         command += ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "100000000"]
         command += ["--dashboard-agent-listen-port", "0", "--disable-usage-stats"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

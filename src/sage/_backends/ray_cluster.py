@@ -21,7 +21,7 @@ from sage.errors import AuthenticationError, JobError, ServerUnreachableError, h
 from sage.services.extras import load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 log = log_of("sage.cluster")
 
@@ -29,6 +29,7 @@ AUTO = "auto"
 """The word, Ray's own, for the cluster that RAY_ADDRESS names, else the one that runs on this machine."""
 
 REACH_TIMEOUT_S = 5.0
+SHUTDOWN_S = 10.0
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -202,9 +203,11 @@ class Connection:
     def _close(self) -> None:
         try:
             if self._is_ours:
-                ray = load("ray", "ray")
+                worker = load("ray._private.worker", "ray")
                 with _own_process_manners():
-                    ray.shutdown()
+                    if not within(SHUTDOWN_S, worker.shutdown):
+                        log.error("Ray does not let this process go, as the node that it is connected to stands still")
+                        atexit.unregister(worker.shutdown)  # which would keep the process from its exit
         finally:
             local, self._local = self._local, None
             try:
@@ -295,6 +298,14 @@ def _set_variable(name: str, value: str | None) -> None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
+
+
+def within(bound_s: float, work: Callable[[], object]) -> bool:
+    """Call what asks Ray, which may not answer, and return whether it came back in time; it is left alone then."""
+    working = threading.Thread(target=work, name="sage-ray", daemon=True)
+    working.start()
+    working.join(bound_s)
+    return not working.is_alive()
 
 
 @contextmanager

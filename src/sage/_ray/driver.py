@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from sage._backends.ray_cluster import within
 from sage._hosts.link import LinkClosedError
 from sage._logs import log_of
 from sage._ray.actors import MasterActor, actor_name
@@ -434,9 +435,7 @@ class Launch:
     def kill_master(self, actor: Any) -> None:
         """Take the master away; Ray starts no other. A cluster that is lost does not answer, and is not waited for."""
         ray = load("ray", "ray")
-        killing = threading.Thread(target=lambda: ray.kill(actor, no_restart=True), name="sage-kill", daemon=True)
-        killing.start()
-        killing.join(GONE_S)
+        within(GONE_S, lambda: ray.kill(actor, no_restart=True))
 
     # --- behind it ---
 
