@@ -87,7 +87,7 @@ def test_what_is_unknown_is_named(ray_address: str) -> None:
     env = RemoteEnvironment("unknown", address=ray_address)
     memory = env.register_service("memory", Sleeping)
     env.from_batch([1]).map(memory.recal).sink(abs)
-    with pytest.raises(GraphError, match='service "memory" has no method "recal"'):
+    with pytest.raises(GraphError, match='uses "recal" of service "memory", which it lacks'):
         env.submit(autostop=True)
 
     class Calls(MapFunction):
@@ -152,7 +152,7 @@ class Naps(MapFunction):
 
     def execute(self, data: tuple[int, float]) -> list[tuple[float, float]]:
         count, seconds = data
-        futures = [self.call_service_async("sleeping", seconds, method="nap") for _ in range(count)]
+        futures = [self.call_service_async("sleeping", seconds, method=Sleeping.nap.__name__) for _ in range(count)]
         return [future.result() for future in futures]
 
 
