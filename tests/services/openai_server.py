@@ -165,6 +165,14 @@ async def embeddings(request: Request) -> Response:
     return JSONResponse(answer)
 
 
+async def models(request: Request) -> Response:
+    return wrong_key(request) or JSONResponse({"object": "list", "data": [{"id": "chat", "object": "model"}]})
+
+
+async def forbidden(request: Request) -> Response:
+    return refused(403, "Missing scopes: api.model.read")
+
+
 async def seen(request: Request) -> Response:
     model = request.query_params["model"]
     times = asked[model]
@@ -183,6 +191,11 @@ app = Starlette(
             for base in ("/v1", "/open/v1")
             for path, endpoint in (("chat/completions", chat), ("embeddings", embeddings))
         ),
+        *(Route(f"{base}/models", models) for base in ("/v1", "/open/v1")),
+        # An address without a list of models; such as these there are.
+        Route("/bare/v1/chat/completions", chat, methods=["POST"]),
+        Route("/shy/v1/chat/completions", chat, methods=["POST"]),
+        Route("/shy/v1/models", forbidden),
         Route("/seen", seen),
         Route("/health", health),
     ]

@@ -127,6 +127,15 @@ def test_it_says_that_it_is_not_set_up(kind: Callable[..., EmbeddingService]) ->
     service.cleanup()
 
 
+def test_its_health_is_that_of_an_open_service(kind: Callable[..., EmbeddingService]) -> None:
+    service = kind()
+    for _ in range(2):
+        assert service.health() is False
+        with opened(service):
+            assert service.health() is True
+    assert service.health() is False
+
+
 def test_threads_get_the_same_vectors(kind: Callable[..., EmbeddingService]) -> None:
     with opened(kind(cache_entries_max=2)) as service, ThreadPoolExecutor(4) as threads:
         expected = service.embed(SENTENCES)

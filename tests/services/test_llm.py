@@ -83,6 +83,15 @@ def test_the_same_answer_comes_in_every_way() -> None:
     assert len(asyncio.run(pieces())) > 10
 
 
+def test_its_health_is_that_of_an_open_service() -> None:
+    llm = ExtractiveLLM()
+    assert llm.health() is False
+    llm.setup()
+    assert llm.health() is True
+    llm.cleanup()
+    assert llm.health() is False
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="sentences_max is 0"):
         ExtractiveLLM(sentences_max=0)

@@ -34,7 +34,6 @@ from sage import (
     ServiceStartError,
     ServiceTimeoutError,
     ServiceUnavailableError,
-    StopSignal,
 )
 from sage.services.endpoint import EndpointOptions
 from sage.services.llm import Answer, LLMService, Message
@@ -50,25 +49,9 @@ ELSEWHERE = ["shared memory *"]
 HASTY = EndpointOptions(timeout_s=0.5, backoff_s=(0.01, 0.02))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Return the address of a server that runs as a service of a job of its own."""
-    env = LocalEnvironment("server")
-    command = env.register_command("server", SERVER, ready=Http("/health"))
-    started, over = threading.Event(), threading.Event()
-
-    def wait() -> StopSignal:
-        started.set()
-        over.wait()
-        return StopSignal()
-
-    env.from_source(wait).sink(lambda _: None)
-    job = env.submit()
-    assert started.wait(30.0)
-    url: str = command.url
-    yield url
-    over.set()
-    assert job.wait().cleanliness is Cleanliness.CLEAN
+@pytest.fixture
+def server(model_server: str) -> str:
+    return model_server
 
 
 @pytest.fixture(autouse=True)

@@ -102,6 +102,10 @@ class EmbeddingService(MeasuredService):
         if cache is not None:
             cache.close()
 
+    def health(self) -> bool:
+        """Return whether it is set up."""
+        return self._cache is not None
+
     def describe(self) -> Mapping[str, object]:
         """Return the settings."""
         where = "memory" if self._cache_path is None else str(self._cache_path)

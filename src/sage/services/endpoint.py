@@ -35,6 +35,13 @@ OPENAI_VARIABLE = "OPENAI_API_KEY"
 RETRY_AFTER_MAX_S = 60.0
 """A server that wants more patience than this is not waited for."""
 
+HEALTH_TIMEOUT_S = 0.5
+"""Bound of asking a server whether it is there; a job gives a `health` at least 1 s."""
+
+REFUSED = (401, 403)
+AWAY = (502, 503, 504)
+"""What a proxy answers in place of a server that is not there."""
+
 CLOSE_TIMEOUT_S = 5.0
 """Bound of closing the connections of one event loop."""
 
@@ -68,6 +75,16 @@ class EndpointOptions:
             raise ValueError(f"concurrency_max is {self.concurrency_max}, but at least 1 request must be allowed")
         if min(self.backoff_s) < 0:
             raise ValueError(f"backoff_s is {self.backoff_s}, with a negative number of seconds")
+
+    @property
+    def patience_s(self) -> float:
+        """How long a server may be away, in seconds: the time-out of a request with all its pauses."""
+        return self.timeout_s + sum(self.pause_s(count) for count in range(1, self.retries_max + 1))
+
+    def pause_s(self, count: int) -> float:
+        """Return the longest pause after so many tries, in seconds."""
+        first_s, longest_s = self.backoff_s
+        return min(first_s * 2.0 ** min(count - 1, 30), longest_s)
 
 
 class Endpoint:
@@ -107,6 +124,8 @@ class Endpoint:
         self._closing: set[object] = set()
         self._key = ""
         self._password, self._basic = "", ""
+        self._answered_at = 0.0
+        self._is_accepted = False
         self.url = base_url if isinstance(base_url, str) else "not known yet"
         self.is_open = False
 
@@ -156,6 +175,8 @@ class Endpoint:
         # Retries are counted and bounded here, for threads and coroutines alike.
         self._settings = {"base_url": url, "max_retries": 0, "timeout": self._options.timeout_s}
         self._settings["api_key"] = self._key or "none"  # The client insists on one, and would look for it elsewhere.
+        self._answered_at = time.monotonic()
+        self._is_accepted = False
         self.is_open = True
         self._thread = LoopThread(f"requests to {self.shown_url}")
 
@@ -193,6 +214,35 @@ class Endpoint:
             return
         future = asyncio.run_coroutine_threadsafe(end(), loop)
         future.result(CLOSE_TIMEOUT_S)
+
+    def health(self) -> bool:
+        """Return whether the server can be asked.
+
+        It is asked for its models, within `HEALTH_TIMEOUT_S`. A server that is away for less than `patience_s` counts
+        as there, as requests wait for it as long; a key that is refused does not, unless a request with it has been
+        answered: it may be one that has no right to the list of models.
+        """
+        if not self.is_open:
+            return False
+        try:
+            status = self.run(self._status())
+        except ServiceUnavailableError:
+            return False
+        if status is None or status in AWAY:
+            return time.monotonic() - self._answered_at <= self._options.patience_s
+        self._answered_at = time.monotonic()
+        return self._is_accepted or status not in REFUSED
+
+    async def _status(self) -> int | None:
+        client = await self._of_loop()
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                answer = await client.models.with_raw_response.list(timeout=HEALTH_TIMEOUT_S, **self.headers)
+            return answer.status_code
+        except self._openai.APIStatusError as error:
+            return int(error.status_code)
+        except (self._openai.OpenAIError, TimeoutError):
+            return None
 
     # --- requests ---
 
@@ -241,7 +291,9 @@ class Endpoint:
         client = await self._of_loop()
         failure: Exception
         try:
-            return await send(client), None
+            answer = await send(client)
+            self._answered_at, self._is_accepted = time.monotonic(), True
+            return answer, None
         except (self._openai.OpenAIError, ValueError) as error:
             failure = error
         # Raised outside of the handler, so that the client's error, which holds the request and its key, stays behind.
@@ -311,8 +363,7 @@ class Tries:
         if not self._may_pass(failure) or self._count > options.retries_max or (asked_s or 0) > RETRY_AFTER_MAX_S:
             raise self.explained(failure)
         self._endpoint._on_retry()
-        first_s, longest_s = options.backoff_s
-        backoff_s = min(first_s * 2.0 ** min(self._count - 1, 30), longest_s)
+        backoff_s = options.pause_s(self._count)
         # Never earlier than the server asked for, and all at once neither.
         return random.uniform(0.5, 1.0) * backoff_s if asked_s is None else asked_s + random.uniform(0, 0.1) * asked_s
 

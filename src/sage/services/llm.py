@@ -158,6 +158,19 @@ class ExtractiveLLM(LLMService):
             raise ValueError(f"sentences_max is {sentences_max}, but an answer has at least 1 sentence")
         self._sentences_max = sentences_max
         self._unknown = unknown
+        self._is_open = False
+
+    def setup(self) -> None:
+        """Note that it is in use; it answers without, too."""
+        self._is_open = True
+
+    def cleanup(self) -> None:
+        """Note that it is not in use any more."""
+        self._is_open = False
+
+    def health(self) -> bool:
+        """Return whether it is set up."""
+        return self._is_open
 
     def describe(self) -> Mapping[str, object]:
         """Return the settings."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 class OpenAILLM(LLMService):
     """A chat model of a server that speaks the OpenAI protocol: OpenAI, vLLM, llama.cpp, Ollama and many others.
 
+    Its `health` asks the server for the list of its models. A server without one is as good as others; one that is away
+    counts as healthy for as long as a request would wait for it, `EndpointOptions.patience_s`; a key that is refused
+    does not, unless a request has been answered with it.
+
     Args:
         model: the model's name, as the server calls it.
         base_url: the server's address up to and with the version; of a service that is a command, `handle.url`. A name
@@ -76,6 +80,10 @@ class OpenAILLM(LLMService):
     def cleanup(self) -> None:
         """Close the connections."""
         self._endpoint.close()
+
+    def health(self) -> bool:
+        """Return whether the server can be asked, which takes half a second at most."""
+        return self._endpoint.health()
 
     def describe(self) -> Mapping[str, object]:
         """Return the settings, without the key."""
@@ -307,6 +315,10 @@ class OpenAIEmbeddings(EmbeddingService):
             self._endpoint.close()
         finally:
             super().cleanup()
+
+    def health(self) -> bool:
+        """Return whether the server can be asked, as that of `OpenAILLM` does."""
+        return super().health() and self._endpoint.health()
 
     def describe(self) -> Mapping[str, object]:
         """Return the settings, without the key."""
