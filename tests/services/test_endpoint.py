@@ -17,7 +17,7 @@ from sage import ServiceError, ServiceUnavailableError
 from sage.services.endpoint import Endpoint, EndpointOptions, Tries
 from sage.services.secret import Secret
 
-REQUEST = httpx.Request("POST", "http://127.0.0.1:1/v1/chat/completions")
+REQUEST: Any = httpx.Request("POST", "http://127.0.0.1:1/v1/chat/completions")
 DRAWS = 200
 
 
@@ -40,7 +40,7 @@ def lost() -> Exception:
 
 
 def limited(**headers: str) -> Exception:
-    response = httpx.Response(429, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    response: Any = httpx.Response(429, headers={name.replace("_", "-"): value for name, value in headers.items()})
     response.request = REQUEST
     return openai.RateLimitError("too many", response=response, body=None)
 
