@@ -103,6 +103,7 @@ def test_a_program_that_is_killed_loses_at_most_the_batch_in_flight(
     with kept.opened(collection="default") as store:
         assert store.count() == sum(counts) + 3
     assert "closed" not in caplog.text
+    assert not (kept.path / "LOCK").exists()
 
 
 def test_a_program_that_is_killed_while_it_writes_the_same_again_loses_at_most_that_batch(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from contextlib import suppress
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import KEPT, Place, ids_of, vectors_of
+from stores import KEPT, Place, ids_of, vectors_of, wait_for
 from wheres import metadatas, reference, wheres
 
 from sage import LocalEnvironment, ServiceOptions
@@ -378,6 +381,42 @@ def test_it_opens_again_with_everything(place: Place) -> None:
         place.opened(metric="l2"),
     ):
         pass
+
+
+DATA = {
+    "sqlite": ["store.db"],
+    "chroma": ["store.db/chroma.sqlite3", "store.db/????????-*/*.bin"],
+    "milvus": ["store.db/collections/*"],
+}
+"""The files that are data, by the kind of store; beside them none may be left."""
+
+
+def threads_and_descriptors() -> set[tuple[str, str]]:
+    """Return those of this process by their numbers, also the threads that Python does not know."""
+    found = {("thread", name) for name in os.listdir("/proc/self/task")}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one that the folder is read with
+            found.add((f"descriptor {name}", os.readlink(f"/proc/self/fd/{name}")))
+    return found
+
+
+def test_nothing_is_left_but_its_data(place: Place) -> None:
+    """From the second opening on: what libraries keep from their first use on is in the docstrings of the stores."""
+    after: list[set[tuple[str, str]]] = []
+    for turn in range(4):
+        with place.opened() as store:
+            fill(store)
+            store.search(vectors_of(1)[0])
+            store.delete(["id7"])
+        if place.kind in KEPT:
+            left = [path.relative_to(place.path.parent).as_posix() for path in place.path.parent.rglob("*")]
+            files = [name for name in left if not (place.path.parent / name).is_dir()]
+            data = [name for name in files if any(fnmatch(name, pattern) for pattern in DATA[place.kind])]
+            assert sorted(files) == sorted(data)
+            assert data
+        if turn > 1:
+            wait_for(lambda: threads_and_descriptors() <= after[-1], "the end of threads and connections")
+        after.append(threads_and_descriptors())
 
 
 @pytest.mark.parametrize("host", ["inline", "process"])

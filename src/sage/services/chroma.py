@@ -79,9 +79,9 @@ class ChromaStore(VectorStore):
     texts, and a `$not` around a comparison by order, is done here and reads the metadata of the whole collection.
     An entry that takes the place of another one is removed and stored again, as Chroma would mix the two.
 
-    Embedded, a folder is for one store at a time. The library keeps a pair of sockets for the life of the process from
-    the first use on, and a process must not be forked while a store is open: run it with `host="process"` where that
-    matters.
+    Embedded, a folder is for one store at a time. The library keeps two threads of its own, which Python does not list,
+    and a pair of sockets for the life of the process from the first use on, and a process must not be forked while a
+    store is open: with `host="process"`, all of that ends with the service.
 
     Args:
         path: the folder of an embedded Chroma, which is made if it is not there.

@@ -38,6 +38,9 @@ THREADS_MAX = 10
 MESSAGE_BYTES_MAX = 256 * 1024 * 1024
 """How many requests the server in this process answers at once, and how long one may be: as a Milvus server does."""
 
+LOCK = "LOCK"
+"""The file that Milvus Lite holds while it has a folder open, and leaves there."""
+
 STOP_S = 2.0
 """How long requests in hand may take when the server in this process is stopped."""
 
@@ -55,9 +58,10 @@ class MilvusStore(VectorStore):
     objects `number`, `text` and `bool`, so that values of different kinds are never compared. Documents have at most
     65,535 bytes.
 
-    Milvus Lite is for one store at a time. It listens on a port of 127.0.0.1 while it is open; its library gRPC keeps
-    some descriptors for the life of the process from the first use on. What was written since the last search is made
-    searchable by the next one, so write in batches and search in batches.
+    Milvus Lite is for one store at a time. It listens on a port of 127.0.0.1 while it is open. Its libraries keep four
+    threads of their own, which Python does not list, and a few descriptors for the life of the process from the first
+    use on; with `host="process"` they end with the service. What was written since the last search is made searchable
+    by the next one, so write in batches and search in batches.
 
     Args:
         path: the folder of Milvus Lite, which is made if it is not there.
@@ -139,6 +143,7 @@ class MilvusStore(VectorStore):
             self._end()
         finally:
             if folder is not None:
+                folder.discard(LOCK)
                 folder.close()
 
     def health(self) -> bool:

@@ -42,6 +42,12 @@ class OpenFolder:
             os.close(self._descriptor)
             raise
 
+    def discard(self, name: str) -> None:
+        """Remove the lock file that a library leaves in the folder, unless another program holds it past this lock."""
+        with suppress(OSError), open(os.path.join(self.path, name), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(file.name)
+
     def close(self) -> None:
         """Let the folder go. Call it once, after everything in it is closed."""
         with suppress(FileNotFoundError):
