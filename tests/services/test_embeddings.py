@@ -172,6 +172,11 @@ def test_the_model_gets_each_text_once_in_bounded_batches() -> None:
         np.testing.assert_array_equal(vectors[1], vectors[3])
         service.embed(["a", "e"])
         assert service.batches[2:] == [["e"]]
+        with pytest.raises(TypeError):
+            service.embed("one text")
+        measures = service.measures()
+    assert (measures["embed"].calls, measures["embed"].errors, measures["embed"].items) == (3, 1, 9)
+    assert (measures["encode"].calls, measures["encode"].items, measures["encode"].batch_max) == (3, 5, 2)
 
 
 def test_without_a_cache_everything_is_computed() -> None:

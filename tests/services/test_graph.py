@@ -339,3 +339,19 @@ def test_it_measures_and_describes_itself(family: GraphStore, tmp_path: Path) ->
     assert (measures["put_many"].calls, measures["put_many"].items) == (1, 12)
     assert measures["neighbours"].calls == 1
     assert family.describe() == {"service": "GraphStore", "path": str(tmp_path / "graph.db")}
+
+
+def test_calls_that_are_refused_are_counted(family: GraphStore) -> None:
+    wrong: Any = 5
+    with pytest.raises(TypeError, match="the id 5"):
+        family.put_node(wrong)
+    with pytest.raises(ValueError, match="hops"):
+        family.subgraph("ann", hops=-1)
+    with pytest.raises(ValueError, match="direction"):
+        family.shortest_path("ann", "eve", direction=wrong)
+    with pytest.raises(KeyError, match="zoe"):
+        family.neighbours("zoe")
+    measures = family.measures()
+    assert (measures["put_many"].calls, measures["put_many"].errors, measures["put_many"].items) == (2, 1, 13)
+    for name in ("subgraph", "shortest_path", "neighbours"):
+        assert (measures[name].calls, measures[name].errors) == (1, 1)

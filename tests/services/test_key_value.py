@@ -218,10 +218,29 @@ class TestContract:
             "put_many": (1, 2, 0),
             "put": (1, 1, 0),
             "get": (1, 1, 0),
+            "increment": (1, 1, 1),
         }
         described = store.describe()
         assert described["service"] == type(store).__name__
         assert PASSWORD not in str(described)
+
+
+def test_calls_that_are_refused_are_counted(store: KeyValueStore) -> None:
+    wrong: Any = 5
+    for call in (store.get, store.delete, store.keys):
+        with pytest.raises(TypeError):
+            call(wrong)
+    with pytest.raises(TypeError):
+        store.get_many([wrong])
+    with pytest.raises(TypeError):
+        store.put(wrong, 1)
+    with pytest.raises(ValueError, match="ttl_s is -1"):
+        store.put_many({"a": 1, "b": 2}, ttl_s=-1)
+    measures = store.measures()
+    assert {name: (found.calls, found.errors) for name, found in measures.items()} == dict.fromkeys(
+        ["delete", "get", "get_many", "keys", "put", "put_many"], (1, 1)
+    )
+    assert measures["put_many"].items == 2
 
 
 def circle() -> list[Any]:

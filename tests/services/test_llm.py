@@ -99,6 +99,15 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ExtractiveLLM().generate(" \n")
 
 
+def test_a_prompt_that_is_refused_is_counted() -> None:
+    llm = ExtractiveLLM()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm.generate("")
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        next(llm.stream("hi", max_tokens=0))
+    assert (llm.measures()["generate"].calls, llm.measures()["generate"].errors) == (2, 2)
+
+
 @pytest.mark.slow
 def test_it_serves_a_job(host: Any) -> None:
     env = LocalEnvironment("answers")

@@ -589,6 +589,25 @@ class TestBadInput:
         assert not memory.health()
 
 
+def test_calls_that_are_refused_are_counted(tmp_path: Path) -> None:
+    with opened(tmp_path / "memory.db") as memory:
+        with pytest.raises(ValueError, match="blank"):
+            memory.recall(" ")
+        with pytest.raises(ValueError, match="blank"):
+            memory.remember_many(["a", " "])
+        with pytest.raises(ValueError, match="importance"):
+            memory.add_turn("user", "a", importance=2)
+        with pytest.raises(ValueError, match="negative"):
+            memory.turns(turns_max=-1)
+        with pytest.raises(ValueError, match="nothing in particular"):
+            memory.forget()
+        with pytest.raises(ServiceError, match="cannot be read"):
+            memory.import_(tmp_path / "none")
+        assert {name: (found.calls, found.errors) for name, found in memory.measures().items()} == dict.fromkeys(
+            ["add_turn", "forget", "import_", "recall", "remember", "turns"], (1, 1)
+        )
+
+
 def test_it_measures_and_describes_itself(tmp_path: Path) -> None:
     with opened(tmp_path / "memory.db") as memory:
         memory.remember_many(["a", "b"])

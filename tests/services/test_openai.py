@@ -435,12 +435,14 @@ def test_the_key_of_openai_goes_nowhere_else(server: str, monkeypatch: pytest.Mo
         ("hi", {"stop": [3]}, TypeError, "stop has 3"),
     ],
 )
-@pytest.mark.parametrize("way", ["generate", "astream"])
-def test_what_cannot_be_asked_is_refused(
+@every_way
+def test_what_cannot_be_asked_is_refused_and_counted(
     server: str, way: str, prompt: Any, settings: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
-    with opened(llm_of(server)) as llm, pytest.raises(kind, match=text):
-        ask(llm, way, prompt, **settings)
+    with opened(llm_of(server)) as llm:
+        with pytest.raises(kind, match=text):
+            ask(llm, way, prompt, **settings)
+        assert (llm.measures()[way].calls, llm.measures()[way].errors) == (1, 1)
 
 
 @pytest.mark.parametrize(

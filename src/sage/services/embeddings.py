@@ -127,11 +127,14 @@ class EmbeddingService(MeasuredService):
             TypeError: `texts` is one string, or one of them is no string; it is named.
             ServiceError: the model gave something else than a vector for each text.
         """
-        found = texts_of(texts)
-        with self.measured("embed", len(found)):
+        with self.measured("embed") as call:
+            found = texts_of(texts)
+            call.items = len(found)
             rows = Rows(self, found)
             for batch in rows.batches():
-                rows.fill(batch, self._encode(list(batch.values())))
+                with self.measured("encode", len(batch)):
+                    encoded = self._encode(list(batch.values()))
+                rows.fill(batch, encoded)
             return rows.array()
 
     def embed_one(self, text: str) -> Vectors:
@@ -141,11 +144,14 @@ class EmbeddingService(MeasuredService):
 
     async def aembed(self, texts: Sequence[str]) -> Vectors:
         """Return what `embed` does, and let other coroutines go on meanwhile."""
-        found = texts_of(texts)
-        with self.measured("aembed", len(found)):
+        with self.measured("aembed") as call:
+            found = texts_of(texts)
+            call.items = len(found)
             rows = Rows(self, found)
             for batch in rows.batches():
-                rows.fill(batch, await self._aencode(list(batch.values())))
+                with self.measured("encode", len(batch)):
+                    encoded = await self._aencode(list(batch.values()))
+                rows.fill(batch, encoded)
             return rows.array()
 
     def process(self, text: str) -> Vectors:

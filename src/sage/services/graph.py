@@ -152,16 +152,15 @@ class GraphStore(MeasuredService):
         Raises:
             TypeError: an id is no string, or a property is nothing that JSON can hold; nothing was added then.
         """
-        node_rows = [(checked_text("id", node.id), _text(node.id, node.properties)) for node in nodes]
-        edge_rows = [
-            (
-                *(checked_text("source", edge.source), checked_text("target", edge.target)),
-                *(checked_text("relation", edge.relation), _text(f"{edge.source} -> {edge.target}", edge.properties)),
-            )
-            for edge in edges
-        ]
+        with self.measured("put_many") as call:
+            node_rows = [(checked_text("id", node.id), _text(node.id, node.properties)) for node in nodes]
+            edge_rows = [_edge_row(edge) for edge in edges]
+            call.items = len(node_rows) + len(edge_rows)
+            self._put(node_rows, edge_rows)
+
+    def _put(self, node_rows: list[tuple[str, str]], edge_rows: list[tuple[str, str, str, str]]) -> None:
         ends = [(name,) for source, target, _, _ in edge_rows for name in (source, target)]
-        with self.measured("put_many", len(node_rows) + len(edge_rows)), self._graph() as graph:
+        with self._graph() as graph:
             with self._file.writing() as connection:
                 connection.executemany(PUT_NODE, node_rows)
                 connection.executemany("INSERT OR IGNORE INTO graph_nodes (id, properties) VALUES (?, '{}')", ends)
@@ -275,9 +274,9 @@ class GraphStore(MeasuredService):
             KeyError: one of the nodes is not there.
             ValueError: a length on the way is no number, or negative.
         """
-        if direction not in ("out", "both"):
-            raise ValueError(f'direction is {short(direction)}, not "out" or "both"')
         with self.measured("shortest_path"), self._graph() as graph:
+            if direction not in ("out", "both"):
+                raise ValueError(f'direction is {short(direction)}, not "out" or "both"')
             _known(graph, source)
             _known(graph, target)
             walked = graph if direction == "out" else graph.to_undirected(as_view=True)
@@ -301,9 +300,10 @@ class GraphStore(MeasuredService):
             KeyError: the node is not there.
             ValueError: `hops` is negative, `nodes_max` is below 1, or the direction is none of the three.
         """
-        if hops < 0 or nodes_max < 1:
-            raise ValueError(f"subgraph needs hops of at least 0 and nodes_max of at least 1, not {hops}, {nodes_max}")
         with self.measured("subgraph"), self._graph() as graph:
+            if hops < 0 or nodes_max < 1:
+                text = f"subgraph needs hops of at least 0 and nodes_max of at least 1, not {hops}, {nodes_max}"
+                raise ValueError(text)
             found = {_known(graph, node): None}  # a dict, as it keeps the order of the distances
             border = [node]
             is_cut = False
@@ -354,6 +354,11 @@ PUT_EDGE = (
 
 def _text(name: str, properties: Mapping[str, Any]) -> str:
     return json_text(name, dict(properties))
+
+
+def _edge_row(edge: Edge) -> tuple[str, str, str, str]:
+    source, target = checked_text("source", edge.source), checked_text("target", edge.target)
+    return source, target, checked_text("relation", edge.relation), _text(f"{source} -> {target}", edge.properties)
 
 
 def _copy(properties: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,17 +43,18 @@ class KeyValueStore(MeasuredService):
         Raises:
             TypeError: the key is no string.
         """
-        checked_text("key", key)
         with self.measured("get"):
+            checked_text("key", key)
             found = self._get_many([key])
-        return json_value(key, found[key]) if key in found else default
+            return json_value(key, found[key]) if key in found else default
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """Return the values of those of the keys that are there."""
-        wanted = [checked_text("key", key) for key in _no_string("get_many", keys)]
-        with self.measured("get_many", len(wanted)):
+        with self.measured("get_many") as call:
+            wanted = [checked_text("key", key) for key in _no_string("get_many", keys)]
+            call.items = len(wanted)
             found = self._get_many(wanted)
-        return {key: json_value(key, text) for key, text in found.items()}
+            return {key: json_value(key, text) for key, text in found.items()}
 
     def put(self, key: str, value: Any, *, ttl_s: float | None = None) -> None:
         """Set the value of a key, and its time to live; an earlier one of either is gone.
@@ -67,24 +68,23 @@ class KeyValueStore(MeasuredService):
             TypeError: the key is no string, or the value cannot be written as JSON.
             ValueError: the time to live is not above 0.
         """
-        entries = {checked_text("key", key): json_text(key, value)}
-        checked_ttl(ttl_s)
         with self.measured("put"):
-            self._put_many(entries, ttl_s)
+            entries = {checked_text("key", key): json_text(key, value)}
+            self._put_many(entries, checked_ttl(ttl_s))
 
     def put_many(self, entries: Mapping[str, Any], *, ttl_s: float | None = None) -> None:
         """Set the values of several keys at once, all of them with the same time to live."""
-        texts = {checked_text("key", key): json_text(key, value) for key, value in entries.items()}
-        checked_ttl(ttl_s)
-        with self.measured("put_many", len(texts)):
+        with self.measured("put_many") as call:
+            texts = {checked_text("key", key): json_text(key, value) for key, value in entries.items()}
+            call.items = len(texts)
+            checked_ttl(ttl_s)
             if texts:
                 self._put_many(texts, ttl_s)
 
     def delete(self, key: str) -> bool:
         """Remove a key, and return whether it was there."""
-        checked_text("key", key)
         with self.measured("delete"):
-            return self._delete(key)
+            return self._delete(checked_text("key", key))
 
     def increment(self, key: str, by: int = 1) -> int:
         """Add to the whole number of a key and return the sum; a key that is not there counts as 0.
@@ -95,19 +95,18 @@ class KeyValueStore(MeasuredService):
             TypeError: the value, or `by`, is no whole number.
             OverflowError: the sum does not fit into 64 bits.
         """
-        checked_text("key", key)
-        if type(by) is not int:
-            raise TypeError(f"increment({short(key)}) by {short(by)}, which is no whole number")
-        if not COUNTER_MIN <= by <= COUNTER_MAX:
-            raise counter_overflow(key, by)
         with self.measured("increment"):
+            checked_text("key", key)
+            if type(by) is not int:
+                raise TypeError(f"increment({short(key)}) by {short(by)}, which is no whole number")
+            if not COUNTER_MIN <= by <= COUNTER_MAX:
+                raise counter_overflow(key, by)
             return self._increment(key, by)
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, in order."""
-        checked_text("key", prefix)
         with self.measured("keys"):
-            return self._keys(prefix)
+            return self._keys(checked_text("key", prefix))
 
     def count(self) -> int:
         """Return how many keys there are."""

@@ -188,10 +188,10 @@ class ExtractiveLLM(LLMService):
 
         The answer does not depend on `temperature`: nothing is drawn here.
         """
-        messages = conversation_of(prompt)
-        stops = stops_of(stop)
-        checked_tokens(max_tokens)
         with self.measured("generate"):
+            messages = conversation_of(prompt)
+            stops = stops_of(stop)
+            checked_tokens(max_tokens)
             context, question = parts_of(messages)
             text = " ".join(best_of(sentences_of(context), question, self._sentences_max)) or self._unknown
             for word in stops:

@@ -62,6 +62,19 @@ class Tally:
         return Measure(self.calls, self.errors, self.items, self.batch_max, p50_s, p95_s, p99_s)
 
 
+class Call:
+    """A call that is measured.
+
+    Attributes:
+        items: how many items it is given; set it where that is known only after a look at them.
+    """
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+
 class MeasuredService(BaseService):
     """A service that measures its methods and describes itself; the ready-made services derive from it.
 
@@ -87,17 +100,18 @@ class MeasuredService(BaseService):
         return True
 
     @contextmanager
-    def measured(self, method: str, items: int = 1) -> Iterator[None]:
-        """Measure what runs inside as one call.
+    def measured(self, method: str, items: int = 1) -> Iterator[Call]:
+        """Measure what runs inside as one call; checks of what it is given belong inside, as they may refuse it.
 
         Args:
             method: the method's name.
             items: how many items the call was given.
         """
+        call = Call(items)
         started_at = perf_counter()
         failed = True
         try:
-            yield
+            yield call
             failed = False
         finally:
             elapsed_s = perf_counter() - started_at
@@ -105,8 +119,8 @@ class MeasuredService(BaseService):
                 tally = self._tallies.setdefault(method, Tally())
                 tally.calls += 1
                 tally.errors += failed
-                tally.items += items
-                tally.batch_max = max(tally.batch_max, items)
+                tally.items += call.items
+                tally.batch_max = max(tally.batch_max, call.items)
                 tally.latencies_s.append(elapsed_s)
 
     def counted(self, what: str, items: int = 1) -> None:

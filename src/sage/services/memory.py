@@ -186,14 +186,13 @@ class Memory(MeasuredService):
             TypeError: an argument is no string.
             ValueError: the importance is not from 0 to 1.
         """
-        for name, text in (("role", role), ("content", content), ("session", session)):
-            checked_text(name, text)
-        rows = []
-        if importance is not None:
-            rows = self._rows([content], session, importance, {"role": role}, self._ttl_s)
-        turn = (uuid.uuid4().hex, session, role, content, self._clock())
         with self.measured("add_turn"):
-            self._store(rows, [turn])
+            for name, text in (("role", role), ("content", content), ("session", session)):
+                checked_text(name, text)
+            rows = []
+            if importance is not None:
+                rows = self._rows([content], session, importance, {"role": role}, self._ttl_s)
+            self._store(rows, [(uuid.uuid4().hex, session, role, content, self._clock())])
         return rows[0][0] if rows else None
 
     def turns(
@@ -212,13 +211,13 @@ class Memory(MeasuredService):
         Raises:
             ValueError: one of the bounds is negative.
         """
-        checked_text("session", session)
         turns_max = self._turns_max if turns_max is None else turns_max
         budget = self._tokens_max if tokens_max is None else tokens_max
-        if turns_max < 0 or budget < 0:
-            raise ValueError(f"turns_max is {turns_max} and tokens_max {budget}; neither can be negative")
         select = "SELECT role, content, at FROM memory_turns WHERE session = ? ORDER BY number DESC LIMIT ?"
         with self.measured("turns"), self._file.reading() as connection:
+            checked_text("session", session)
+            if turns_max < 0 or budget < 0:
+                raise ValueError(f"turns_max is {turns_max} and tokens_max {budget}; neither can be negative")
             rows = connection.execute(select, (session, turns_max)).fetchall()
         found: list[Turn] = []
         for role, content, at in rows:
@@ -265,11 +264,12 @@ class Memory(MeasuredService):
         ttl_s: float | None = None,
     ) -> list[str]:
         """Remember several texts in one step, all or none of them, and return their ids; arguments as in `remember`."""
-        checked_text("session", session)
-        with self.measured("remember", len(texts)):
+        with self.measured("remember") as call:
+            checked_text("session", session)
             rows = self._rows(
                 texts, session, importance, metadata or {}, self._ttl_s if ttl_s is None else checked_ttl(ttl_s)
             )
+            call.items = len(rows)
             self._store(rows, [])
         return [row[0] for row in rows]
 
@@ -289,14 +289,13 @@ class Memory(MeasuredService):
             ValueError: the query is blank, or `k` is below 1.
             ServiceError: the file cannot be used, or the vector is not what it should be.
         """
-        checked_text("query", query)
-        if not query.strip():
-            raise ValueError("the query is blank")
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k is {short(k)}, not a whole number of at least 1")
-        if session is not None:
-            checked_text("session", session)
         with self.measured("recall"):
+            if not checked_text("query", query).strip():
+                raise ValueError("the query is blank")
+            if type(k) is not int or k < 1:
+                raise ValueError(f"k is {short(k)}, not a whole number of at least 1")
+            if session is not None:
+                checked_text("session", session)
             vector = self._embed([query])[0]
             now = self._clock()
             ids = self._found(vector, k, session)
@@ -329,14 +328,14 @@ class Memory(MeasuredService):
         Raises:
             ValueError: nothing is given; forgetting everything is removing the file.
         """
-        if ids is None and session is None and before is None:
-            raise hint(ValueError("forget() of nothing in particular"), "Give ids, session or before.")
-        if isinstance(ids, str):
-            raise hint(TypeError(f"forget({short(ids)}) takes a list of ids"), f"Write forget([{short(ids)}]).")
-        wanted = None if ids is None else [checked_text("id", name) for name in ids]
         where = "(? IS NULL OR session = ?) AND (? IS NULL OR {moment} < ?)"
         bounds = (session, session, before, before)
         with self.measured("forget"):
+            if ids is None and session is None and before is None:
+                raise hint(ValueError("forget() of nothing in particular"), "Give ids, session or before.")
+            if isinstance(ids, str):
+                raise hint(TypeError(f"forget({short(ids)}) takes a list of ids"), f"Write forget([{short(ids)}]).")
+            wanted = None if ids is None else [checked_text("id", name) for name in ids]
             with self._file.writing() as connection:
                 select = f"SELECT id FROM memories WHERE {where.format(moment='created_at')}"
                 if wanted is None:
@@ -398,9 +397,10 @@ class Memory(MeasuredService):
         Raises:
             ServiceError: the file cannot be read, or a line is not what it should be; it is named.
         """
-        model, lines = memory_lines.read(path)
-        memories = [line for line in lines if isinstance(line, MemoryLine)]
-        with self.measured("import_", len(lines)):
+        with self.measured("import_") as call:
+            model, lines = memory_lines.read(path)
+            call.items = len(lines)
+            memories = [line for line in lines if isinstance(line, MemoryLine)]
             numpy = load("numpy", "vector")
             if model is not None and model == self._model:
                 blobs = [numpy.asarray(line.vector, numpy.float32).tobytes() for line in memories]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from sage.errors import ServiceError, short
@@ -13,7 +14,7 @@ from sage.services.secret import Secret
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 
     from openai import AsyncOpenAI
 
@@ -98,9 +99,8 @@ class OpenAILLM(LLMService):
         stop: str | Sequence[str] | None = None,
     ) -> Answer:
         """Return the answer to a prompt; see `LLMService.generate`."""
-        request = self._request(prompt, max_tokens, temperature, stop)
         with self.measured("generate"):
-            return self._endpoint.run(self._answer(request))
+            return self._endpoint.run(self._answer(self._request(prompt, max_tokens, temperature, stop)))
 
     async def agenerate(
         self,
@@ -111,9 +111,8 @@ class OpenAILLM(LLMService):
         stop: str | Sequence[str] | None = None,
     ) -> Answer:
         """Return what `generate` does, and let other coroutines go on meanwhile."""
-        request = self._request(prompt, max_tokens, temperature, stop)
         with self.measured("agenerate"):
-            return await self._answer(request)
+            return await self._answer(self._request(prompt, max_tokens, temperature, stop))
 
     def stream(
         self,
@@ -127,7 +126,7 @@ class OpenAILLM(LLMService):
 
         A reader that stops before the end should close the iterator, which closes the connection.
         """
-        return self._read(self._request(prompt, max_tokens, temperature, stop))
+        return self._read(partial(self._request, prompt, max_tokens, temperature, stop))
 
     async def astream(
         self,
@@ -138,8 +137,8 @@ class OpenAILLM(LLMService):
         stop: str | Sequence[str] | None = None,
     ) -> AsyncGenerator[str, None]:
         """Yield what `stream` does, and let other coroutines go on meanwhile."""
-        request = self._request(prompt, max_tokens, temperature, stop)
-        async with aclosing(self._pieces(request, "astream")) as pieces:
+        ask = partial(self._request, prompt, max_tokens, temperature, stop)
+        async with aclosing(self._pieces(ask, "astream")) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -181,8 +180,8 @@ class OpenAILLM(LLMService):
         self._used(answer.prompt_tokens, answer.completion_tokens)
         return answer
 
-    def _read(self, request: Mapping[str, Any]) -> Generator[str, None, None]:
-        pieces = self._pieces(request, "stream")
+    def _read(self, ask: Callable[[], Mapping[str, Any]]) -> Generator[str, None, None]:
+        pieces = self._pieces(ask, "stream")
 
         async def following() -> str | None:
             return await anext(pieces, None)
@@ -197,15 +196,14 @@ class OpenAILLM(LLMService):
             if self._endpoint.is_open:
                 self._endpoint.run(end())
 
-    async def _pieces(self, request: Mapping[str, Any], method: str) -> AsyncGenerator[str, None]:
-        streamed = {**request, "stream": True}
-        if self._stream_usage:
-            streamed["stream_options"] = {"include_usage": True}
-
+    async def _pieces(self, ask: Callable[[], Mapping[str, Any]], method: str) -> AsyncGenerator[str, None]:
         def send(client: AsyncOpenAI) -> Awaitable[Any]:
             return client.chat.completions.create(**streamed, **self._endpoint.headers)
 
         with self.measured(method):
+            streamed = {**ask(), "stream": True}
+            if self._stream_usage:
+                streamed["stream_options"] = {"include_usage": True}
             try:
                 async with self._endpoint.opened(send) as chunks, chunks:
                     async for piece in self._texts(chunks):

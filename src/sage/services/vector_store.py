@@ -172,7 +172,8 @@ class VectorStore(MeasuredService, ABC):
             ValueError: something has a wrong shape or value; the id is named, and nothing was stored.
             TypeError: something has a wrong type.
         """
-        with self.measured("add", len(ids)):
+        with self.measured("add") as call:
+            call.items = len(ids)
             self._put(ids, vectors, documents, metadatas, collection, is_new=True)
 
     def upsert(
@@ -190,7 +191,8 @@ class VectorStore(MeasuredService, ABC):
             ValueError: something has a wrong shape or value; the id is named, and nothing was stored.
             TypeError: something has a wrong type.
         """
-        with self.measured("upsert", len(ids)):
+        with self.measured("upsert") as call:
+            call.items = len(ids)
             self._put(ids, vectors, documents, metadatas, collection, is_new=False)
 
     def delete(
@@ -202,11 +204,13 @@ class VectorStore(MeasuredService, ABC):
             UnknownCollectionError: there is no such collection.
             ValueError: neither ids nor a filter are given.
         """
-        if ids is None and where is None:
-            raise hint(ValueError("delete is given neither ids nor a filter"), "delete(where={}) removes all entries.")
-        given = None if ids is None else _checked_ids(ids, may_repeat=True)
-        condition = condition_of(where)
-        with self.measured("delete", 1 if given is None else len(given)), self._changing():
+        with self.measured("delete") as call, self._changing():
+            if ids is None and where is None:
+                error = ValueError("delete is given neither ids nor a filter")
+                raise hint(error, "delete(where={}) removes all entries.")
+            given = None if ids is None else _checked_ids(ids, may_repeat=True)
+            call.items = 1 if given is None else len(given)
+            condition = condition_of(where)
             name, shape = self._find(collection)
             if shape is None or condition == NEVER:
                 return 0
@@ -254,8 +258,9 @@ class VectorStore(MeasuredService, ABC):
             UnknownCollectionError: there is no such collection.
             ValueError: a vector or `k` cannot be used.
         """
-        array = _array(vectors)
-        with self.measured("search_batch", len(array) if array.ndim else 1):
+        with self.measured("search_batch") as call:
+            array = _array(vectors)
+            call.items = len(array) if array.ndim else 1
             if array.ndim != 2 and array.size:
                 raise ValueError(f"the vectors of a search have shape {array.shape}, not (m, dimension)")
             return self._search(array, k, where, collection) if array.size else [[] for _ in array]
@@ -266,7 +271,8 @@ class VectorStore(MeasuredService, ABC):
         Raises:
             UnknownCollectionError: there is no such collection.
         """
-        with self.measured("get", len(ids)):
+        with self.measured("get") as call:
+            call.items = len(ids)
             given = _checked_ids(ids, may_repeat=True)
             name, shape = self._find(collection)
             found = self._fetch(name, given) if given and shape is not None else {}
