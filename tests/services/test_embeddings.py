@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,19 @@ from services.kept import output_of
 
 from sage import Cleanliness, LocalEnvironment, ServiceError, ServiceOptions, ServiceUnavailableError
 from sage.services.embedding_cache import MemoryCache, SqliteCache
-from sage.services.embeddings import EmbeddingService, HashingEmbeddings
+from sage.services.embeddings import HashingEmbeddings
 from sage.services.extras import MissingExtraError
 from sage.services.minilm import MiniLMEmbeddings, erf, groups_of
+from sage.services.openai import OpenAIEmbeddings
 from sage.testing import assert_clean
 
-KINDS: dict[str, Callable[..., EmbeddingService]] = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
+Kind = partial[Any]
+KINDS: dict[str, Callable[[str], Kind]] = {
+    "hashing": lambda _: partial(HashingEmbeddings),
+    "minilm": lambda _: partial(MiniLMEmbeddings),
+    "openai": lambda server: partial(OpenAIEmbeddings, "embed", base_url=f"{server}/v1", api_key=KEY),
+}
+KEY = "sk-right-0123456789"
 SENTENCES = ["A man is eating food.", "Someone eats a meal.", "The stock market fell sharply today."]
 ODD = ["", " ", "...", "\ud800", "\0", "数据流引擎", "x" * 3000, "word " * 1000]
 
@@ -46,8 +54,9 @@ def opened(service: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
-def kind(request: pytest.FixtureRequest) -> Callable[..., EmbeddingService]:
-    return KINDS[request.param]
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Return what makes services of a kind."""
+    return KINDS[request.param](request.getfixturevalue("model_server") if request.param == "openai" else "")
 
 
 class Counted(HashingEmbeddings):
@@ -76,7 +85,7 @@ class Wrong(HashingEmbeddings):
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def test_texts_become_rows_of_length_one(kind: Callable[..., EmbeddingService]) -> None:
+def test_texts_become_rows_of_length_one(kind: Kind) -> None:
     with opened(kind()) as service:
         vectors = service.embed(SENTENCES)
         assert (vectors.shape, vectors.dtype) == ((3, service.dimension), np.float32)
@@ -90,13 +99,13 @@ def test_texts_become_rows_of_length_one(kind: Callable[..., EmbeddingService]) 
         assert service.describe()["model"] == service.name
 
 
-def test_no_texts_are_no_rows(kind: Callable[..., EmbeddingService]) -> None:
+def test_no_texts_are_no_rows(kind: Kind) -> None:
     with opened(kind()) as service:
         assert service.embed([]).shape == (0, service.dimension)
         assert asyncio.run(service.aembed([])).shape == (0, service.dimension)
 
 
-def test_odd_texts_have_vectors_too(kind: Callable[..., EmbeddingService]) -> None:
+def test_odd_texts_have_vectors_too(kind: Kind) -> None:
     with opened(kind()) as service:
         vectors = service.embed(ODD)
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
@@ -120,14 +129,14 @@ def test_what_is_no_text_is_named(texts: Any, message: str) -> None:
             asyncio.run(service.aembed(texts))
 
 
-def test_it_says_that_it_is_not_set_up(kind: Callable[..., EmbeddingService]) -> None:
+def test_it_says_that_it_is_not_set_up(kind: Kind) -> None:
     service = kind()
     with pytest.raises(ServiceUnavailableError, match="is not set up"):
         service.embed(["a"])
     service.cleanup()
 
 
-def test_its_health_is_that_of_an_open_service(kind: Callable[..., EmbeddingService]) -> None:
+def test_its_health_is_that_of_an_open_service(kind: Kind) -> None:
     service = kind()
     for _ in range(2):
         assert service.health() is False
@@ -136,7 +145,7 @@ def test_its_health_is_that_of_an_open_service(kind: Callable[..., EmbeddingServ
     assert service.health() is False
 
 
-def test_threads_get_the_same_vectors(kind: Callable[..., EmbeddingService]) -> None:
+def test_threads_get_the_same_vectors(kind: Kind) -> None:
     with opened(kind(cache_entries_max=2)) as service, ThreadPoolExecutor(4) as threads:
         expected = service.embed(SENTENCES)
         for vectors in threads.map(lambda _: service.embed(SENTENCES), range(8)):
@@ -144,10 +153,11 @@ def test_threads_get_the_same_vectors(kind: Callable[..., EmbeddingService]) -> 
 
 
 @pytest.mark.slow
-def test_it_serves_a_job(kind: Callable[..., EmbeddingService], host: Any, tmp_path: Path) -> None:
+def test_it_serves_a_job(kind: Kind, host: Any, tmp_path: Path) -> None:
     env = LocalEnvironment("embeds")
     options = ServiceOptions(host=host, concurrency=2)
-    service = env.register_service("embeddings", kind, cache_path=tmp_path / "cache", options=options)
+    settings: dict[str, Any] = {**kind.keywords, "cache_path": tmp_path / "cache", "options": options}
+    service = env.register_service("embeddings", kind.func, *kind.args, **settings)
 
     def embed(text: str) -> Any:
         return np.array([service(text), service.aembed([text])[0]])

@@ -1,15 +1,19 @@
-"""The model that answers with what it is given."""
+"""What every language model keeps to, and what is special of the one that answers with what it is given."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sage import Cleanliness, LocalEnvironment, ServiceOptions
-from sage.services.llm import ExtractiveLLM, Message
+from sage.services.llm import Answer, ExtractiveLLM, Message
+from sage.services.openai import OpenAILLM
 from sage.testing import assert_clean
 
 PROMPT = """Answer with the context only. Name the passages that you use.
@@ -22,10 +26,124 @@ Question: How often is a service restarted?
 Answer:"""
 
 
+KEY = "sk-right-0123456789"
+Kind = partial[Any]
+KINDS: dict[str, Callable[[str], Kind]] = {
+    "extractive": lambda _: partial(ExtractiveLLM),
+    "openai": lambda server: partial(OpenAILLM, "chat", base_url=f"{server}/v1", api_key=KEY),
+}
+
+
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
     with assert_clean(within_s=5.0, ignore=["shared memory *"]):
         yield
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Return what makes models of a kind."""
+    return KINDS[request.param](request.getfixturevalue("model_server") if request.param == "openai" else "")
+
+
+@contextmanager
+def opened(llm: Any) -> Iterator[Any]:
+    try:
+        llm.setup()
+        yield llm
+    finally:
+        llm.cleanup()
+
+
+def told(llm: Any, prompt: Any, **settings: Any) -> list[str]:
+    """Return what a model says in each of the ways there are to ask."""
+
+    async def pieces() -> str:
+        return "".join([piece async for piece in llm.astream(prompt, **settings)])
+
+    return [
+        llm.generate(prompt, **settings).text,
+        asyncio.run(llm.agenerate(prompt, **settings)).text,
+        "".join(llm.stream(prompt, **settings)),
+        asyncio.run(pieces()),
+    ]
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_gives_the_same_answer(kind: Kind) -> None:
+    with opened(kind()) as llm:
+        answer = llm.generate(PROMPT)
+        assert isinstance(answer, Answer)
+        assert answer.text
+        assert answer.model == llm.describe()["model"]
+        assert answer.finish_reason == "stop"
+        assert answer.prompt_tokens > 0
+        assert answer.completion_tokens == len(answer.text.split())
+        assert told(llm, PROMPT) == [answer.text] * 4
+        assert told(llm, [Message("user", PROMPT)], temperature=0.0) == [answer.text] * 4
+        assert llm.process(PROMPT) == answer.text
+        measures = llm.measures()
+        assert measures["completion_tokens"].items == 10 * answer.completion_tokens
+        assert measures["generate"].errors == 0
+
+
+def test_an_answer_ends_where_it_is_asked_to(kind: Kind) -> None:
+    with opened(kind()) as llm:
+        whole = llm.generate(PROMPT).text
+        first = whole.split()[:2]
+        assert told(llm, PROMPT, max_tokens=2) == [" ".join(first)] * 4
+        assert llm.generate(PROMPT, max_tokens=2).finish_reason == "length"
+        word = whole.split()[2]
+        assert told(llm, PROMPT, stop=[word]) == [whole.partition(word)[0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "error", "text"),
+    [
+        (" \n", {}, ValueError, "the prompt is empty"),
+        (5, {}, TypeError, "neither a text nor a list of messages"),
+        ("hi", {"max_tokens": 0}, ValueError, "max_tokens is 0"),
+        ("hi", {"stop": ""}, ValueError, "stop has an empty text"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    kind: Kind, prompt: Any, settings: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with opened(kind()) as llm:
+        for way in (llm.generate, lambda *given, **more: asyncio.run(llm.agenerate(*given, **more))):
+            with pytest.raises(error, match=text):
+                way(prompt, **settings)
+        with pytest.raises(error, match=text):
+            next(llm.stream(prompt, **settings))
+        assert llm.generate("hi").text
+
+
+def test_its_health_is_that_of_an_open_service(kind: Kind) -> None:
+    llm = kind()
+    for _ in range(2):
+        assert llm.health() is False
+        with opened(llm):
+            assert llm.health() is True
+    assert llm.health() is False
+    assert llm.describe()["service"] == type(llm).__name__
+
+
+@pytest.mark.slow
+def test_it_serves_a_job(kind: Kind, host: Any) -> None:
+    env = LocalEnvironment("answers")
+    options = ServiceOptions(host=host, concurrency=2)
+    llm = env.register_service("llm", kind.func, *kind.args, **kind.keywords, options=options)
+    results: list[Any] = []
+    prompts = [PROMPT, "What?"]
+    env.from_batch(prompts).map(lambda prompt: (llm(prompt), llm.agenerate(prompt).text)).sink(results.append)
+    assert env.submit(autostop=True).wait().cleanliness is Cleanliness.CLEAN
+    with opened(kind()) as other:
+        assert results == [(other.process(prompt),) * 2 for prompt in prompts]
+
+
+# --- the one that answers with what it is given -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,27 +187,11 @@ def test_tokens_are_words() -> None:
     assert llm.describe() == {"service": "ExtractiveLLM", "model": "extractive", "sentences_max": 2}
 
 
-def test_the_same_answer_comes_in_every_way() -> None:
+def test_pieces_are_words() -> None:
     llm = ExtractiveLLM()
-    expected = llm.generate(PROMPT)
-
-    async def pieces() -> list[str]:
-        return [piece async for piece in llm.astream(PROMPT)]
-
-    assert llm.process(PROMPT) == expected.text
-    assert asyncio.run(llm.agenerate(PROMPT, temperature=0.5)) == expected
-    assert "".join(llm.stream(PROMPT)) == expected.text
-    assert asyncio.run(pieces()) == list(llm.stream(PROMPT))
-    assert len(asyncio.run(pieces())) > 10
-
-
-def test_its_health_is_that_of_an_open_service() -> None:
-    llm = ExtractiveLLM()
-    assert llm.health() is False
-    llm.setup()
-    assert llm.health() is True
-    llm.cleanup()
-    assert llm.health() is False
+    pieces = list(llm.stream(PROMPT))
+    assert "".join(pieces) == llm.generate(PROMPT).text
+    assert len(pieces) > 10
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
@@ -97,6 +199,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ExtractiveLLM(sentences_max=0)
     with pytest.raises(ValueError, match="the prompt is empty"):
         ExtractiveLLM().generate(" \n")
+    assert ExtractiveLLM(unknown="No idea.").generate("What?").text == "No idea."
 
 
 def test_a_prompt_that_is_refused_is_counted() -> None:
@@ -106,16 +209,3 @@ def test_a_prompt_that_is_refused_is_counted() -> None:
     with pytest.raises(ValueError, match="max_tokens is 0"):
         next(llm.stream("hi", max_tokens=0))
     assert (llm.measures()["generate"].calls, llm.measures()["generate"].errors) == (2, 2)
-
-
-@pytest.mark.slow
-def test_it_serves_a_job(host: Any) -> None:
-    env = LocalEnvironment("answers")
-    options = ServiceOptions(host=host)
-    llm = env.register_service("llm", ExtractiveLLM, unknown="No idea.", options=options)
-    results: list[Any] = []
-    prompts = [PROMPT, "What?"]
-    env.from_batch(prompts).map(lambda prompt: (llm(prompt), llm.agenerate(prompt).text)).sink(results.append)
-    assert env.submit(autostop=True).wait().cleanliness is Cleanliness.CLEAN
-    assert results[0] == (ExtractiveLLM().process(PROMPT),) * 2
-    assert results[1] == ("No idea.",) * 2
