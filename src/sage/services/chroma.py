@@ -18,6 +18,7 @@ from sage.services.address import apart, basic, checked_url, resolved, shown
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of, predicate
 from sage.services.open_folder import OpenFolder
+from sage.services.secret import cause_without, links_of, without
 from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class ChromaStore(VectorStore):
         self.tenant, self.database = tenant, database
         self.timeout_s = timeout_s
         self._token = token
+        self._secrets: tuple[str, ...] = (token or "",)
         self._folder: OpenFolder | None = None
         self._client: Any = None
         self._sessions: list[Any] = []
@@ -151,6 +153,7 @@ class ChromaStore(VectorStore):
             headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
             if user:
                 headers = {"Authorization": basic(user)}
+                self._secrets = (user.partition(":")[2], basic(user).removeprefix("Basic "))
             self._ask_first(url, headers)
             with self._told():
                 self._client = chromadb.HttpClient(
@@ -239,6 +242,7 @@ class ChromaStore(VectorStore):
             raise ServiceUnavailableError(f"{self._address} does not answer: {reason}", fault="external") from error
 
     def _refusal(self, code: int | None, text: str) -> ServiceError:
+        text = without(text, *self._secrets)
         if code in (401, 403):
             return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
         return with_hint_of_room(ServiceError(f"{self._address} has failed: {text}", fault="external"))
@@ -258,11 +262,10 @@ class ChromaStore(VectorStore):
                 text = f"{self._address} does not answer: {describe(error)}"
                 raise ServiceUnavailableError(text, fault="external") from error
             # What is no answer of Chroma itself, such as that of a proxy, is raised as a plain exception.
-            status = getattr(getattr(error.__context__, "response", None), "status_code", None)
-            if isinstance(error, library) or type(error) in (Exception, RuntimeError, transport.HTTPStatusError):
-                raise self._refusal(status, str(error)) from error
-            if isinstance(error, ValueError) and not was_open:
-                raise self._refusal(status, str(error)) from error
+            is_told = isinstance(error, library) or type(error) in (Exception, RuntimeError, transport.HTTPStatusError)
+            if is_told or (isinstance(error, ValueError) and not was_open):
+                cause = cause_without(error, *self._secrets)
+                raise self._refusal(_status_of(error), str(error)) from cause
             raise
 
     # --- collections ---
@@ -432,6 +435,12 @@ class ChromaStore(VectorStore):
         with self._using(name) as collection:
             count: int = collection.count()
             return count
+
+
+def _status_of(error: BaseException) -> int | None:
+    """Return the status of the answer that an error comes from, if it comes from one."""
+    answers = (getattr(link, "response", None) for link in links_of(error))
+    return next((answer.status_code for answer in answers if answer is not None), None)
 
 
 def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:

@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
-from sage.services.address import apart, resolved, shown
+from sage.services.address import apart, basic, resolved, shown
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of
 from sage.services.open_folder import OpenFolder
+from sage.services.secret import cause_without, without
 from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class MilvusStore(VectorStore):
         self.index = index or ("FLAT" if uri is None else "AUTOINDEX")
         self.timeout_s = timeout_s
         self._token = token
+        self._secrets: tuple[str, ...] = ()
         self._folder: OpenFolder | None = None
         self._server: Any = None
         self._threads: ThreadPoolExecutor | None = None
@@ -167,6 +169,7 @@ class MilvusStore(VectorStore):
 
     def _connect(self, uri: str, token: str | None = None) -> None:
         client = load("pymilvus", "milvus").MilvusClient
+        self._secrets = () if token is None else (token, basic(token).removeprefix("Basic "))
         options: dict[str, Any] = {} if token is None else {"token": token}
         # The library keeps connections that clients share for the life of the process, and gRPC goes on for 20 s with
         # one that nobody waits for any more.
@@ -244,23 +247,27 @@ class MilvusStore(VectorStore):
         try:
             yield
         except grpc.RpcError as error:
-            raise self._refusal(error.code().name, error.details() or "", error) from error
+            raise self._refusal(error.code().name, error.details() or "", error) from self._cause(error)
         except library.MilvusException as error:
             cause = error.__cause__
             if isinstance(cause, grpc.RpcError):  # the library says of every reason alone that it cannot connect
-                raise self._refusal(cause.code().name, cause.details() or "", error) from error
+                raise self._refusal(cause.code().name, cause.details() or "", error) from self._cause(error)
             code = "UNAVAILABLE" if self._is_unavailable(error) else str(error.code)
-            raise self._refusal(code, error.message, error) from error
+            raise self._refusal(code, error.message, error) from self._cause(error)
+
+    def _cause(self, error: BaseException) -> BaseException | None:
+        return cause_without(error, *self._secrets)
 
     def _is_unavailable(self, error: Any) -> bool:
         return error.code == 2 or "UNAVAILABLE" in error.message or "DEADLINE_EXCEEDED" in error.message
 
     def _refusal(self, code: str, text: str, error: BaseException) -> ServiceError:
+        text = without(text or str(error), *self._secrets)
         if code in NOT_ALLOWED or "auth check failure" in text:
             return hint(ServiceError(f"{self._address} refuses the token: {text}"), "Give another token=.")
         if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
             return ServiceUnavailableError(f"{self._address} does not answer: {text}", fault="external")
-        return with_hint_of_room(ServiceError(f"{self._address} has failed: {text or error}", fault="external"))
+        return with_hint_of_room(ServiceError(f"{self._address} has failed: {text}", fault="external"))
 
     # --- collections ---
 

@@ -14,6 +14,7 @@ from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableErr
 from sage.services.address import shown
 from sage.services.extras import load
 from sage.services.key_value import KeyValueStore, counter_overflow, no_counter
+from sage.services.secret import without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -208,10 +209,7 @@ class RedisKeyValue(KeyValueStore):
             raise ServiceError(f"{where} refused: {self._scrubbed(error)}", fault="external") from error
 
     def _scrubbed(self, error: Exception) -> str:
-        text = str(error)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return without(str(error), *self._secrets)
 
 
 def setting(variable: str) -> str | None:

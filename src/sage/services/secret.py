@@ -81,6 +81,25 @@ def without(text: str, *keys: str) -> str:
     return text
 
 
+def cause_without(error: BaseException, *keys: str) -> BaseException | None:
+    """Return an error as the cause of another one, or None where a key stands in it or in what led to it."""
+    for link in links_of(error):
+        text = f"{link} {link!r}"
+        if without(text, *keys) != text:
+            return None
+    return error
+
+
+def links_of(error: BaseException) -> list[BaseException]:
+    """Return an error and what led to it, each once: libraries raise errors that have themselves as cause."""
+    found: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and all(link is not other for other in found):
+        found.append(link)
+        link = link.__cause__ or link.__context__
+    return found
+
+
 def told(error: BaseException, *keys: str, length_max: int = 300) -> str:
     """Return what an error says, without the keys and not longer than can be read."""
     text = " ".join(without(describe(error), *keys).split())
