@@ -195,6 +195,10 @@ def test_a_collection_that_another_program_removes_is_named(kind: str, servers: 
     with pytest.raises(ServiceError, match="authors") as caught:
         first.search(vectors_of(1)[0])
     assert "token" not in str(caught.value)
+    assert first.count() == 0
+    first.upsert(ids_of(2), vectors_of(2))
+    assert second.count() == 2
+    assert second.drop("authors")
     for store in stores:
         store.cleanup()  # type: ignore[attr-defined]
 

@@ -48,6 +48,9 @@ STOP_S = 2.0
 NOT_ALLOWED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "1400", "1401")
 """What gRPC and Milvus call a token that is not right, or that has no right to do what is asked."""
 
+NO_COLLECTION = 100
+"""What Milvus answers where there is no such collection."""
+
 OPERATORS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
 OPPOSITES = {"$lt": ">=", "$lte": ">", "$gt": "<=", "$gte": "<"}
 
@@ -252,6 +255,8 @@ class MilvusStore(VectorStore):
             cause = error.__cause__
             if isinstance(cause, grpc.RpcError):  # the library says of every reason alone that it cannot connect
                 raise self._refusal(cause.code().name, cause.details() or "", error) from self._cause(error)
+            if error.code == NO_COLLECTION:  # another program has removed it
+                self._found.clear()
             code = "UNAVAILABLE" if self._is_unavailable(error) else str(error.code)
             raise self._refusal(code, error.message, error) from self._cause(error)
 
