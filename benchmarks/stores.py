@@ -288,13 +288,15 @@ class PlainMilvus:
 
         self._client.flush("chunks")
         for batch in batches(queries, QUERY_MAX):
-            out += self._client.search(
+            answers = self._client.search(
                 "chunks",
                 data=batch,
                 limit=K,
                 output_fields=["text", "metadata"],
                 search_params={"metric_type": "COSINE"},
             )
+            # Nothing of a hit is decoded before it is read, as a program does that uses it.
+            out += [[(hit["id"], hit["distance"], hit["text"], hit["metadata"]) for hit in hits] for hits in answers]
         self._client.close()
         server_manager_instance.release_server(self._path)
 
