@@ -10,11 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recorded import report_of
 
 from sage import (
     BaseService,
     FunctionError,
     GraphError,
+    JobError,
     LocalEnvironment,
     MapFunction,
     Outcome,
@@ -304,6 +306,22 @@ def test_a_cancel_ends_calls_that_run_and_calls_that_wait_for_their_place(backen
     env.from_batch(range(20)).map_async(ask, concurrency=20).sink(lambda _: None)
     report = env.submit().wait()
     assert (report.state, str(report.cleanliness), report.undelivered) == (Outcome.CANCELLED, "clean", 20)
+
+
+def test_a_cancel_waits_for_a_call_in_a_process_as_long_as_for_any_call() -> None:
+    """The process does not hear that nobody awaits the answer any more; its drain has a bound."""
+    env = LocalEnvironment("cancelled")
+    model = model_of(env, "process", concurrency=2, drain_timeout_s=0.1)
+
+    async def ask(number: int) -> int:
+        env.jobmanager.jobs[env.env_uuid].cancel()
+        answer: int = await model.never(number)
+        return answer
+
+    env.from_batch([1]).map_async(ask).sink(lambda _: None)
+    with pytest.raises(JobError, match='service "model" was stopped while calls of it still ran'):
+        env.submit().wait()
+    assert report_of(env).state is Outcome.CANCELLED
 
 
 class Mortal(BaseService):

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import cloudpickle
 import pytest
-
-from sage import RemoteEnvironment
-from sage._plan.logical import Kind, Place
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from types import ModuleType
-
-    from sage._plan.logical import LogicalGraph
-    from sage.stream import DataStream
+from ray_tests import OnRay, load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
-
-FOLDER = Path(__file__).parents[1] / "acceptance"
 
 # Left out are tests whose functions change what belongs to the test, which they cannot reach from another process;
 # what they show is shown in other files beside this one.
@@ -73,52 +56,11 @@ ON_RAY = {
 }
 
 
-class OnRay(RemoteEnvironment):
-    """Takes the place of `LocalEnvironment` in the tests, whose sinks write into what the test looks at."""
-
-    address = ""
-
-    def __init__(self, *args: Any, backend: object = None, **kwargs: Any) -> None:
-        super().__init__(*args, address=OnRay.address, **kwargs)
-
-    def _graph(self) -> LogicalGraph:
-        for id_ in range(len(self._builder)):
-            if self._builder.node(id_).kind is Kind.SINK:
-                self._builder.set(id_, place=Place("driver"))
-        return super()._graph()
-
-
-def run_on_ray(
-    records: Iterable[Any], build: Callable[[DataStream], DataStream], *, backend: object = None
-) -> list[Any]:
-    """Take the place of `sage.testing.run`."""
-    env = OnRay("test")
-    arrived: list[Any] = []
-    build(env.from_batch(records)).sink(arrived.append)
-    env.submit(autostop=True)
-    return arrived
-
-
-def load(name: str) -> ModuleType:
-    """Return a module of acceptance tests whose environments are remote, and whose code travels with them."""
-    spec = importlib.util.spec_from_file_location(f"{name}_on_ray", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    cloudpickle.register_pickle_by_value(module)
-    for own, other in (("LocalEnvironment", OnRay), ("run", run_on_ray)):
-        if hasattr(module, own):
-            setattr(module, own, other)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def _address(ray_address: str) -> None:
     OnRay.address = ray_address
 
 
 for _name, _tests in ON_RAY.items():
-    _module = load(_name)
+    _module = load("acceptance", _name)
     globals().update({_test: getattr(_module, _test) for _test in _tests})
