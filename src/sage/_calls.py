@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from sage.errors import ServiceTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+
+_here = threading.local()
+
+
+def current_call() -> CallFuture | None:
+    """Return the call that this thread makes for somebody who waits for its future, or None."""
+    found: CallFuture | None = getattr(_here, "call", None)
+    return found
 
 
 def not_in_time(service: str, method: str, timeout_s: float | None) -> ServiceTimeoutError:
@@ -27,6 +36,33 @@ class CallFuture(Future[Any]):
         self._method = method
         self._timeout_s = timeout_s
         self._due = None if timeout_s is None else time.monotonic() + timeout_s
+        self._on_given_up: Callable[[], None] | None = None
+        self._is_given_up = False
+
+    def make(self, function: Callable[[], Any]) -> Any:
+        """Call a function on this thread, as the call of this future."""
+        _here.call = self
+        try:
+            return function()
+        finally:
+            _here.call = None
+            self._on_given_up = None
+
+    def when_given_up(self, action: Callable[[], None]) -> None:
+        """Have `action` called when nobody waits for the answer any more, while the call is made."""
+        self._on_given_up = action
+        if self._is_given_up:
+            action()
+
+    def cancel(self) -> bool:
+        """Cancel a call that has not begun; of one that is made, tell that nobody waits for it any more."""
+        if super().cancel():
+            return True
+        self._is_given_up = True
+        action = self._on_given_up
+        if action is not None and not self.done():
+            action()
+        return False
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the answer; see `concurrent.futures.Future.result`."""

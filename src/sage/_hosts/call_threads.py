@@ -94,7 +94,7 @@ class CallThreads:
                 self._returned()
             else:
                 try:
-                    result = function()
+                    result = future.make(function)
                 except BaseException as error:  # the caller owns it, through the future
                     self._returned()
                     future.set_exception(error)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ from sage.errors import ServiceError, ServiceUnavailableError, describe
 from sage.service import ServiceContext, ServiceHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
+    from concurrent.futures import Future
 
     from sage._calls import CallFuture
     from sage._hosts.link import Asking
@@ -65,10 +67,13 @@ class Child:
         self._begun: set[str] = set()
         self._busy = Busy()
         self._methods: dict[str, Callable[..., Any]] = {}
+        self._running: dict[int, Future[Any]] = {}
+        self._given_up: set[int] = set()
         self._answers: dict[str, Callable[..., Any]] = {
             "build": self._build,
             "hook": self._hook,
             "call": self._call,
+            "give up": self._give_up,
             "attribute": self._attribute,
             "where": self._where,
             "exit": self._exit,
@@ -109,12 +114,32 @@ class Child:
         # Hooks may return whatever they like; only these two are asked for an answer.
         return bool(value) if hook == "ready" else value is not False if hook == "health" else None
 
-    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], call: int) -> Any:
         method = self._methods.get(name)
         if method is None:
-            method = self._methods[name] = self._instance.attribute(name)
+            method = self._methods[name] = self._instance.coroutine_method(name) or self._instance.attribute(name)
         with self._busy:
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
+            return self._settled(result, call) if inspect.iscoroutine(result) else result
+
+    def _settled(self, coroutine: Coroutine[Any, Any, Any], call: int) -> Any:
+        """Run a coroutine to its end, or until the driver gives up the call."""
+        running = self._running[call] = self._loop.start(coroutine)
+        try:
+            if call in self._given_up:
+                running.cancel()
+            return running.result()
+        finally:
+            del self._running[call]
+            self._given_up.discard(call)
+
+    def _give_up(self, call: int) -> Any:
+        """Cancel the coroutine of a call, which may not have begun yet; a plain method cannot be ended."""
+        self._given_up.add(call)
+        running = self._running.get(call)
+        if running is not None:
+            running.cancel()
+        return SILENT
 
     def _attribute(self, name: str) -> tuple[bool, Any]:
         """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""

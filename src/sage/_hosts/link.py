@@ -145,6 +145,18 @@ class Asking(Connections, ABC):
         except OSError:
             raise LinkClosedError("the other side is gone") from None
 
+    def post(self, *request: Any) -> None:
+        """Send a request that has no answer, if the other side is there; what follows may use its connection."""
+        with suppress(OSError, LinkClosedError):
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self.connect()
+            try:
+                connection.send(encode(request))
+            finally:
+                self._keep(connection, None)
+
     def _free(self) -> None:
         """Close the connections that no request has."""
         for connections in (self._idle, self._told):

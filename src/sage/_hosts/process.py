@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
+from sage._calls import current_call
 from sage._hosts.gated import GatedHost
 from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
 from sage._hosts.own_process import OwnProcess
@@ -57,6 +59,7 @@ class ProcessHost(GatedHost):
         self._link: Link | None = None
         self._cookie = ""
         self._hooks: frozenset[str] = frozenset()
+        self._numbers = count(1)  # of calls
         self._methods: dict[str, bool] = {}  # whether each is a coroutine method
         self._is_built_there = False
         self._is_ending = False
@@ -149,7 +152,10 @@ class ProcessHost(GatedHost):
         link = self._link
 
         def remote(*args: Any, **kwargs: Any) -> Any:
-            return self._asked(link, "call", name, args, kwargs)
+            call, number = current_call(), next(self._numbers)
+            if call is not None and link is not None:
+                call.when_given_up(lambda: link.post("give up", number))
+            return self._asked(link, "call", name, args, kwargs, number)
 
         return remote
 

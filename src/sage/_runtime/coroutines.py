@@ -49,15 +49,19 @@ class CoroutineLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine to its end and return its result; any thread but the loop's own may call it."""
-        import asyncio  # importing it takes longer than a small job
-
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        future = self.start(coroutine)
         self._running.add(future)
         try:
             with self.going_on():
                 return future.result()
         finally:
             self._running.discard(future)
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start a coroutine and return what a thread may wait for or cancel."""
+        import asyncio  # importing it takes longer than a small job
+
+        return asyncio.run_coroutine_threadsafe(coroutine, self._started())
 
     def answer(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine for whoever asks: a thread gets its result, and a coroutine something to await."""
@@ -68,7 +72,7 @@ class CoroutineLoop:
             return coroutine
         import asyncio
 
-        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._started()))
+        return asyncio.wrap_future(self.start(coroutine))
 
     def post(self, callback: Callable[[], None]) -> None:
         """Have the loop call `callback` soon; when it is closed, nothing is called any more."""
