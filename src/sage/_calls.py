@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 _here = threading.local()
 
 
-def current_call() -> CallFuture | None:
-    """Return the call that this thread makes for somebody who waits for its future, or None."""
+def current_call(service: str) -> CallFuture | None:
+    """Return the call of a service that this thread makes for somebody who waits for its future, or None.
+
+    What that call asks of other services goes on when it is given up, as the call itself does in Python.
+    """
     found: CallFuture | None = getattr(_here, "call", None)
-    return found
+    return found if found is not None and found._service == service else None
 
 
 def not_in_time(service: str, method: str, timeout_s: float | None) -> ServiceTimeoutError:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import report_of
+from recorded import Notes, report_of
 
 from sage import (
     BaseService,
@@ -63,6 +63,10 @@ class Model(BaseService):
 
     async def never(self, number: int) -> int:
         await asyncio.sleep(FOREVER_S)
+        return number
+
+    async def slow(self, number: int) -> int:
+        await asyncio.sleep(0.4)
         return number
 
     def plain(self, number: int) -> int:
@@ -323,6 +327,29 @@ def test_a_call_whose_time_is_over_is_ended_where_it_runs(backend: Backends, hos
     env.submit(autostop=True)
     assert arrived == [2, 4, 6]
     assert report_of(env).cleanliness == "clean"
+
+
+class Asking(BaseService):
+    """Asks another service, and tells what came of it, also when nobody waits for that any more."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def process(self, number: int) -> None:
+        try:
+            self.notes.append(f"answered {self.call_service('model', number, method='slow')}")
+        except BaseException as error:
+            self.notes.append(type(error).__name__)
+            raise
+
+
+def test_what_a_call_asks_of_others_goes_on_when_it_is_given_up(journal: Notes) -> None:
+    env = LocalEnvironment("given up")
+    model_of(env, "process", concurrency=2)
+    asking = env.register_service("asking", Asking, journal, options=ServiceOptions(call_timeout_s=0.1))
+    env.from_batch([1]).map(asking.process, on_error="skip").sink(lambda _: None)
+    env.submit(autostop=True)
+    assert journal == ["answered 1"]
 
 
 class Mortal(BaseService):

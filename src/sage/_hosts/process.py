@@ -152,7 +152,7 @@ class ProcessHost(GatedHost):
         link = self._link
 
         def remote(*args: Any, **kwargs: Any) -> Any:
-            call, number = current_call(), next(self._numbers)
+            call, number = current_call(self.spec.name), next(self._numbers)
             if call is not None and link is not None:
                 call.when_given_up(lambda: link.post("give up", number))
             return self._asked(link, "call", name, args, kwargs, number)
