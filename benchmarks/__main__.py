@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.answers import answers
 from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
+from benchmarks.peers import peers
 from benchmarks.plot import plot
 from benchmarks.processes import process_array, process_call, process_stop
 from benchmarks.ray import jobs_on_ray
@@ -40,6 +41,7 @@ CASES = {
     "process-stop": process_stop,
     "stores": stores,
     "answers": answers,
+    "peers": peers,
     "ray": jobs_on_ray,
 }
 

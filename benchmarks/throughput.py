@@ -119,17 +119,21 @@ def count_by_bytewax(lines: list[str], out: list[Any], *, batch: int) -> None:
     run_main(flow)
 
 
-def word_count(scale: Scale) -> Iterator[Figure]:
-    """Flat map, key and reduce; the records are the words."""
+def lines_of(scale: Scale) -> list[str]:
+    """Return lines of words, of which some are frequent."""
     dice = random.Random(54)
-    lines = [
+    return [
         " ".join(f"word{int(VOCABULARY * dice.random() ** 3)}" for _ in range(WORDS_PER_LINE))
         for _ in range(scale.records // WORDS_PER_LINE)
     ]
+
+
+def word_count(scale: Scale) -> Iterator[Figure]:
+    """Flat map, key and reduce; the records are the words."""
     yield from _against_both(
         "word count",
         scale,
-        lines,
+        lines_of(scale),
         (count_by_loop, count_by_sage),
         count_by_bytewax,
         of_loop=0.6,
