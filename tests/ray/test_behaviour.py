@@ -1,4 +1,4 @@
-"""The tests of streams on one machine, run on a cluster. They take minutes, so that they are run with `--proof` only."""
+"""The tests of streams on one machine, run on a cluster; they take minutes, and so are run with `--proof` only."""
 
 from __future__ import annotations
 
