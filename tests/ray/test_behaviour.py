@@ -1,4 +1,4 @@
-"""The tests of streams on one machine, run on a cluster; they take minutes, and so are run with `--proof` only."""
+"""The tests of streams on one machine, run on a cluster; without `--proof`, each with its first parameters only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import pytest
 from ray_tests import OnRay, load
 
-pytestmark = [pytest.mark.ray, pytest.mark.proof, pytest.mark.usefixtures("no_actor_is_left")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
 
 # Left out is what looks at something that a function has changed in its own process, or ends the job from inside of it
 # by the job manager, which another process does not have.
