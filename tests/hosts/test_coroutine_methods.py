@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import time
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from sage import (
     ServiceOptions,
     ServiceTimeoutError,
 )
+from sage._hosts.child import Child
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -350,6 +353,37 @@ def test_what_a_call_asks_of_others_goes_on_when_it_is_given_up(journal: Notes) 
     env.from_batch([1]).map(asking.process, on_error="skip").sink(lambda _: None)
     env.submit(autostop=True)
     assert journal == ["answered 1"]
+
+
+class Counting(Model):
+    """Knows how many calls its process still has in mind."""
+
+    def dawdle(self, number: int) -> int:
+        time.sleep(0.1)
+        return number
+
+    def remembered(self, _: int) -> int:
+        (child,) = (one for one in gc.get_objects() if isinstance(one, Child))
+        return len(child._given_up) + len(child._running)
+
+
+class Impatient(MapFunction):
+    """Gives up a call of each kind."""
+
+    def execute(self, data: int) -> int:
+        for method in ("dawdle", "never"):
+            with pytest.raises(ServiceTimeoutError):
+                self.call_service("model", data, method=method, timeout=0.05)
+        return data
+
+
+def test_a_process_remembers_no_call_that_was_given_up() -> None:
+    env = LocalEnvironment("forgotten")
+    model = model_of(env, "process", Counting, concurrency=4)
+    arrived: list[int] = []
+    env.from_batch(range(5)).map(Impatient).map(model.remembered).sink(arrived.append)
+    env.submit(autostop=True)
+    assert arrived[-1] <= 2  # the coroutine of the last one may be about to end
 
 
 class Mortal(BaseService):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from sage.errors import ServiceError, ServiceUnavailableError, describe
 from sage.service import ServiceContext, ServiceHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     from sage._calls import CallFuture
@@ -73,6 +72,7 @@ class Child:
             "build": self._build,
             "hook": self._hook,
             "call": self._call,
+            "await": self._await,
             "give up": self._give_up,
             "attribute": self._attribute,
             "where": self._where,
@@ -114,27 +114,29 @@ class Child:
         # Hooks may return whatever they like; only these two are asked for an answer.
         return bool(value) if hook == "ready" else value is not False if hook == "health" else None
 
-    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], call: int) -> Any:
+    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         method = self._methods.get(name)
         if method is None:
-            method = self._methods[name] = self._instance.coroutine_method(name) or self._instance.attribute(name)
+            method = self._methods[name] = self._instance.attribute(name)
         with self._busy:
-            result = method(*args, **kwargs)
-            return self._settled(result, call) if inspect.iscoroutine(result) else result
+            return method(*args, **kwargs)
 
-    def _settled(self, coroutine: Coroutine[Any, Any, Any], call: int) -> Any:
-        """Run a coroutine to its end, or until the driver gives up the call."""
-        running = self._running[call] = self._loop.start(coroutine)
-        try:
-            if call in self._given_up:
-                running.cancel()
-            return running.result()
-        finally:
-            del self._running[call]
-            self._given_up.discard(call)
+    def _await(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], call: int) -> Any:
+        """Run a coroutine method to its end, or until the driver gives up the call."""
+        method = self._instance.coroutine_method(name)
+        assert method is not None
+        with self._busy:
+            running = self._running[call] = self._loop.start(method(*args, **kwargs))
+            try:
+                if call in self._given_up:
+                    running.cancel()
+                return running.result()
+            finally:
+                del self._running[call]
+                self._given_up.discard(call)
 
     def _give_up(self, call: int) -> Any:
-        """Cancel the coroutine of a call, which may not have begun yet; a plain method cannot be ended."""
+        """Cancel the coroutine of a call, which may not have begun yet."""
         self._given_up.add(call)
         running = self._running.get(call)
         if running is not None:

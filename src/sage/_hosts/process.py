@@ -152,12 +152,15 @@ class ProcessHost(GatedHost):
         link = self._link
 
         def remote(*args: Any, **kwargs: Any) -> Any:
+            return self._asked(link, "call", name, args, kwargs)
+
+        def remote_coroutine(*args: Any, **kwargs: Any) -> Any:
             call, number = current_call(self.spec.name), next(self._numbers)
             if call is not None and link is not None:
                 call.when_given_up(lambda: link.post("give up", number))
-            return self._asked(link, "call", name, args, kwargs, number)
+            return self._asked(link, "await", name, args, kwargs, number)
 
-        return remote
+        return remote_coroutine if self._methods[name] else remote
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method, as far as its class or its process has told."""
