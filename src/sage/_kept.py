@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from sage._logs import log_of
 from sage.errors import GraphError, JobError, hint, short
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from sage._plan.logical import ServiceSpec
     from sage._runtime.job import Job
+
+log = log_of("sage.dispatcher")
 
 
 class Kept:
@@ -71,7 +74,11 @@ class Kept:
             wait_s = min(self.keep_s, threading.TIMEOUT_MAX)
             self._expiry = timer = threading.Timer(wait_s, lambda: self._expire(timer))
             timer.name, timer.daemon = f"sage-keep {self._name}", True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError as error:  # the job that ends must not fail for it
+                self._expiry = None
+                log.warning("no thread can end what environment=%r keeps, close() will: %s", self._name, error)
 
     def hold(self) -> None:
         """See that what is kept stays from now on, or has ended: what comes next may need its files and its port."""

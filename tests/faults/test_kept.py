@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
 import sys
+import textwrap
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +132,35 @@ def test_an_error_of_such_an_end_is_logged_and_fails_nothing(notes: Notes, caplo
     assert notes[-1] == "memory.build 2"
     with pytest.raises(Exception, match="disk is full"):
         env.close()
+
+
+NO_THREAD = """
+    import threading
+    from sage import LocalEnvironment
+
+    class Marked:
+        def cleanup(self):
+            print("cleaned")
+
+    def no_timer(timer):
+        raise RuntimeError("can't start new thread")
+
+    env = LocalEnvironment("full")
+    env.register_service("marked", Marked)
+    env.from_batch([1]).sink(abs)
+    threading.Timer.start = no_timer
+    env.submit(autostop=True, keep_services=True, keep_s=1.0)
+    print("kept")
+    env.close()
+"""
+
+
+def test_where_no_thread_can_wait_it_is_kept_until_the_environment_is_closed(tmp_path: Path) -> None:
+    """Faults 109 and 119: the job that ends is none the worse for it."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(NO_THREAD))
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "kept\ncleaned\n", "")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sage._hosts.local_ray import LocalRay, check_ray
 from sage._hosts.warm_ray import WARM, warm_ray
 from sage._logs import log_of
-from sage.errors import AuthenticationError, JobError, ServerUnreachableError, hint
+from sage.errors import AuthenticationError, JobError, ServerUnreachableError, describe, hint
 from sage.services.extras import load
 
 if TYPE_CHECKING:
@@ -301,8 +301,15 @@ def _set_variable(name: str, value: str | None) -> None:
 
 
 def within(bound_s: float, work: Callable[[], object]) -> bool:
-    """Call what asks Ray, which may not answer, and return whether it came back in time; it is left alone then."""
-    working = threading.Thread(target=work, name="sage-ray", daemon=True)
+    """Call what asks Ray, and return whether it came back in time; it is left alone then. What it raises is logged."""
+
+    def run() -> None:
+        try:
+            work()
+        except (OSError, RuntimeError, ValueError, load("ray.exceptions", "ray").RayError) as error:
+            log.error("Ray has refused to end something: %s", describe(error))
+
+    working = threading.Thread(target=run, name="sage-ray", daemon=True)
     working.start()
     working.join(bound_s)
     return not working.is_alive()
