@@ -371,9 +371,9 @@ class Impatient(MapFunction):
     """Gives up a call of each kind."""
 
     def execute(self, data: int) -> int:
-        for method in ("dawdle", "never"):
+        for method in (Counting.dawdle, Counting.never):
             with pytest.raises(ServiceTimeoutError):
-                self.call_service("model", data, method=method, timeout=0.05)
+                self.call_service("model", data, method=method.__name__, timeout=0.05)
         return data
 
 
