@@ -289,6 +289,71 @@ def test_a_batch_that_fails_is_skipped_or_handed_over_as_a_whole(backend: Backen
         assert (counts.records_in, counts.records_out, counts.failed) == (20, 10, 10)
 
 
+def checked(batch: list[int]) -> list[int | ValueError]:
+    return [ValueError("a three") if number % 10 == 3 else number for number in batch]
+
+
+def test_an_error_in_the_place_of_a_result_is_the_failure_of_that_record_alone(backend: Backends) -> None:
+    letters: list[DeadLetter] = []
+    arrived: list[int] = []
+    env = LocalEnvironment("alone", backend=backend)
+    dead = env.dead_letters("lost")
+    numbers = env.from_batch(range(20))
+    options: dict[str, Any] = {"max_records": 7, "max_wait_s": 60.0}
+    numbers.map_batches(checked, name="sent", on_error=dead, **options).sink(arrived.append)
+    numbers.map_batches(checked, name="skipped", on_error="skip", **options).sink(arrived.append)
+    dead.sink(letters.append)
+    env.submit(autostop=True)
+    assert sorted(arrived) == sorted(2 * [number for number in range(20) if number % 10 != 3])
+    assert [(letter.value, str(letter.error), letter.attempts) for letter in letters] == [
+        (3, "a three", 1),
+        (13, "a three", 1),
+    ]
+    for name in ("sent", "skipped"):
+        counts = report_of(env).operator(name)
+        assert (counts.records_in, counts.records_out, counts.failed) == (20, 18, 2)
+
+
+def test_a_record_that_fails_alone_keeps_the_keys_of_the_others(backend: Backends) -> None:
+    arrived = run(
+        range(12),
+        lambda stream: (
+            stream.keyby(lambda number: number % 2)
+            .map_batches(checked, max_records=12, max_wait_s=60.0, on_error="skip")
+            .reduce(lambda one, other: one + other)
+        ),
+        backend=backend,
+    )
+    assert {0 + 2 + 4 + 6 + 8 + 10, 1 + 5 + 7 + 9 + 11} <= set(arrived)
+
+
+def test_a_record_that_fails_alone_fails_the_job_after_those_before_it(backend: Backends) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("fails", backend=backend)
+    env.from_batch(range(10), name="numbers").map_batches(checked, name="f", max_records=10, max_wait_s=60.0).sink(
+        arrived.append
+    )
+    with pytest.raises(JobError, match='operator "f" failed on record 3: ValueError: a three'):
+        env.submit(autostop=True)
+    assert arrived == [0, 1, 2]
+    report = report_of(env)
+    assert (report.operator("f").failed, report.undelivered) == (1, 6)
+
+
+def test_a_batch_in_which_a_record_failed_is_tried_again_as_it_was(backend: Backends) -> None:
+    seen: list[list[int]] = []
+
+    def flaky(batch: list[int]) -> list[Any]:
+        seen.append(batch)
+        return [ConnectionError("once more") if number == 2 and len(seen) < 3 else number for number in batch]
+
+    options: dict[str, Any] = {"max_records": 4, "max_wait_s": 60.0, "on_error": Retry(3, (0.001, 0.001))}
+    assert run(range(4), lambda stream: stream.map_batches(flaky, **options), backend=backend) == [0, 1, 2, 3]
+    assert seen == [[0, 1, 2, 3]] * 3
+    with pytest.raises(FunctionError, match="failed on record 3 after 3 attempts: ValueError: a three"):
+        run([3], lambda stream: stream.map_batches(checked, **options), backend=backend)
+
+
 def test_the_same_batch_is_tried_again_after_a_pause(backend: Backends) -> None:
     seen: list[list[int]] = []
 

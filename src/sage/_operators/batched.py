@@ -62,16 +62,25 @@ class MapBatches(Holder):
         self._attempts += 1
         try:
             results = self._checked(self._call(self._pack(batch.values)), len(batch))
-        except BaseException as error:  # the policy of the operator decides
-            pause_s = self.pause_s(error, self._attempts)
-            if pause_s is not None:
-                self._again = batch
-                self.due = self._surroundings.now() + pause_s
+            errors = _errors_in(results)
+            if not errors:
+                self._count_off(len(batch))
+                self.metrics.records_in += len(batch)
+                return batch.replace(results)
+            if self._tries_again(batch, next(iter(errors.values()))):
                 return None
-            return self._given_up(batch, error)
-        self._count_off(len(batch))
-        self.metrics.records_in += len(batch)
-        return batch.replace(results)
+            return self._without(batch, results, errors)
+        except BaseException as error:  # the policy of the operator decides
+            return None if self._tries_again(batch, error) else self._given_up(batch, error)
+
+    def _tries_again(self, batch: Batch, error: BaseException) -> bool:
+        """Return whether the batch is tried again, which then is its turn next."""
+        pause_s = self.pause_s(error, self._attempts)
+        if pause_s is None:
+            return False
+        self._again = batch
+        self.due = self._surroundings.now() + pause_s
+        return True
 
     def drop(self) -> int:
         """Forget what waits."""
@@ -101,6 +110,20 @@ class MapBatches(Holder):
         self.held -= records
         # What is left came with the last batch at the earliest, so it waits from now on.
         self.due = self._surroundings.now() + self._wait_s if self.held else None
+
+    def _without(self, batch: Batch, results: list[Any], errors: dict[int, BaseException]) -> Batch:
+        """Return the results, and apply the policy to each record that has an error in the place of one."""
+        attempts = self._attempts
+        self._count_off(len(batch))
+        end = len(batch)
+        for place, error in errors.items():
+            if not self.give_up(batch, place, error, attempts):
+                # As where records are processed alone: those after it count as undelivered.
+                self.rest = batch.slice(place + 1)
+                end = place
+                break
+        self.metrics.records_in += end
+        return batch.slice(0, end).replace(results[:end]).select([place not in errors for place in range(end)])
 
     def _given_up(self, batch: Batch, error: BaseException) -> Batch:
         """Apply the policy to every record of a batch that failed."""
@@ -133,6 +156,13 @@ class MapBatches(Holder):
             wrong_length = ValueError(f"{count} records went in, and {len(results)} results came out")
             raise hint(wrong_length, "The function returns one result for each record, in their order.")
         return list(results)
+
+
+def _errors_in(results: list[Any]) -> dict[int, BaseException]:
+    """Return the errors that stand in the place of results, by their places."""
+    if not any(issubclass(kind, BaseException) for kind in set(map(type, results))):
+        return {}
+    return {place: result for place, result in enumerate(results) if isinstance(result, BaseException)}
 
 
 def joined(parts: list[Batch]) -> Batch:
