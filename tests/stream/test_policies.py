@@ -9,6 +9,7 @@ from re import escape
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recorded import report_of
 
 from sage import (
     BaseCoMapFunction,
@@ -70,6 +71,24 @@ def test_dead_letters_that_nobody_sends_end_with_the_job(backend: Backends) -> N
     report = env.submit().wait(timeout_s=20)
     assert (arrived, letters) == ([1, 2], [])
     assert {task.state for task in report.tasks} == {"done"}
+
+
+def test_what_one_record_gave_arrives_before_another_one_fails_the_job(backend: Backends) -> None:
+    """Also where it is more than one step takes, so that a part of it waits when the error is known."""
+    arrived: list[int] = []
+
+    def not_empty(numbers: list[int]) -> list[int]:
+        if not numbers:
+            raise ValueError("nothing")
+        return numbers
+
+    env = LocalEnvironment("test", backend=backend)
+    stream = env.from_batch([[0, 1, 2], [3, 4], [5, 6, 7, 8], [], [9]]).flatmap(not_empty, name="f")
+    stream.map(lambda number: number + 1).sink(arrived.append)
+    with pytest.raises(JobError, match=r'operator "f" failed on record \[\]: ValueError: nothing'):
+        env.submit(autostop=True)
+    assert arrived == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert report_of(env).undelivered <= 1
 
 
 @pytest.mark.parametrize("records", [1, 5, 50])

@@ -155,6 +155,9 @@ class Task:
         self._retries_at: float | None = None
         self._segments: dict[int, Segment] = {}
         self._stash: list[tuple[int, Batch | None, int]] = []
+        # Failures that end the task, once no more is stashed than what came after the records that failed.
+        self._failures: list[BaseException] = []
+        self._stashed_after = 0
         self._outgoing: deque[tuple[Output, int, Element]] = deque()
         self._held = 0
         self._idle_pause_s = IDLE_PAUSE_MIN_S
@@ -246,6 +249,10 @@ class Task:
         self.undelivered += sum(len(element) for _, _, element in self._outgoing)
         self._stash.clear()
         self._outgoing.clear()
+        for failure in self._failures:
+            self._failed = True
+            self._report(TaskFailed(self.name, failure))
+        self._failures.clear()
         if self._holder is not None:
             self.undelivered += self._holder.drop()
         if self.inbox is not None:
@@ -277,6 +284,7 @@ class Task:
     def _run(self) -> Step:
         if not self._flush():
             return Step.BLOCKED
+        self._raise_failures()
         if self._stash:
             self._unstash()
         else:
@@ -382,7 +390,8 @@ class Task:
         operator that fails leaves what came before the failing record, which still goes on to the end of the chain.
         """
         limit = self._pace.limit()
-        failures = list(failures)
+        failed = list(failures)
+        stashed_after = len(self._stash)
         place = index
         while place < len(self.operators) and (batch is None or batch.values):
             if batch is not None and len(batch.values) > limit:
@@ -398,15 +407,23 @@ class Task:
                 out = self._run_alone(self.operators[place], batch, port)
                 beyond = place + 1
             while place < beyond:
-                failures += self._settle(place, port)
+                failure = self._settle(place, port)
+                if failure:
+                    failed += failure
+                    stashed_after = len(self._stash)
                 place, port = place + 1, 0
             batch = out
         if batch is not None and batch.values:
             self._emit(len(self.operators) - 1, batch, letters=False)
-        for failure in failures[:-1]:
-            self._report(TaskFailed(self.name, failure))
-        if failures:
-            raise failures[-1]
+        if failed:
+            self._failures += failed
+            self._stashed_after = stashed_after
+            self._raise_failures()
+
+    def _raise_failures(self) -> None:
+        """Raise what failed, if what came before it has gone on."""
+        if self._failures and len(self._stash) <= self._stashed_after:
+            raise self._failures.pop(0)
 
     def _run_alone(self, operator: Operator, batch: Batch | None, port: int) -> Batch:
         started_at = perf_counter()
@@ -467,6 +484,7 @@ class Task:
     def _finish(self) -> Step:
         if not self._flush():
             return Step.BLOCKED
+        self._raise_failures()
         if self._stash:
             self._unstash()
             return Step.PROGRESSED
