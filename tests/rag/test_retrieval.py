@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from sage import FunctionError, GraphError, LocalEnvironment
+from sage import FunctionError, GraphError, LocalEnvironment, ServiceUnavailableError
 from sage.rag.documents import Document, Passage
 from sage.rag.keywords import KeywordIndex
 from sage.rag.loaders import Files, Load
@@ -99,6 +99,35 @@ class TestByHand:
             batch = retrieve.execute(questions)
             assert batch == [retrieve.execute(question) for question in questions]
             assert ids(batch[1])[0] == "b.md"
+
+    def test_of_a_batch_the_refused_are_left_out_and_the_others_are_stored(self) -> None:
+        broken = replace(PASSAGES[1], text="half of a pair: \ud800")
+        with services() as (keywords, vectors, embeddings):
+            index = Index(keywords=keywords, vectors=vectors, embeddings=embeddings)
+            first, error, last = index.execute([PASSAGES[0], broken, PASSAGES[2]])
+            assert (first, last) == (PASSAGES[0], PASSAGES[2])
+            assert isinstance(error, ValueError)
+            assert f"id {broken.id!r} has half of a surrogate pair" in str(error)
+            assert keywords.count() == vectors.count() == 2
+            with pytest.raises(ValueError, match="has half of a surrogate pair"):
+                index.execute(broken)
+
+    def test_of_a_batch_of_questions_a_blank_one_has_no_answer(self) -> None:
+        with services() as (keywords, vectors, embeddings):
+            Index(keywords=keywords, vectors=vectors, embeddings=embeddings).execute(PASSAGES)
+            retrieve = Retrieve(2, keywords=keywords, vectors=vectors, embeddings=embeddings)
+            answered, error = retrieve.execute([Question("Which task gets a key?"), Question(" ")])
+            assert answered == retrieve.execute("Which task gets a key?")
+            assert (type(error), str(error)) == (ValueError, "the question is blank")
+
+    def test_where_nobody_answers_the_batch_has_failed_as_a_whole(self) -> None:
+        with services() as (keywords, vectors, embeddings):
+            index = Index(keywords=keywords, vectors=vectors, embeddings=embeddings)
+            retrieve = Retrieve(2, keywords=keywords)
+        with pytest.raises(ServiceUnavailableError, match="is not set up"):
+            index.execute(PASSAGES)
+        with pytest.raises(ServiceUnavailableError, match="is not open"):
+            retrieve.execute([Question("Which task gets a key?")])
 
     def test_a_filter_holds_for_both_ways(self) -> None:
         with services() as (keywords, vectors, embeddings):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, overload
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, overload
 
-from sage.errors import GraphError, hint
+from sage.errors import GraphError, ServiceUnavailableError, hint
 from sage.functions import MapFunction
 from sage.rag.documents import Passage
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Vectors: TypeAlias = "ServiceHandle[VectorStore] | VectorStore"
     Embeddings: TypeAlias = "ServiceHandle[EmbeddingService] | EmbeddingService"
     Rerank: TypeAlias = "Callable[[Question, Sequence[Found]], Sequence[Found]]"
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 RANK_CONSTANT = 60
 """How slowly the weight of a rank falls: the value of Cormack, Clarke and Buettcher (SIGIR 2009)."""
@@ -97,7 +100,8 @@ class Index(MapFunction):
 
     When the first passage of a document arrives, what was stored of that document before is removed, so that indexing
     again leaves nothing of an older version. It must therefore run in one task. If the program is killed, the next run
-    makes good for it: what is stored twice is stored once. Of passages with the same id, the later one counts.
+    makes good for it: what is stored twice is stored once. Of passages with the same id, the later one counts. Of a
+    batch, those are left out that a model or a store refuses, and the others are stored.
 
     Args:
         keywords: the keyword index.
@@ -134,15 +138,21 @@ class Index(MapFunction):
     def execute(self, data: Passage) -> Passage: ...
 
     @overload
-    def execute(self, data: Sequence[Passage]) -> Sequence[Passage]: ...
+    def execute(self, data: Sequence[Passage]) -> Sequence[Passage | Exception]: ...
 
-    def execute(self, data: Passage | Sequence[Passage]) -> Passage | Sequence[Passage]:
-        """Store a passage or a batch of them and return it.
+    def execute(self, data: Passage | Sequence[Passage]) -> Passage | Sequence[Passage | Exception]:
+        """Store a passage or a batch of them and return it, with an error in the place of each that is refused.
 
         Raises:
-            Exception: what a service raises; the whole batch may be given again.
+            ServiceUnavailableError: nobody answers; the whole batch may be given again.
+            Exception: what a service raises for a single passage.
         """
-        batch = list({passage.id: passage for passage in ([data] if isinstance(data, Passage) else data)}.values())
+        if isinstance(data, Passage):
+            return self._stored([data])[0]
+        return _each_of(self._stored, data)
+
+    def _stored(self, passages: Sequence[Passage]) -> Sequence[Passage]:
+        batch = list({passage.id: passage for passage in passages}.values())
         new = {passage.document for passage in batch} - self._documents
         ids = [passage.id for passage in batch]
         texts = [passage.text for passage in batch]
@@ -156,7 +166,7 @@ class Index(MapFunction):
         if self._keywords is not None:
             self._keywords.upsert(ids, texts, metadatas=metadatas)
         self._documents |= new
-        return data
+        return passages
 
     def _remove(self, where: Where) -> None:
         for store in (self._keywords, self._vectors):
@@ -211,20 +221,21 @@ class Retrieve(MapFunction):
     def execute(self, data: str | Question) -> Retrieved: ...
 
     @overload
-    def execute(self, data: Sequence[Question]) -> Sequence[Retrieved]: ...
+    def execute(self, data: Sequence[Question]) -> Sequence[Retrieved | Exception]: ...
 
-    def execute(self, data: str | Question | Sequence[Question]) -> Retrieved | Sequence[Retrieved]:
-        """Return a question, or each of a batch, with its passages.
+    def execute(self, data: str | Question | Sequence[Question]) -> Retrieved | Sequence[Retrieved | Exception]:
+        """Return a question, or each of a batch, with its passages; an error in the place of each that has none.
 
         Raises:
-            ValueError: a question is blank.
-            Exception: what a service raises.
+            ValueError: a single question is blank.
+            ServiceUnavailableError: nobody answers.
+            Exception: what a service raises for a single question.
         """
         if isinstance(data, str | Question):
             return self._retrieved([question_of(data)])[0]
-        return self._retrieved([question_of(question) for question in data])
+        return _each_of(self._retrieved, [question_of(question) for question in data])
 
-    def _retrieved(self, questions: list[Question]) -> list[Retrieved]:
+    def _retrieved(self, questions: Sequence[Question]) -> list[Retrieved]:
         queries = [question.query or question.text for question in questions]
         for query in queries:
             if not query.strip():
@@ -251,6 +262,26 @@ class Retrieve(MapFunction):
         known = {hit.id: hit for ranking in reversed(rankings) for hit in ranking}
         scores = fuse([[hit.id for hit in ranking] for ranking in rankings], weights=self._weights)
         return [Found(passage_of(known[id_]), score) for id_, score in scores.items()]
+
+
+def _each_of(
+    call: Callable[[Sequence[In]], Sequence[Out]], records: Sequence[In]
+) -> Sequence[Out] | Sequence[Out | Exception]:
+    """Return what a call gives for records, all at once or, where one of them cannot be had, for each alone."""
+    try:
+        return call(records)
+    except ServiceUnavailableError:
+        raise  # it would be so for each of them
+    except Exception:
+        results: list[Out | Exception] = []
+        for record in records:
+            try:
+                results += call([record])
+            except ServiceUnavailableError:
+                raise
+            except Exception as error:
+                results.append(error)
+        return results
 
 
 def check_services(name: str, keywords: object, vectors: object, embeddings: object) -> None:
