@@ -66,6 +66,20 @@ def test_what_is_added_is_there(place: Place) -> None:
         assert store.get([]) == []
 
 
+def test_what_was_given_belongs_to_the_caller(place: Place) -> None:
+    vectors = np.array([[1, 2]], dtype=np.float32)
+    texts, metadata = ["first"], {"a": "b"}
+    with place.opened() as store:
+        store.add(["a"], vectors, documents=texts, metadatas=[metadata])
+        vectors[0, 0] = 9
+        texts[0] = metadata["a"] = "changed"
+        store.get(["a"])[0].metadata["a"] = "changed"  # type: ignore[union-attr, index]
+        store.search([1, 2])[0].metadata["a"] = "changed"  # type: ignore[index]
+        (entry,) = store.get(["a"])
+        assert entry is not None
+        assert (entry.vector.tolist(), entry.document, entry.metadata) == ([1, 2], "first", {"a": "b"})
+
+
 def test_an_id_that_is_known_is_not_added_again(place: Place) -> None:
     with place.opened() as store:
         store.add(["a", "b"], [[1, 2], [3, 4]])
@@ -222,6 +236,8 @@ def test_collections_are_apart(place: Place) -> None:
         ),
         (["x"], [[float("inf"), 1]], {}, ValueError, "the vector of id 'x' has a value that is not finite"),
         (["x"], [[0, 0]], {}, ValueError, "the vector of id 'x' is all zeros and has no cosine"),
+        (["x", "y"], [[1, 2], [1e30, 0]], {}, ValueError, "the vector of id 'y' is too long: the square of its length"),
+        (["x", "y"], [[1, 2], [0, 1e-30]], {}, ValueError, "the vector of id 'y' is too short: the square of its"),
         (["x", ""], [[1, 2], [3, 4]], {}, ValueError, "id 1 is '', which is empty"),
         (["x", "y", "x"], [[1, 2]] * 3, {}, DuplicateIdError, "id 'x' is given twice"),
         ([1], [[1, 2]], {}, TypeError, "id 0 is 1, of type int and not a string"),
@@ -238,6 +254,21 @@ def test_collections_are_apart(place: Place) -> None:
         (["x"], [[1, 2]], {"metadatas": [{"a": None}]}, TypeError, "the metadata of id 'x' has 'a': None, which is of"),
         (["x"], [[1, 2]], {"metadatas": [{"a": float("nan")}]}, ValueError, "'a': nan, which is not finite"),
         (["x"], [[1, 2]], {"metadatas": [{"": 1}]}, ValueError, "the metadata of id 'x' has the field ''"),
+        (
+            ["x", "y"],
+            [[1, 2], [1, 2]],
+            {"metadatas": [{"a": "b"}, {"a": "b", "\ud800": "c"}]},
+            ValueError,
+            "the metadata of id 'y' has the field",
+        ),
+        (
+            ["x", "y", "z"],
+            [[1, 2], [1, 2], [1, 2]],
+            {"metadatas": [{"a": "b"}, None, {"a": "\ud800"}]},
+            ValueError,
+            "the metadata of id 'z' has 'a': .*, which has half of a surrogate pair",
+        ),
+        (["x", "y"], [[1, 2], [1, 2]], {"metadatas": [{"a": "b"}, "ab"]}, TypeError, "id 'y' is 'ab', not a mapping"),
         (["x"], [[1, 2]], {"metadatas": [{"$a": 1}]}, ValueError, "the metadata of id 'x' has the field"),
         (["x"], [[1, 2]], {"collection": "no spaces"}, ValueError, "a collection cannot have the name 'no spaces'"),
     ],

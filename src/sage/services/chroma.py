@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from sage.services.address import Url
     from sage.services.filters import Condition, Scalar
-    from sage.services.vector_store import Metric, Rows, Vectors
+    from sage.services.vector_rows import Rows, Vectors
+    from sage.services.vector_store import Metric
 
 SPACES = {"cosine": "cosine", "dot": "ip", "l2": "l2"}
 METRICS = {space: metric for metric, space in SPACES.items()}

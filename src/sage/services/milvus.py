@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from sage.services.address import Url
     from sage.services.filters import Condition, Metadata, Scalar
-    from sage.services.vector_store import Metric, Rows, Vectors
+    from sage.services.vector_rows import Rows, Vectors
+    from sage.services.vector_store import Metric
 
 METRICS = {"cosine": "COSINE", "dot": "IP", "l2": "L2"}
 NAMES = {name: metric for metric, name in METRICS.items()}

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sage.services.filters import Condition, Metadata
-    from sage.services.vector_store import Rows, Shape, Vectors
+    from sage.services.vector_rows import Rows, Vectors
+    from sage.services.vector_store import Shape
 
 SCORES_MAX = 16_000_000
 """How many scores are held at once, which are 64 MB: searches in a large collection are done some at a time."""
 
 PLACES_MIN = 256
+GROWTH = 4
+"""How many times as large a full matrix becomes: what is not written yet takes no memory, and copies cost time."""
 
 
 class Shelf:
@@ -50,12 +53,13 @@ class Shelf:
         np = load("numpy", "vector")
         with self._lock:
             start = len(self._ids)
-            fresh = [one for one in rows.ids if one not in self._places]
+            are_new = self._places.keys().isdisjoint(rows.ids)
+            fresh = rows.ids if are_new else [one for one in rows.ids if one not in self._places]
             self._ids += fresh
             self._places.update(zip(fresh, range(start, len(self._ids)), strict=True))
             self._grow(len(self._ids))
             places: slice | NDArray[intp]
-            if len(fresh) == len(rows.ids):
+            if are_new:
                 places = slice(start, len(self._ids))
                 self._documents += rows.documents
                 self._metadatas += rows.metadatas
@@ -68,8 +72,7 @@ class Shelf:
                     self._documents[place] = document
                     self._metadatas[place] = metadata
             self._vectors[places] = rows.vectors
-            squares = np.einsum("ij,ij->i", rows.vectors, rows.vectors)
-            self._lengths[places] = 1 / np.sqrt(squares) if self.shape.metric == "cosine" else squares
+            self._lengths[places] = 1 / np.sqrt(rows.squares) if self.shape.metric == "cosine" else rows.squares
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove entries that are there."""
@@ -161,7 +164,7 @@ class Shelf:
         if count <= len(self._lengths):
             return
         np = load("numpy", "vector")
-        places = max(count, 2 * len(self._lengths))
+        places = max(count, GROWTH * len(self._lengths))
         vectors = np.empty((places, self.shape.dimension), dtype=np.float32)
         lengths = np.empty(places, dtype=np.float32)
         vectors[: len(self._vectors)] = self._vectors

@@ -13,13 +13,15 @@ from sage.errors import ServiceError
 from sage.services.extras import load
 from sage.services.log_hold import LogHold, warn_if_left
 from sage.services.numpy_store import Shelf
-from sage.services.vector_store import Rows, Shape, VectorStore, closed_error, with_hint_of_room
+from sage.services.vector_rows import Rows, squares_of
+from sage.services.vector_store import Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sage.services.filters import Condition
-    from sage.services.vector_store import Entry, Hit, Metric, Vectors
+    from sage.services.vector_rows import Vectors
+    from sage.services.vector_store import Entry, Hit, Metric
 
 APPLICATION_ID = 0x53414745
 """Marks the file as one of SAGE: the four letters."""
@@ -284,4 +286,4 @@ def _rows_of(found: Sequence[tuple[Any, ...]], dimension: int) -> Rows:
     np = load("numpy", "vector")
     ids, vectors, documents, metadatas = zip(*found, strict=True)
     array = np.frombuffer(b"".join(vectors), dtype="<f4").astype(np.float32).reshape(len(ids), dimension)
-    return Rows(ids, array, documents, [json.loads(text) if text else {} for text in metadatas])
+    return Rows(ids, array, squares_of(array), documents, [json.loads(text) if text else {} for text in metadatas])

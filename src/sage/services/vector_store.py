@@ -1,4 +1,4 @@
-"""Vector stores: what all of them have in common, and the checks of what they are given."""
+"""Vector stores: what all of them have in common."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
-from sage.services.extras import load
-from sage.services.filters import NEVER, condition_of, matches, problem_of
+from sage.services.filters import NEVER, condition_of, matches
 from sage.services.measures import MeasuredService
+from sage.services.vector_rows import (
+    DuplicateIdError,
+    Rows,
+    array_of,
+    checked_ids,
+    checked_rows,
+    refuse_incomparable,
+    squares_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    import numpy as np
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
     from sage.services.filters import Condition, Metadata, Where
-
-    Vectors: TypeAlias = NDArray[np.float32]
+    from sage.services.vector_rows import Vectors
 
 __all__ = [
     "DuplicateIdError",
@@ -46,10 +52,6 @@ NO_ROOM = (
     "failed to apply logs",
 )
 """What libraries say where a disk is full, in small letters; the last is all that Chroma says of its own files."""
-
-
-class DuplicateIdError(ValueError):
-    """An id is given twice, or is in the collection already and was to be added."""
 
 
 class UnknownCollectionError(LookupError):
@@ -88,27 +90,6 @@ class Entry:
     vector: Vectors
     document: str | None
     metadata: Metadata
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Entries that were checked, as columns of the same length; no id is there twice.
-
-    Attributes:
-        ids: the ids.
-        vectors: float32 array of shape (n, dimension).
-        documents: the texts, or None.
-        metadatas: the metadata of each.
-    """
-
-    ids: Sequence[str]
-    vectors: Vectors
-    documents: Sequence[str | None]
-    metadatas: Sequence[Metadata]
-
-    def cut(self, start: int, end: int) -> Rows:
-        """Return some of the rows."""
-        return Rows(self.ids[start:end], self.vectors[start:end], self.documents[start:end], self.metadatas[start:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +189,7 @@ class VectorStore(MeasuredService, ABC):
             if ids is None and where is None:
                 error = ValueError("delete is given neither ids nor a filter")
                 raise hint(error, "delete(where={}) removes all entries.")
-            given = None if ids is None else _checked_ids(ids, may_repeat=True)
+            given = None if ids is None else checked_ids(ids, may_repeat=True)
             call.items = 1 if given is None else len(given)
             condition = condition_of(where)
             name, shape = self._find(collection)
@@ -238,7 +219,7 @@ class VectorStore(MeasuredService, ABC):
             ValueError: the vector or `k` cannot be used.
         """
         with self.measured("search"):
-            array = _array(vector)
+            array = array_of(vector)
             if array.ndim != 1:
                 raise ValueError(f"the vector of a search has shape {array.shape}, not (dimension,)")
             return self._search(array[None], k, where, collection)[0]
@@ -259,7 +240,7 @@ class VectorStore(MeasuredService, ABC):
             ValueError: a vector or `k` cannot be used.
         """
         with self.measured("search_batch") as call:
-            array = _array(vectors)
+            array = array_of(vectors)
             call.items = len(array) if array.ndim else 1
             if array.ndim != 2 and array.size:
                 raise ValueError(f"the vectors of a search have shape {array.shape}, not (m, dimension)")
@@ -273,7 +254,7 @@ class VectorStore(MeasuredService, ABC):
         """
         with self.measured("get") as call:
             call.items = len(ids)
-            given = _checked_ids(ids, may_repeat=True)
+            given = checked_ids(ids, may_repeat=True)
             name, shape = self._find(collection)
             found = self._fetch(name, given) if given and shape is not None else {}
             return [found.get(one) for one in given]
@@ -420,7 +401,7 @@ class VectorStore(MeasuredService, ABC):
         *,
         is_new: bool,
     ) -> None:
-        rows = _rows(ids, vectors, documents, metadatas)
+        rows = checked_rows(ids, vectors, documents, metadatas)
         name = self.collection if collection is None else _collection_name(collection)
         if not rows.ids:
             return
@@ -430,8 +411,10 @@ class VectorStore(MeasuredService, ABC):
             found = rows.vectors.shape[1]
             if expected not in (None, found):
                 raise _dimension_error(f'collection "{name}"', expected, f"{found}, from id {short(rows.ids[0])} on")
-            if (self.metric if shape is None else shape.metric) == "cosine":
-                _refuse_zeros(rows)
+            metric = self.metric if shape is None else shape.metric
+            refuse_incomparable(
+                rows.vectors, rows.squares, metric, lambda place: f"the vector of id {short(rows.ids[place])}"
+            )
             if shape is None:
                 self._create(name, Shape(found, self.metric))
             elif is_new and (known := self._known(name, rows.ids)):
@@ -445,13 +428,8 @@ class VectorStore(MeasuredService, ABC):
         expected = self.dimension if shape is None and name == self.collection else shape and shape.dimension
         if expected not in (None, vectors.shape[1]):
             raise _dimension_error(f'collection "{name}"', expected, f"{vectors.shape[1]} as that of the search")
-        np = load("numpy", "vector")
-        if not np.isfinite(vectors).all():
-            place = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise ValueError(f"vector {place} of the search has a value that is not finite")
-        if (self.metric if shape is None else shape.metric) == "cosine" and not vectors.any(axis=1).all():
-            place = int(np.flatnonzero(~vectors.any(axis=1))[0])
-            raise ValueError(f"vector {place} of the search is all zeros and has no cosine")
+        metric = self.metric if shape is None else shape.metric
+        refuse_incomparable(vectors, squares_of(vectors), metric, lambda place: f"vector {place} of the search")
         if shape is None or condition == NEVER:
             return [[] for _ in vectors]
         return self._nearest(name, vectors, k, condition)
@@ -477,105 +455,6 @@ def with_hint_of_room(error: ServiceError) -> ServiceError:
     if any(text in str(error).lower() for text in NO_ROOM):
         hint(error, "Is the disk full? Make room, and write the rows of this call again; earlier ones are still there.")
     return error
-
-
-def _rows(
-    ids: Sequence[str],
-    vectors: ArrayLike,
-    documents: Sequence[str | None] | None,
-    metadatas: Sequence[Metadata] | None,
-) -> Rows:
-    given = _checked_ids(ids, may_repeat=False)
-    array = _array(vectors)
-    for what, values in (("vectors", array), ("documents", documents), ("metadatas", metadatas)):
-        if isinstance(values, str):
-            raise TypeError(f"{what} is {short(values)}, a string and not a list")
-        if values is not None and (count := len(values) if getattr(values, "ndim", 1) else 1) != len(given):
-            raise ValueError(f"there are {len(given)} ids and {count} {what}")
-    if given and (array.ndim != 2 or not array.shape[1]):
-        raise ValueError(f"the vectors have shape {array.shape}, not (n, dimension)")
-    np = load("numpy", "vector")
-    if given and not (finite := np.isfinite(array).all(axis=1)).all():
-        place = int(np.flatnonzero(~finite)[0])
-        raise ValueError(f"the vector of id {short(given[place])} has a value that is not finite")
-    texts = [None] * len(given) if documents is None else list(documents)
-    if not _are_plain(texts):
-        for one, text in zip(given, texts, strict=True):
-            if text is not None:
-                _check_document(one, text)
-    mappings = [{}] * len(given) if metadatas is None else _mappings(given, metadatas)
-    return Rows(given, array, texts, mappings)
-
-
-def _are_plain(values: Sequence[Any]) -> bool:
-    """Return whether all are strings of ASCII, which most are and which no rule refuses: a look at each would cost."""
-    return set(map(type, values)) == {str} and all(map(str.isascii, values))
-
-
-def _check_document(one: str, text: Any) -> None:
-    problem = problem_of(text) if isinstance(text, str) else f"is of type {type(text).__name__}"
-    if problem is not None:
-        kind = ValueError if isinstance(text, str) else TypeError
-        raise kind(f"the document of id {short(one)} {problem}")
-
-
-def _mappings(ids: Sequence[str], metadatas: Sequence[Any]) -> list[Metadata]:
-    fields: set[str] = set()
-    return [_metadata(one, metadata, fields) for one, metadata in zip(ids, metadatas, strict=True)]
-
-
-def _metadata(one: str, metadata: Any, fields: set[str]) -> Metadata:
-    """Return a copy of what can be kept; `fields` are those that were looked at before."""
-    if metadata is None:
-        return {}
-    if not hasattr(metadata, "items"):
-        raise TypeError(f"the metadata of id {short(one)} is {short(metadata)}, not a mapping")
-    for field, value in metadata.items():
-        if field not in fields:
-            if not isinstance(field, str) or not field or field.startswith("$") or problem_of(field):
-                raise ValueError(f"the metadata of id {short(one)} has the field {short(field)}")
-            fields.add(field)
-        if type(value) is str and value.isascii():
-            continue  # as most are
-        problem = problem_of(value)
-        if problem is not None:
-            kind = TypeError if problem.startswith("is of type") else ValueError
-            error = kind(f"the metadata of id {short(one)} has {short(field)}: {short(value)}, which {problem}")
-            raise hint(error, "Values are str, bool, finite float and int of 64 bits; leave out what has none.")
-    return dict(metadata)
-
-
-def _checked_ids(ids: Sequence[str], *, may_repeat: bool) -> list[str]:
-    if isinstance(ids, str):
-        raise TypeError(f"ids is {short(ids)}, a string and not a list")
-    given = list(ids)
-    for place, one in enumerate(given) if not (_are_plain(given) and all(given)) else ():
-        if not isinstance(one, str):
-            raise TypeError(f"id {place} is {short(one)}, of type {type(one).__name__} and not a string")
-        if not one or problem_of(one):
-            raise ValueError(f"id {place} is {short(one)}, which " + (problem_of(one) or "is empty"))
-    if not may_repeat and len(set(given)) < len(given):
-        seen: set[str] = set()
-        twice = next(one for one in given if one in seen or seen.add(one))  # type: ignore[func-returns-value]
-        raise DuplicateIdError(f"id {short(twice)} is given twice")
-    return given
-
-
-def _array(vectors: Any) -> Vectors:
-    np = load("numpy", "vector")
-    try:
-        array: Vectors = np.asarray(vectors, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the vectors are no array of numbers: {error}") from None
-    return array
-
-
-def _refuse_zeros(rows: Rows) -> None:
-    has_length = rows.vectors.any(axis=1)
-    if not has_length.all():
-        place = int(has_length.argmin())
-        error = ValueError(f"the vector of id {short(rows.ids[place])} is all zeros and has no cosine")
-        raise hint(error, 'Leave it out, or take metric="l2" or "dot".')
 
 
 def _dimension_error(what: str, expected: object, found: str) -> ValueError:
