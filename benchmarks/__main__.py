@@ -11,6 +11,10 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+# Before anything imports numpy: after a product its idle threads spin for some tens of milliseconds, and a side with
+# threads of its own would lose a core to what the other side has left behind.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from benchmarks.answers import answers
 from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
