@@ -37,7 +37,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> P
 
 
 @pytest.fixture(scope="session")
-def model_server() -> Iterator[str]:
+def server() -> Iterator[str]:
     """Return the address of a server of the OpenAI protocol that runs as a service of a job of its own."""
     env = LocalEnvironment("server")
     words = [sys.executable, str(Path(__file__).with_name("openai_server.py")), "{port}"]

@@ -10,7 +10,6 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from services.kept import output_of
+from services.models import KEY, opened
 
 from sage import Cleanliness, LocalEnvironment, ServiceError, ServiceOptions, ServiceUnavailableError
 from sage.services.embedding_cache import MemoryCache, SqliteCache
@@ -33,7 +33,6 @@ KINDS: dict[str, Callable[[str], Kind]] = {
     "minilm": lambda _: partial(MiniLMEmbeddings),
     "openai": lambda server: partial(OpenAIEmbeddings, "embed", base_url=f"{server}/v1", api_key=KEY),
 }
-KEY = "sk-right-0123456789"
 SENTENCES = ["A man is eating food.", "Someone eats a meal.", "The stock market fell sharply today."]
 ODD = ["", " ", "...", "\ud800", "\0", "数据流引擎", "x" * 3000, "word " * 1000]
 
@@ -44,19 +43,10 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def opened(service: Any) -> Iterator[Any]:
-    try:
-        service.setup()
-        yield service
-    finally:
-        service.cleanup()
-
-
 @pytest.fixture(scope="module", params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Return what makes services of a kind."""
-    return KINDS[request.param](request.getfixturevalue("model_server") if request.param == "openai" else "")
+    return KINDS[request.param](request.getfixturevalue("server") if request.param == "openai" else "")
 
 
 class Counted(HashingEmbeddings):

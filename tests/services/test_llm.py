@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from services.models import KEY, opened
 
 from sage import Cleanliness, LocalEnvironment, ServiceOptions
 from sage.services.llm import Answer, ExtractiveLLM, Message
@@ -26,7 +26,6 @@ Question: How often is a service restarted?
 Answer:"""
 
 
-KEY = "sk-right-0123456789"
 Kind = partial[Any]
 KINDS: dict[str, Callable[[str], Kind]] = {
     "extractive": lambda _: partial(ExtractiveLLM),
@@ -43,16 +42,7 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture(scope="module", params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Return what makes models of a kind."""
-    return KINDS[request.param](request.getfixturevalue("model_server") if request.param == "openai" else "")
-
-
-@contextmanager
-def opened(llm: Any) -> Iterator[Any]:
-    try:
-        llm.setup()
-        yield llm
-    finally:
-        llm.cleanup()
+    return KINDS[request.param](request.getfixturevalue("server") if request.param == "openai" else "")
 
 
 def told(llm: Any, prompt: Any, **settings: Any) -> list[str]:

@@ -13,21 +13,16 @@ from typing import Any
 
 import pytest
 from services.kept import left_clean, wait_until
+from services.models import KEY, opened
 
 from sage import JobError, JobErrorGroup, LocalEnvironment, ServiceError, ServiceOptions
 from sage.services.endpoint import EndpointOptions
 from sage.services.openai import OpenAIEmbeddings, OpenAILLM
 
-KEY = "sk-right-0123456789"
 HURRIED = EndpointOptions(timeout_s=0.2, retries_max=0)
 """Loses its patience soon."""
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def server(model_server: str) -> str:
-    return model_server
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +37,6 @@ def make(request: pytest.FixtureRequest) -> Make:
     if request.param == "llm":
         return lambda url, **settings: OpenAILLM("chat", base_url=url, **settings)
     return lambda url, **settings: OpenAIEmbeddings("embed", dimension=8, base_url=url, **settings)
-
-
-@contextmanager
-def opened(service: Any) -> Iterator[Any]:
-    try:
-        service.setup()
-        yield service
-    finally:
-        service.stop()
-        service.cleanup()
 
 
 @contextmanager

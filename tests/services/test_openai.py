@@ -15,12 +15,13 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from services.models import KEY, opened
 
 from sage import (
     Cleanliness,
@@ -41,17 +42,11 @@ from sage.services.openai import OpenAIEmbeddings, OpenAILLM
 from sage.testing import assert_clean
 
 SERVER = [sys.executable, str(Path(__file__).with_name("openai_server.py")), "{port}"]
-KEY = "sk-right-0123456789"
 QUICK = EndpointOptions(timeout_s=20.0, backoff_s=(0.01, 0.02))
 ELSEWHERE = ["shared memory *"]
 """What other programs of this machine make meanwhile."""
 
 HASTY = EndpointOptions(timeout_s=0.5, backoff_s=(0.01, 0.02))
-
-
-@pytest.fixture
-def server(model_server: str) -> str:
-    return model_server
 
 
 @pytest.fixture(autouse=True)
@@ -60,17 +55,6 @@ def _nothing_is_left(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(name, raising=False)
     with assert_clean(within_s=5.0, ignore=ELSEWHERE):
         yield
-
-
-@contextmanager
-def opened(service: Any) -> Iterator[Any]:
-    """Use a service as a program without a job does."""
-    try:
-        service.setup()
-        yield service
-    finally:
-        service.stop()
-        service.cleanup()
 
 
 def llm_of(server: str, model: str = "chat", options: EndpointOptions = QUICK, **settings: Any) -> OpenAILLM:

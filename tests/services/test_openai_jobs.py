@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from services.kept import left_clean
+from services.models import KEY
 
 from sage import (
     Cleanliness,
@@ -25,17 +26,11 @@ from sage.services.endpoint import EndpointOptions
 from sage.services.llm import Answer
 from sage.services.openai import OpenAIEmbeddings, OpenAILLM
 
-KEY = "sk-right-0123456789"
 QUESTIONS = [f"question {number}" for number in range(30)]
 AT_ONCE = 6
 HASTY = EndpointOptions(timeout_s=0.5, retries_max=1, backoff_s=(0.01, 0.02))
 
 hosts = pytest.mark.parametrize("host", ["inline", "process"])
-
-
-@pytest.fixture
-def server(model_server: str) -> str:
-    return model_server
 
 
 @pytest.fixture(autouse=True)

@@ -270,48 +270,33 @@ def test_another_number_of_results_is_an_error_that_says_both(backend: Backends,
     assert "one result for each record" in caught.value.__cause__.__notes__[0]
 
 
-def test_a_batch_that_fails_is_skipped_or_handed_over_as_a_whole(backend: Backends) -> None:
+def checked(batch: list[int]) -> list[int | ValueError]:
+    return [ValueError("a three") if number % 10 == 3 else number for number in batch]
+
+
+@pytest.mark.parametrize(
+    ("function", "lost"),
+    [(without_threes, [*range(5), *range(10, 15)]), (checked, [3, 13])],
+    ids=["a batch that fails", "an error in the place of a result"],
+)
+def test_what_fails_is_skipped_or_handed_over(backend: Backends, function: Any, lost: list[int]) -> None:
+    """The whole batch where the function raises, and one record where an error stands in the place of its result."""
     letters: list[DeadLetter] = []
     arrived: list[int] = []
     env = LocalEnvironment("policies", backend=backend)
     dead = env.dead_letters("lost")
     numbers = env.from_batch(range(20))
     options: dict[str, Any] = {"max_records": 5, "max_wait_s": 60.0}
-    numbers.map_batches(without_threes, name="sent", on_error=dead, **options).sink(arrived.append)
-    numbers.map_batches(without_threes, name="skipped", on_error="skip", **options).sink(arrived.append)
+    numbers.map_batches(function, name="sent", on_error=dead, **options).sink(arrived.append)
+    numbers.map_batches(function, name="skipped", on_error="skip", **options).sink(arrived.append)
     dead.sink(letters.append)
     env.submit(autostop=True)
-    assert sorted(arrived) == sorted(2 * [*range(5, 10), *range(15, 20)])
-    assert [letter.value for letter in letters] == [*range(5), *range(10, 15)]
+    assert sorted(arrived) == sorted(2 * [number for number in range(20) if number not in lost])
+    assert [letter.value for letter in letters] == lost
     assert {(letter.operator, letter.attempts, str(letter.error)) for letter in letters} == {("sent", 1, "a three")}
     for name in ("sent", "skipped"):
         counts = report_of(env).operator(name)
-        assert (counts.records_in, counts.records_out, counts.failed) == (20, 10, 10)
-
-
-def checked(batch: list[int]) -> list[int | ValueError]:
-    return [ValueError("a three") if number % 10 == 3 else number for number in batch]
-
-
-def test_an_error_in_the_place_of_a_result_is_the_failure_of_that_record_alone(backend: Backends) -> None:
-    letters: list[DeadLetter] = []
-    arrived: list[int] = []
-    env = LocalEnvironment("alone", backend=backend)
-    dead = env.dead_letters("lost")
-    numbers = env.from_batch(range(20))
-    options: dict[str, Any] = {"max_records": 7, "max_wait_s": 60.0}
-    numbers.map_batches(checked, name="sent", on_error=dead, **options).sink(arrived.append)
-    numbers.map_batches(checked, name="skipped", on_error="skip", **options).sink(arrived.append)
-    dead.sink(letters.append)
-    env.submit(autostop=True)
-    assert sorted(arrived) == sorted(2 * [number for number in range(20) if number % 10 != 3])
-    assert [(letter.value, str(letter.error), letter.attempts) for letter in letters] == [
-        (3, "a three", 1),
-        (13, "a three", 1),
-    ]
-    for name in ("sent", "skipped"):
-        counts = report_of(env).operator(name)
-        assert (counts.records_in, counts.records_out, counts.failed) == (20, 18, 2)
+        assert (counts.records_in, counts.records_out, counts.failed) == (20, 20 - len(lost), len(lost))
 
 
 def test_a_record_that_fails_alone_keeps_the_keys_of_the_others(backend: Backends) -> None:
