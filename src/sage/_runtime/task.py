@@ -282,9 +282,8 @@ class Task:
         return Step.PROGRESSED
 
     def _run(self) -> Step:
-        if not self._flush():
+        if not self._has_flushed():
             return Step.BLOCKED
-        self._raise_failures()
         if self._stash:
             self._unstash()
         else:
@@ -420,9 +419,9 @@ class Task:
             self._stashed_after = stashed_after
             self._raise_failures()
 
-    def _raise_failures(self) -> None:
+    def _raise_failures(self, *, at_once: bool = False) -> None:
         """Raise what failed, if what came before it has gone on."""
-        if self._failures and len(self._stash) <= self._stashed_after:
+        if self._failures and (at_once or len(self._stash) <= self._stashed_after):
             raise self._failures.pop(0)
 
     def _run_alone(self, operator: Operator, batch: Batch | None, port: int) -> Batch:
@@ -459,6 +458,13 @@ class Task:
             for target, part in output.partitioner.split(batch):
                 self._outgoing.append((output, target, part))
 
+    def _has_flushed(self) -> bool:
+        """Return whether all that is queued went, so that more can be processed."""
+        has_flushed = self._flush()
+        # Another task drops what it has not read when the job fails, so that waiting for it would be in vain.
+        self._raise_failures(at_once=not has_flushed)
+        return has_flushed
+
     def _flush(self) -> bool:
         """Put what is queued into the channels and return whether all of it went."""
         outgoing = self._outgoing
@@ -482,9 +488,8 @@ class Task:
             counter.add(-held)
 
     def _finish(self) -> Step:
-        if not self._flush():
+        if not self._has_flushed():
             return Step.BLOCKED
-        self._raise_failures()
         if self._stash:
             self._unstash()
             return Step.PROGRESSED
