@@ -174,7 +174,8 @@ class DataStream:
         Keys are kept. When the function raises, or returns another number of results, the batch as a whole has failed:
         `on_error` concerns every record of it. `Retry` calls the function again with the same batch, "skip" drops all
         of its records, and each of them becomes a dead letter of its own. An exception in the place of a result, as
-        `asyncio.gather(..., return_exceptions=True)` has them, is the failure of that record alone: the others go on.
+        `asyncio.gather(..., return_exceptions=True)` has them, is the failure of that record alone: the others go on,
+        once `Retry`, which knows whole batches only, has called the function with all of them again.
 
         Args:
             function: takes a list or an array of 1 to `max_records` records, and returns a list, a tuple or an array.

@@ -31,6 +31,7 @@ MODULES = {
         "test_a_cancel_drops_and_counts_what_waits",
         "test_a_batch_in_which_a_record_failed_is_tried_again_as_it_was",
         "test_a_record_that_fails_alone_fails_the_job_after_those_before_it",
+        "test_all_that_came_before_a_record_that_fails_alone_arrives_also_at_the_end_of_the_stream",
         "test_a_record_waits_no_longer_than_it_may",
         "test_no_batch_is_larger_than_it_may_be",
         "test_what_came_before_a_batch_that_fails_has_arrived",

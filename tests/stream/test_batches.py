@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -322,7 +324,71 @@ def test_a_record_that_fails_alone_fails_the_job_after_those_before_it(backend: 
         env.submit(autostop=True)
     assert arrived == [0, 1, 2]
     report = report_of(env)
-    assert (report.operator("f").failed, report.undelivered) == (1, 6)
+    counts = report.operator("f")
+    assert (counts.records_in, counts.records_out, counts.failed, report.undelivered) == (3, 3, 1, 6)
+
+
+def test_all_that_came_before_a_record_that_fails_alone_arrives_also_at_the_end_of_the_stream(
+    backend: Backends,
+) -> None:
+    arrived: list[int] = []
+    env = LocalEnvironment("fails", backend=backend)
+    stream = env.from_batch(range(10)).map_batches(checked, name="f", max_records=11, max_wait_s=60.0)
+    stream.flatmap(lambda number: [number] * 5).sink(arrived.append)
+    with pytest.raises(FunctionError, match='operator "f" failed on record 3: ValueError: a three'):
+        env.submit(autostop=True)
+    assert arrived == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def once_more(number: int) -> int:
+    raise ConnectionError(f"{number} once more")
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda stream: stream.flatmap(lambda _: itertools.count()),
+        lambda stream: stream.map(once_more, on_error=Retry(2, (3600.0, 3600.0))),
+    ],
+    ids=["an endless generator", "a long pause"],
+)
+def test_a_failure_does_not_wait_for_ever_for_what_came_before_it(then: Callable[[Any], DataStream], seed: int) -> None:
+    def build(stream: DataStream) -> DataStream:
+        found = stream.map_batches(checked, name="f", max_records=2, max_wait_s=60.0)
+        return then(found).filter(lambda _: False)
+
+    with pytest.raises(FunctionError, match='operator "f" failed on record 3: ValueError: a three'):
+        run([1, 3], build, backend=partial(StepBackend, seed))
+
+
+def test_the_end_of_the_interpreter_in_the_place_of_a_result_is_neither_skipped_nor_tried_again(
+    backend: Backends,
+) -> None:
+    def exits(batch: list[int]) -> list[Any]:
+        return [ValueError("a three"), SystemExit("enough")]
+
+    env = LocalEnvironment("exits", backend=backend)
+    options: dict[str, Any] = {"max_records": 2, "max_wait_s": 60.0, "on_error": Retry(3, (0.0, 0.0), then="skip")}
+    env.from_batch([3, 4]).map_batches(exits, name="f", **options)
+    with pytest.raises(JobError, match='operator "f" failed on record 4: SystemExit: enough'):
+        env.submit(autostop=True)
+
+
+def test_requests_that_fail_alone_are_answered_with_their_errors(backend: Backends) -> None:
+    answers: list[Any] = []
+    env = LocalEnvironment("served", backend=backend)
+    service = env.serve("checked", lambda requests: requests.map_batches(checked, max_records=4, max_wait_s=0.001))
+
+    def ask(number: int) -> Any:
+        try:
+            return service.process(number)
+        except ValueError as error:
+            return str(error)
+
+    env.from_batch(range(8)).map(ask, parallelism=3).sink(answers.append)
+    env.submit(autostop=True)
+    assert Counter(answers) == Counter([0, 1, 2, "a three", 4, 5, 6, 7])
 
 
 def test_a_batch_in_which_a_record_failed_is_tried_again_as_it_was(backend: Backends) -> None:

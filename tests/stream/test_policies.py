@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from re import escape
@@ -20,6 +23,7 @@ from sage import (
     JobError,
     LocalEnvironment,
     MapFunction,
+    Outcome,
     Retry,
 )
 from sage.testing import StepBackend, run
@@ -89,6 +93,46 @@ def test_what_one_record_gave_arrives_before_another_one_fails_the_job(backend: 
         env.submit(autostop=True)
     assert arrived == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert report_of(env).undelivered <= 1
+
+
+def test_a_failure_that_waits_is_told_when_the_job_is_cancelled() -> None:
+    ends = set()
+    for seed in range(60):
+        env = LocalEnvironment("test", backend=partial(StepBackend, seed))
+
+        def cancel(_: int, env: LocalEnvironment = env) -> None:
+            env.jobmanager.jobs[env.env_uuid].cancel()
+
+        env.from_batch([[1, 2, 3, 4, 5], []]).flatmap(lambda numbers: numbers or not_three(3)).sink(cancel)
+        job = env.submit()
+        with suppress(FunctionError):
+            job.wait()
+        report = report_of(env)
+        errors = tuple(type(error.__cause__) for error in report.errors)
+        ends.add((report.state, errors, tuple(task.state for task in report.tasks)))
+    assert ends == {
+        (Outcome.CANCELLED, (), ("cancelled",)),
+        (Outcome.FAILED, (ValueError,), ("failed",)),
+    }
+
+
+def test_a_coroutine_that_is_cancelled_with_its_job_is_no_failure() -> None:
+    """Also where results of the records before it wait when it ends."""
+    waits = threading.Event()
+
+    async def given(number: int) -> Any:
+        if number == 51:
+            waits.set()
+            await asyncio.sleep(3600)
+        return list(range(1000)) if number == 50 else [number]
+
+    env = LocalEnvironment("test")
+    env.from_batch(range(100)).flatmap(given).map(lambda number: number).sink(lambda _: None)
+    job = env.submit()
+    assert waits.wait(20)
+    job.cancel()
+    report = job.wait()
+    assert (report.state, report.errors) == (Outcome.CANCELLED, ())
 
 
 @pytest.mark.parametrize("records", [1, 5, 50])

@@ -62,16 +62,14 @@ class MapBatches(Holder):
         self._attempts += 1
         try:
             results = self._checked(self._call(self._pack(batch.values)), len(batch))
-            errors = _errors_in(results)
-            if not errors:
-                self._count_off(len(batch))
-                self.metrics.records_in += len(batch)
-                return batch.replace(results)
-            if self._tries_again(batch, next(iter(errors.values()))):
-                return None
-            return self._without(batch, results, errors)
         except BaseException as error:  # the policy of the operator decides
             return None if self._tries_again(batch, error) else self._given_up(batch, error)
+        errors = _errors_in(results)
+        if errors:
+            return None if self._tries_again(batch, _gravest(errors)) else self._without(batch, results, errors)
+        self._count_off(len(batch))
+        self.metrics.records_in += len(batch)
+        return batch.replace(results)
 
     def _tries_again(self, batch: Batch, error: BaseException) -> bool:
         """Return whether the batch is tried again, which then is its turn next."""
@@ -163,6 +161,12 @@ def _errors_in(results: list[Any]) -> dict[int, BaseException]:
     if not any(issubclass(kind, BaseException) for kind in set(map(type, results))):
         return {}
     return {place: result for place, result in enumerate(results) if isinstance(result, BaseException)}
+
+
+def _gravest(errors: dict[int, BaseException]) -> BaseException:
+    """Return the error that decides about another attempt: the end of the interpreter, or else the first one."""
+    first = next(iter(errors.values()))
+    return next((error for error in errors.values() if not isinstance(error, Exception)), first)
 
 
 def joined(parts: list[Batch]) -> Batch:

@@ -32,6 +32,9 @@ STEP_FAST_S = 0.0025
 STEP_SLOW_S = 0.010
 """A step aims at about 5 ms: below the first bound it takes more records next time, above the second fewer."""
 
+FAILURE_WAIT_MAX_S = 1.0
+"""How long a failure that is known waits for what came before it in its task, in seconds."""
+
 IDLE_PAUSE_MIN_S = 0.001
 IDLE_PAUSE_MAX_S = 0.05
 """How long a source that has nothing now is left alone; it doubles while there is nothing."""
@@ -158,6 +161,7 @@ class Task:
         # Failures that end the task, once no more is stashed than what came after the records that failed.
         self._failures: list[BaseException] = []
         self._stashed_after = 0
+        self._fails_at = 0.0
         self._outgoing: deque[tuple[Output, int, Element]] = deque()
         self._held = 0
         self._idle_pause_s = IDLE_PAUSE_MIN_S
@@ -217,7 +221,7 @@ class Task:
         """Do what can be done now without waiting."""
         if self.phase is Phase.DONE:
             return Step.DONE
-        if self._retries_at is not None and not self.span.cancelled:
+        if self._retries_at is not None and not self.span.cancelled and not self._failures:
             if self._now() < self._retries_at:
                 return Step.IDLE
             self._retries_at = None
@@ -227,32 +231,29 @@ class Task:
         try:
             return self._PHASES[self.phase](self)
         except BaseException as error:  # a task owns whatever its operators raise
-            if not (self.span.cancelled and _is_cancellation(error)):
-                self._fail(error)
+            self._tell(error)
+            if self.phase is not Phase.CLOSING:
+                self._drop()
+                self.phase = Phase.CLOSING
             return Step.PROGRESSED
 
-    def _fail(self, error: BaseException) -> None:
-        self._failed = True
-        self._report(TaskFailed(self.name, error))
-        if self.phase is not Phase.CLOSING:
-            self._drop()
-            self.phase = Phase.CLOSING
+    def _tell(self, error: BaseException) -> None:
+        """Report a failure, but for one that only says that the task was cancelled."""
+        if not (self.span.cancelled and _is_cancellation(error)):
+            self._failed = True
+            self._report(TaskFailed(self.name, error))
 
     def _drop(self) -> None:
-        """Count and forget everything that waits here, but for an error that the source was about to raise."""
+        """Count and forget everything that waits here, and tell the errors that were about to be raised."""
         self._retries_at = None
         overtaken = self._reader.overtaken() if self._reader is not None else None
-        if overtaken is not None:
-            self._failed = True
-            self._report(TaskFailed(self.name, overtaken))
+        for error in self._failures if overtaken is None else (*self._failures, overtaken):
+            self._tell(error)
+        self._failures.clear()
         self.undelivered += sum(len(batch) for _, batch, _ in self._stash if batch is not None)
         self.undelivered += sum(len(element) for _, _, element in self._outgoing)
         self._stash.clear()
         self._outgoing.clear()
-        for failure in self._failures:
-            self._failed = True
-            self._report(TaskFailed(self.name, failure))
-        self._failures.clear()
         if self._holder is not None:
             self.undelivered += self._holder.drop()
         if self.inbox is not None:
@@ -415,13 +416,17 @@ class Task:
         if batch is not None and batch.values:
             self._emit(len(self.operators) - 1, batch, letters=False)
         if failed:
+            if not self._failures:
+                self._fails_at = self._now() + FAILURE_WAIT_MAX_S
             self._failures += failed
             self._stashed_after = stashed_after
             self._raise_failures()
 
     def _raise_failures(self, *, at_once: bool = False) -> None:
-        """Raise what failed, if what came before it has gone on."""
-        if self._failures and (at_once or len(self._stash) <= self._stashed_after):
+        """Raise what failed, if what came before it has gone on, or takes too long."""
+        if not self._failures:
+            return
+        if at_once or len(self._stash) <= self._stashed_after or self._now() >= self._fails_at:
             raise self._failures.pop(0)
 
     def _run_alone(self, operator: Operator, batch: Batch | None, port: int) -> Batch:
@@ -461,8 +466,9 @@ class Task:
     def _has_flushed(self) -> bool:
         """Return whether all that is queued went, so that more can be processed."""
         has_flushed = self._flush()
-        # Another task drops what it has not read when the job fails, so that waiting for it would be in vain.
-        self._raise_failures(at_once=not has_flushed)
+        # Another task drops what it has not read when the job fails, so that waiting for it would be in vain; and
+        # nothing waits for a record that is to be tried again after a pause.
+        self._raise_failures(at_once=not has_flushed or self._retries_at is not None)
         return has_flushed
 
     def _flush(self) -> bool:

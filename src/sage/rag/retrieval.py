@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, overload
 
-from sage.errors import GraphError, ServiceUnavailableError, hint
+from sage.errors import GraphError, hint
 from sage.functions import MapFunction
 from sage.rag.documents import Passage
 
@@ -144,8 +144,8 @@ class Index(MapFunction):
         """Store a passage or a batch of them and return it, with an error in the place of each that is refused.
 
         Raises:
-            ServiceUnavailableError: nobody answers; the whole batch may be given again.
-            Exception: what a service raises for a single passage.
+            ServiceError: a service cannot answer; the whole batch may be given again.
+            ValueError: a single passage is refused.
         """
         if isinstance(data, Passage):
             return self._stored([data])[0]
@@ -227,9 +227,8 @@ class Retrieve(MapFunction):
         """Return a question, or each of a batch, with its passages; an error in the place of each that has none.
 
         Raises:
+            ServiceError: a service cannot answer; the whole batch may be given again.
             ValueError: a single question is blank.
-            ServiceUnavailableError: nobody answers.
-            Exception: what a service raises for a single question.
         """
         if isinstance(data, str | Question):
             return self._retrieved([question_of(data)])[0]
@@ -267,21 +266,14 @@ class Retrieve(MapFunction):
 def _each_of(
     call: Callable[[Sequence[In]], Sequence[Out]], records: Sequence[In]
 ) -> Sequence[Out] | Sequence[Out | Exception]:
-    """Return what a call gives for records, all at once or, where one of them cannot be had, for each alone."""
+    """Return what a call gives for records, with an error in the place of each that is refused, found by halving."""
     try:
         return call(records)
-    except ServiceUnavailableError:
-        raise  # it would be so for each of them
-    except Exception:
-        results: list[Out | Exception] = []
-        for record in records:
-            try:
-                results += call([record])
-            except ServiceUnavailableError:
-                raise
-            except Exception as error:
-                results.append(error)
-        return results
+    except (ValueError, TypeError) as error:  # services say with these that they cannot take what they are given
+        if len(records) == 1:
+            return [error]
+        middle = len(records) // 2
+        return [*_each_of(call, records[:middle]), *_each_of(call, records[middle:])]
 
 
 def check_services(name: str, keywords: object, vectors: object, embeddings: object) -> None:

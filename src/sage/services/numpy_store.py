@@ -23,8 +23,8 @@ SCORES_MAX = 16_000_000
 """How many scores are held at once, which are 64 MB: searches in a large collection are done some at a time."""
 
 PLACES_MIN = 256
-GROWTH = 4
-"""How many times as large a full matrix becomes: what is not written yet takes no memory, and copies cost time."""
+LEAP_MAX = 64 * 2**20
+"""A full matrix of up to so many bytes becomes four times as large, as copies cost time, and a larger one twice."""
 
 
 class Shelf:
@@ -164,7 +164,7 @@ class Shelf:
         if count <= len(self._lengths):
             return
         np = load("numpy", "vector")
-        places = max(count, GROWTH * len(self._lengths))
+        places = max(count, len(self._lengths) * (4 if self._vectors.nbytes <= LEAP_MAX else 2))
         vectors = np.empty((places, self.shape.dimension), dtype=np.float32)
         lengths = np.empty(places, dtype=np.float32)
         vectors[: len(self._vectors)] = self._vectors

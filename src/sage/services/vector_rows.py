@@ -164,7 +164,11 @@ def refuse_incomparable(vectors: Vectors, squares: Vectors, metric: str, name_of
     """Refuse vectors that have no distance to others; the square of the length tells of all that is wrong with one."""
     np = load("numpy", "vector")
     is_cosine = metric == "cosine"
-    is_good = np.isfinite(squares) & (squares > 0) if is_cosine else np.isfinite(squares)
+    numbers = np.finfo(np.float32)
+    # The sum of two vectors must not be too long either. Below `tiny`, a number has fewer digits than others.
+    is_good = squares <= numbers.max / 4
+    if is_cosine:
+        is_good &= squares >= numbers.tiny
     if is_good.all():
         return
     place = int(is_good.argmin())
@@ -174,5 +178,5 @@ def refuse_incomparable(vectors: Vectors, squares: Vectors, metric: str, name_of
     if is_cosine and not vector.any():
         error = ValueError(f"{name_of(place)} is all zeros and has no cosine")
         raise hint(error, 'Leave it out, or take metric="l2" or "dot".')
-    size = "short" if squares[place] == 0 else "long"
+    size = "short" if squares[place] < 1 else "long"
     raise ValueError(f"{name_of(place)} is too {size}: the square of its length does not fit into 32 bits")
