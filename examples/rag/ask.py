@@ -149,9 +149,17 @@ def run(options: argparse.Namespace) -> None:
         if options.interactive:
             report = answer_each(asking, answering, typed())
         else:
-            lines = options.questions.read_text(encoding="utf-8").splitlines()
-            report = answer_all(asking, answering, [line.strip() for line in lines if line.strip()])
+            report = answer_all(asking, answering, options.lines)
     print(f"\n{report}")
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a file that are not blank, or end the program."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} cannot be read: {error}; name a file of UTF-8 text with --questions")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def parsed() -> argparse.Namespace:
@@ -175,6 +183,9 @@ def parsed() -> argparse.Namespace:
         sys.exit(f"there is no {missing[0]}; name folders or files with --docs")
     if not options.interactive and not options.questions.is_file():
         sys.exit(f"there is no file {options.questions}; name one with --questions")
+    options.lines = [] if options.interactive else lines_of(options.questions)
+    if options.keep and options.keep.exists() and not options.keep.is_dir():
+        sys.exit(f"{options.keep} is no folder; name one with --keep")
     if options.top < 1:
         sys.exit(f"--top is {options.top}, but at least 1 passage must be asked for")
     return options

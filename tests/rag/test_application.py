@@ -193,10 +193,17 @@ def test_what_is_gone_or_empty_is_cited_no_more(docs: Path) -> None:
     [
         (["--docs", "none"], "there is no none; name folders or files with --docs"),
         (["--questions", "none"], "there is no file none; name one with --questions"),
+        (
+            ["--questions", "latin.txt"],
+            "latin.txt cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data; "
+            "name a file of UTF-8 text with --questions",
+        ),
+        (["--keep", "latin.txt"], "latin.txt is no folder; name one with --keep"),
         (["--top", "0"], "--top is 0, but at least 1 passage must be asked for"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, args: list[str], message: str) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     ended = ask(tmp_path, *args, code=1)
     assert (ended.stdout, ended.stderr.strip()) == ("", message)
 

@@ -13,6 +13,7 @@ from rag.small_pdf import pdf_of
 from sage import DeadLetter, FunctionError, GraphError, JobError, LocalEnvironment
 from sage.rag.documents import Document, DocumentError
 from sage.rag.loaders import Files, Load
+from sage.rag.splitters import SplitByStructure
 from sage.testing import StepBackend, assert_clean
 
 PAGE = """<!doctype html>
@@ -94,6 +95,21 @@ class TestFormats:
         metadata = {"file": "guide.HTML", "format": "html", "title": "The guide"}
         assert (documents, errors) == ([Document("guide.HTML", PAGE_TEXT, metadata)], [])
 
+    @pytest.mark.parametrize(
+        ("page", "text"),
+        [
+            ("<table><tr><td>red<td>blue<tr><td>cat<td>dog</table>", "red | blue\n\ncat | dog"),
+            ("<table><tr><th></th><th>b</th><tr><td>|<td></table>", "| b\n\n| |"),
+            ("<p>| no cell |<p>next", "| no cell |\n\nnext"),
+            ("<select><option>a<option>b</select>after", "a\nb\n\nafter"),
+            ("<textarea>a</textarea>b", "a\n\nb"),
+            ("<dl><dt>red<dd>a colour<dt>cat</dl>", "red\n\na colour\n\ncat"),
+        ],
+    )
+    def test_html_keeps_words_apart_where_tags_are_not_closed(self, tmp_path: Path, page: str, text: str) -> None:
+        (tmp_path / "a.html").write_text(page, "utf-8")
+        assert [document.text for document in loaded(tmp_path)[0]] == [text]
+
     def test_html_is_decoded_as_it_declares(self, tmp_path: Path) -> None:
         page = '<meta charset="iso-8859-1"><p>Caf\u00e9'
         (tmp_path / "a.html").write_bytes(page.encode("latin-1"))
@@ -120,6 +136,18 @@ class TestFormats:
             Document("faq.jsonl#7", "one", {"lang": "en", "line": 1, **about}),
             Document("faq.jsonl#line=3", "two", {"score": 0.5, "line": 3, **about}),
         ]
+
+    def test_no_two_passages_have_the_same_id_whatever_ids_their_lines_have(self, tmp_path: Path) -> None:
+        ids = ["a", "a#b", "a~2", "a%23b", "a%b", "#", "%23"]
+        text = "One. " * 300 + "\n\n# b\n\n" + "Two. " * 300
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": id_, "text": text}) for id_ in ids), "utf-8")
+        documents, errors = loaded(tmp_path)
+        assert errors == []
+        assert [document.id.removeprefix("a.jsonl#") for document in documents] == [
+            *("a", "a%23b", "a%7E2", "a%2523b", "a%b", "%23", "%2523")
+        ]
+        passages = [passage.id for document in documents for passage in SplitByStructure().execute(document)]
+        assert len(passages) == len(set(passages)) > 3 * len(ids)
 
     def test_halves_of_characters_are_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"id": "1\\ud800", "text": "x \\udfff.", "k\\ud800": "v\\ud800"}', "utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -119,6 +119,23 @@ class TestByHand:
             answered, error = retrieve.execute([Question("Which task gets a key?"), Question(" ")])
             assert answered == retrieve.execute("Which task gets a key?")
             assert (type(error), str(error)) == (ValueError, "the question is blank")
+
+    @pytest.mark.parametrize("wrong", [Document("a.md", "text"), "text", {"question": "what"}, 7])
+    def test_what_is_no_passage_is_refused_with_a_hint(self, wrong: Any) -> None:
+        with services() as (keywords, vectors, embeddings):
+            index = Index(keywords=keywords, vectors=vectors, embeddings=embeddings)
+            with pytest.raises(TypeError, match="Index takes passages, not ") as caught:
+                index.execute(wrong)
+            assert caught.value.__notes__ == ["Documents become passages by SplitByStructure or SplitByTokens."]
+            first, error = index.execute([PASSAGES[0], wrong])
+            assert first == PASSAGES[0]
+            assert isinstance(error, TypeError)
+
+    @pytest.mark.parametrize("wrong", [{"question": "what"}, 7, None, PASSAGES[0]])
+    def test_what_is_no_question_is_refused_with_a_hint(self, wrong: Any) -> None:
+        refused = pytest.raises(TypeError, match="a question is a text or a Question, not ")
+        with services() as (keywords, _, _), refused:
+            Retrieve(keywords=keywords).execute(wrong)
 
     def test_where_nobody_answers_the_batch_has_failed_as_a_whole(self) -> None:
         with services() as (keywords, vectors, embeddings):

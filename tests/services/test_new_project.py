@@ -61,7 +61,7 @@ def test_the_tests_of_a_new_project_pass(project: Path) -> None:
     assert made == FILES
     ended = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert ended.returncode == 0, ended.stdout
-    assert "5 passed" in ended.stdout
+    assert "12 passed" in ended.stdout
     assert not (project / "index").exists()
 
 

@@ -250,6 +250,15 @@ def test_a_loop_waits_for_a_batch_that_fills(backend: Backends) -> None:
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
+class Array:
+    """What numpy's arrays of no dimension are: they have a method for a length that they do not have."""
+
+    ndim = 0
+
+    def __len__(self) -> int:
+        raise TypeError("len() of unsized object")
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
@@ -258,8 +267,10 @@ def test_a_loop_waits_for_a_batch_that_fills(backend: Backends) -> None:
         (lambda batch: None, "TypeError: 4 records went in, and a NoneType came out"),
         (lambda batch: (number for number in batch), "TypeError: 4 records went in, and a generator came out"),
         (lambda batch: "abcd", "TypeError: 4 records went in, and a str came out"),
+        (lambda batch: set(batch), "TypeError: 4 records went in, and a set came out"),
+        (lambda batch: Array(), "TypeError: 4 records went in, and a Array came out"),
     ],
-    ids=["fewer", "more", "none", "generator", "text"],
+    ids=["fewer", "more", "none", "generator", "text", "set", "array of no dimension"],
 )
 def test_another_number_of_results_is_an_error_that_says_both(backend: Backends, function: Any, text: str) -> None:
     with pytest.raises(FunctionError, match=f'operator "f" failed on 4 records from 5 on: {text}') as caught:

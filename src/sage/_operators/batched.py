@@ -147,7 +147,9 @@ class MapBatches(Holder):
 
     def _checked(self, results: Any, count: int) -> list[Any]:
         """Return the results as a list, if there is one for each record."""
-        if isinstance(results, str | bytes | dict) or not hasattr(results, "__len__"):
+        if isinstance(results, str | bytes | dict | set | frozenset) or not getattr(
+            results, "ndim", hasattr(results, "__len__")
+        ):
             wrong = TypeError(f"{count} records went in, and a {type(results).__name__} came out")
             raise hint(wrong, "Return a list, a tuple or an array with one result for each record, in their order.")
         if len(results) != count:

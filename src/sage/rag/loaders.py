@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +32,9 @@ FORMATS = {
     ".jsonl": "jsonl",
 }
 """The format of a file, by the end of its name in small letters."""
+
+AMBIGUOUS = re.compile("[#~]|%(?=23|25|7E)")
+"""What a splitter puts between the parts of an id, and what stands for it in an id that was given."""
 
 FILE_BYTES_MAX = 64 * 1024 * 1024
 LINE_BYTES_MAX = 1024 * 1024
@@ -152,7 +156,8 @@ class Load(FlatMapFunction):
 
     A file of text, Markdown or HTML is one document, whose id is its name. A page of a PDF is one, "NAME#page=3", and a
     line of JSON Lines, "NAME#ID" by the field `id_field`, or else "NAME#line=3"; the other fields that are texts,
-    numbers or booleans are its metadata. Records may also be paths, as text or `Path`.
+    numbers or booleans are its metadata. "#" and "~" in an ID become "%23" and "%7E", as they stand between the parts
+    of the ids of passages. Records may also be paths, as text or `Path`.
 
     Of lines of one file with the same id, the first one counts, and the others cannot be read; that is found where one
     task loads all of the file. Halves of characters, which no index can write, become "?".
@@ -265,7 +270,7 @@ class Load(FlatMapFunction):
         if not isinstance(text, str):
             raise DocumentError(raw.name, f'has no text in the field "{self._text_field}"', raw.line)
         id_ = record.pop(self._id_field, None)
-        name = well_formed(f"line={raw.line}" if id_ is None else str(id_))
+        name = well_formed(f"line={raw.line}" if id_ is None else AMBIGUOUS.sub(quoted, str(id_)))
         fields = self._fields(raw, record)
         first = self._lines[raw.path].setdefault(name, raw.line)
         # A line that is tried again is not another one.
@@ -312,6 +317,11 @@ class Load(FlatMapFunction):
         for number, text in enumerate(texts, 1):
             if text:
                 yield Document(f"{raw.name}#page={number}", text, self._metadata(raw, "pdf", title=title, page=number))
+
+
+def quoted(found: re.Match[str]) -> str:
+    """Return a sign as addresses of web pages have it."""
+    return f"%{ord(found[0]):02X}"
 
 
 def names_of(places: Sequence[Path]) -> list[PurePath]:

@@ -16,32 +16,21 @@ UNSEEN = frozenset(
 )
 HEADINGS = frozenset(["h1", "h2", "h3", "h4", "h5", "h6"])
 BLOCKS = [
-    *(
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "dd",
-        "details",
-        "div",
-        "dl",
-        "dt",
-        "figcaption",
-        "figure",
-        "footer",
-    ),
-    *("form", "header", "hr", "main", "ol", "p", "section", "summary", "table", "tbody", "thead", "tr", "ul"),
+    *("address", "article", "aside", "blockquote", "caption", "dd", "details", "div", "dl", "dt", "fieldset"),
+    *("figcaption", "figure", "footer", "form", "header", "hr", "legend", "main", "ol", "p", "section", "select"),
+    *("summary", "table", "tbody", "textarea", "thead", "tr", "ul"),
 ]
-# Marks that no text has: between blocks, between lines, and around the number of a piece of code.
-BLOCK, LINE, CODE = "\x02", "\x03", "\x04"
+# Marks that no text has: between blocks, between lines, before cells, and around the number of a piece of code.
+BLOCK, LINE, CODE, CELL = "\x02", "\x03", "\x04", "\x05"
 MARKS = re.compile("[\x00-\x08]")
-# What stands before and after what is in a tag.
+# What stands before and after what is in a tag. Where the end of a tag may be left out, nothing stands there.
 MARKS_OF = {
     **dict.fromkeys(BLOCKS, (BLOCK, BLOCK)),
     "br": (LINE, ""),
     "li": (f"{LINE}- ", ""),
-    "td": ("", " | "),
-    "th": ("", " | "),
+    "option": (LINE, ""),
+    "td": (CELL, ""),
+    "th": (CELL, ""),
 }
 
 
@@ -94,7 +83,13 @@ def _text(page: Any, texts: tuple[type, ...]) -> str:
             waiting += [after, *reversed(node.contents)]
     blocks = []
     for block in "".join(parts).split(BLOCK):
-        lines = (" ".join(line.split()).removesuffix(" |") for line in block.split(LINE))
+        lines = (_line(line.split(CELL)) for line in block.split(LINE))
         blocks.append("\n".join(line for line in lines if line and line != "-"))
     text = "\n\n".join(block for block in blocks if block)
     return re.sub(f"{CODE}(\\d+){CODE}", lambda found: f"```\n{code[int(found[1])]}\n```", text)
+
+
+def _line(cells: list[str]) -> str:
+    """Return a line of text, or a row of a table; nothing stands before its first cell."""
+    words = [" ".join(cell.split()) for cell in cells]
+    return " | ".join(words if words[0] else words[1:]).strip() if any(words) else ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-from sage.errors import GraphError, hint
+from sage._arguments import check_count
+from sage.errors import GraphError, hint, short
 from sage.functions import MapFunction
 from sage.rag.documents import Passage
 
@@ -140,18 +141,22 @@ class Index(MapFunction):
     @overload
     def execute(self, data: Sequence[Passage]) -> Sequence[Passage | Exception]: ...
 
-    def execute(self, data: Passage | Sequence[Passage]) -> Passage | Sequence[Passage | Exception]:
+    def execute(self, data: Any) -> Any:
         """Store a passage or a batch of them and return it, with an error in the place of each that is refused.
 
         Raises:
             ServiceError: a service cannot answer; the whole batch may be given again.
             ValueError: a single passage is refused.
         """
-        if isinstance(data, Passage):
-            return self._stored([data])[0]
-        return _each_of(self._stored, data)
+        if _is_batch(data):
+            return _each_of(self._stored, data)
+        return self._stored([data])[0]
 
     def _stored(self, passages: Sequence[Passage]) -> Sequence[Passage]:
+        for passage in passages:
+            if not isinstance(passage, Passage):
+                wrong = TypeError(f"Index takes passages, not {short(passage)}")
+                raise hint(wrong, "Documents become passages by SplitByStructure or SplitByTokens.")
         batch = list({passage.id: passage for passage in passages}.values())
         new = {passage.document for passage in batch} - self._documents
         ids = [passage.id for passage in batch]
@@ -206,8 +211,8 @@ class Retrieve(MapFunction):
         rerank: Rerank | None = None,
     ) -> None:
         check_services("Retrieve", keywords, vectors, embeddings)
-        if k < 1:
-            raise GraphError(f"Retrieve: k is {k}, but at least 1 passage must be asked for")
+        check_count("Retrieve: k is", k)
+        check_count("Retrieve: candidates is", candidates)
         self._k = k
         self._keywords = keywords
         self._vectors = vectors
@@ -223,18 +228,17 @@ class Retrieve(MapFunction):
     @overload
     def execute(self, data: Sequence[Question]) -> Sequence[Retrieved | Exception]: ...
 
-    def execute(self, data: str | Question | Sequence[Question]) -> Retrieved | Sequence[Retrieved | Exception]:
+    def execute(self, data: Any) -> Any:
         """Return a question, or each of a batch, with its passages; an error in the place of each that has none.
 
         Raises:
             ServiceError: a service cannot answer; the whole batch may be given again.
             ValueError: a single question is blank.
         """
-        if isinstance(data, str | Question):
-            return self._retrieved([question_of(data)])[0]
-        return _each_of(self._retrieved, [question_of(question) for question in data])
+        return _each_of(self._retrieved, data) if _is_batch(data) else self._retrieved([data])[0]
 
-    def _retrieved(self, questions: Sequence[Question]) -> list[Retrieved]:
+    def _retrieved(self, asked: Sequence[str | Question]) -> list[Retrieved]:
+        questions = [question_of(one) for one in asked]
         queries = [question.query or question.text for question in questions]
         for query in queries:
             if not query.strip():
@@ -261,6 +265,11 @@ class Retrieve(MapFunction):
         known = {hit.id: hit for ranking in reversed(rankings) for hit in ranking}
         scores = fuse([[hit.id for hit in ranking] for ranking in rankings], weights=self._weights)
         return [Found(passage_of(known[id_]), score) for id_, score in scores.items()]
+
+
+def _is_batch(data: object) -> bool:
+    """Return whether `map_batches` gave it, as a list or an array."""
+    return isinstance(data, list | tuple) or (hasattr(data, "dtype") and hasattr(data, "__len__"))
 
 
 def _each_of(
@@ -291,8 +300,16 @@ def check_services(name: str, keywords: object, vectors: object, embeddings: obj
 
 
 def question_of(data: str | Question) -> Question:
-    """Return a question, which may be a mere text."""
-    return Question(data) if isinstance(data, str) else data
+    """Return a question, which may be a mere text.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(data, Question):
+        return data
+    if not isinstance(data, str):
+        raise hint(TypeError(f"a question is a text or a Question, not {short(data)}"), 'Question("...") takes more.')
+    return Question(data)
 
 
 def metadata_of(passage: Passage) -> Mapping[str, Value]:
