@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
+from services.kept import notes_of
 
 from sage import LocalEnvironment, ServiceError, ServiceOptions, ServiceUnavailableError
 from sage.rag.keywords import KeywordIndex
@@ -86,7 +89,29 @@ class TestWhatIsFound:
             index.search(" ")
         with pytest.raises(ValueError, match="k is 0"):
             index.search("driver", 0)
-        assert "search" not in index.measures()
+        assert (index.measures()["search"].calls, index.measures()["search"].errors) == (2, 2)
+
+    @pytest.mark.parametrize("k", [0, -1, 2.5, True, "3", None])
+    def test_counts_that_are_none(self, index: KeywordIndex, k: Any) -> None:
+        with pytest.raises(ValueError, match=r"k is .*, not a whole number from 1 on"):
+            index.search("driver", k)
+
+    def test_counts_of_numpy(self, index: KeywordIndex) -> None:
+        one: Any = numpy.int64(1)
+        assert [hit.id for hit in index.search("driver job", one)] == ["b"]
+
+    @pytest.mark.parametrize("query", [5, None, b"driver"])
+    def test_queries_that_are_none(self, index: KeywordIndex, query: Any) -> None:
+        with pytest.raises(TypeError, match=r"the query .* is of type \w+, not a string"):
+            index.search(query)
+        with pytest.raises(TypeError, match=r"the query .* is of type \w+, not a string"):
+            index.search_batch(["driver", query])
+
+    @pytest.mark.parametrize("queries", ["driver", b"driver", 5, None])
+    def test_batches_that_are_none(self, index: KeywordIndex, queries: Any) -> None:
+        with pytest.raises(TypeError, match=r"queries is .*, not a list") as caught:
+            index.search_batch(queries)
+        assert "brackets" in notes_of(caught.value)
 
 
 class TestWhatIsKept:
@@ -109,21 +134,55 @@ class TestWhatIsKept:
     @pytest.mark.parametrize(
         ("arguments", "metadatas", "message"),
         [
-            ((["x", ""], ["1", "2"]), None, "an id is empty"),
+            ((["x", ""], ["1", "2"]), None, "id 1 is '', which is empty"),
             ((["x"], ["1", "2"]), None, "1 ids, 2 documents and 1 metadatas"),
-            ((["x", "y"], ["1", "2"]), [{}, {"n": float("nan")}], "metadata 'n' of id 'y' is not finite"),
+            ((["x", "y"], ["1", "2"]), [{}, {"n": math.nan}], "metadata of id 'y' has 'n': nan, which is not finite"),
+            (
+                (["x", "y"], ["1", "2"]),
+                [{}, {"n": None}],
+                "metadata of id 'y' has 'n': None, which is of type NoneType",
+            ),
+            ((["x"], ["1"]), [{"": 1}], "metadata of id 'x' has the field ''"),
+            ((["x"], ["1"]), [{"$a": 1}], r"metadata of id 'x' has the field '\$a'"),
+            ((["x"], ["1"]), [{1: 1}], "metadata of id 'x' has the field 1"),
+            ((["x"], ["1"]), [[1]], r"metadata of id 'x' is \[1\], not a mapping"),
+            ((["x"], ["1"]), {"n": 1}, "metadata of id 'x' is 'n', not a mapping"),
+            ((["x"], ["1"]), "n", "metadatas is 'n', not a list"),
+            ((["x"], ["1"]), 5, "metadatas is 5, not a list"),
+            ((["x", 5], ["1", "2"]), None, "id 1 is 5, of type int and not a string"),
+            ((["x", "\ud800"], ["1", "2"]), None, "id 1 is '.ud800', which has half of a surrogate pair"),
+            (("xyz", "123"), None, "ids is 'xyz', not a list"),
+            ((None, ["1"]), None, "ids is None, not a list"),
+            ((["x"], "1"), None, "documents is '1', not a list"),
+            ((["x"], None), None, "documents is None, not a list"),
+            ((["x", "y"], ["1", None]), None, "document of id 'y' is of type NoneType"),
+            ((["x", "y"], ["1", 5]), None, "document of id 'y' is of type int"),
         ],
     )
     def test_nothing_of_a_wrong_call_is_stored(
-        self,
-        index: KeywordIndex,
-        arguments: tuple[list[str], list[str]],
-        metadatas: list[dict[str, float]] | None,
-        message: str,
+        self, index: KeywordIndex, arguments: tuple[Any, Any], metadatas: Any, message: str
     ) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             index.upsert(*arguments, metadatas=metadatas)
         assert index.count() == 4
+        assert index.measures()["upsert"].errors == 1
+
+    def test_what_may_be_left_out_or_comes_one_by_one(self, index: KeywordIndex) -> None:
+        metadatas: Any = (metadata for metadata in [None, {"n": 1}])
+        texts: Any = (text for text in ["first", "second"])
+        index.upsert(("x", "y"), texts, metadatas=metadatas)
+        assert [index.search(word)[0].metadata for word in ("first", "second")] == [{}, {"n": 1}]
+
+    @pytest.mark.parametrize("wrong", ["abcd", b"abcd", 5, ["a", 5], ["a", ""]])
+    def test_nothing_of_a_wrong_call_is_deleted(self, index: KeywordIndex, wrong: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match=r"ids? .*(not a list|not a string|is empty)"):
+            index.delete(wrong)
+        with pytest.raises(TypeError, match="a filter is a mapping"):
+            index.delete(["a"], where=wrong)
+        with pytest.raises(ValueError, match="neither ids nor a filter"):
+            index.delete()
+        assert index.count() == 4
+        assert (index.measures()["delete"].calls, index.measures()["delete"].errors) == (3, 3)
 
     def test_many_threads(self, index: KeywordIndex) -> None:
         def work(number: int) -> list[str]:
@@ -180,6 +239,15 @@ class TestItsLife:
         with assert_clean(), pytest.raises(ServiceError, match=r"words.db. is no SQLite database"):
             index.setup()
         index.cleanup()
+
+    @pytest.mark.parametrize("weight", [-1, math.nan, math.inf, 1e308, True, "2", None])
+    def test_a_weight_that_is_none(self, weight: Any) -> None:
+        with pytest.raises(ValueError, match=r"heading_weight is .*, not a number from 0 to 1,000,000"):
+            KeywordIndex(heading_weight=weight)
+
+    def test_frequent_words_that_are_no_words(self) -> None:
+        with pytest.raises(TypeError, match="frequent_words is 'the', not a list"):
+            KeywordIndex(frequent_words="the")
 
     def test_it_says_what_it_is(self, tmp_path: Path) -> None:
         assert KeywordIndex().describe() == {"service": "KeywordIndex", "path": "memory", "heading_weight": 2.0}

@@ -323,11 +323,23 @@ def test_a_model_that_gives_no_vectors_is_named(vectors: Any, message: str) -> N
         ({"dimension": 0}, "dimension is 0"),
         ({"batch_max": 0}, "batch_max is 0"),
         ({"cache_entries_max": -1}, "cache_entries_max is -1"),
+        *[
+            ({name: value}, rf"{name} is .*, not a whole number")
+            for name in ("dimension", "batch_max", "cache_entries_max")
+            for value in (3.5, True, "3", None, math.nan)
+        ],
+        ({"cache_path": ":memory:"}, 'cache_path is ":memory:", which SQLite'),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         HashingEmbeddings(**settings)
+
+
+@pytest.mark.parametrize("dimension", [0, 3.5, True, "3"])
+def test_a_dimension_of_a_server_that_cannot_be_is_refused(dimension: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="dimension is"):
+        OpenAIEmbeddings("m", dimension=dimension)
 
 
 # --- hashing ----------------------------------------------------------------------------------------------------------

@@ -170,6 +170,14 @@ class TestContract:
             store.increment("n")
         assert store.get("n") == value
 
+    @pytest.mark.parametrize("value", [2**70, -(2**70), COUNTER_MAX + 1])
+    def test_what_is_too_large_to_be_counted(self, store: KeyValueStore, value: int) -> None:
+        store.put("n", value)
+        for by in (1, -1, -COUNTER_MAX):
+            with pytest.raises(OverflowError, match=rf"increment\('n'\) by {by} does not fit into 64 bits"):
+                store.increment("n", by)
+        assert store.get("n") == value
+
     def test_counting_keeps_the_time_to_live(self, store: KeyValueStore) -> None:
         store.put("n", 1, ttl_s=0.3)
         store.increment("n")
@@ -477,6 +485,7 @@ class TestRedis:
             ("nonsense:hidden", "cannot use the url"),
             ("redis://:hidden@127.0.0.1:noport", "cannot use the url"),
             ("redis://:hidden@[", "cannot use the url"),
+            ("redis://:hidden@127.0.0.1:1/first", r'127.0.0.1:1/first", whose database is no number'),
         ],
     )
     def test_a_url_that_leads_nowhere(self, url: str, message: str) -> None:
@@ -484,6 +493,11 @@ class TestRedis:
             RedisKeyValue(url).setup()
         assert "hidden" not in str(caught.value)
         assert notes_of(caught.value)
+
+    @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf, "5", None, True])
+    def test_bounds_that_are_none(self, timeout_s: Any) -> None:
+        with pytest.raises(ValueError, match=r"timeout_s is .*, not a number of seconds above 0"):
+            RedisKeyValue("redis://127.0.0.1:1", timeout_s=timeout_s)
 
     def test_no_url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for variable in ("REDIS_URL", "REDIS_URL_FILE"):
@@ -523,6 +537,8 @@ class TestRedis:
             assert isinstance(store, RedisKeyValue)
             store._connected().set("others:text", "{not json")
             store._connected().rpush("others:list", "1")
+            with pytest.raises(TypeError, match=r"its value is '\{not json', which is no whole number"):
+                store.increment("text")
             with pytest.raises(ServiceError, match=r"the value of 'text' is no JSON: '\{not json'"):
                 store.get("text")
             with pytest.raises(ServiceError, match="refused: WRONGTYPE"):

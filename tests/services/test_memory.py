@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -333,6 +334,9 @@ class TestExport:
             ([HEAD, json.dumps(LINE), json.dumps(LINE | {"text": 5})], 'line 3: its "text" is 5'),
             ([HEAD, json.dumps(LINE | {"vector": [1, math.nan]})], r'line 2: its "vector" is \[1, nan\]'),
             ([HEAD, json.dumps(LINE | {"vector": []})], r'line 2: its "vector" is \[\]'),
+            ([HEAD, json.dumps(LINE | {"vector": [1, 1e39]})], r'line 2: its "vector" is \[1, 1e\+39\]'),
+            ([HEAD, json.dumps(LINE | {"created_at": 10**400})], 'line 2: its "created_at" is 1000'),
+            ([HEAD, json.dumps(LINE | {"text": "\ud800"})], r"line 2: its \"text\" is '\\ud800'"),
             ([HEAD, json.dumps(LINE | {"importance": 2})], 'line 2: its "importance" is 2, not from 0 to 1'),
             ([HEAD, json.dumps(LINE | {"expires_at": "x"})], "line 2: its \"expires_at\" is 'x'"),
             (
@@ -348,6 +352,11 @@ class TestExport:
                 memory.import_(tmp_path / "broken.jsonl")
             assert memory.count() == 0
             assert memory.remember("it goes on")
+
+    def test_moments_may_be_whole_numbers(self, tmp_path: Path) -> None:
+        (tmp_path / "whole.jsonl").write_text(f"{HEAD}\n{json.dumps(LINE | {'created_at': 10**30})}\n")
+        with opened(tmp_path / "memory.db") as memory:
+            assert memory.import_(tmp_path / "whole.jsonl") == 1
 
     def test_files_that_cannot_be_read_or_written(self, memory: Memory, tmp_path: Path) -> None:
         with pytest.raises(ServiceError, match=r'nowhere.jsonl" cannot be read: No such file'):
@@ -549,6 +558,99 @@ class TestBadInput:
             Weights(recency=-1)
         with pytest.raises(ValueError, match="all three weights are 0"):
             Weights(0, 0, 0)
+
+    @pytest.mark.parametrize(
+        ("before", "kind", "message"),
+        [
+            ("2020-01-01", TypeError, "before is '2020-01-01', not a number"),
+            (datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), TypeError, "before is datetime.datetime"),
+            (datetime.date(2020, 1, 1), TypeError, "before is datetime.date"),
+            (True, TypeError, "before is True, not a number"),
+            ([1], TypeError, r"before is \[1\], not a number"),
+            (math.nan, ValueError, "before is nan, not a finite number"),
+            (math.inf, ValueError, "before is inf, not a finite number"),
+            (10**400, ValueError, "before is 1000"),
+        ],
+    )
+    def test_moments_that_are_none(self, memory: Memory, before: Any, kind: type[Exception], message: str) -> None:
+        memory.remember("keep me")
+        memory.add_turn("user", "hello")
+        with pytest.raises(kind, match=message) as caught:
+            memory.forget(before=before)
+        assert "moment.timestamp()" in notes_of(caught.value)
+        assert (memory.count(), len(memory.turns())) == (1, 1)
+
+    def test_moments_of_other_types_of_numbers(self, memory: Memory, clock: ManualClock) -> None:
+        early: Any = numpy.int64(5)
+        late: Any = numpy.float32(clock() + DAY_S)
+        memory.remember("a")
+        assert memory.forget(before=early) == memory.forget(before=-(2**70)) == 0
+        assert memory.forget(before=late) == 1
+
+    @pytest.mark.parametrize("bound", [1.5, True, "3", math.nan, [1]])
+    def test_bounds_that_are_none(self, memory: Memory, bound: Any, tmp_path: Path) -> None:
+        for name in ("turns_max", "tokens_max"):
+            with pytest.raises(TypeError, match=f"{name} is .*, not a whole number"):
+                memory.turns(**{name: bound})
+            with pytest.raises(TypeError, match=f"{name} is .*, not a whole number"):
+                Memory(tmp_path / "x", Words(), **{name: bound})
+
+    def test_bounds_that_are_large(self, tmp_path: Path) -> None:
+        with opened(tmp_path / "memory.db", turns_max=10**30, tokens_max=10**30) as memory:
+            one: Any = numpy.int64(1)
+            memory.add_turn("user", "a")
+            assert len(memory.turns(turns_max=10**30)) == len(memory.turns(turns_max=one)) == 1
+            assert len(memory.recall("a", 10**30)) == 0
+
+    @pytest.mark.parametrize(
+        ("settings", "kind", "message"),
+        [
+            ({"half_life_s": "1"}, TypeError, "half_life_s is '1', not a number"),
+            ({"half_life_s": True}, TypeError, "half_life_s is True, not a number"),
+            ({"half_life_s": None}, TypeError, "half_life_s is None, not a number"),
+            ({"half_life_s": 10**400}, ValueError, "half_life_s is 1000"),
+            ({"ttl_s": "1"}, TypeError, "ttl_s is '1', not a number"),
+            ({"weights": (1, 1, 1)}, TypeError, r"weights is \(1, 1, 1\), not Weights"),
+            ({"weights": {}}, TypeError, r"weights is \{\}, not Weights"),
+        ],
+    )
+    def test_settings_that_are_none(
+        self, settings: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(kind, match=message):
+            Memory(tmp_path / "x", Words(), **settings)
+
+    @pytest.mark.parametrize("weight", [True, "1", math.nan, 10**400, None])
+    def test_weights_that_are_none(self, weight: Any, memory: Memory) -> None:
+        with pytest.raises(ValueError, match="the weight of recency is"):
+            Weights(recency=weight)
+        with pytest.raises(TypeError, match=r"weights is .*, not Weights"):
+            memory.recall("a", weights=weight if weight is not None else {})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("metadata", [[1], [("a", 1)], "ab", 5, [], 0])
+    def test_metadata_that_is_none(self, memory: Memory, metadata: Any) -> None:
+        with pytest.raises(TypeError, match=r"the metadata is .*, not a mapping"):
+            memory.remember("a", metadata=metadata)
+        assert memory.count() == 0
+
+    def test_lists_and_sessions_that_are_none(self, memory: Memory) -> None:
+        wrong: Any = 5
+        with pytest.raises(TypeError, match=r"remember_many\(5\) takes a list of texts"):
+            memory.remember_many(wrong)
+        with pytest.raises(TypeError, match=r"forget\(5\) takes a list of ids"):
+            memory.forget(wrong)
+        calls: list[Callable[[], object]] = [
+            lambda: memory.forget(session=wrong),
+            lambda: memory.count(wrong),
+            lambda: memory.export("nowhere/x.jsonl", session=wrong),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError, match="the session 5 is of type int, not a string"):
+                call()
+
+    def test_texts_may_come_one_by_one(self, memory: Memory) -> None:
+        texts: Any = (text for text in ["a cat", "a dog"])
+        assert len(memory.remember_many(texts)) == memory.count() == 2
 
     @pytest.mark.parametrize(
         ("answer", "message"),

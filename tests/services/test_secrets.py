@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from services.kept import left_clean, notes_of
@@ -24,6 +25,10 @@ from sage.services.endpoint import EndpointOptions
 from sage.services.milvus import MilvusStore
 from sage.services.openai import OpenAIEmbeddings, OpenAILLM
 from sage.services.redis import RedisKeyValue
+from sage.services.secret import Secret
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QUICK = EndpointOptions(retries_max=0, timeout_s=5.0)
 Made = tuple[type[Any], dict[str, Any]]
@@ -182,11 +187,137 @@ def test_two_keys_for_one_server_are_refused(made: Any, settings: dict[str, str]
         ("redis://:sek?rit@host", "***"),
         ("redis://:sekrit@[", "***"),
         ("redis://me:sekrit@host:port", "***"),
+        ("redis://me:sek\nrit@host:1", "***"),
+        ("redis://host:1/\x01", "***"),
         ("", ""),
     ],
 )
 def test_what_is_shown_of_an_address(url: str, text: str) -> None:
     assert shown(url) == text
+
+
+UNSENDABLE = ["sek\nrit", "sek\r\nrit", "sek\x00rit", "sek\trit", "sek\x7frit", "\u201csekrit\u201d", "s\u00e9krit"]
+
+
+def told_of(error: BaseException) -> str:
+    """Return all that is told of an error, with the errors that led to it."""
+    context = None if error.__suppress_context__ else error.__context__
+    links: list[BaseException | None] = [error, error.__cause__, context]
+    return "".join(f"{link!r} {notes_of(link)} {traceback.format_exception(link)}" for link in links if link)
+
+
+@pytest.mark.parametrize("key", [*UNSENDABLE, "sekrit\n", " sekrit", "  ", "\n"])
+@pytest.mark.parametrize("made", [OpenAILLM, OpenAIEmbeddings])
+def test_a_key_that_no_header_can_hold_is_refused_at_once(made: Any, key: str) -> None:
+    with pytest.raises(ValueError, match="the key from argument api_key cannot be sent") as caught:
+        made("m", api_key=key)
+    assert "printable ASCII" in notes_of(caught.value)
+    assert [part for part in ("sek", "krit") if part in told_of(caught.value)] == []
+
+
+def test_a_key_that_is_no_string_is_refused_at_once() -> None:
+    for key in (b"sekrit", ["sekrit"]):
+        with pytest.raises(TypeError, match=r"the key from argument api_key is of type (bytes|list), not a") as caught:
+            Secret(key)  # type: ignore[arg-type]
+        assert "sekrit" not in told_of(caught.value)
+
+
+@pytest.mark.parametrize("key", UNSENDABLE)
+@pytest.mark.parametrize("place", ["variable", "file"])
+def test_a_key_that_no_header_can_hold_is_refused_where_it_is_read(
+    place: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "variable" and "\0" in key:
+        key = "sek\nrit"  # a variable cannot have it
+    (tmp_path / "key").write_text(f" {key}\n", encoding="utf-8", newline="")
+    if place == "variable":
+        monkeypatch.setenv("MY_KEY", f"{key}\n")
+    where: dict[str, Any] = {"api_key_env": "MY_KEY"} if place == "variable" else {"api_key_file": tmp_path / "key"}
+    source = "environment variable MY_KEY" if place == "variable" else f"file '{tmp_path / 'key'}'"
+    with left_clean():
+        llm = OpenAILLM("m", base_url="http://127.0.0.1:1", **where)
+        with pytest.raises(ServiceError, match=re.escape(f"the key from {source} cannot be sent")) as caught:
+            llm.setup()
+        llm.cleanup()
+    assert "nothing else" in notes_of(caught.value)
+    assert [part for part in ("sek", "krit") if part in told_of(caught.value)] == []
+
+
+@pytest.mark.parametrize("place", ["variable", "file"])
+def test_what_is_around_a_key_does_not_count(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("\n sek rit\r\n\n")
+    monkeypatch.setenv("MY_KEY", " sek rit\n")
+    secret = Secret(variable="MY_KEY") if place == "variable" else Secret(path=tmp_path / "key")
+    assert secret.read() == "sek rit"
+
+
+def use_once(kind: str, place: str) -> None:
+    made, settings = SERVICES[kind](place)
+    service = made(**settings)
+    try:
+        use(service)
+    finally:
+        service.cleanup()
+
+
+@pytest.mark.parametrize("password", ["HUN/TWO", "HUN#TWO", "HUN?TWO", "12/TWO", "HUN\nTWO", "[HUN", "HUN\x00TWO"])
+@pytest.mark.parametrize("kind", ["redis", "chroma", "milvus", "llm"])
+def test_nothing_is_told_of_a_password_that_breaks_the_address(kind: str, password: str) -> None:
+    with left_clean(), pytest.raises((ValueError, ServiceError)) as caught:
+        use_once(kind, f"me:{password}@127.0.0.1:1")
+    told = told_of(caught.value)
+    assert [part for part in ("HUN", "TWO") if part in told] == []
+    if password != "[HUN" or kind == "redis":
+        assert all(code in notes_of(caught.value) for code in ("%2F", "%23", "%3F"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:HUNTER@127.0.0.1:99999/0",
+        "redis://127.0.0.1:1/0?password=HUNTER&socket_timeout=HUNTER",
+        "redis://127.0.0.1:1/0?password=HUNTER&HUNTER=1",
+        "ftp://me:HUNTER@127.0.0.1:1/0",
+    ],
+)
+def test_what_a_library_says_of_an_address_with_a_secret_is_not_told(url: str) -> None:
+    with left_clean(), pytest.raises(ServiceError, match=r'redis cannot use the url "\w+://') as caught:
+        RedisKeyValue(url).setup()
+    assert "HUNTER" not in told_of(caught.value)
+    assert caught.value.__context__ is None
+    assert notes_of(caught.value)
+
+
+def test_what_a_library_says_of_an_address_without_one_is_told() -> None:
+    with left_clean(), pytest.raises(ServiceError, match=r"99999/0\": Port out of range"):
+        RedisKeyValue("redis://127.0.0.1:99999/0").setup()
+
+
+def test_a_server_that_repeats_the_password_is_not_quoted() -> None:
+    """Not in the cause either: a server that knows no passwords says what it was given."""
+
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"-ERR unknown command 'AUTH', with args beginning with: 'sekrit'\r\n" * 5)
+
+    with left_clean(), socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=answer, args=(server,))
+        thread.start()
+        store = RedisKeyValue(f"redis://127.0.0.1:{server.getsockname()[1]}", password="sekrit")
+        with pytest.raises(ServiceError) as caught:
+            store.setup()
+        store.cleanup()
+        thread.join()
+    assert "sekrit" not in told_of(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"password": 5}, {"password": b"sekrit"}])
+def test_a_password_that_is_no_string(settings: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"the password is of type \w+, not a string") as caught:
+        RedisKeyValue("redis://127.0.0.1:1", **settings)
+    assert "sekrit" not in told_of(caught.value)
 
 
 def test_name_and_password_are_taken_apart() -> None:

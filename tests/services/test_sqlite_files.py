@@ -18,6 +18,7 @@ from sage.services.graph import GraphStore
 from sage.services.key_value import SqliteKeyValue
 from sage.services.memory import Memory
 from sage.services.sqlite_file import SqliteFile
+from sage.services.sqlite_store import SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ def made(kind: str, path: Path) -> Any:
         "graph": GraphStore,
         "memory": lambda place: Memory(place, Words()),
         "keywords": KeywordIndex,
+        "vectors": SqliteStore,
     }
     return makers[kind](path)
 
@@ -94,6 +96,51 @@ def test_a_damaged_database(kind: str, tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:100] + b"\xff" * (len(whole) - 100))
     assert "is damaged" in str(problem(kind, path))
+
+
+MEMORY_HINTS = {"keywords": "Leave it out", "vectors": "NumpyStore", "graph": "TemporaryDirectory"}
+
+
+@pytest.mark.parametrize("place", [":memory:", Path(":memory:"), b":memory:", "", None, 5])
+@pytest.mark.parametrize("kind", [*KINDS, "vectors"])
+def test_a_path_that_names_no_file(kind: str, place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "keywords" and place is None:
+        return  # it keeps everything in memory then
+    with pytest.raises(
+        (TypeError, ValueError), match=r'path is (":memory:", which|"", which|None, not|5, not)'
+    ) as caught:
+        made(kind, place)
+    if place and not isinstance(place, int):
+        assert MEMORY_HINTS.get(kind, "TemporaryDirectory") in notes_of(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_path_may_be_of_bytes(kind: str, tmp_path: Path) -> None:
+    with left_clean():
+        store = made(kind, os.fsencode(tmp_path / "file.db"))  # type: ignore[arg-type]
+        store.setup()
+        assert f"{tmp_path}/file.db" in str(store.describe())
+        assert os.path.exists(tmp_path / "file.db")
+        store.cleanup()
+
+
+def test_what_is_wrong_with_a_file_of_vectors(tmp_path: Path) -> None:
+    """The same is told of it as of the other files."""
+    (tmp_path / "junk").write_text("A letter.\n" * 1000)
+    with sqlite3.connect(tmp_path / "other") as connection:
+        connection.execute("CREATE TABLE t (x)")
+    connection.close()
+    for name, text, note in [
+        ("junk", "is no SQLite database", "Name another file"),
+        ("other", "is a database of another program", "Name another file"),
+        (".", "cannot be opened", "folder must be there"),
+        ("nowhere/file.db", "cannot be opened", "folder must be there"),
+    ]:
+        error = problem("vectors", tmp_path / name)
+        assert f'file "{(tmp_path / name).absolute()}" {text}' in str(error)
+        assert note in notes_of(error)
+    assert sorted(os.listdir(tmp_path)) == ["junk", "other"]
 
 
 @pytest.mark.parametrize("place", ["nowhere/file.db", "."])

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from contextlib import suppress
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from stores import KEPT, Place, ids_of, vectors_of, wait_for
-from wheres import metadatas, reference, wheres
+from wheres import FIELDS, TEXTS, metadatas, reference, wheres
 
 from sage import LocalEnvironment, ServiceOptions
 from sage.errors import ServiceError, ServiceUnavailableError
+from sage.services.chroma import ChromaStore
+from sage.services.extras import load
 from sage.services.numpy_store import NumpyStore
 from sage.services.vector_store import DuplicateIdError, Hit, UnknownCollectionError, VectorStore
 from sage.testing import assert_clean
@@ -24,7 +27,18 @@ from sage.testing import assert_clean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sage.services.filters import Metadata
+
 EXACT = 2e-5
+
+STRANGE = (
+    *("it's", 'say "x"', "both '\"", "back\\slash", "back\\", "\\", "\\'", "\\n", "\\u0041", "{x}", "%s", " "),
+    *("new\nline", "\r\n", "tab\t", "zero\0", "a\0b", "\0", "\x01\x1f\x7f\x85", "\u2028", "\uffff", "日本", "😀"),
+    *("x'] or id not in ['", 'x"] or id not in ["', "a/b~1", "a.b", "[0]", "#", "#tag", "#document", "chroma:"),
+    *("chroma:title", "chroma:document", "chroma:uri", "Chroma:x", "document"),
+    *("sage:", "sage:x", "sage:#", "sage:sage:chroma:title"),
+)
+"""What engines might take for a part of their languages, or for names of their own."""
 
 
 def fill(store: VectorStore, count: int = 50, **more: Any) -> None:
@@ -162,14 +176,32 @@ def test_nearly_all_of_a_larger_collection_is_found(place: Place) -> None:
         assert store.count() == 2_000
 
 
+def strange() -> st.SearchStrategy[str]:
+    """Draw what can be an id, a text and the name of a field."""
+    return st.one_of(st.sampled_from(STRANGE), st.text(min_size=1).filter(lambda text: not text.startswith("$")))
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """Return metadata or a filter with other texts and names of fields."""
+    match value:
+        case dict():
+            return {names.get(key, key): renamed(inner, names) for key, inner in value.items()}
+        case list():
+            return [renamed(inner, names) for inner in value]
+        case str():
+            return names.get(value, value)
+    return value
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_filters_hold_as_the_reference_says(place: Place, filtered: VectorStore, data: st.DataObject) -> None:
-    known = data.draw(st.lists(metadatas(), min_size=6, max_size=6))
+    names = data.draw(st.dictionaries(st.sampled_from(FIELDS + TEXTS), strange(), max_size=3))
+    known = [renamed(one, names) for one in data.draw(st.lists(metadatas(), min_size=6, max_size=6))]
     ids = ids_of(6)
     filtered.upsert(ids, np.eye(6) + 0.1, metadatas=known)
     for _ in range(4):
-        where = data.draw(wheres())
+        where = renamed(data.draw(wheres()), names)
         held = {one for one, metadata in zip(ids, known, strict=True) if reference(where, metadata)}
         assert {hit.id for hit in filtered.search(np.ones(6), 6, where=where)} == held
         assert filtered.count(where=where) == len(held)
@@ -191,6 +223,71 @@ def test_filters_do_not_round_numbers(filtered: VectorStore, numbers: tuple[floa
             held = {one for one, kept in zip(ids, numbers, strict=True) if reference(where, {"n": kept})}
             assert {hit.id for hit in filtered.search(np.ones(len(ids)), len(ids), where=where)} == held, where
             assert filtered.count(where=where) == len(held)
+
+
+def test_any_text_is_a_field_and_a_value(filtered: VectorStore) -> None:
+    count = len(STRANGE)
+    ids, texts = ids_of(count), STRANGE[::-1]
+    known: list[Metadata] = [{name: text, "all": text} for name, text in zip(STRANGE, texts, strict=True)]
+    filtered.upsert(ids, np.eye(count) + 0.1, metadatas=known)
+    assert [entry and entry.metadata for entry in filtered.get(ids)] == known
+    assert {hit.id: hit.metadata for hit in filtered.search(np.ones(count), count)} == dict(
+        zip(ids, known, strict=True)
+    )
+    for one, name, text in zip(ids, STRANGE, texts, strict=True):
+        for where in ({name: text}, {name: {"$in": [text, 3]}}, {"all": {"$gte": text, "$lte": text}}):
+            assert [hit.id for hit in filtered.search(np.ones(count), count, where=where)] == [one], where
+        assert filtered.count(where={name: {"$ne": text}}) == count - 1
+    assert filtered.delete(where={"all": {"$in": list(STRANGE[1:])}}) == count - 1
+    assert filtered.count() == 1
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(ids=list(STRANGE))
+@given(ids=st.lists(strange(), unique=True, min_size=1, max_size=20))
+def test_any_text_is_an_id(place: Place, filtered: VectorStore, ids: list[str]) -> None:
+    filtered.upsert(["plain", *ids], np.ones((len(ids) + 1, 2)))
+    count = filtered.count()
+    assert [entry and entry.id for entry in filtered.get(ids)] == ids
+    for one in ids:
+        with pytest.raises(DuplicateIdError):
+            filtered.add([one], [[1, 1]])
+    filtered.upsert(ids, np.ones((len(ids), 2)), documents=ids)
+    assert {hit.id: hit.document for hit in filtered.search([1, 1], count)} == {
+        "plain": None,
+        **{one: one for one in ids},
+    }
+    assert filtered.delete(ids[:1]) == 1
+    assert [entry and entry.id for entry in filtered.get(ids)] == [None, *ids[1:]]
+    assert filtered.delete(ids) == count - 2 == len(ids) - 1
+    assert [entry and entry.id for entry in filtered.get(["plain", *ids])] == ["plain", *[None] * len(ids)]
+
+
+@pytest.mark.parametrize("one", [text for text in STRANGE if "not in" in text])
+def test_an_id_is_no_filter(filtered: VectorStore, one: str) -> None:
+    filtered.upsert(["a", "b"], [[1, 2], [3, 4]])
+    assert filtered.get([one]) == [None]
+    assert filtered.delete([one]) == 0
+    filtered.upsert([one], [[5, 6]])
+    assert filtered.delete([one]) == 1
+    assert filtered.count() == 2
+
+
+@pytest.mark.parametrize("place", ["chroma"], indirect=True)
+def test_other_programs_find_fields_by_their_names(place: Place) -> None:
+    with place.opened() as store:
+        store.upsert(["a"], [[1, 2]], metadatas=[{"title": "x", "sage:x": 1, "#tag": 2}])
+    client = load("chromadb", "chroma").PersistentClient(str(place.path))
+    collection = client.get_collection(place.name)
+    assert collection.get()["metadatas"] == [{"title": "x", "sage:x": 1, "sage:#tag": 2}]
+    collection.add(ids=["b"], embeddings=[[1, 2]], metadatas=[{"title": "y", "sage:y": 3}])
+    client.close()
+    with place.opened() as store:
+        found = store.get(["a", "b"])
+    assert [entry and entry.metadata for entry in found] == [
+        {"title": "x", "sage:x": 1, "#tag": 2},
+        {"title": "y", "sage:y": 3},
+    ]
 
 
 @pytest.fixture
@@ -234,7 +331,7 @@ def test_collections_are_apart(place: Place) -> None:
             ValueError,
             "the vector of id 'y' has a value that is not finite",
         ),
-        (["x"], [[float("inf"), 1]], {}, ValueError, "the vector of id 'x' has a value that is not finite"),
+        (["x"], [[1e300, 1]], {}, ValueError, "the vector of id 'x' has a value that is not finite"),
         (["x"], [[0, 0]], {}, ValueError, "the vector of id 'x' is all zeros and has no cosine"),
         (["x", "y"], [[1, 2], [1e30, 0]], {}, ValueError, "the vector of id 'y' is too long: the square of its length"),
         (["x", "y"], [[1, 2], [0, 1e-30]], {}, ValueError, "the vector of id 'y' is too short: the square of its"),
@@ -246,7 +343,8 @@ def test_collections_are_apart(place: Place) -> None:
         (["x"], [1, 2], {}, ValueError, "there are 1 ids and 2 vectors"),
         (["x", "y"], [1, 2], {}, ValueError, r"the vectors have shape \(2,\), not \(n, dimension\)"),
         (["x", "y"], [[1, 2], [1]], {}, ValueError, "the vectors are no array of numbers"),
-        (["x"], [["a", "b"]], {}, ValueError, "the vectors are no array of numbers"),
+        (["x"], [["1", "2"]], {}, ValueError, "the vectors are no array of numbers, but of <U1"),
+        (["x"], [[1j, 2]], {}, ValueError, "the vectors are no array of numbers, but of complex128"),
         (["x"], [[1, 2]], {"documents": ["a", "b"]}, ValueError, "there are 1 ids and 2 documents"),
         (["x"], [[1, 2]], {"documents": "a"}, TypeError, "documents is 'a', a string and not a list"),
         (["x"], [[1, 2]], {"documents": [3]}, TypeError, "the document of id 'x' is of type int"),
@@ -320,6 +418,14 @@ def test_the_settings_are_checked(place: Place) -> None:
         place.store(metric="manhattan")
     with pytest.raises(ValueError, match="a collection cannot have the name ''"):
         place.store(collection="")
+
+
+@pytest.mark.parametrize("token", ["HUNTER\n", "", "HUNTER\0", "\x7fHUNTER", "HUNTERé", " HUNTER", "HUNTER "])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(ValueError, match="the token cannot be sent in a header") as caught:
+        ChromaStore(url="http://127.0.0.1:1", token=token)
+    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+    assert "HUNTER" not in told
 
 
 def test_it_describes_and_measures_itself(place: Place) -> None:

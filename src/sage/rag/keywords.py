@@ -6,21 +6,29 @@ import json
 import re
 import sqlite3
 import threading
+from collections.abc import Iterable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sage.errors import ServiceUnavailableError, hint, short
 from sage.services.embeddings import FREQUENT_WORDS, well_formed
-from sage.services.filters import OneOf, condition_of, predicate, problem_of
+from sage.services.filters import OneOf, condition_of, predicate
 from sage.services.measures import MeasuredService
-from sage.services.sqlite_file import SqliteFile
+from sage.services.sqlite_file import SqliteFile, checked_path
+from sage.services.values import checked_count
+from sage.services.vector_rows import check_document, checked_ids, checked_metadatas
 from sage.services.vector_store import Hit
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from sage.services.filters import Condition, Metadata, Where
+
+HEADING_WEIGHT_MAX = 1_000_000
+"""A heading counts for everything long before; with the largest numbers SQLite has no score any more."""
+
+IN_MEMORY = "Leave it out, and everything is kept in memory."
 
 QUERY_WORDS_MAX = 64
 """A longer question is cut: its first words say what it is about, and each word costs a look-up."""
@@ -109,7 +117,7 @@ class KeywordIndex(MeasuredService):
 
     Args:
         path: the file; it is made if it is not there, its folder is not. Without one, everything is in memory.
-        heading_weight: how much more a word counts in the metadata "heading" than in the text.
+        heading_weight: how much more a word counts in the metadata "heading" than in the text, up to a million times.
         frequent_words: words of a query that are not looked up, unless it has no others.
     """
 
@@ -121,13 +129,12 @@ class KeywordIndex(MeasuredService):
         frequent_words: Collection[str] = FREQUENT_WORDS,
     ) -> None:
         super().__init__()
-        if heading_weight < 0:
-            raise ValueError(f"heading_weight is {heading_weight}, a negative number")
+        _check_weight(heading_weight)
         self._path = path
         self._heading_weight = heading_weight
-        self._frequent_words = frozenset(frequent_words)
+        self._frequent_words = frozenset(_listed("frequent_words", frequent_words))
         self._database: SqliteFile | MemoryDatabase = (
-            MemoryDatabase() if path is None else SqliteFile(path, "keywords", VERSION, SCHEMA)
+            MemoryDatabase() if path is None else SqliteFile(checked_path(path, IN_MEMORY), "keywords", VERSION, SCHEMA)
         )
 
     def setup(self) -> None:
@@ -159,45 +166,50 @@ class KeywordIndex(MeasuredService):
         Args:
             ids: not empty; of two that are the same, the later one counts.
             documents: as many texts.
-            metadatas: as many mappings of names to numbers, texts, True or False.
+            metadatas: as many mappings of names to numbers, texts, True or False; None for one without any.
 
         Raises:
             ValueError: the lengths differ, an id is empty, or metadata cannot be stored; the id is named.
+            TypeError: something has a wrong type.
             ServiceError: the file cannot be written.
         """
-        each = [{}] * len(ids) if metadatas is None else list(metadatas)
-        if not len(ids) == len(documents) == len(each):
-            raise ValueError(f"{len(ids)} ids, {len(documents)} documents and {len(each)} metadatas are given")
-        rows = [_checked(*row) for row in zip(ids, documents, each, strict=True)]
-        with self.measured("upsert", len(rows)), self._database.writing() as connection:
-            for id_, document, metadata in {row[0]: row for row in rows}.values():
-                self._remove(connection, "id = ?", id_)
-                number = connection.execute(
-                    "INSERT INTO keyword_entries (id, document, metadata) VALUES (?, ?, ?)",
-                    (id_, document, json.dumps(metadata)),
-                ).lastrowid
-                connection.execute(
-                    "INSERT INTO keyword_words (rowid, heading, body) VALUES (?, ?, ?)",
-                    (number, *_indexed(document, metadata)),
-                )
+        with self.measured("upsert") as call:
+            rows = _rows(ids, documents, metadatas)
+            call.items = len(rows)
+            with self._database.writing() as connection:
+                for id_, document, metadata in {row[0]: row for row in rows}.values():
+                    self._remove(connection, "id = ?", id_)
+                    number = connection.execute(
+                        "INSERT INTO keyword_entries (id, document, metadata) VALUES (?, ?, ?)",
+                        (id_, document, json.dumps(metadata)),
+                    ).lastrowid
+                    connection.execute(
+                        "INSERT INTO keyword_words (rowid, heading, body) VALUES (?, ?, ?)",
+                        (number, *_indexed(document, metadata)),
+                    )
 
     def delete(self, ids: Sequence[str] | None = None, *, where: Where | None = None) -> int:
         """Remove texts, those with the ids that the filter holds for, and return how many there were.
 
         Raises:
-            ValueError: neither ids nor a filter are given, or the filter cannot be understood.
+            ValueError: neither ids nor a filter are given, an id is empty, or the filter cannot be understood.
+            TypeError: something has a wrong type.
             ServiceError: the file cannot be written.
         """
-        if ids is None and where is None:
-            raise hint(ValueError("delete is given neither ids nor a filter"), "delete(where={}) removes all entries.")
-        condition = condition_of(where)
-        holds = predicate(condition)
-        with self.measured("delete", 1 if ids is None else len(ids)), self._database.writing() as connection:
-            rows = _candidates(connection, ids, condition)
-            found = [number for number, metadata in rows if holds(json.loads(metadata))]
-            for number in found:
-                self._remove(connection, "number = ?", number)
-            return len(found)
+        with self.measured("delete") as call:
+            if ids is None and where is None:
+                error = ValueError("delete is given neither ids nor a filter")
+                raise hint(error, "delete(where={}) removes all entries.")
+            given = None if ids is None else checked_ids(_listed("ids", ids), may_repeat=True)
+            call.items = 1 if given is None else len(given)
+            condition = condition_of(where)
+            holds = predicate(condition)
+            with self._database.writing() as connection:
+                rows = _candidates(connection, given, condition)
+                found = [number for number, metadata in rows if holds(json.loads(metadata))]
+                for number in found:
+                    self._remove(connection, "number = ?", number)
+                return len(found)
 
     def search(self, query: str, k: int = 10, *, where: Where | None = None) -> list[Hit]:
         """Return the texts that have words of `query`, the best first; their scores are comparable in one answer only.
@@ -208,7 +220,8 @@ class KeywordIndex(MeasuredService):
             where: a filter, see `sage.services.filters`.
 
         Raises:
-            ValueError: the query is blank, `k` is below 1, or the filter cannot be understood.
+            ValueError: the query is blank, `k` is no whole number from 1 on, or the filter cannot be understood.
+            TypeError: something else has a wrong type.
             ServiceError: the file cannot be read.
         """
         return self.search_batch([query], k, where=where)[0]
@@ -217,16 +230,22 @@ class KeywordIndex(MeasuredService):
         """Return for each query what `search` would.
 
         Raises:
-            ValueError: a query is blank, `k` is below 1, or the filter cannot be understood.
+            ValueError: a query is blank, `k` is no whole number from 1 on, or the filter cannot be understood.
+            TypeError: something else has a wrong type.
             ServiceError: the file cannot be read.
         """
-        if k < 1:
-            raise ValueError(f"k is {k}, but a search returns at least 1 text")
-        for query in queries:
-            if not query.strip():
-                raise ValueError(f"the query {short(query)} is blank")
-        with self.measured("search", len(queries)), self._database.reading() as connection:
-            return [self._found(connection, query, k, where) for query in queries]
+        with self.measured("search") as call:
+            given = _listed("queries", queries)
+            call.items = len(given)
+            k = checked_count("k", k)
+            for query in given:
+                if not isinstance(query, str):
+                    raise TypeError(f"the query {short(query)} is of type {type(query).__name__}, not a string")
+                if not query.strip():
+                    raise ValueError(f"the query {short(query)} is blank")
+            holds = predicate(condition_of(where))
+            with self._database.reading() as connection:
+                return [self._found(connection, query, k, holds) for query in given]
 
     def count(self) -> int:
         """Return how many texts there are."""
@@ -237,14 +256,15 @@ class KeywordIndex(MeasuredService):
         """Search for one query."""
         return self.search(query)
 
-    def _found(self, connection: sqlite3.Connection, query: str, k: int, where: Where | None) -> list[Hit]:
+    def _found(
+        self, connection: sqlite3.Connection, query: str, k: int, holds: Callable[[Metadata], bool]
+    ) -> list[Hit]:
         words = list(dict.fromkeys(WORD.findall(_spaced(query).lower())))
         wanted = [word for word in words if word not in self._frequent_words] or words
         if not wanted:
             return []
         # Quoted, so that no word is an operator; one with an underscore is a phrase of its parts.
         match = " OR ".join(f'"{word}"' for word in wanted[:QUERY_WORDS_MAX])
-        holds = predicate(condition_of(where))
         hits: list[Hit] = []
         for id_, document, text, score in connection.execute(FIND, (self._heading_weight, match)):
             metadata = json.loads(text)
@@ -268,15 +288,31 @@ class KeywordIndex(MeasuredService):
         connection.execute("DELETE FROM keyword_entries WHERE number = ?", (number,))
 
 
-def _checked(id_: str, document: str, metadata: Metadata) -> tuple[str, str, dict[str, object]]:
-    if not id_:
-        raise ValueError("an id is empty")
-    for name, value in metadata.items():
-        problem = problem_of(value)
-        if problem is not None:
-            raise ValueError(f"metadata {short(name)} of id {short(id_)} {problem}")
+def _check_weight(weight: Any) -> None:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight <= HEADING_WEIGHT_MAX:
+        raise ValueError(f"heading_weight is {short(weight)}, not a number from 0 to {HEADING_WEIGHT_MAX:,}")
+
+
+def _listed(what: str, values: Any) -> list[Any]:
+    """Return a list of what is given, which may come one by one; a text is not taken for its letters."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise hint(TypeError(f"{what} is {short(values)}, not a list"), "A single one goes into brackets: [...].")
+    return list(values)
+
+
+def _rows(ids: Any, documents: Any, metadatas: Any) -> list[tuple[str, str, Metadata]]:
+    """Return what is to be stored; the checks are those of vector stores."""
+    given, texts = _listed("ids", ids), _listed("documents", documents)
+    each = [None] * len(given) if metadatas is None else _listed("metadatas", metadatas)
+    if not len(given) == len(texts) == len(each):
+        raise ValueError(f"{len(given)} ids, {len(texts)} documents and {len(each)} metadatas are given")
+    names = checked_ids(given, may_repeat=True)
     # Half of a surrogate pair, as some PDF files have it, cannot be written.
-    return id_, well_formed(document), dict(metadata)
+    written = [well_formed(text) if isinstance(text, str) else text for text in texts]
+    for name, text in zip(names, written, strict=True):
+        check_document(name, text)
+    return list(zip(names, written, checked_metadatas(names, each), strict=True))
 
 
 def _candidates(

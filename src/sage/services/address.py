@@ -15,11 +15,13 @@ Url = str | ServiceHandle[Any] | ServiceMethod
 """An address, or the command service that has it."""
 
 PARTS = re.compile(
-    r"(?P<scheme>[a-z][\w+.-]*://)?(?P<user>[^/?#]*@)?(?P<place>[\w.-]*|\[[\w:.%]+\])(?P<port>:\d*)?"
-    r"(?P<path>/[^?#@]*)?(?P<rest>[?#][^@]*)?",
+    r"(?P<scheme>[a-z][\w+.-]*://)?(?P<user>[^/?#\x00-\x1f\x7f]*@)?(?P<place>[\w.-]*|\[[\w:.%]+\])(?P<port>:\d*)?"
+    r"(?P<path>/[^?#@\x00-\x1f\x7f]*)?(?P<rest>[?#][^@\x00-\x1f\x7f]*)?",
     re.IGNORECASE,
 )
 """Stricter than the standard: where it is not clear what is a password, nothing is taken for something else."""
+
+QUOTED = "Signs such as / # ? @ [ in a name or a password are written as %2F %23 %3F %40 %5B."
 
 
 def resolved(url: Url) -> str:
@@ -39,6 +41,12 @@ def shown(url: str) -> str:
     return "".join((parts["scheme"] or "", hidden, parts["place"], parts["port"] or "", parts["path"] or ""))
 
 
+def told_of(url: str, error: Exception) -> str:
+    """Return what a library says of an address, or nothing where the address may hold what must not be shown."""
+    parts = PARTS.fullmatch(url)
+    return "" if parts is None or parts["user"] or parts["rest"] else str(error)
+
+
 def checked_url(what: str, url: str) -> str:
     """Return an address of a web server.
 
@@ -52,7 +60,7 @@ def checked_url(what: str, url: str) -> str:
     parts = PARTS.fullmatch(url)
     if parts is None or (parts["scheme"] or "").lower() not in ("http://", "https://") or not parts["place"]:
         wrong = ValueError(f"{what} is {short(shown(url))}, no http address")
-        raise hint(wrong, 'It is one like "http://127.0.0.1:8000", and signs such as @ and / in a password are quoted.')
+        raise hint(wrong, f'It is one like "http://127.0.0.1:8000". {QUOTED}')
     return url
 
 
@@ -71,7 +79,7 @@ def apart(what: str, url: str, key: object = None) -> tuple[str, str]:
     """
     parts = PARTS.fullmatch(url)
     if parts is None:
-        raise hint(ValueError(f"{what} is no address"), "Signs such as @ and / in a password are quoted.")
+        raise hint(ValueError(f"{what} is no address"), QUOTED)
     user = parts["user"]
     if not user:
         return url, ""

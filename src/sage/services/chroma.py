@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -18,14 +19,14 @@ from sage.services.address import apart, basic, checked_url, resolved, shown
 from sage.services.extras import load
 from sage.services.filters import ALWAYS, All, AnyOf, Compare, OneOf, kind_of, predicate
 from sage.services.open_folder import OpenFolder
-from sage.services.secret import cause_without, links_of, without
+from sage.services.secret import SENDABLE, cause_without, links_of, without
 from sage.services.vector_store import Entry, Hit, Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sage.services.address import Url
-    from sage.services.filters import Condition, Scalar
+    from sage.services.filters import Condition, Metadata, Scalar
     from sage.services.vector_rows import Rows, Vectors
     from sage.services.vector_store import Metric
 
@@ -43,6 +44,10 @@ EXACT_MAX = 2**53
 
 READ_MAX = 10_000
 """How many entries are read at once where all of a collection are gone through."""
+
+ESCAPE = "sage:"
+RESERVED = re.compile(rf"(?:{ESCAPE})*(?:#|chroma:)")
+"""How fields begin that Chroma keeps for itself, and which are stored with one `ESCAPE` more before them."""
 
 
 class CommandArguments(TypedDict):
@@ -80,6 +85,8 @@ class ChromaStore(VectorStore):
     Chroma searches with an index that may miss an entry now and then; it finds nearly all. A comparison by order of
     texts, and a `$not` around a comparison by order, is done here and reads the metadata of the whole collection.
     An entry that takes the place of another one is removed and stored again, as Chroma would mix the two.
+    Metadata is stored under the names of its fields, but that a name which begins as Chroma's own do, with "#" or
+    "chroma:", has "sage:" before it there.
 
     Embedded, a folder is for one store at a time. The library keeps two threads of its own, which Python does not list,
     and a pair of sockets for the life of the process from the first use on, and a process must not be forked while a
@@ -119,6 +126,9 @@ class ChromaStore(VectorStore):
         self.path = None if path is None else os.path.abspath(os.fspath(path))
         if isinstance(url, str):
             apart("url", checked_url("url", url), token)
+        if token is not None and not SENDABLE.fullmatch(token):
+            error = ValueError("the token cannot be sent in a header")
+            raise hint(error, "It is on one line and of printable ASCII signs, and no blank is before or after it.")
         self.url = url
         self.tenant, self.database = tenant, database
         self.timeout_s = timeout_s
@@ -348,7 +358,7 @@ class ChromaStore(VectorStore):
                     ids=list(part.ids),
                     embeddings=part.vectors,
                     documents=list(part.documents) if any(text is not None for text in part.documents) else None,
-                    metadatas=[metadata or None for metadata in part.metadatas] if any(part.metadatas) else None,
+                    metadatas=list(map(_kept, part.metadatas)) if any(part.metadatas) else None,
                 )
 
     def _remove(self, name: str, ids: Sequence[str]) -> None:
@@ -378,7 +388,7 @@ class ChromaStore(VectorStore):
                 found += (
                     ids
                     if is_exact
-                    else [one for one, metadata in zip(ids, part["metadatas"], strict=True) if holds(metadata or {})]
+                    else [one for one, metadata in zip(ids, part["metadatas"], strict=True) if holds(_given(metadata))]
                 )
                 start, is_more = start + len(ids), len(ids) == READ_MAX
         return found
@@ -410,7 +420,7 @@ class ChromaStore(VectorStore):
         columns = zip(found["ids"], found["distances"], found["documents"], found["metadatas"], strict=True)
         return [
             [
-                Hit(one, _score(metric, distance), document, metadata or {})
+                Hit(one, _score(metric, distance), document, _given(metadata))
                 for one, distance, document, metadata in zip(*column, strict=True)
             ]
             for column in columns
@@ -427,7 +437,7 @@ class ChromaStore(VectorStore):
                 )
                 columns = zip(part["ids"], part["embeddings"], part["documents"], part["metadatas"], strict=True)
                 for one, vector, document, metadata in columns:
-                    entries[one] = Entry(one, np.asarray(vector, dtype=np.float32), document, metadata or {})
+                    entries[one] = Entry(one, np.asarray(vector, dtype=np.float32), document, _given(metadata))
         return entries
 
     def _count(self, name: str, condition: Condition) -> int:
@@ -466,14 +476,34 @@ def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:
                 if not (is_negated and _is_rounded(value)):
                     by_type[type(value)].append(value)
             name, join = ("$nin", "$and") if is_negated else ("$in", "$or")
-            wheres = [{field: {name: same}} for same in by_type.values()]
+            wheres = [{_kept_name(field): {name: same}} for same in by_type.values()]
             return _joined(join, wheres), not any(map(_is_rounded, values))
         case Compare(field, name, value, is_negated):
             if is_negated or kind_of(value) == "text" or abs(value) > EXACT_MAX:  # type: ignore[arg-type]
                 return None, False
             # Chroma cuts what stands behind the point where it compares with an integer.
             is_exact = not _is_rounded(value) or name in (("$gt", "$lte") if value > 0 else ("$gte", "$lt"))  # type: ignore[operator]
-            return {field: {name if is_exact else name[:3] + "e": value}}, is_exact
+            return {_kept_name(field): {name if is_exact else name[:3] + "e": value}}, is_exact
+
+
+def _kept_name(field: str) -> str:
+    return ESCAPE + field if RESERVED.match(field) else field
+
+
+def _kept(metadata: Metadata) -> Metadata | None:
+    """Return metadata as Chroma takes it, which is None where there is none."""
+    if any(map(RESERVED.match, metadata)):
+        return {_kept_name(field): value for field, value in metadata.items()}
+    return metadata or None
+
+
+def _given(metadata: Metadata | None) -> Metadata:
+    """Return metadata as it was before it was kept."""
+    if metadata and any(map(RESERVED.match, metadata)):
+        return {
+            field.removeprefix(ESCAPE) if RESERVED.match(field) else field: value for field, value in metadata.items()
+        }
+    return metadata or {}
 
 
 def _is_rounded(value: Scalar) -> bool:

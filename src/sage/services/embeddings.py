@@ -17,6 +17,8 @@ from sage.errors import ServiceError, ServiceUnavailableError, hint, short
 from sage.services.embedding_cache import EmbeddingCache, MemoryCache, SqliteCache
 from sage.services.extras import load
 from sage.services.measures import MeasuredService
+from sage.services.sqlite_file import checked_path
+from sage.services.values import checked_whole
 
 if TYPE_CHECKING:
     import os
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Vectors = NDArray[np.float32]
+
+IN_MEMORY = "Leave it out, and the vectors are kept in memory."
 
 CACHE_ENTRIES_MAX = 10_000
 BATCH_MAX = 64
@@ -68,12 +72,14 @@ class EmbeddingService(MeasuredService):
         cache_path: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        if batch_max < 1:
+        if checked_whole("batch_max", batch_max) < 1:
             raise ValueError(f"batch_max is {batch_max}, but a batch has at least 1 text")
-        if cache_entries_max < 0:
+        if checked_whole("cache_entries_max", cache_entries_max) < 0:
             raise ValueError(f"cache_entries_max is {cache_entries_max}, a negative number of vectors")
-        self._batch_max = batch_max
-        self._cache_entries_max = cache_entries_max
+        if cache_path is not None:
+            checked_path(cache_path, IN_MEMORY, what="cache_path")
+        self._batch_max = int(batch_max)
+        self._cache_entries_max = int(cache_entries_max)
         self._cache_path = cache_path
         self._cache: EmbeddingCache | None = None
         self._numpy: Any = None
@@ -253,9 +259,7 @@ class HashingEmbeddings(EmbeddingService):
 
     def __init__(self, dimension: int = 384, **settings: Any) -> None:
         super().__init__(**settings)
-        if dimension < 1:
-            raise ValueError(f"dimension is {dimension}, but a vector has at least 1 number")
-        self._dimension = dimension
+        self._dimension = checked_dimension(dimension)
 
     @property
     def name(self) -> str:
@@ -289,6 +293,19 @@ class HashingEmbeddings(EmbeddingService):
             if not row.any():
                 row[places[0]] = 1.0  # Features that took each other away; a vector needs a direction.
         return vectors
+
+
+def checked_dimension(dimension: Any) -> int:
+    """Return how many numbers a vector is to have.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is below 1.
+    """
+    number = checked_whole("dimension", dimension)
+    if number < 1:
+        raise ValueError(f"dimension is {number}, but a vector has at least 1 number")
+    return number
 
 
 def features_of(text: str) -> dict[str, float]:

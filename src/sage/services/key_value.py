@@ -93,7 +93,7 @@ class KeyValueStore(MeasuredService):
 
         Raises:
             TypeError: the value, or `by`, is no whole number.
-            OverflowError: the sum does not fit into 64 bits.
+            OverflowError: the value or the sum does not fit into 64 bits.
         """
         with self.measured("increment"):
             checked_text("key", key)
@@ -229,7 +229,7 @@ class SqliteKeyValue(KeyValueStore):
             if type(value) is not int:
                 raise no_counter(key, text)
             total = value + by
-            if not COUNTER_MIN <= total <= COUNTER_MAX:
+            if not (COUNTER_MIN <= value <= COUNTER_MAX and COUNTER_MIN <= total <= COUNTER_MAX):
                 raise counter_overflow(key, by)
             connection.execute(PUT, (key, str(total), expires_at))
         return total

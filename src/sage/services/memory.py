@@ -6,23 +6,26 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sage.errors import GraphError, ServiceError, hint, short
 from sage.services import memory_lines, memory_rows
 from sage.services.extras import load
+from sage.services.filters import INTEGER_MAX
 from sage.services.key_value import EXPIRED_AT_ONCE_MAX
 from sage.services.measures import MeasuredService
 from sage.services.memory_lines import MemoryLine, TurnLine
 from sage.services.memory_rows import Recollection, Row, Turn
 from sage.services.recollection import HALF_LIFE_S, Weights, best
 from sage.services.sqlite_file import SqliteFile
-from sage.services.values import checked_text, checked_ttl, json_text
+from sage.services.values import checked_text, checked_ttl, checked_whole, json_text
 
 if TYPE_CHECKING:
     import os
     import sqlite3
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from sage.service import ServiceHandle
     from sage.services.recollection import Floats
@@ -38,6 +41,9 @@ BATCH_ROWS = 500
 """How many memories an index is given at once."""
 
 WORD = re.compile(r"\w+|[^\w\s]")
+
+A_MOMENT = "It is in seconds since the epoch, such as moment.timestamp() of a datetime, or time.time() - 3600."
+A_HALF_LIFE = "It is in seconds; a day has 86,400."
 
 
 class Embeddings(Protocol):
@@ -112,18 +118,18 @@ class Memory(MeasuredService):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__()
-        if turns_max < 1 or tokens_max < 1:
+        if _whole("turns_max", turns_max) < 1 or _whole("tokens_max", tokens_max) < 1:
             raise ValueError(f"a memory keeps at least 1 turn and 1 token, not {turns_max} and {tokens_max}")
-        if not half_life_s > 0:
+        if half_life_s != math.inf and _number("half_life_s", half_life_s, A_HALF_LIFE) <= 0:
             raise ValueError(f"half_life_s is {half_life_s}, and a half-life is above 0 seconds")
         self._file = SqliteFile(path, "memory", 1, memory_rows.SCHEMA)
         self._embeddings = embeddings
         self._index = index
-        self._turns_max = turns_max
-        self._tokens_max = tokens_max
+        self._turns_max = _whole("turns_max", turns_max)
+        self._tokens_max = _whole("tokens_max", tokens_max)
         self._count_tokens = count_tokens
-        self._half_life_s = half_life_s
-        self._weights = weights or Weights()
+        self._half_life_s = float(half_life_s)
+        self._weights = Weights() if weights is None else _weights(weights)
         self._ttl_s = checked_ttl(ttl_s)
         self._clock = clock
         self._model: str | None = None
@@ -209,16 +215,17 @@ class Memory(MeasuredService):
             tokens_max: at most so many tokens in all; what the memory was made with by default.
 
         Raises:
+            TypeError: an argument is of the wrong type.
             ValueError: one of the bounds is negative.
         """
-        turns_max = self._turns_max if turns_max is None else turns_max
-        budget = self._tokens_max if tokens_max is None else tokens_max
         select = "SELECT role, content, at FROM memory_turns WHERE session = ? ORDER BY number DESC LIMIT ?"
         with self.measured("turns"), self._file.reading() as connection:
             checked_text("session", session)
-            if turns_max < 0 or budget < 0:
-                raise ValueError(f"turns_max is {turns_max} and tokens_max {budget}; neither can be negative")
-            rows = connection.execute(select, (session, turns_max)).fetchall()
+            count_max = self._turns_max if turns_max is None else _whole("turns_max", turns_max)
+            budget = self._tokens_max if tokens_max is None else _whole("tokens_max", tokens_max)
+            if count_max < 0 or budget < 0:
+                raise ValueError(f"turns_max is {count_max} and tokens_max {budget}; neither can be negative")
+            rows = connection.execute(select, (session, count_max)).fetchall()
         found: list[Turn] = []
         for role, content, at in rows:
             budget -= self._count_tokens(content)
@@ -266,9 +273,8 @@ class Memory(MeasuredService):
         """Remember several texts in one step, all or none of them, and return their ids; arguments as in `remember`."""
         with self.measured("remember") as call:
             checked_text("session", session)
-            rows = self._rows(
-                texts, session, importance, metadata or {}, self._ttl_s if ttl_s is None else checked_ttl(ttl_s)
-            )
+            lives_s = self._ttl_s if ttl_s is None else checked_ttl(ttl_s)
+            rows = self._rows(texts, session, importance, {} if metadata is None else metadata, lives_s)
             call.items = len(rows)
             self._store(rows, [])
         return [row[0] for row in rows]
@@ -285,7 +291,7 @@ class Memory(MeasuredService):
             weights: how much each part counts; what the memory was made with by default.
 
         Raises:
-            TypeError: the query is no string.
+            TypeError: an argument is of the wrong type.
             ValueError: the query is blank, or `k` is below 1.
             ServiceError: the file cannot be used, or the vector is not what it should be.
         """
@@ -296,13 +302,13 @@ class Memory(MeasuredService):
                 raise ValueError(f"k is {short(k)}, not a whole number of at least 1")
             if session is not None:
                 checked_text("session", session)
+            chosen = self._weights if weights is None else _weights(weights)
             vector = self._embed([query])[0]
             now = self._clock()
             ids = self._found(vector, k, session)
             with self._file.reading() as connection:
                 self._check_dimension(connection, len(vector))
                 candidates = memory_rows.candidates(connection, now, session, ids)
-                chosen = weights or self._weights
                 scores = best(vector, candidates, k, now=now, half_life_s=self._half_life_s, weights=chosen)
                 found = [memory_rows.recollection(connection, score) for score in scores]
                 gone = memory_rows.unknown(connection, ids or [])
@@ -326,16 +332,21 @@ class Memory(MeasuredService):
             before: made before this moment, in seconds since the epoch.
 
         Raises:
-            ValueError: nothing is given; forgetting everything is removing the file.
+            TypeError: an argument is of the wrong type; nothing is forgotten.
+            ValueError: the moment is not finite, or nothing is given; forgetting everything is removing the file.
         """
         where = "(? IS NULL OR session = ?) AND (? IS NULL OR {moment} < ?)"
-        bounds = (session, session, before, before)
         with self.measured("forget"):
             if ids is None and session is None and before is None:
                 raise hint(ValueError("forget() of nothing in particular"), "Give ids, session or before.")
-            if isinstance(ids, str):
+            if ids is not None and (isinstance(ids, str) or not isinstance(ids, Iterable)):
                 raise hint(TypeError(f"forget({short(ids)}) takes a list of ids"), f"Write forget([{short(ids)}]).")
             wanted = None if ids is None else [checked_text("id", name) for name in ids]
+            if session is not None:
+                checked_text("session", session)
+            # SQLite takes any text for later than all numbers, and NaN for nothing given.
+            moment = None if before is None else _number("before", before, A_MOMENT)
+            bounds = (session, session, moment, moment)
             with self._file.writing() as connection:
                 select = f"SELECT id FROM memories WHERE {where.format(moment='created_at')}"
                 if wanted is None:
@@ -366,6 +377,8 @@ class Memory(MeasuredService):
         """Return how many memories a session has, or all sessions together."""
         select = f"SELECT count(*) FROM memories WHERE (? IS NULL OR session = ?) AND {memory_rows.LIVE}"
         with self.measured("count"), self._file.reading() as connection:
+            if session is not None:
+                checked_text("session", session)
             return int(connection.execute(select, (session, session, self._clock())).fetchone()[0])
 
     def sessions(self) -> list[str]:
@@ -386,6 +399,8 @@ class Memory(MeasuredService):
             ServiceError: the file cannot be written.
         """
         with self.measured("export"), self._file.reading() as connection:
+            if session is not None:
+                checked_text("session", session)
             model = memory_rows.settings(connection).get("model")
             return memory_lines.write(path, model, memory_rows.lines(connection, self._clock(), session))
 
@@ -424,16 +439,20 @@ class Memory(MeasuredService):
     # --- the parts of it ---
 
     def _rows(
-        self, texts: Sequence[str], session: str, importance: float, metadata: Mapping[str, Any], ttl_s: float | None
+        self, given: Iterable[str], session: str, importance: float, metadata: Mapping[str, Any], ttl_s: float | None
     ) -> list[Row]:
-        if isinstance(texts, str):
-            raise hint(TypeError(f"remember_many({short(texts)}) takes a list of texts"), "Call remember for one.")
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise hint(TypeError(f"remember_many({short(given)}) takes a list of texts"), "Call remember for one.")
+        texts = list(given)
         for text in texts:
             if not checked_text("text", text).strip():
                 raise ValueError("the text is blank, so that there is nothing to remember")
         number: Any = importance
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
             raise ValueError(f"the importance is {short(number)}, not a number from 0 to 1")
+        if not isinstance(metadata, Mapping):
+            error = TypeError(f"the metadata is {short(metadata)}, not a mapping")
+            raise hint(error, 'It is one of names to values of JSON, such as {"page": 3}.')
         kept = json_text("metadata", dict(metadata))
         vectors: Iterable[Any] = self._embed(texts) if texts else ()
         now = self._clock()
@@ -530,3 +549,27 @@ def model_of(embeddings: Any) -> str | None:
         return f"{embeddings.name}" if isinstance(embeddings.dimension, int) else None
     except (AttributeError, GraphError):
         return None
+
+
+def _number(name: str, value: Any, note: str) -> float:
+    """Return a number of seconds, which may be one of numpy's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise hint(TypeError(f"{name} is {short(value)}, not a number of seconds"), note)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number above all that a float holds
+        number = math.inf
+    if not math.isfinite(number):
+        raise hint(ValueError(f"{name} is {short(value)}, not a finite number of seconds"), note)
+    return number
+
+
+def _whole(name: str, value: Any) -> int:
+    """Return a whole number, not above what SQLite takes: no file holds as many rows."""
+    return min(checked_whole(name, value), INTEGER_MAX)
+
+
+def _weights(weights: Any) -> Weights:
+    if not isinstance(weights, Weights):
+        raise hint(TypeError(f"weights is {short(weights)}, not Weights"), "Write Weights(recency=0), for example.")
+    return weights

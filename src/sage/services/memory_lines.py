@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 import types
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from sage.errors import ServiceError, hint, short
+from sage.services.filters import problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 VERSION = 1
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""The largest number that a vector can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +129,26 @@ def _line(path: str, number: int, found: dict[str, Any]) -> MemoryLine | TurnLin
             raise _broken(path, number, f'its "{name}" is {short(found[name])}')
     if not 0 <= found.get("importance", 0) <= 1:
         raise _broken(path, number, f'its "importance" is {found["importance"]}, not from 0 to 1')
-    return kind(**found)
+    # SQLite takes whole numbers of 64 bits only.
+    whole = {name: float(found[name]) for name in names if isinstance(found[name], int)}
+    return kind(**{**found, **whole})
 
 
 def _fits(value: Any, hinted: Any) -> bool:
     """Return whether a value of JSON has the type that a field is hinted with."""
     if hinted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if isinstance(hinted, types.UnionType):
         return any(_fits(value, part) for part in get_args(hinted))
     if get_origin(hinted) is list:
-        return isinstance(value, list) and bool(value) and all(_fits(part, float) for part in value)
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(_fits(part, float) for part in value)
+            and (max(map(abs, value)) <= FLOAT32_MAX)
+        )
+    if hinted is str:
+        return isinstance(value, str) and problem_of(value) is None
     return isinstance(value, get_origin(hinted) or hinted)
 
 

@@ -52,6 +52,9 @@ NOT_ALLOWED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "1400", "1401")
 NO_COLLECTION = 100
 """What Milvus answers where there is no such collection."""
 
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"})
+"""What cannot stand as it is in a text of an expression; Milvus Lite does not know the other escapes of JSON."""
+
 OPERATORS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
 OPPOSITES = {"$lt": ">=", "$lte": ">", "$gt": "<=", "$gte": "<"}
 
@@ -359,13 +362,13 @@ class MilvusStore(VectorStore):
         with self._told():
             for start in range(0, len(ids), READ_MAX):
                 self._unflushed.add(name)
-                self._open.delete(name, ids=list(ids[start : start + READ_MAX]), timeout=self.timeout_s)
+                self._open.delete(name, filter=_among(ids[start : start + READ_MAX]), timeout=self.timeout_s)
 
     def _read(self, name: str, ids: Sequence[str], fields: list[str]) -> Iterator[Mapping[str, Any]]:
         with self._told():
             for start in range(0, len(ids), READ_MAX):
-                part = list(ids[start : start + READ_MAX])
-                yield from self._open.query(name, ids=part, output_fields=fields, timeout=self.timeout_s)
+                text = _among(ids[start : start + READ_MAX])
+                yield from self._open.query(name, filter=text, output_fields=fields, timeout=self.timeout_s)
 
     def _known(self, name: str, ids: Sequence[str]) -> list[str]:
         unique = list(dict.fromkeys(ids))
@@ -462,7 +465,12 @@ def _path(field: str, value: Scalar) -> str:
 
 
 def _literal(value: Scalar) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return f'"{value.translate(ESCAPES)}"' if isinstance(value, str) else json.dumps(value)
+
+
+def _among(ids: Sequence[str]) -> str:
+    """Return the expression that holds for some ids; the library, given the ids, would not escape what is in them."""
+    return f"id in [{', '.join(map(_literal, ids))}]"
 
 
 def _by_kind(metadata: Metadata) -> dict[str, dict[str, Scalar]]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from sage.errors import ServiceError, short
-from sage.services.embeddings import EmbeddingService, well_formed
+from sage.services.embeddings import EmbeddingService, checked_dimension, well_formed
 from sage.services.endpoint import OPENAI_URL, Endpoint, EndpointOptions
 from sage.services.llm import Answer, LLMService, checked_tokens, conversation_of, stops_of
 from sage.services.secret import Secret
@@ -271,7 +271,7 @@ class OpenAIEmbeddings(EmbeddingService):
         options = request_options or EndpointOptions()
         self._endpoint = Endpoint(base_url, secret, model, options, lambda: self.counted("retries"))
         self._model = model
-        self._dimension = dimension
+        self._dimension = None if dimension is None else checked_dimension(dimension)
         self._shortened = shortened
 
     @property

@@ -14,9 +14,11 @@ stay so. And the paper has a language model rate the importance; here the caller
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sage.errors import short
 from sage.services.extras import load
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ class Weights:
         """Refuse what cannot be a weight."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"the weight of {field.name} is {value!r}, not a number of at least 0")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"the weight of {field.name} is {short(value)}, not a number of at least 0")
         if self.relevance + self.recency + self.importance == 0:
             raise ValueError("all three weights are 0, so that no memory would be better than another")
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 from sage.command import own_value
-from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
-from sage.services.address import shown
+from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint, short
+from sage.services.address import PARTS, QUOTED, shown, told_of
 from sage.services.extras import load
 from sage.services.key_value import KeyValueStore, counter_overflow, no_counter
-from sage.services.secret import without
+from sage.services.secret import cause_without, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SCAN_COUNT = 1_000
 """How many keys the server looks at before it answers other clients in between."""
+
+WHOLE = re.compile(r"-?[1-9]\d+", re.ASCII)
 
 GLOB = re.compile(r"([*?\[\]\\^-])")
 
@@ -56,6 +59,10 @@ class RedisKeyValue(KeyValueStore):
         timeout_s: float = 5.0,
     ) -> None:
         super().__init__()
+        if password is not None and not isinstance(password, str):
+            raise TypeError(f"the password is of type {type(password).__name__}, not a string")
+        if not _is_bound(timeout_s):
+            raise ValueError(f"timeout_s is {short(timeout_s)}, not a number of seconds above 0")
         self._url = url
         self._password = password
         self._password_file = password_file
@@ -72,12 +79,12 @@ class RedisKeyValue(KeyValueStore):
             MissingExtraError: the package redis is not installed.
             ServiceError: the server cannot be reached, refuses the password, or there is no usable url.
         """
-        module = load("redis", "redis")
-        backoff = load("redis.backoff", "redis")
+        load("redis", "redis")
         url = own_value(self._url) if self._url is not None else setting("REDIS_URL")
         if url is None:
             error = ServiceError("redis has no url")
             raise hint(error, 'Give one such as "redis://127.0.0.1:6379/0", or set REDIS_URL or REDIS_URL_FILE.')
+        url = url.strip()
         password = self._password
         if password is None and self._password_file is not None:
             password = secret_in(self._password_file)
@@ -85,6 +92,22 @@ class RedisKeyValue(KeyValueStore):
             password = setting("REDIS_PASSWORD")
         self._place = shown(url)
         self._secrets = tuple(filter(None, (password, *secrets_in(url))))
+        refused = self._refused(url, password)
+        if refused is not None:
+            # Raised outside of a handler, so that the library's error, which may quote the password, stays behind.
+            wrong = ServiceError(f'redis cannot use the url "{self._place}"{refused}')
+            raise hint(wrong, f"It begins with redis://, rediss:// or unix://, and its port ends at 65535. {QUOTED}")
+
+    def _refused(self, url: str, password: str | None) -> str | None:
+        """Connect, or return what is wrong with the url, as far as it can be shown."""
+        parts = PARTS.fullmatch(url)
+        if parts is None:
+            return ", which is no address"
+        database = (parts["path"] or "").replace("/", "")
+        if url.startswith("redis") and database and not database.isdecimal():
+            return ", whose database is no number"  # The library would take database 0.
+        module, retry = load("redis", "redis"), load("redis.retry", "redis")
+        backoff = load("redis.backoff", "redis")
         settings: dict[str, Any] = {} if password is None else {"password": password}
         try:
             self._client = module.Redis.from_url(
@@ -92,17 +115,18 @@ class RedisKeyValue(KeyValueStore):
                 socket_timeout=self._timeout_s,
                 socket_connect_timeout=self._timeout_s,
                 # What may be tried again is known here, and not to the library, which would count increments twice.
-                retry=load("redis.retry", "redis").Retry(backoff.NoBackoff(), 0),
+                retry=retry.Retry(backoff.NoBackoff(), 0),
                 **settings,
             )
-        except ValueError as error:
-            wrong = ServiceError(f'redis cannot use the url "{self._place}": {self._scrubbed(error)}')
-            raise hint(wrong, "It begins with redis://, rediss:// or unix://.") from None
-        if password is not None:
-            # The one in the url would come before the one that was given.
-            self._client.connection_pool.connection_kwargs["password"] = password
-        with self._told():
-            self._client.ping()
+            if password is not None:
+                # The one in the url would come before the one that was given.
+                self._client.connection_pool.connection_kwargs["password"] = password
+            with self._told():
+                self._client.ping()
+        except (TypeError, ValueError) as error:  # the first for a setting in the url that it does not know
+            text = "" if self._secrets else told_of(url, error)
+            return f": {text}" if text else ""
+        return None
 
     def cleanup(self) -> None:
         """Close all connections."""
@@ -149,12 +173,13 @@ class RedisKeyValue(KeyValueStore):
             with self._told():
                 total: Any = self._connected().incrby(self._prefix + key, by)
         except ServiceError as error:
-            cause = str(error.__cause__)
+            cause = str(error.__cause__ or error).rpartition(" refused: ")[2]
             if "overflow" in cause:
                 raise counter_overflow(key, by) from None
             if "not an integer" in cause:
                 text = self._get_many([key]).get(key, "gone")
-                raise no_counter(key, text) from None
+                # The server takes a whole number of more than 64 bits for none.
+                raise (counter_overflow(key, by) if WHOLE.fullmatch(text) else no_counter(key, text)) from None
             raise
         return int(total)
 
@@ -201,15 +226,22 @@ class RedisKeyValue(KeyValueStore):
             raise hint(told, "Give password= or password_file=, or set REDIS_PASSWORD.") from None
         except errors.TimeoutError as error:
             text = f"{where} gave no answer within {self._timeout_s:g} s"
-            raise ServiceTimeoutError(text, fault="external") from error
+            raise ServiceTimeoutError(text, fault="external") from cause_without(error, *self._secrets)
         except errors.ConnectionError as error:
             lost = ServiceUnavailableError(f"{where} cannot be reached: {self._scrubbed(error)}", fault="external")
-            raise hint(lost, "Is the server running, and is the url right?") from error
+            cause = cause_without(error, *self._secrets)
+            raise hint(lost, "Is the server running, and is the url right?") from cause
         except errors.RedisError as error:
-            raise ServiceError(f"{where} refused: {self._scrubbed(error)}", fault="external") from error
+            refused = ServiceError(f"{where} refused: {self._scrubbed(error)}", fault="external")
+            raise refused from cause_without(error, *self._secrets)
 
     def _scrubbed(self, error: Exception) -> str:
         return without(str(error), *self._secrets)
+
+
+def _is_bound(timeout_s: Any) -> bool:
+    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    return is_number and 0 < timeout_s < math.inf
 
 
 def setting(variable: str) -> str | None:
@@ -241,7 +273,7 @@ def secrets_in(url: str) -> tuple[str, ...]:
     user, _, _ = authority.rpartition("@")
     password = user.partition(":")[2]
     query = [part.partition("=")[2] for part in rest.partition("?")[2].split("&") if part.startswith("password=")]
-    return tuple(found for text in (password, *query) if text for found in (text, unquote(text)))
+    return tuple(found for text in (password, *query) if text for found in (text, unquote(text), unquote_plus(text)))
 
 
 def text_of(value: bytes | str) -> str:

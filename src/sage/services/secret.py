@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sage.errors import ServiceError, describe, hint
 
+E = TypeVar("E", bound=Exception)
+
 HIDDEN = "***"
+
+SENDABLE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+"""What can be sent in a header. Libraries show what cannot, so that they must not be given it."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -16,7 +23,8 @@ class Secret:
     """A key that was asked for, and is read when it is needed.
 
     Attributes:
-        value: the key itself, or None.
+        value: the key itself, or None; a blank or a line end around it is refused, as everything else that no header
+            can hold.
         variable: the environment variable that has it, or None.
         path: the file that has it, or None; blanks and line ends around it do not count.
     """
@@ -26,7 +34,7 @@ class Secret:
     path: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse two places for one key."""
+        """Refuse two places for one key, and a key that cannot be sent."""
         given = [
             name
             for name, place in zip(("api_key", "api_key_env", "api_key_file"), self._places(), strict=True)
@@ -34,6 +42,10 @@ class Secret:
         ]
         if len(given) > 1:
             raise ValueError(f"the key is given by {' and by '.join(given)}, but it can come from one place only")
+        if self.value and not isinstance(self.value, str):
+            raise TypeError(f"the key from {self.source} is of type {type(self.value).__name__}, not a string")
+        if self.value and not SENDABLE.fullmatch(self.value):
+            raise self._unsendable(ValueError, "no blank or line end is before or after it.")
 
     @property
     def source(self) -> str:
@@ -48,8 +60,14 @@ class Secret:
         """Return the key, or an empty text where none was asked for.
 
         Raises:
-            ServiceError: it is not where it should be.
+            ServiceError: it is not where it should be, or no header can hold what is there.
         """
+        key = self._read()
+        if key and not SENDABLE.fullmatch(key):
+            raise self._unsendable(ServiceError, "the place holds one key and nothing else.")
+        return key
+
+    def _read(self) -> str:
         if self.variable is not None:
             key = os.environ.get(self.variable, "").strip()
             if not key:
@@ -69,6 +87,10 @@ class Secret:
 
     def __repr__(self) -> str:
         return f"<Secret from {self.source}>"
+
+    def _unsendable(self, kind: type[E], rule: str) -> E:
+        error = kind(f"the key from {self.source} cannot be sent in a header")
+        return hint(error, f"A key is on one line and of printable ASCII signs, and {rule}")
 
     def _places(self) -> tuple[object, object, object]:
         return self.value, self.variable, self.path

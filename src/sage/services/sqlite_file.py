@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from sage.errors import ServiceError, ServiceUnavailableError, hint
+from sage.errors import ServiceError, ServiceUnavailableError, hint, short
 from sage.services.log_hold import LogHold, warn_if_left
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ PROBLEMS = {
 }
 
 
+ON_DISK = "Name a file; one in a tempfile.TemporaryDirectory() is gone with the folder."
+
+
 class SqliteFile:
     """One file, in write-ahead mode: readers go on while one writes, and a commit survives the end of the process.
 
@@ -56,7 +59,7 @@ class SqliteFile:
     def __init__(
         self, path: str | os.PathLike[str], kind: str, version: int, schema: str, *, is_exclusive: bool = False
     ) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        self.path = checked_path(path)
         self._kind = kind
         self._version = version
         self._schema = schema
@@ -200,9 +203,36 @@ class SqliteFile:
 
     def _problem(self, error: sqlite3.DatabaseError) -> Exception:
         # Misuse of the module, which would be a bug of ours, has no code and stays what it is.
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is None:
+        if getattr(error, "sqlite_errorcode", None) is None:
             return error
-        what, note = PROBLEMS.get(code & 0xFF, ("cannot be used", ""))
-        problem = ServiceError(f'file "{self.path}" {what}: {error}', fault="external")
-        return hint(problem, note) if note else problem
+        return problem_of(self.path, error)
+
+
+def checked_path(
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes], note: str = ON_DISK, *, what: str = "path"
+) -> str:
+    """Return the path of a file from the root on.
+
+    Args:
+        path: the file.
+        note: what to do instead, for those who want no file.
+        what: what the path is called, for messages.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, or what SQLite calls a database in memory: one that each connection has for itself.
+    """
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        raise TypeError(f"{what} is {short(path)}, not a path") from None
+    if name in ("", ":memory:"):
+        raise hint(ValueError(f'{what} is "{name}", which SQLite takes for no file'), note)
+    return os.path.abspath(name)
+
+
+def problem_of(path: str, error: sqlite3.Error) -> ServiceError:
+    """Return what SQLite says of a file as the error of a service, with a hint where there is one."""
+    what, note = PROBLEMS.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF, ("cannot be used", ""))
+    problem = ServiceError(f'file "{path}" {what}: {error}', fault="external")
+    return hint(problem, note) if note else problem

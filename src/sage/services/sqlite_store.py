@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sage.errors import ServiceError
+from sage.errors import ServiceError, hint
 from sage.services.extras import load
 from sage.services.log_hold import LogHold, warn_if_left
 from sage.services.numpy_store import Shelf
+from sage.services.sqlite_file import PROBLEMS, checked_path, problem_of
 from sage.services.vector_rows import Rows, squares_of
 from sage.services.vector_store import Shape, VectorStore, closed_error, with_hint_of_room
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sage.services.filters import Condition
@@ -40,6 +41,8 @@ INSERT INTO entries (collection, id, vector, document, metadata) VALUES (?, ?, ?
 ON CONFLICT (collection, id) DO UPDATE SET
     vector = excluded.vector, document = excluded.document, metadata = excluded.metadata
 """
+
+IN_MEMORY = "NumpyStore keeps vectors in memory."
 
 METADATA = json.JSONEncoder(ensure_ascii=False)
 """One for all rows: `json.dumps` would make one for each."""
@@ -70,7 +73,7 @@ class SqliteStore(VectorStore):
         timeout_s: float = 10.0,
     ) -> None:
         super().__init__(dimension, metric=metric, collection=collection)
-        self.path = os.path.abspath(os.fspath(path))
+        self.path = checked_path(path, IN_MEMORY)
         self.timeout_s = timeout_s
         self._database: sqlite3.Connection | None = None
         self._hold: LogHold | None = None
@@ -89,7 +92,7 @@ class SqliteStore(VectorStore):
         """
         load("numpy", "vector")
         warn_if_left(self.path)
-        with self._told("open"):
+        with self._told():
             self._database = sqlite3.connect(
                 self.path, timeout=self.timeout_s, isolation_level=None, check_same_thread=False
             )
@@ -131,7 +134,8 @@ class SqliteStore(VectorStore):
         (mark,) = database.execute("PRAGMA application_id").fetchone()
         (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if mark != APPLICATION_ID and (mark or tables):
-            raise ServiceError(f'file "{self.path}" is a database of another program')
+            error = ServiceError(f'file "{self.path}" is a database of another program')
+            raise hint(error, PROBLEMS[sqlite3.SQLITE_NOTADB][1])
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         if mark != APPLICATION_ID:
@@ -139,7 +143,7 @@ class SqliteStore(VectorStore):
             database.executescript(SCHEMA)
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _told(self) -> Iterator[None]:
         """Tell what SQLite says with the file that it says it of; close the file if it was not open before."""
         was_open = self._database is not None
         try:
@@ -149,13 +153,12 @@ class SqliteStore(VectorStore):
                 self.cleanup()
             if isinstance(error, ServiceError):
                 raise
-            refused = ServiceError(f'cannot {what} the vector store "{self.path}": {error}', fault="external")
-            raise with_hint_of_room(refused) from error
+            raise with_hint_of_room(problem_of(self.path, error)) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Write all or nothing, and know which version of the file memory agrees with then."""
-        with self._lock, self._told("write to"):
+        with self._lock, self._told():
             database = self._open
             database.execute("BEGIN IMMEDIATE")
             try:
@@ -198,12 +201,12 @@ class SqliteStore(VectorStore):
     @contextmanager
     def _reading(self, name: str) -> Iterator[Shelf]:
         """Give a collection that was there a moment ago; another program may have removed it since."""
-        with self._lock, self._told("read"):
+        with self._lock, self._told():
             shelf = self._shelf(name)
             yield Shelf(Shape(1, self.metric)) if shelf is None else shelf
 
     def _shape(self, name: str) -> Shape | None:
-        with self._lock, self._told("read"):
+        with self._lock, self._told():
             shelf = self._shelf(name)
             return None if shelf is None else shelf.shape
 
@@ -256,7 +259,7 @@ class SqliteStore(VectorStore):
             return shelf.count(condition)
 
     def _names(self) -> Collection[str]:
-        with self._lock, self._told("read"):
+        with self._lock, self._told():
             return [name for (name,) in self._open.execute("SELECT name FROM collections")]
 
     def _discard(self, name: str) -> None:
@@ -268,7 +271,7 @@ class SqliteStore(VectorStore):
             self._shelves.pop(name, None)
 
     def _flush(self) -> None:
-        with self._lock, self._told("write to"):
+        with self._lock, self._told():
             self._open.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
 

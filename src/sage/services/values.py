@@ -1,9 +1,10 @@
-"""What services keep: texts, values of JSON and times to live, checked before anything is written."""
+"""What services are given: texts, JSON, times to live and whole numbers, checked before anything is written."""
 
 from __future__ import annotations
 
 import json
 import math
+from numbers import Integral
 from typing import Any
 
 from sage.errors import ServiceError, hint, short
@@ -78,3 +79,25 @@ def json_value(key: str, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         raise ServiceError(f"the value of {short(key)} is no JSON: {short(text)}", fault="external") from None
+
+
+def checked_whole(name: str, value: Any) -> int:
+    """Return a whole number, which may be one of numpy's.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {short(value)}, not a whole number")
+    return int(value)
+
+
+def checked_count(what: str, number: Any) -> int:
+    """Return a whole number from 1 on, which may be one of numpy's.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        raise ValueError(f"{what} is {short(number)}, not a whole number from 1 on")
+    return int(number)

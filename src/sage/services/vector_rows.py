@@ -69,8 +69,8 @@ def checked_rows(
     if documents is not None and not _are_ascii(texts):
         for one, text in zip(given, texts, strict=True):
             if text is not None:
-                _check_document(one, text)
-    mappings = [{}] * len(given) if metadatas is None else _mappings(given, list(metadatas))
+                check_document(one, text)
+    mappings = [{}] * len(given) if metadatas is None else checked_metadatas(given, list(metadatas))
     return Rows(given, array, squares_of(array) if given else array, texts, mappings)
 
 
@@ -82,15 +82,16 @@ def _are_ascii(values: Iterable[Any]) -> bool:
         return False  # one is no string
 
 
-def _check_document(one: str, text: Any) -> None:
+def check_document(one: str, text: Any) -> None:
+    """Refuse what is no text that can be kept, naming its id."""
     problem = problem_of(text) if isinstance(text, str) else f"is of type {type(text).__name__}"
     if problem is not None:
         kind = ValueError if isinstance(text, str) else TypeError
         raise kind(f"the document of id {short(one)} {problem}")
 
 
-def _mappings(ids: Sequence[str], metadatas: Sequence[Any]) -> list[Metadata]:
-    """Return copies of what can be kept."""
+def checked_metadatas(ids: Sequence[str], metadatas: Sequence[Any]) -> list[Metadata]:
+    """Return copies of what can be kept, or raise for the first one that cannot."""
     fields: set[str] = set()
     try:
         # Where all are dictionaries of plain texts, as most are, the columns tell it; otherwise each is looked at.
@@ -148,10 +149,14 @@ def array_of(vectors: Any) -> Vectors:
     """Return an array of float32, the given one if it is that."""
     np = load("numpy", "vector")
     try:
-        array: Vectors = np.asarray(vectors, dtype=np.float32)
+        given = np.asarray(vectors)
+        if given.dtype.kind in "biufO":
+            with np.errstate(over="ignore"):  # what is too large is infinite then, and refused as that
+                array: Vectors = given.astype(np.float32, copy=False)
+            return array
     except (TypeError, ValueError) as error:
         raise ValueError(f"the vectors are no array of numbers: {error}") from None
-    return array
+    raise ValueError(f"the vectors are no array of numbers, but of {given.dtype}")
 
 
 def squares_of(vectors: Vectors) -> Vectors:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
 from sage.services.filters import NEVER, condition_of, matches
 from sage.services.measures import MeasuredService
+from sage.services.values import checked_count
 from sage.services.vector_rows import (
     DuplicateIdError,
     Rows,
@@ -119,7 +120,7 @@ class VectorStore(MeasuredService, ABC):
     def __init__(self, dimension: int | None = None, *, metric: Metric = "cosine", collection: str = "default") -> None:
         super().__init__()
         if dimension is not None:
-            _check_from_one("the dimension", dimension)
+            dimension = checked_count("the dimension", dimension)
         if metric not in get_args(Metric):
             raise hint(ValueError(f"the metric is {short(metric)}"), 'It is "cosine", "dot" or "l2".')
         self.dimension = dimension
@@ -422,7 +423,7 @@ class VectorStore(MeasuredService, ABC):
             self._write(name, rows)
 
     def _search(self, vectors: Vectors, k: int, where: Where | None, collection: str | None) -> list[list[Hit]]:
-        _check_from_one("k", k)
+        k = checked_count("k", k)
         condition = condition_of(where)
         name, shape = self._find(collection)
         expected = self.dimension if shape is None and name == self.collection else shape and shape.dimension
@@ -465,11 +466,6 @@ def _known_error(name: str, known: Sequence[str]) -> DuplicateIdError:
     more = f" and {len(known) - 1} more" if len(known) > 1 else ""
     error = DuplicateIdError(f'collection "{name}" has id {short(known[0])}{more} already')
     return hint(error, "upsert() takes the place of what is there.")
-
-
-def _check_from_one(what: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{what} is {short(number)}, not a whole number from 1 on")
 
 
 def _collection_name(name: Any) -> str:
