@@ -79,24 +79,27 @@ def stores(scale: Scale) -> Iterator[Figure]:
 
     chunks = chunks_of(scale.records // 100)
     queries = list(numpy.random.default_rng(1).normal(size=(scale.records // 1_000, DIMENSION)).astype(numpy.float32))
-    for name, (library, plain, module) in LIBRARIES.items():
-        if find_spec(library) is None:
-            print(f"{library} is not installed: its cases are left out")
+    for name, case in CASES.items():
+        if find_spec(case.library) is None:
+            print(f"{case.library} is not installed: its cases are left out")
             continue
-        sides: Sequence[Callable[[Path], Side]] = (plain, partial(Piped, module, name))
+        sides = (case.library_side, partial(Piped, case.module, name), *case.others)
         rounds = compared(scale.rounds, sides, chunks, queries)
         for place, what in enumerate(("ingest", "queries")):
-            pairs = [(plainly[place], piped[place]) for plainly, piped in rounds]
-            rates = [plainly.flowing_s / piped.flowing_s for plainly, piped in pairs]
-            yield at_least(f"{name}: {what}", f"of the rate of {plain.word}", 0.9, rates)
-            whole = median(plainly.whole_s / piped.whole_s for plainly, piped in pairs)
-            around_s = median(piped.whole_s - piped.flowing_s for _, piped in pairs)
+            plain, piped, *others = ([taken[place] for taken in side] for side in zip(*rounds, strict=True))
+            rates = [one.flowing_s / other.flowing_s for one, other in zip(plain, piped, strict=True)]
+            yield at_least(f"{name}: {what}", f"of the rate of {case.library_side.word}", 0.9, rates)
+            whole = median(one.whole_s / other.whole_s for one, other in zip(plain, piped, strict=True))
+            around_s = median(one.whole_s - one.flowing_s for one in piped)
             print(f"{name}: {what}: {whole:.2f} with the {around_s * 1e3:.1f} ms in which the job begins and ends")
+            for side, taken in zip(case.others, others, strict=True):
+                rate = median(one.flowing_s / other.flowing_s for one, other in zip(taken, piped, strict=True))
+                print(f"{name}: {what}: {rate:.2f} of the rate of {side.word}")
 
 
 def compared(
     rounds: int, sides: Sequence[Callable[[Path], Side]], chunks: list[Chunk], queries: list[Any]
-) -> list[tuple[tuple[Taken, Taken], ...]]:
+) -> list[list[tuple[Taken, Taken]]]:
     """Return for each round what each side took, to store and to answer.
 
     They take turns and begin each round in the other order; a first round is not counted.
@@ -104,10 +107,10 @@ def compared(
     counted = []
     for number in range(rounds + 1):
         taken: dict[int, tuple[Taken, Taken]] = {}
-        for place in (0, 1) if number % 2 == 0 else (1, 0):
+        for place in range(len(sides)) if number % 2 == 0 else range(len(sides) - 1, -1, -1):
             with tempfile.TemporaryDirectory(prefix="sage-benchmarks-") as folder:
                 taken[place] = taken_by(sides[place](Path(folder, "store")), chunks, queries)
-        counted.append((taken[0], taken[1]))
+        counted.append([taken[place] for place in range(len(sides))])
     return counted[1:]
 
 
@@ -220,10 +223,58 @@ class Piped:
         self._storing.close()
 
 
-class Plain:
-    """What a program without SAGE would do with numpy: a matrix with a row for each id, and what belongs to each."""
+class Called:
+    """The store itself, which is its own library, called in a loop."""
 
-    word = "numpy"
+    word = "the store in a loop"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._store: Any = None
+
+    def made(self) -> Any:
+        """Return a store that is not open."""
+        from sage.services.numpy_store import NumpyStore
+
+        return NumpyStore()
+
+    def open(self) -> None:
+        """Open the store."""
+        self._store = self.made()
+        self._store.setup()
+
+    def ingest(self, chunks: list[Chunk]) -> None:
+        """Upsert each batch."""
+        for batch in batches(chunks, INGEST_MAX):
+            ids, vectors, texts, metadatas = columns(batch)
+            self._store.upsert(ids, vectors, documents=texts, metadatas=metadatas)
+
+    def query(self, queries: list[Any], out: list[Any]) -> None:
+        """Ask each batch at once."""
+        import numpy
+
+        for batch in batches(queries, QUERY_MAX):
+            out += self._store.search_batch(numpy.array(batch), K)
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.cleanup()
+
+
+class CalledSqlite(Called):
+    """The same in a file."""
+
+    def made(self) -> Any:
+        """Return a store that is not open."""
+        from sage.services.sqlite_store import SqliteStore
+
+        return SqliteStore(self._path)
+
+
+class Plain:
+    """What a program without SAGE would write with numpy: a matrix with a row for each id, and nothing is checked."""
+
+    word = "a matrix by hand"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -247,7 +298,7 @@ class Plain:
 
         places = [self.places.setdefault(one, len(self.places)) for one in ids]
         if len(self.places) > len(self.vectors):
-            grown = numpy.empty((2 * len(self.places), DIMENSION), dtype=numpy.float32)
+            grown = numpy.empty((4 * len(self.places), DIMENSION), dtype=numpy.float32)
             grown[: len(self.vectors)] = self.vectors
             self.vectors = grown
         self.vectors[places] = vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)
@@ -274,7 +325,7 @@ class Plain:
 class PlainSqlite(Plain):
     """The same, with a row in SQLite for each chunk: one transaction for each batch, as safe as that of the store."""
 
-    word = "sqlite3 and numpy"
+    word = "sqlite3 and a matrix by hand"
 
     def open(self) -> None:
         """Open the file."""
@@ -385,10 +436,26 @@ class PlainMilvus:
         server_manager_instance.release_server(self._path)
 
 
-LIBRARIES: dict[str, tuple[str, Any, str]] = {
-    "NumpyStore": ("numpy", Plain, "numpy_store"),
-    "SqliteStore": ("numpy", PlainSqlite, "sqlite_store"),
-    "ChromaStore": ("chromadb", PlainChroma, "chroma"),
-    "MilvusStore": ("milvus_lite", PlainMilvus, "milvus"),
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a store is compared with.
+
+    Attributes:
+        library: what has to be installed.
+        module: where the store is.
+        library_side: the library under the store, whose rate is the measure.
+        others: what is shown beside it.
+    """
+
+    library: str
+    module: str
+    library_side: Any
+    others: tuple[Any, ...] = ()
+
+
+CASES = {
+    "NumpyStore": Case("numpy", "numpy_store", Called, (Plain,)),
+    "SqliteStore": Case("numpy", "sqlite_store", CalledSqlite, (PlainSqlite,)),
+    "ChromaStore": Case("chromadb", "chroma", PlainChroma),
+    "MilvusStore": Case("milvus_lite", "milvus", PlainMilvus),
 }
-"""What each store needs, what it is compared with, and where it is."""
