@@ -147,9 +147,8 @@ class MapBatches(Holder):
 
     def _checked(self, results: Any, count: int) -> list[Any]:
         """Return the results as a list, if there is one for each record."""
-        if isinstance(results, str | bytes | dict | set | frozenset) or not getattr(
-            results, "ndim", hasattr(results, "__len__")
-        ):
+        has_length = getattr(results, "ndim", hasattr(results, "__len__"))  # an array may have no dimension
+        if isinstance(results, str | bytes | dict | set | frozenset) or not has_length:
             wrong = TypeError(f"{count} records went in, and a {type(results).__name__} came out")
             raise hint(wrong, "Return a list, a tuple or an array with one result for each record, in their order.")
         if len(results) != count:
