@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [item for item in items if any(item.get_closest_marker(name) is not None for name in left_out)]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in set(deselected)]
+
+
+def pytest_collection_finish() -> None:
+    """Keep what pytest has collected out of the garbage collector.
+
+    With thousands of items, one run of it took up to two seconds, in which every thread of a job stood still.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
