@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
+from services.kept import left_clean
 
 from sage import DeadLetter, GraphError, LocalEnvironment
 from sage.rag.citations import Citation, CitationError, check_citations, citations_of
@@ -16,7 +17,7 @@ from sage.rag.generation import Answered, CheckCitations, Generate, GenerateAsyn
 from sage.rag.prompts import NO_ANSWER, SYSTEM, Prompt
 from sage.rag.retrieval import Found, Question, Retrieved
 from sage.services.llm import ExtractiveLLM, Message
-from sage.testing import assert_clean, run
+from sage.testing import run
 
 if TYPE_CHECKING:
     from sage.stream import DataStream
@@ -107,7 +108,7 @@ class TestGenerate:
     @pytest.mark.parametrize("way", ["map", "map_async"])
     def test_an_answer_names_its_passages(self, way: str) -> None:
         answers: list[Answered] = []
-        with assert_clean():
+        with left_clean():
             env = LocalEnvironment("generate")
             llm = env.register_service("llm", ExtractiveLLM, 1)
             asked = env.from_batch([Retrieved(Question("Where does a key go?"), FOUND)])

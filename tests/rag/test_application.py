@@ -46,7 +46,7 @@ def ask(
     folder: Path, *args: str | Path, typed: str | None = None, code: int = 0, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the application and see that it leaves nothing in the folder for temporary files."""
-    with assert_clean(within_s=5.0):
+    with assert_clean(within_s=5.0, ignore="shared memory *"):
         ended = subprocess.run(
             [sys.executable, "-W", "error::ResourceWarning", EXAMPLE / "ask.py", *args],
             input=typed or "",
@@ -269,7 +269,7 @@ def ended_while_it_indexes(docs: Path, store: str, kept: Path, by: signal.Signal
     """End the application by a signal when its index has a passage; return its code and what it has printed."""
     for number in range(400):
         (docs / f"more{number}.md").write_text(f"# Part {number}\n\nIt says {number}.\n" * 20, "utf-8")
-    with assert_clean(within_s=5.0):
+    with assert_clean(within_s=5.0, ignore="shared memory *"):
         program = subprocess.Popen(
             [sys.executable, EXAMPLE / "ask.py", "--docs", docs, "--store", store, "--keep", kept],
             stdin=subprocess.DEVNULL,
@@ -325,7 +325,7 @@ def counts_in(kept: Path, store: str) -> str:
 
 
 def test_ctrl_c_while_it_waits_for_a_question(docs: Path) -> None:
-    with assert_clean(within_s=5.0):
+    with assert_clean(within_s=5.0, ignore="shared memory *"):
         program = subprocess.Popen(
             [sys.executable, EXAMPLE / "ask.py", "--docs", docs, "--interactive", "--store", "sqlite", "--top", "1"],
             stdin=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from services.kept import left_clean
 
 from sage import LocalEnvironment
 from sage.rag.conversation import Converse, says_too_little, with_history
@@ -15,7 +16,6 @@ from sage.rag.retrieval import Index, Question, Retrieve
 from sage.services.embeddings import HashingEmbeddings
 from sage.services.llm import ExtractiveLLM, Message
 from sage.services.memory import Memory
-from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +49,7 @@ def test_questions_of_one_batch_follow_each_other(tmp_path: Path) -> None:
     """The engine hands over records in batches, and yet each question knows the answer to the one before."""
     answers: list[Answered] = []
     passages = [Passage("a", "A stop drains records.", "a"), Passage("b", "A key names records.", "b")]
-    with assert_clean():
+    with left_clean():
         env = LocalEnvironment("conversation")
         keywords = env.register_service("keywords", KeywordIndex)
         memory = env.register_service(

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
-from services.kept import notes_of
+from services.kept import left_clean, notes_of
 
 from sage import LocalEnvironment, ServiceError, ServiceOptions, ServiceUnavailableError
 from sage.rag.keywords import KeywordIndex
 from sage.services.filters import matches
-from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,7 @@ TEXTS = {
 
 @pytest.fixture(params=["memory", "file"])
 def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KeywordIndex]:
-    with assert_clean():
+    with left_clean():
         index = KeywordIndex(None if request.param == "memory" else tmp_path / "words.db")
         index.setup()
         index.upsert(list(TEXTS), list(TEXTS.values()), metadatas=[{"place": place} for place in range(4)])
@@ -202,7 +201,7 @@ class TestWhatIsKept:
 class TestItsLife:
     def test_it_opens_again_with_all_it_had(self, tmp_path: Path) -> None:
         for count in (1, 2):
-            with assert_clean():
+            with left_clean():
                 index = KeywordIndex(tmp_path / "words.db")
                 index.setup()
                 index.upsert([f"id{count}"], ["driver"])
@@ -215,7 +214,7 @@ class TestItsLife:
 
     def test_in_a_job(self, tmp_path: Path) -> None:
         found: list[str] = []
-        with assert_clean():
+        with left_clean():
             env = LocalEnvironment("keywords")
             index = env.register_service(
                 "keywords", KeywordIndex, tmp_path / "words.db", options=ServiceOptions(concurrency=4)
@@ -236,7 +235,7 @@ class TestItsLife:
         path = tmp_path / "words.db"
         path.write_text("This is a letter to a friend. " * 100, "utf-8")
         index = KeywordIndex(path)
-        with assert_clean(), pytest.raises(ServiceError, match=r"words.db. is no SQLite database"):
+        with left_clean(), pytest.raises(ServiceError, match=r"words.db. is no SQLite database"):
             index.setup()
         index.cleanup()
 

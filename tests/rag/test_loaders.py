@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from rag.small_pdf import pdf_of
+from services.kept import left_clean
 
 from sage import DeadLetter, FunctionError, GraphError, JobError, LocalEnvironment
 from sage.rag.documents import Document, DocumentError
 from sage.rag.loaders import Files, Load
 from sage.rag.splitters import SplitByStructure
-from sage.testing import StepBackend, assert_clean
+from sage.testing import StepBackend
 
 PAGE = """<!doctype html>
 <html><head><meta charset="utf-8"><title> The  guide </title><style>p { color: red }</style></head>
@@ -54,7 +55,7 @@ def loaded(*places: Path, text_field: str = "text") -> tuple[list[Document], lis
     """Load with dead letters and return the documents and the errors."""
     documents: list[Document] = []
     letters: list[DeadLetter] = []
-    with assert_clean():
+    with left_clean():
         env = LocalEnvironment("load")
         failed = env.dead_letters()
         env.from_batch(Files, *places).flatmap(Load, on_error=failed, text_field=text_field).sink(documents.append)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
+from services.kept import left_clean
 
 from sage import FunctionError, GraphError, LocalEnvironment, ServiceUnavailableError
 from sage.rag.documents import Document, Passage
@@ -20,7 +21,6 @@ from sage.services.embeddings import HashingEmbeddings
 from sage.services.numpy_store import NumpyStore
 from sage.services.sqlite_store import SqliteStore
 from sage.services.vector_store import Hit
-from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ PASSAGES = [
 def opened(keywords: KeywordIndex, vectors: Store) -> Iterator[tuple[KeywordIndex, Store, HashingEmbeddings]]:
     """Lend the three services, set up by hand."""
     embeddings = HashingEmbeddings()
-    with assert_clean():
+    with left_clean():
         for service in (keywords, vectors, embeddings):
             service.setup()
         yield keywords, vectors, embeddings
@@ -219,7 +219,7 @@ def test_a_passage_comes_back_as_it_was() -> None:
 def indexed(folder: Path, questions: list[str], on_error: object = None) -> tuple[list[list[str]], str]:
     """Index a folder and ask questions in one environment, by two jobs."""
     answers: list[list[str]] = []
-    with assert_clean():
+    with left_clean():
         env = LocalEnvironment("rag")
         keywords = env.register_service("keywords", KeywordIndex)
         vectors = env.register_service("vectors", NumpyStore)
@@ -247,7 +247,7 @@ def indexed(folder: Path, questions: list[str], on_error: object = None) -> tupl
 
 def kept(folder: Path, *, anew: bool) -> list[str]:
     """Index the folder "docs" and return which documents are in both indexes then."""
-    with assert_clean():
+    with left_clean():
         env = LocalEnvironment("rag")
         handles = {
             "keywords": env.register_service("keywords", KeywordIndex, folder / "words.db"),
