@@ -82,7 +82,9 @@ def test_a_job_and_a_close_come_before_the_time_is_over(notes: Notes) -> None:
     env.from_batch([1]).map(memory).sink(abs)
     env.submit(autostop=True, keep_services=True, keep_s=HOUR_S)
     first = expiry()
+    assert first is not None
     env.submit(autostop=True)
+    first.join(SOON_S)  # it was told to end, which takes a moment
     second = expiry()
     assert first is not second is not None
     assert report_of(env).service("memory").state == "kept"
