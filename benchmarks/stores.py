@@ -80,15 +80,15 @@ def stores(scale: Scale) -> Iterator[Figure]:
     chunks = chunks_of(scale.records // 100)
     queries = list(numpy.random.default_rng(1).normal(size=(scale.records // 1_000, DIMENSION)).astype(numpy.float32))
     for name, case in CASES.items():
-        if find_spec(case.library) is None:
-            print(f"{case.library} is not installed: its cases are left out")
+        if find_spec(case.package) is None:
+            print(f"{case.package} is not installed: its cases are left out")
             continue
-        sides = (case.library_side, partial(Piped, case.module, name), *case.others)
+        sides = (case.bare, partial(Piped, case.module, name), *case.others)
         rounds = compared(scale.rounds, sides, chunks, queries)
         for place, what in enumerate(("ingest", "queries")):
             plain, piped, *others = ([taken[place] for taken in side] for side in zip(*rounds, strict=True))
             rates = [one.flowing_s / other.flowing_s for one, other in zip(plain, piped, strict=True)]
-            yield at_least(f"{name}: {what}", f"of the rate of {case.library_side.word}", 0.9, rates)
+            yield at_least(f"{name}: {what}", f"of the rate of {case.bare.word}", 0.9, rates)
             whole = median(one.whole_s / other.whole_s for one, other in zip(plain, piped, strict=True))
             around_s = median(one.whole_s - one.flowing_s for one in piped)
             print(f"{name}: {what}: {whole:.2f} with the {around_s * 1e3:.1f} ms in which the job begins and ends")
@@ -441,15 +441,15 @@ class Case:
     """What a store is compared with.
 
     Attributes:
-        library: what has to be installed.
+        package: what has to be installed.
         module: where the store is.
-        library_side: the library under the store, whose rate is the measure.
+        bare: the library under the store, whose rate is the measure.
         others: what is shown beside it.
     """
 
-    library: str
+    package: str
     module: str
-    library_side: Any
+    bare: Any
     others: tuple[Any, ...] = ()
 
 
