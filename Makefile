@@ -5,13 +5,18 @@ PYTHON := .venv/bin/python
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-emit-index-url --generate-hashes pyproject.toml
 # The extras of the ready-made services: all but Ray, which has a list of its own.
-SERVICES := vector chroma milvus embed llm redis graph html pdf
+SERVICES := vector chroma milvus embed llm redis graph html office pdf rag
 # What was compiled is kept, as the tests start hundreds of interpreters and nothing is compiled when it is installed.
 export PYTHONDONTWRITEBYTECODE :=
 
-demo: .venv/base ; $(PYTHON) examples/ask_the_docs.py
+# Its answers, and a page with its reports and a picture of what ran when.
+demo: .venv/base
+	@mkdir -p build && rm -f build/demo.jsonl
+	@SAGE_REPORT_FILE=build/demo.jsonl $(PYTHON) examples/ask_the_docs.py
+	@.venv/bin/sage report build/demo.jsonl --html build/demo.html
+	@echo "What ran when, as a picture: open build/demo.html in a browser"
 # Four at once on two cores, as many tests wait for a bound to come.
-test: .venv/dev ; $(PYTHON) -m pytest -n 4 --ignore tests/services --ignore tests/rag
+test: .venv/dev ; $(PYTHON) -m pytest -n 4 --ignore tests/services --ignore tests/rag --ignore tests/checkers
 # The ready-made services with the real engines behind them, which are half a gigabyte to install.
 test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
 # One after the other: each starts a Ray of its own, which fills a machine of two cores for seconds.
@@ -25,10 +30,12 @@ check: .venv/services
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/vulture
+	$(PYTHON) -m pytest -n 2 tests/checkers
 # The site, in build/site. It is made from a copy, as Zensical would look through all of .venv and hang.
 docs: .venv/docs
 	rm -rf build/pages build/site && mkdir -p build/pages
 	cp -r README.md CHANGELOG.md LICENSE docs examples src tests build/pages
+	rm -r build/pages/examples/rag/corpus
 	.venv/bin/zensical build --clean --strict
 lock:
 	$(LOCK) --group build --output-file requirements/base.txt

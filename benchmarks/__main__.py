@@ -16,36 +16,44 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from benchmarks.answers import answers
-from benchmarks.jobs import importing, latency, memory, short_jobs, stopping
+from benchmarks.growth import MEASURED, both_ends, growth, large_records
+from benchmarks.jobs import importing, latency, low_rate, memory, served, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
 from benchmarks.peers import peers
-from benchmarks.plot import plot
-from benchmarks.processes import process_array, process_call, process_stop
+from benchmarks.plot import compare, plot, plot_growth
+from benchmarks.processes import process_array, process_call, process_callers, process_stop
 from benchmarks.ray import jobs_on_ray
 from benchmarks.stores import stores
-from benchmarks.throughput import awaits, chain, has_bytewax, service_call, word_count
+from benchmarks.throughput import awaits, batches, chain, flat_map, has_bytewax, service_call, word_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from benchmarks.measure import Figure
 
 CASES = {
     "chain": chain,
     "word-count": word_count,
+    "batches": batches,
+    "flat-map": flat_map,
+    "large-records": large_records,
     "service-call": service_call,
+    "served": served,
     "async": awaits,
     "short-jobs": short_jobs,
     "stop": stopping,
     "import": importing,
     "memory": memory,
     "latency": latency,
+    "low-rate": low_rate,
     "process-call": process_call,
+    "process-callers": process_callers,
     "process-array": process_array,
     "process-stop": process_stop,
     "stores": stores,
     "answers": answers,
     "peers": peers,
+    "growth": growth,
     "ray": jobs_on_ray,
 }
 
@@ -55,7 +63,8 @@ def has_ray() -> bool:
     return find_spec("ray") is not None
 
 
-MARK, MARK_END = "<!-- figures -->", "<!-- end of figures -->"
+MARK, MARK_OF_GROWTH = "<!-- figures -->", "<!-- growth -->"
+MARK_END = "<!-- end of figures -->"
 
 ROW = "{:<38} {:>8} {:<36} {:>17} {:>14}  {}"
 
@@ -67,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer records and rounds: seconds instead of minutes")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures into FILE (.svg or .png); takes matplotlib")
-    parser.add_argument("--readme", metavar="FILE", help="put the table into FILE, between the lines that mark it")
+    parser.add_argument("--comparison", metavar="FILE", help="draw the rates beside those of a loop and bytewax")
+    parser.add_argument("--page", metavar="FILE", help="put the table into FILE, between the lines that mark it")
     options = parser.parse_args(arguments)
     unknown = set(options.cases) - set(CASES)
     if unknown:
@@ -83,10 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(as_json(figures), file, indent=2)
-    if options.plot:
+    if options.plot and options.cases == ["growth"]:
+        plot_growth(MEASURED, options.plot)
+    elif options.plot:
         plot(figures, options.plot)
-    if options.readme:
-        put_into(options.readme, figures)
+    if options.comparison:
+        compare(figures, options.comparison)
+    if options.page and options.cases == ["growth"]:
+        put_into(options.page, MARK_OF_GROWTH, both_ends())
+    elif options.page:
+        put_into(options.page, MARK, rows_of(figures))
     return 0 if all(figure.is_met for figure in figures) else 1
 
 
@@ -98,21 +114,26 @@ def row(figure: Figure) -> str:
     return ROW.format(figure.case, f"{figure.measured:.3g}", figure.unit, quartiles, target, met)
 
 
-def put_into(path: str, figures: Sequence[Figure]) -> None:
-    """Replace what stands between the marks in a Markdown file by a table of the figures."""
-    rows = ["| case | unit | median | quartiles | target | met |", "|---|---|---|---|---|---|"]
+def rows_of(figures: Sequence[Figure]) -> Iterator[str]:
+    """Yield the rows of the table of all cases."""
+    yield "| case | unit | median | quartiles | target | met |"
+    yield "|---|---|---|---|---|---|"
     for figure in figures:
         spread = f"{figure.low:.3g} to {figure.high:.3g}"
         met = "yes" if figure.is_met else "no"
         target = f"{figure.bound} {figure.target:g}"
-        rows.append(f"| {figure.case} | {figure.unit} | {figure.measured:.3g} | {spread} | {target} | {met} |")
+        yield f"| {figure.case} | {figure.unit} | {figure.measured:.3g} | {spread} | {target} | {met} |"
+
+
+def put_into(path: str, mark: str, rows: Iterator[str]) -> None:
+    """Replace the text between the marks in a Markdown file by the rows of a table."""
     with open(path, encoding="utf-8") as file:
-        before, _, rest = file.read().partition(MARK)
+        before, _, rest = file.read().partition(mark)
         _, _, after = rest.partition(MARK_END)
     if not after:
-        raise SystemExit(f"{path} has no lines {MARK} and {MARK_END}")
+        raise SystemExit(f"{path} has no lines {mark} and {MARK_END}")
     with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join([before + MARK, "", *rows, "", MARK_END + after]))
+        file.write("\n".join([before + mark, "", *rows, "", MARK_END + after]))
 
 
 def as_json(figures: Sequence[Figure]) -> dict[str, object]:

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Figure, Scale, alternated, at_least
 from sage import LocalEnvironment, ServiceOptions
-from sage.rag.generation import Generate
-from sage.rag.keywords import KeywordIndex
-from sage.rag.loaders import Files, Load
-from sage.rag.retrieval import Index, Question, Retrieve
-from sage.rag.splitters import SplitByStructure
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.llm import ExtractiveLLM
-from sage.services.numpy_store import NumpyStore
+from sage.rag import Files, Generate, Index, KeywordIndex, Load, Question, Retrieve, SplitByStructure
+from sage.services import ExtractiveLLM, HashingEmbeddings, NumpyStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future
+from functools import partial
+from queue import Queue, SimpleQueue
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import Figure, Scale, alternated, at_most
+from benchmarks.measure import Figure, Scale, alternated, at_least, at_most
+from benchmarks.throughput import has_bytewax
 from sage import BaseService, LocalEnvironment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 CHEAP_RECORDS = 10_000
 SLOW_AFTER_CHEAP_S = 0.2
@@ -175,6 +180,130 @@ def latency(scale: Scale) -> Iterator[Figure]:
     yield at_most(f"5 records of {slow_s:g} s", unit, 0.1, [max(equals) - slow_s])
     yield at_most(f"{SLOW_AFTER_CHEAP_S:g} s after 10,000 cheap", unit, 0.1, [max(after) - SLOW_AFTER_CHEAP_S])
     yield at_most("cancel among slow records", "s beyond one record's time, worst", 0.1, [max(_cancels())])
+
+
+LOW_RATE_S = 0.001
+FUSED_P50_MAX_MS = 0.05
+
+
+def low_rate(scale: Scale) -> Iterator[Figure]:
+    """A source that gives a record each millisecond: how long each takes to the sink, against threads with queues."""
+    count = min(1_000, scale.records // 100)
+    for operators in (1, 5, 20):
+        fused = _late_by_sage(count, operators, channels=False)
+        yield at_most(f"record each ms, {operators} fused, p50", "ms", FUSED_P50_MAX_MS, [statistics.median(fused)])
+        ours = _late_by_sage(count, operators, channels=True)
+        by_hand = _late_by_queues(count, operators)
+        ratio = statistics.median(ours) / statistics.median(by_hand)
+        yield at_most(f"record each ms, {operators} channels, p50", "times threads with queues", 2, [ratio])
+        if has_bytewax():
+            ratio = _p99(fused) / _p99(_late_by_bytewax(count, operators))
+            yield at_most(f"record each ms, {operators} fused, p99", "times bytewax", 2, [ratio])
+
+
+def _p99(late: list[float]) -> float:
+    return statistics.quantiles(late, n=100)[-1]
+
+
+def _each_ms(count: int) -> Iterator[float]:
+    for _ in range(count):
+        time.sleep(LOW_RATE_S)
+        yield time.perf_counter()
+
+
+def _late_by_sage(count: int, operators: int, *, channels: bool) -> list[float]:
+    late: list[float] = []
+    env = LocalEnvironment("low rate")
+    stream = env.from_batch(lambda: _each_ms(count))
+    for number in range(operators):
+        stream = stream.map(lambda value: value, parallelism=1 + (number + 1) % 2 if channels else 1)
+    stream.sink(lambda left_at: late.append(1_000 * (time.perf_counter() - left_at)))
+    env.submit(autostop=True)
+    return late
+
+
+def _late_by_bytewax(count: int, operators: int) -> list[float]:
+    from bytewax import operators as op
+    from bytewax.dataflow import Dataflow
+    from bytewax.testing import TestingSink, TestingSource, run_main
+
+    late: list[float] = []
+    flow = Dataflow("low_rate")
+    stream = op.input("values", flow, TestingSource(_each_ms(count)))
+    for number in range(operators):
+        stream = op.map(f"map{number}", stream, lambda value: value)
+    arrived = op.map("arrived", stream, lambda left_at: late.append(1_000 * (time.perf_counter() - left_at)))
+    op.output("out", arrived, TestingSink([]))
+    run_main(flow)
+    return late
+
+
+def _late_by_queues(count: int, operators: int) -> list[float]:
+    late: list[float] = []
+    queues: list[Queue[float | None]] = [Queue() for _ in range(operators + 1)]
+
+    def work(place: int) -> None:
+        while (value := queues[place].get()) is not None:
+            if place < operators:
+                queues[place + 1].put(value)
+            else:
+                late.append(1_000 * (time.perf_counter() - value))
+        if place < operators:
+            queues[place + 1].put(None)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(operators + 1)]
+    for thread in threads:
+        thread.start()
+    for value in _each_ms(count):
+        queues[0].put(value)
+    queues[0].put(None)
+    for thread in threads:
+        thread.join()
+    return late
+
+
+SERVED = ((1, 0.5), (10, 0.7), (100, 0.9))
+"""How many threads call a served pipeline at once, and the target."""
+
+
+def served(scale: Scale) -> Iterator[Figure]:
+    """Calls of a served pipeline, against a thread with a queue whose answers are futures."""
+    calls = scale.records // 100
+    requests: SimpleQueue[tuple[int, Future[int]] | None] = SimpleQueue()
+
+    def work() -> None:
+        while (request := requests.get()) is not None:
+            value, answer = request
+            answer.set_result(abs(value))
+
+    def ask(value: int) -> int:
+        answer = Future[int]()
+        requests.put((value, answer))
+        return answer.result()
+
+    def call_all(call: Callable[[int], int], callers: int) -> None:
+        def call_some() -> None:
+            for value in range(calls // callers):
+                call(value)
+
+        threads = [threading.Thread(target=call_some) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    env = LocalEnvironment("served")
+    pipeline = env.serve("absolute", lambda values: values.map(abs))
+    job = env.submit()
+    for callers, target in SERVED:
+        sides = (partial(call_all, ask, callers), partial(call_all, lambda value: pipeline.process(value), callers))
+        ratios = [seconds[0] / seconds[1] for seconds in alternated(scale.rounds, *sides)]
+        yield at_least(f"served pipeline, {callers} at once", "of a queue and a future", target, ratios)
+    requests.put(None)
+    thread.join()
+    job.stop()
 
 
 def _cancels() -> list[float]:

@@ -158,6 +158,41 @@ def process_call(scale: Scale) -> Iterator[Figure]:
     yield at_most("process-call, small argument", "times a bare pipe", 1.5, ratios)
 
 
+def process_callers(scale: Scale) -> Iterator[Figure]:
+    """Calls of 16 and 64 threads at once, against the same pickles through a pipe that they take in turn."""
+    request, turn = ("call", "process", (1,), {}), threading.Lock()
+    with on_one_processor(), other_process(echo, *Pipe()) as pipe, answering() as handle:
+
+        def through_pipe() -> None:
+            with turn:
+                pipe.send_bytes(pickle.dumps(request, 5))
+                pickle.loads(pipe.recv_bytes())
+
+        for callers in (16, 64):
+            ratios = []
+            for number in range(scale.rounds):
+                sides = [through_pipe, lambda: handle.process(1)]
+                taken = {place: at_once(sides[place], callers) for place in ((0, 1) if number % 2 == 0 else (1, 0))}
+                ratios.append(taken[0] / taken[1])
+            yield at_least(f"process-call, {callers} callers", "of the rate of a pipe with a lock", 0.9, ratios)
+
+
+def at_once(side: Callable[[], Any], callers: int) -> float:
+    """Return how long it takes until each of some threads has made its calls."""
+
+    def work() -> None:
+        for _ in range(CALLS):
+            side()
+
+    threads = [threading.Thread(target=work) for _ in range(callers)]
+    began_at = perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return perf_counter() - began_at
+
+
 def process_array(scale: Scale) -> Iterator[Figure]:
     """Ten megabytes to a service, against the same bytes through a bare socket."""
     array = Array(bytearray(os.urandom(1000)) * (ARRAY_BYTES // 1000))

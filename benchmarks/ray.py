@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import at_least, at_most
 from sage import BatchFunction, MapFunction, RemoteEnvironment, SinkFunction
-from sage._backends.ray_cluster import cluster
-from sage.services.extras import load
+from sage._extras import load
+from sage._ray.connection import cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +150,11 @@ def jobs_on_ray(scale: Scale) -> Iterator[Figure]:
             ray.kill(actor)
         ratios = [_spun(1) / _spun(2) for _ in range(ROUNDS)]
         yield at_least("Ray: CPU-bound map, 2 tasks", "of one task", 1.7, ratios)
-        yield at_most("Ray: submit, two actors, warm", "s", 6.0, [_short(path) for _ in range(ROUNDS)])
+        ours = [_short() for _ in range(ROUNDS)]
+        bare = [_pair() for _ in range(ROUNDS)]
+        yield at_most("Ray: submit with a service, warm", "s", 1.0, ours)
+        beside = [one / other for one, other in zip(ours, bare, strict=True)]
+        yield at_most("Ray: submit with a service, warm", "of making and calling two bare actors", 1.5, beside)
 
 
 def _edge(scale: Scale, path: Path, giving: Any, taking: Any) -> Iterator[Figure]:
@@ -189,10 +193,25 @@ def _spun(parallelism: int) -> float:
     return next(event.at for event in moved if event.after == "stopping_services") - began_at
 
 
-def _short(path: Path) -> float:
+def _short() -> float:
+    """Return how long a job takes that asks a service once, where a Ray is running already."""
     env = RemoteEnvironment("short")
-    env.register_service("answering", Answering)
-    env.from_batch([1]).sink(lambda _: path.touch())
+    answering = env.register_service("answering", Answering)
+    arrived: list[int] = []
+    env.from_batch([1]).map(answering.process).sink(arrived.append)
     began_at = time.monotonic()
     env.submit(autostop=True)
+    assert arrived == [1]
     return time.monotonic() - began_at
+
+
+def _pair() -> float:
+    """Return how long it takes to make two bare actors and call them."""
+    ray = load("ray", "ray")
+    began_at = time.monotonic()
+    pair = [ray.remote(Taking).options(num_cpus=0).remote() for _ in range(2)]
+    ray.get([one.process.remote(1) for one in pair])
+    took_s = time.monotonic() - began_at
+    for one in pair:
+        ray.kill(one)
+    return took_s

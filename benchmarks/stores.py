@@ -234,7 +234,7 @@ class Called:
 
     def made(self) -> Any:
         """Return a store that is not open."""
-        from sage.services.numpy_store import NumpyStore
+        from sage.services import NumpyStore
 
         return NumpyStore()
 
@@ -266,7 +266,7 @@ class CalledSqlite(Called):
 
     def made(self) -> Any:
         """Return a store that is not open."""
-        from sage.services.sqlite_store import SqliteStore
+        from sage.services import SqliteStore
 
         return SqliteStore(self._path)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Figure, Scale, alternated, at_least, at_most
 from sage import LocalEnvironment, MapFunction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sage import ServiceHandle
 
@@ -279,3 +280,75 @@ def awaits(scale: Scale) -> Iterator[Figure]:
     for place, case in enumerate(("1,000 awaits, in order", "1,000 awaits, as they come"), start=1):
         ratios = [seconds[place] / seconds[0] for seconds in taken]
         yield at_most(case, "times asyncio.gather", 1.1, ratios)
+
+
+def scaled_all(values: list[int]) -> list[int]:
+    return [scaled(value) for value in values]
+
+
+def batches_by_loop(values: list[int], out: list[int], *, size: int) -> None:
+    """What a program without a runtime would do."""
+    append = out.append
+    for start in range(0, len(values), size):
+        for value in scaled_all(values[start : start + size]):
+            append(value)
+
+
+def batches_by_sage(values: list[int], out: list[int], *, size: int) -> None:
+    env = LocalEnvironment("batches")
+    env.from_batch(values).map_batches(scaled_all, max_records=size).sink(out.append)
+    env.submit(autostop=True)
+
+
+def batches(scale: Scale) -> Iterator[Figure]:
+    """A function that gets many records at once, against a loop over slices."""
+    values = list(range(scale.records))
+    for size, target in ((8, 0.5), (512, 0.8)):
+        ways = (partial(batches_by_loop, size=size), partial(batches_by_sage, size=size))
+        yield of_the_loop(f"map_batches of {size}", scale, values, ways, target)
+
+
+RECORDS_PER_RECORD = 10
+
+
+def several(value: int) -> list[int]:
+    return [value + number for number in range(RECORDS_PER_RECORD)]
+
+
+def several_in_turn(value: int) -> Iterator[int]:
+    for number in range(RECORDS_PER_RECORD):
+        yield value + number
+
+
+def flat_map_by_loop(values: range, out: list[int], *, function: Callable[[int], Iterable[int]]) -> None:
+    """What a program without a runtime would do."""
+    append = out.append
+    for value in values:
+        for one in function(value):
+            append(scaled(one))
+
+
+def flat_map_by_sage(values: range, out: list[int], *, function: Callable[[int], Iterable[int]]) -> None:
+    env = LocalEnvironment("flat map")
+    env.from_batch(values).flatmap(function).map(scaled).sink(out.append)
+    env.submit(autostop=True)
+
+
+def flat_map(scale: Scale) -> Iterator[Figure]:
+    """Ten records out for each record in, as a list and from a generator."""
+    values = range(scale.records // RECORDS_PER_RECORD)
+    for name, function in (("a list", several), ("a generator", several_in_turn)):
+        ways = (partial(flat_map_by_loop, function=function), partial(flat_map_by_sage, function=function))
+        yield of_the_loop(f"flat map, {name} of {RECORDS_PER_RECORD}", scale, values, ways, 0.8)
+
+
+def of_the_loop(
+    case: str, scale: Scale, values: Any, ways: Sequence[Callable[[Any, list[Any]], None]], target: float
+) -> Figure:
+    """Measure the second way against the first, once both have given the same."""
+    results: list[list[Any]] = [[], []]
+    for way, out in zip(ways, results, strict=True):
+        way(values, out)
+    assert results[0] == results[1], f"{case}: the pipeline gives something else than the loop"
+    taken = alternated(scale.rounds, *(lambda way=way: way(values, []) for way in ways))
+    return at_least(case, "of the loop", target, [seconds[0] / seconds[1] for seconds in taken])

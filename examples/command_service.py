@@ -17,13 +17,13 @@ def main() -> None:
     )
 
     def fetch(name: str) -> str:
-        Path(web.folder, name).write_text(f"this is {name}")
+        Path(web.folder or "", name).write_text(f"this is {name}")
         with urllib.request.urlopen(f"{web.url}/{name}") as answer:
             text: str = answer.read().decode()
             return text
 
     env.from_batch(["a.txt", "b.txt"]).map(fetch).print()
-    report = env.submit(autostop=True).wait()
+    report = env.run()
     print("web server:", report.service("web").state)
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     stepped.filter(lambda walk: walk.number != 1).fill_future(again)
     ended: list[Walk] = []
     stepped.filter(lambda walk: walk.number == 1).sink(ended.append)
-    env.submit(autostop=True)
+    env.run()
     for walk in sorted(ended, key=lambda walk: walk.start):
         print(f"{walk.start} reaches 1 after {walk.steps} steps")
 

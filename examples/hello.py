@@ -6,7 +6,7 @@ from sage import LocalEnvironment
 def main() -> None:
     env = LocalEnvironment("hello")
     env.from_batch(["Ada", "Grace", "Alan"]).map(lambda name: f"Hello, {name}!").print()
-    env.submit(autostop=True)
+    env.run()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main() -> None:
 
     orders = env.from_batch(["Apple", "plum", "PEAR"])
     orders.map(lambda order: f"{order}: {appraise.process(order) or 'not for sale'}").print()
-    env.submit(autostop=True)
+    env.run()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
         .reduce(add, emit="last", parallelism=4)
         .sink(counts.append)
     )
-    env.submit(autostop=True)
+    env.run()
     for word, count in sorted(counts, key=lambda pair: (-pair[1], pair[0]))[:5]:
         print(f"{count}  {word}")
 

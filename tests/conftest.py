@@ -1,4 +1,7 @@
-"""Fixtures and options that all tests share."""
+"""Fixtures and options that all tests share.
+
+`python tests/mutants.py` shows that the tests notice mistakes in the sources.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from fair_clock import FairClock
-from recorded import Notes
+from support.fair_clock import FairClock
+from support.recording_services import Notes
 
 from sage._backends.threads import ThreadsBackend
 from sage.testing import StepBackend
@@ -40,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
     parser.addoption("--moments", type=int, default=4, help="how many moments of a phase drivers are killed at")
     parser.addoption("--simulation-base", type=int, default=0, help="the first seed of the simulation")
-    parser.addoption("--simulation-count", type=int, default=1_000, help="how many seeds the simulation runs")
+    parser.addoption("--simulation-count", type=int, default=400, help="how many seeds the simulation runs")
     parser.addoption("--simulation-seed", type=int, help="the only seed that the simulation runs")
 
 

@@ -90,8 +90,12 @@ Build = Callable[[DataStream], Any]
 @pytest.mark.parametrize(
     ("build", "message", "note"),
     [
-        (lambda s: s.map(Plain), "map(Plain): the class Plain is no function class", "Derive it from MapFunction"),
-        (lambda s: s.sink(Plain), "sink(Plain): the class Plain is no function class", "Derive it from SinkFunction"),
+        (lambda s: s.map(Plain), "map(Plain): the class Plain is not a function class", "Derive it from MapFunction"),
+        (
+            lambda s: s.sink(Plain),
+            "sink(Plain): the class Plain is not a function class",
+            "Derive it from SinkFunction",
+        ),
         (lambda s: s.map(Even), "map(Even): Even is a FilterFunction", "map takes MapFunction"),
         (lambda s: s.filter(Lower), "filter(Lower): Lower is a MapFunction", "filter takes FilterFunction"),
         (lambda s: s.flatmap(Show()), "flatmap(Show): Show is a SinkFunction", "flatmap takes FlatMapFunction"),
@@ -110,7 +114,7 @@ Build = Callable[[DataStream], Any]
         (lambda s: s.keyby(lambda x: x).reduce(lambda a: a), "has the wrong arity", "reduce calls it with 2 arguments"),
         (lambda s: s.keyby(lambda x: x, strategy="modulo"), "strategy is 'modulo'", "hash, broadcast, round_robin"),
         (lambda s: s.keyby(lambda x: x).reduce(max, emit="all"), "reduce: emit is 'all'", 'It is "each" or "last"'),
-        (lambda s: s.fill_future(s), "is filled, but it is no future", "env.from_future(name)"),
+        (lambda s: s.fill_future(s), "is filled, but it is not a future", "env.from_future(name)"),
         (lambda s: s.reduce(max), 'reduce: the stream ("source") has no keys', "Call keyby(...)"),
         (lambda s: s.connect(s).join(lambda *_: []), "has no keys", "Call keyby(...)"),
         (lambda s: s.map(len, on_error="retry"), "on_error is 'retry'", 'It is "fail", "skip"'),
@@ -191,10 +195,10 @@ def test_a_parallelism_that_is_no_positive_number_is_refused(parallelism: Any) -
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (7, "from_batch(7): int is no source"),
-        (None, "from_batch(None): NoneType is no source"),
+        (7, "from_batch(7): int is not a source"),
+        (None, "from_batch(None): NoneType is not a source"),
         (Plain, "Plain"),
-        (Plain(), "Plain is no source"),
+        (Plain(), "Plain is not a source"),
         (Lower, "source(Lower): Lower is a MapFunction"),
         (Lower(1), "source(Lower): Lower is a MapFunction"),
         (lambda number: [number], "missing a required argument: 'number'"),
@@ -218,7 +222,7 @@ def test_an_unbounded_source_of_the_wrong_kind_is_refused(source: Any) -> None:
 def test_arguments_of_a_source_without_effect_are_refused() -> None:
     env = LocalEnvironment("test")
     with pytest.raises(TypeError, match="2 have no effect") as caught:
-        env.from_batch([1], 2)
+        env.from_batch([1], 2)  # type: ignore[call-overload]
     assert "Only a class takes arguments" in note_of(caught.value)
 
     class Feed(BatchFunction):
@@ -226,7 +230,7 @@ def test_arguments_of_a_source_without_effect_are_refused() -> None:
             return None
 
     with pytest.raises(TypeError, match="the constructor of Feed"):
-        env.from_batch(Feed, "address")
+        env.from_batch(Feed, "address")  # type: ignore[call-overload]
 
 
 def test_a_source_cannot_skip_its_failures() -> None:
@@ -274,10 +278,10 @@ def test_a_service_name_twice_is_refused() -> None:
 def test_an_instance_is_no_service() -> None:
     env = LocalEnvironment("test")
     with pytest.raises(GraphError, match=r'service "memory": .* is not callable') as caught:
-        env.register_service("memory", Plain())  # type: ignore[arg-type]
+        env.register_service("memory", Plain())  # type: ignore[call-overload]
     assert "Give the class and its arguments" in note_of(caught.value)
     with pytest.raises(GraphError, match="Lower is a function of a stream, not a service"):
-        env.register_service("lower", Lower)
+        env.register_service("lower", Lower)  # type: ignore[call-overload]
 
 
 def test_an_unknown_service_is_refused_at_submit() -> None:
@@ -315,7 +319,7 @@ def test_a_circle_of_dependencies_is_refused_with_its_path() -> None:
     for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
         env.register_service(name, Memory, options=ServiceOptions(depends_on=[other]))
     env.from_batch([1]).sink(Show)
-    with pytest.raises(GraphError, match="services depend on each other in a circle: a -> b -> c -> a") as caught:
+    with pytest.raises(GraphError, match="services depend on each other in a cycle: a -> b -> c -> a") as caught:
         env.submit(autostop=True)
     assert note_of(caught.value)
 
@@ -442,7 +446,7 @@ def test_what_cannot_be_a_name_is_refused(name: Any) -> None:
             call()
         assert "Give a string of printable characters" in note_of(caught.value)
     stream.sink(Show)
-    assert len(env.explain().splitlines()) == 2
+    assert len(env.explain().partition("\npromises")[0].splitlines()) == 2
 
 
 @pytest.mark.parametrize("delay", [-1, "1", float("nan"), float("inf")])
@@ -455,7 +459,7 @@ def test_a_delay_that_is_no_time_is_refused(delay: Any) -> None:
 def test_options_of_a_service_are_service_options() -> None:
     env = LocalEnvironment("test")
     with pytest.raises(TypeError, match=r"service \"memory\": options is {'concurrency': 2}") as caught:
-        env.register_service("memory", Memory, options={"concurrency": 2})  # type: ignore[arg-type]
+        env.register_service("memory", Memory, options={"concurrency": 2})  # type: ignore[call-overload]
     assert "ServiceOptions(...)" in note_of(caught.value)
 
 
@@ -465,11 +469,6 @@ def test_names_of_kept_services_can_be_read() -> None:
     with pytest.raises(TypeError, match="keep_services is None") as caught:
         env.submit(autostop=True, keep_services=None)  # type: ignore[arg-type]
     assert "True, False or names" in note_of(caught.value)
-
-
-async def endless() -> AsyncIterator[int]:
-    while True:
-        yield 1
 
 
 async def each(record: int) -> AsyncIterator[int]:
@@ -484,8 +483,6 @@ class EachOf(FlatMapFunction):
 @pytest.mark.parametrize(
     ("build", "label"),
     [
-        (lambda env: env.from_batch(endless), "from_batch(endless): endless"),
-        (lambda env: env.from_source(endless), "from_source(endless): endless"),
         (lambda env: env.from_batch([1]).flatmap(each), "flatmap(each): each"),
         (lambda env: env.from_batch([1]).flatmap(EachOf), "flatmap(EachOf): execute"),
         (lambda env: env.from_batch([1]).map(partial(each)), "map(partial): partial"),
@@ -518,20 +515,13 @@ def test_what_serves_is_a_function() -> None:
     env.serve("answers", lambda requests: requests.map(str))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (ServiceOptions(shared=True), 'service "memory" is shared'),
-        (ServiceOptions(host="process"), 'service "memory" has host="process"'),
-    ],
-)
-def test_a_remote_environment_refuses_what_a_cluster_does_not_have(options: ServiceOptions, message: str) -> None:
+def test_a_remote_environment_refuses_what_a_cluster_does_not_have() -> None:
     env = RemoteEnvironment("far away")
-    env.register_service("memory", Memory, options=options)
+    env.register_service("memory", Memory, options=ServiceOptions(shared=True))
     env.from_batch([1]).sink(Show)
-    with pytest.raises(UnsupportedPlanError, match=message) as caught:
+    with pytest.raises(UnsupportedPlanError, match='service "memory" is shared') as caught:
         env.submit(autostop=True)
-    assert 'host="ray"' in note_of(caught.value)
+    assert 'host="inline"' in note_of(caught.value)
 
 
 def test_a_remote_environment_keeps_no_services() -> None:
@@ -554,7 +544,7 @@ def test_what_cannot_be_sent_to_a_cluster_is_named() -> None:
     ("place", "message"),
     [
         ({"at": "moon"}, "a place is at 'moon'"),
-        ({"num_gpus": -1}, "a place reserves num_gpus=-1, which is no amount"),
+        ({"num_gpus": -1}, "a place reserves num_gpus=-1, which is not an amount"),
         ({"at": "driver", "num_cpus": 1}, "a place at the driver reserves num_cpus"),
     ],
 )
@@ -580,7 +570,7 @@ def test_values_in_messages_are_short_and_their_repr_may_raise() -> None:
 
     env = LocalEnvironment("test")
     with pytest.raises(GraphError, match="its repr raised RuntimeError"):
-        env.from_batch([1]).map(Opaque())
+        env.from_batch([1]).map(Opaque())  # type: ignore[call-overload]
     with pytest.raises(GraphError) as caught:
-        env.from_batch([1]).map("x" * 10_000)
+        env.from_batch([1]).map("x" * 10_000)  # type: ignore[call-overload]
     assert len(str(caught.value)) < 300

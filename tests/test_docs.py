@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import importlib
 import re
 import tomllib
 from dataclasses import fields
@@ -9,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import PAGES, PAGES_WITH_CODE, ROOT, blocks_of, check_blocks
+from support.docs_pages import PAGES, PAGES_WITH_CODE, PAGES_WITH_EXTRAS, ROOT, blocks_of, check_blocks
 
 import sage
 from sage._runtime.lifecycle import Limits
 from sage._runtime.states import JOB_NEXT, SERVICE_NEXT, TASK_NEXT
 from sage.service import ServiceOptions
 
-PLAIN_PAGES = [page for page in PAGES_WITH_CODE if page.parent.name != "ready-made"]
-"""The pages on ready-made services take extras to run, and are run with the tests of these."""
+PLAIN_PAGES = [page for page in PAGES_WITH_CODE if page not in PAGES_WITH_EXTRAS]
 
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
@@ -54,7 +55,9 @@ def test_the_blocks_are_found() -> None:
 
 def test_every_public_name_is_described() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert [name for name in sage.__all__ if f"`{name}`" not in text] == []
+    assert [name for name in vars(sage)["__all__"] if f"`{name}`" not in text] == []
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert [name for name in vars(sage)["__all__"] if f"::: sage.{name}\n" not in reference] == []
 
 
 @pytest.mark.parametrize(
@@ -84,3 +87,25 @@ def test_the_table_of_defaults_is_that_of_the_code(settings: Any) -> None:
     section = by_section[1] if isinstance(settings, ServiceOptions) else by_section[0]
     found = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", section, re.MULTILINE))
     assert {name: found.get(name) for name in expected} == expected
+
+
+NAMED = re.compile(r"`([A-Za-z_][\w.]*)`|\(`(?:[\w/]+)\.py`\)")
+MODULES = re.compile(r"\(`([\w/]+)\.py`\)")
+
+
+def test_the_life_of_a_record_names_what_is_there() -> None:
+    """Each name between backticks is in a module that the page names, in a class of one, or in the page's example."""
+    text = (ROOT / "docs/life-of-a-record.md").read_text("utf-8")
+    example = set(re.findall(r"\w+", "".join(re.findall(r"```.*?```", text, re.DOTALL))))
+    walk = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    modules = [importlib.import_module("sage." + path.replace("/", ".")) for path in MODULES.findall(walk)]
+    owners: dict[str, Any] = {module.__name__.rpartition(".")[2]: module for module in modules}
+    for module in modules:
+        owners |= {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    known = example.union(owners, dir(builtins), JOB_NEXT, *(dir(owner) for owner in owners.values()))
+    names = [name for name in NAMED.findall(walk) if name]
+    missing = [name for name in names if not all(part in known for part in name.split("."))]
+    qualified = [name.split(".") for name in names if name.count(".") == 1]
+    missing += [f"{owner}.{name}" for owner, name in qualified if owner in owners and not hasattr(owners[owner], name)]
+    assert names
+    assert missing == []

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from fair_clock import FairClock
+from support.fair_clock import FairClock
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-RUNNING = {"sage._backends.threads", "sage._hosts.job_guard", "sage._plan.planner", "sage._runtime.dispatcher"}
+RUNNING = {"sage._backends.threads", "sage._guardian.job_journal", "sage._plan.planner", "sage._runtime.dispatcher"}
 """Modules that each bring in a part of what runs jobs."""
 
 
@@ -40,4 +43,28 @@ def test_what_runs_jobs_is_loaded_by_a_submit() -> None:
 
 def test_the_package_alone_loads_none_of_its_parts() -> None:
     loaded = {name for name in modules_after("import sage") if name.startswith("sage.")}
-    assert loaded == {"sage._old_paths"}
+    assert loaded == {"sage._lazy", "sage._old_paths"}
+
+
+@pytest.mark.parametrize("package", ["sage.services", "sage.rag"])
+def test_a_package_offers_its_public_names_and_loads_each_on_use(package: str) -> None:
+    loaded = {name for name in modules_after(f"import {package}") if name.startswith(package)}
+    assert loaded == {package}
+    module = importlib.import_module(package)
+    assert len(module.__all__) > 10
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Nothing'"):
+        _ = module.Nothing
+
+
+@pytest.mark.parametrize("package", ["services", "rag"])
+def test_type_checkers_see_the_names_that_are_loaded(package: str) -> None:
+    source = (Path(__file__).parents[1] / "src" / "sage" / package / "__init__.py").read_text(encoding="utf-8")
+    seen = re.findall(rf"from sage\.?(?:{package}\.)?([\w.]*) import (\w+) as \2", source)
+    listed = [
+        (module.removeprefix("."), name)
+        for module, names in re.findall(r'"([\w.]+)": "([\w ]+)"', source)
+        for name in names.split()
+    ]
+    assert seen == listed

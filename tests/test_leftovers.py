@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sage import LocalEnvironment
-from sage._leftovers import CleanBlock, address, processes
-from sage._runtime.processes import COOKIE_VARIABLE
+from sage._processes import COOKIE_VARIABLE
+from sage._testing.leftovers import CleanBlock, address, processes
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:

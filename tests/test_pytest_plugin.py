@@ -197,7 +197,7 @@ def test_a_run_that_does_not_use_it_loads_nothing_of_sage(tmp_path: Path) -> Non
     tests = """
 def test_what_is_loaded():
     loaded = {name for name in sys.modules if name.partition(".")[0] == "sage"}
-    assert loaded == {"sage", "sage._old_paths", "sage.pytest_plugin"}
+    assert loaded == {"sage", "sage._lazy", "sage._old_paths", "sage.pytest_plugin"}
 
 def test_what_is_set_up(request):
     assert request.fixturenames == ["request"]

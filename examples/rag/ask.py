@@ -1,8 +1,8 @@
 """Ask a folder of documents: index it, answer questions in batch or one after the other, and remember the conversation.
 
 Everything runs on this machine by default: passages are found by keywords and by hashed vectors, and the answer is made
-of sentences of the passages. `--embeddings minilm` and `--llm openai` take models. Each run indexes the folder anew,
-and with `--keep FOLDER` index and conversation are there for the next one.
+of sentences of the passages. `--embeddings minilm` and `--llm openai` take models. With `--keep FOLDER`, index and
+conversation are there for the next run, which reads only the files that have changed.
 """
 
 import argparse
@@ -15,28 +15,37 @@ from pathlib import Path
 from typing import Any
 
 from sage import DeadLetter, LocalEnvironment, SageError, ServiceOptions
-from sage.rag.conversation import Converse
-from sage.rag.documents import Passage
-from sage.rag.generation import Answered, Generate
-from sage.rag.keywords import KeywordIndex
-from sage.rag.loaders import Files, Load
-from sage.rag.retrieval import Index, Retrieve
-from sage.rag.splitters import SplitByStructure
-from sage.services.chroma import ChromaStore
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.endpoint import OPENAI_URL
-from sage.services.llm import ExtractiveLLM
-from sage.services.memory import Memory
-from sage.services.milvus import MilvusStore
-from sage.services.minilm import MiniLMEmbeddings
-from sage.services.numpy_store import NumpyStore
-from sage.services.openai import OpenAILLM
-from sage.services.sqlite_store import SqliteStore
+from sage.rag import (
+    Answered,
+    Converse,
+    Files,
+    Generate,
+    Index,
+    IndexedFiles,
+    KeywordIndex,
+    Load,
+    Passage,
+    Prune,
+    Retrieve,
+    SplitByStructure,
+)
+from sage.services import (
+    ChromaStore,
+    ExtractiveLLM,
+    HashingEmbeddings,
+    Memory,
+    MilvusStore,
+    MiniLMEmbeddings,
+    NumpyStore,
+    OpenAILLM,
+    SqliteStore,
+)
 
+OPENAI_URL = "https://api.openai.com/v1"
 HERE = Path(__file__).resolve().parent
 EMBEDDINGS = {"hashing": HashingEmbeddings, "minilm": MiniLMEmbeddings}
 # Of keywords and vectors. Hashed vectors know only words, as keywords do, and less well, so that they count for less.
-WEIGHTS = {"hashing": (1.0, 0.06), "minilm": (1.0, 1.0)}
+WEIGHTS = {"hashing": (1.0, 0.4), "minilm": (1.0, 1.0)}
 
 # Two environments use the index, so the first one builds it and the last one cleans it up.
 SHARED = ServiceOptions(shared=True, concurrency=None)
@@ -54,7 +63,7 @@ def register_index(env: LocalEnvironment, options: argparse.Namespace, folder: P
         "chroma": (ChromaStore, folder / "chroma"),
         "milvus": (MilvusStore, folder / "milvus.db"),
     }[options.store]
-    words = () if options.store == "memory" else (folder / f"words_{options.embeddings}.db",)
+    words = () if options.store == "memory" else (folder / f"words_{options.store}_{options.embeddings}.db",)
     return {
         "keywords": env.register_service("keywords", KeywordIndex, *words, options=SHARED),
         "vectors": env.register_service("vectors", *vectors, collection=collection, options=SHARED),
@@ -62,20 +71,24 @@ def register_index(env: LocalEnvironment, options: argparse.Namespace, folder: P
     }
 
 
-def index(env: LocalEnvironment, docs: list[Path], services: Services) -> None:
+def index(env: LocalEnvironment, options: argparse.Namespace, folder: Path) -> None:
     """Read, split and store the documents. What is refused is named on standard error, and the rest goes on."""
+    services = register_index(env, options, folder)
+    known = None if options.store == "memory" else folder / f"files_{options.store}_{options.embeddings}.db"
+    indexed = env.register_service("files", IndexedFiles, known, services["keywords"], services["vectors"])
     unread = env.dead_letters("unread")
     stored: list[str] = []
     (
-        env.from_batch(Files, *docs, name="files")
+        env.from_batch(Files, *options.docs, indexed=indexed, name="files")
         .flatmap(Load, name="load", on_error=unread)
         .flatmap(SplitByStructure, name="split")
-        .map_batches(Index(**services, anew=True), max_records=64, name="index", on_error=unread)
+        .map_batches(Index(**services, indexed=indexed), max_records=64, name="index", on_error=unread)
+        .process(Prune, indexed, name="prune")
         .sink(lambda passage: stored.append(passage.document), name="count")
     )
     unread.sink(complain, name="complain")
-    env.submit(autostop=True, keep_services=True)
-    print(f"{len(stored)} passages of {len(set(stored))} documents")
+    env.run(keep_services=True)
+    print(f"{len(stored)} passages of {len(set(stored))} documents are new")
 
 
 def complain(letter: DeadLetter) -> None:
@@ -88,7 +101,7 @@ def converse(env: LocalEnvironment, options: argparse.Namespace, services: Servi
     """Register model and memory, and return what answers a question."""
     memory = env.register_service("memory", Memory, folder / "memory.db", services["embeddings"])
     if options.llm == "openai":
-        llm = env.register_service(
+        llm: OpenAILLM | ExtractiveLLM = env.register_service(
             "llm", OpenAILLM, options.model, base_url=options.base_url, api_key_env="OPENAI_API_KEY"
         )
     else:
@@ -106,7 +119,7 @@ def show(answer: Answered) -> None:
 def answer_all(env: LocalEnvironment, answering: Converse, questions: list[str]) -> str:
     """Answer a list of questions in one job and return its report."""
     env.from_batch(questions, name="questions").map(answering, name="answer").sink(show, name="show")
-    return str(env.submit(autostop=True).report)
+    return str(env.run())
 
 
 def answer_each(env: LocalEnvironment, answering: Converse, lines: Iterable[str]) -> str:
@@ -142,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         indexing = stack.enter_context(LocalEnvironment("index"))
-        index(indexing, options.docs, register_index(indexing, options, folder))
+        index(indexing, options, folder)
         # The first environment keeps the index until its end, so that this one finds it filled.
         asking = stack.enter_context(LocalEnvironment("ask"))
         answering = converse(asking, options, register_index(asking, options, folder), folder)
@@ -180,12 +193,12 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     missing = [str(path) for path in options.docs if not path.exists()]
     if missing:
-        sys.exit(f"there is no {missing[0]}; name folders or files with --docs")
+        sys.exit(f"{missing[0]} does not exist; name folders or files with --docs")
     if not options.interactive and not options.questions.is_file():
-        sys.exit(f"there is no file {options.questions}; name one with --questions")
+        sys.exit(f"file {options.questions} does not exist; name one with --questions")
     options.lines = [] if options.interactive else lines_of(options.questions)
     if options.keep and options.keep.exists() and not options.keep.is_dir():
-        sys.exit(f"{options.keep} is no folder; name one with --keep")
+        sys.exit(f"{options.keep} is not a folder; name one with --keep")
     if options.top < 1:
         sys.exit(f"--top is {options.top}, but at least 1 passage must be asked for")
     return options

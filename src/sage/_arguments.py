@@ -1,4 +1,4 @@
-"""Checks of what users give: what cannot work is refused where it is given, with its name and a hint."""
+"""Checks of arguments: a wrong value is refused where it is passed, with its name and a hint."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ STOP_TIMEOUT_VARIABLE = "SAGE_STOP_TIMEOUT_S"
 """The environment variable with the budget of a whole stop."""
 
 
-def check_name(kind: str, name: Any) -> None:
-    """Refuse what cannot stand as a name in a report, a plan or a line of a log.
+def check_name(kind: str, name: object) -> None:
+    """Refuse a name that cannot be shown in a report, a plan or a line of a log.
 
     Raises:
-        GraphError: `kind` says of what it is to be the name.
+        GraphError: the name cannot be used; `kind` says what it names.
     """
     if not isinstance(name, str) or not name or not name.isprintable():
         raise hint(GraphError(f"the name of {kind} is {short(name)}"), "Give a string of printable characters.")
 
 
-def check_count(label: str, value: Any, *, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`.
+def check_count(label: str, value: object, *, least: int = 1) -> None:
+    """Refuse a value that is not a whole number of at least `least`.
 
     Raises:
-        GraphError: `label` says what it is.
+        GraphError: the value is wrong; `label` names it.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         wanted = "a positive number" if least == 1 else f"a number of at least {least}"
@@ -33,10 +33,10 @@ def check_count(label: str, value: Any, *, least: int = 1) -> None:
 
 
 def check_seconds(label: str, value: Any, *, may_be_zero: bool = True) -> None:
-    """Refuse what is no finite number of seconds.
+    """Refuse a value that is not a finite number of seconds.
 
     Raises:
-        GraphError: `label` says what it is.
+        GraphError: the value is wrong; `label` names it.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not (0 <= value < float("inf")) or (value == 0 and not may_be_zero):
@@ -44,11 +44,11 @@ def check_seconds(label: str, value: Any, *, may_be_zero: bool = True) -> None:
         raise hint(GraphError(f"{label} {short(value)}"), f"Give a finite number of seconds, {least}.")
 
 
-def check_backoff(label: str, value: Any) -> None:
-    """Refuse what is no first and longest pause.
+def check_backoff(label: str, value: object) -> None:
+    """Refuse a value that is not a pair of first and longest pause.
 
     Raises:
-        GraphError: `label` says what it is.
+        GraphError: the value is wrong; `label` names it.
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise hint(GraphError(f"{label} {short(value)}"), "Give the first and the longest pause: (0.1, 10.0).")
@@ -57,7 +57,7 @@ def check_backoff(label: str, value: Any) -> None:
 
 
 def seconds_in(variable: str) -> float | None:
-    """Return the number of seconds in an environment variable, or None if there is none.
+    """Return the number of seconds in an environment variable, or None if it is not set.
 
     Raises:
         GraphError: it holds something else.

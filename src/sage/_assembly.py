@@ -5,25 +5,29 @@ from __future__ import annotations
 import uuid
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._arguments import STOP_TIMEOUT_VARIABLE, seconds_in
 from sage._backends.threads import ThreadsBackend
-from sage._hosts.job_guard import JobGuard
+from sage._guardian.job_journal import JobJournal
 from sage._plan.logical import LogicalGraph
-from sage._runtime.dispatcher import Dispatcher
+from sage._runtime.budget import Budget
+from sage._runtime.dispatcher import prepare
 from sage._runtime.job import Job
 from sage._runtime.lifecycle import Limits
+from sage._runtime.states import StopMode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sage._plan.logical import ServiceSpec
     from sage._plan.physical import PhysicalPlan
-    from sage._runtime.backend import Backend, Host
+    from sage._runtime.backend import Backend, Host, HostSurroundings
+    from sage._runtime.budget import BudgetLimits
+    from sage.service import ServiceContext
 
 INTERRUPT_TIMEOUT_S = 25.0
-"""Budget of a stop that a signal asked for: what starts programs often kills them after 30 s."""
+"""Budget of a stop that a signal asked for: orchestrators often kill programs after 30 s."""
 
 NOTHING_ADOPTED: Mapping[str, Host] = MappingProxyType({})
 
@@ -44,59 +48,71 @@ def assemble(
     report: str | None = None,
     keep: frozenset[str] = frozenset(),
     adopted: Mapping[str, Host] = NOTHING_ADOPTED,
-    before: JobGuard | None = None,
+    before: JobJournal | None = None,
+    budget: BudgetLimits | None = None,
     until_asked: bool = False,
-) -> tuple[Job, JobGuard]:
-    """Return a job that nothing runs of yet, and what tells the guardian of it.
+) -> tuple[Job, JobJournal]:
+    """Return a job that has not begun, and the object that reports it to the guardian.
 
     Args:
         id_: the job's id.
-        graph: what the user wrote.
-        plan: what runs, or None for a job of services alone.
+        graph: the user's pipeline.
+        plan: the physical plan, or None for a job of services alone.
         backend: where its tasks run.
         limits: the bounds of its stop that are not the default, in seconds.
         report: the file of its report, or None.
         keep: services that are left to the environment.
         adopted: hosts that an earlier job left to it.
         before: that job's guard.
+        budget: what the job may use, or None.
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
     job = Job(id_, graph, interrupt_timeout_s())
-    guard = JobGuard(id_, graph.name, report, graph.services, before=before)
-    job.dispatcher = Dispatcher(
+    guard = JobJournal(id_, graph.name, report, graph.services, before=before)
+    counted = None
+    if budget is not None:
+        counted = Budget(budget, lambda why: job._request(StopMode.STOP, why), job._log.warning)
+    job.dispatcher = prepare(
         plan,
         graph.services,
         backend,
         partial(_host_of, limits),
         Limits(**limits),
-        job.seal,
+        job._seal,
         keep=keep,
         adopted=adopted,
-        claims=guard,
+        guard=guard,
+        budget=counted,
         until_asked=until_asked,
     )
+    if counted is not None:
+        supervisor = job.dispatcher.supervisor
+        job._when_begun(lambda: counted.begin(supervisor))
     job.dispatcher.supervisor.listeners.append(guard.note)
-    job.when_sealed(lambda _: guard.sealed())
+    job._when_begun(guard.begin)
+    job._when_sealed(lambda _: guard.sealed())
     return job, guard
 
 
-def _host_of(limits: Mapping[str, float], spec: ServiceSpec, *surroundings: Any) -> Host:
+def _host_of(
+    limits: Mapping[str, float], spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings
+) -> Host:
     """Return the host of a service. Each kind is imported by the programs that use it."""
     if spec.options.shared:
         from sage._hosts.shared import SharedHost
 
-        return SharedHost(spec, *surroundings, make_job=partial(_shared_job, limits))
+        return SharedHost(spec, context, surroundings, make_job=partial(_shared_job, limits))
     if spec.command is not None:
         from sage._hosts.command import CommandHost
 
-        return CommandHost(spec, *surroundings)
+        return CommandHost(spec, context, surroundings)
     if spec.options.host == "process":
         from sage._hosts.process import ProcessHost
 
-        return ProcessHost(spec, *surroundings)
+        return ProcessHost(spec, context, surroundings)
     from sage._hosts.inline import InlineHost
 
-    return InlineHost(spec, *surroundings)
+    return InlineHost(spec, context, surroundings)
 
 
 def _shared_job(limits: Mapping[str, float], spec: ServiceSpec) -> Job:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import threading
+import sys
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from sage.errors import ServiceTimeoutError
+from sage._current_job import here
+from sage.errors import ServiceTimeoutError, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-_here = threading.local()
+
+def refuse_on_foreign_loop(waits_for: str, instead: str) -> None:
+    """Refuse to wait on the thread of an event loop of the program, which nothing else could go on in meanwhile.
+
+    Raises:
+        RuntimeError: this is such a thread, and not that of a job's loop.
+    """
+    # It may not be imported, or another thread may be about to; no loop runs here then.
+    running_loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)
+    if running_loop is None or running_loop() is None or here.loop is not None:
+        return
+    raise hint(RuntimeError(f"{waits_for} is waited for on a running event loop, which that would block"), instead)
 
 
 def current_call(service: str) -> CallFuture | None:
     """Return the call of a service that this thread makes for somebody who waits for its future, or None.
 
-    What that call asks of other services goes on when it is given up, as the call itself does in Python.
+    If that call is given up, its own calls of other services go on, as the call itself does in Python.
     """
-    found: CallFuture | None = getattr(_here, "call", None)
-    return found if found is not None and found._service == service else None
+    found = here.call
+    return found if isinstance(found, CallFuture) and found._service == service else None
 
 
 def not_in_time(service: str, method: str, timeout_s: float | None) -> ServiceTimeoutError:
@@ -42,13 +54,13 @@ class CallFuture(Future[Any]):
         self._on_given_up: Callable[[], None] | None = None
         self._is_given_up = False
 
-    def make(self, function: Callable[[], Any]) -> Any:
+    def make(self, function: Callable[[], object]) -> Any:
         """Call a function on this thread, as the call of this future."""
-        _here.call = self
+        here.call = self
         try:
             return function()
         finally:
-            _here.call = None
+            here.call = None
             self._on_given_up = None
 
     def when_given_up(self, action: Callable[[], None]) -> None:
@@ -73,7 +85,7 @@ class CallFuture(Future[Any]):
         return super().result(0 if self.done() else timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the call raised; see `concurrent.futures.Future.exception`."""
+        """Return the call's exception; see `concurrent.futures.Future.exception`."""
         self._wait(timeout)
         return super().exception(0 if self.done() else timeout)
 
@@ -89,10 +101,10 @@ class CallFuture(Future[Any]):
         self.cancel()
         raise not_in_time(self._service, self._method, self._timeout_s)
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[object, None, Any]:
         return self._awaited().__await__()
 
-    async def _awaited(self) -> Any:
+    async def _awaited(self) -> object:
         import asyncio
 
         left_s = None if self._due is None else self._due - time.monotonic()

@@ -36,7 +36,7 @@ class Log(logging.LoggerAdapter[logging.Logger]):
             level,
             file,
             line,
-            str(msg) % args if args else msg,  # now, as what it tells of goes on
+            str(msg) % args if args else msg,  # now, because its subject may change
             (),
             None if error is None else (type(error), error, error.__traceback__),
             function,
@@ -46,11 +46,11 @@ class Log(logging.LoggerAdapter[logging.Logger]):
 
 
 def log_of(name: str, extra: Mapping[str, object] | None = None) -> Log:
-    """Return the log of this name, and what each of its records bears."""
+    """Return the log of this name, and the fields of each of its records."""
     return Log(logging.getLogger(name), extra)
 
 
-def forward(values: dict[str, Any]) -> None:
+def forward(values: dict[str, object]) -> None:
     """Log a record that another process made, if it is wanted in this one."""
     record = logging.makeLogRecord(values)
     logger = logging.getLogger(record.name)
@@ -59,15 +59,15 @@ def forward(values: dict[str, Any]) -> None:
 
 
 def flush() -> None:
-    """Wait until what was logged is handled and no thread is left of it, but not for handlers that are stuck."""
+    """Wait until all log records are handled and the thread has ended, but not for handlers that are stuck."""
     _thread.flush()
 
 
 class LogThread:
     """Calls handlers, one record after another; it is there only while there is something to do.
 
-    A handler of the program's own may block for ever, as one does that writes to a pipe which nobody reads. What does
-    not fit any more is then dropped, and counted, rather than that a job waits for it.
+    A handler of the program may block forever, for example when it writes to a pipe without a reader. Records that no
+    longer fit are then dropped and counted, so that the job does not wait.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class LogThread:
             self._work()
 
     def flush(self) -> None:
-        """Wait until what was put in so far is handled, and the thread has ended if nobody else needs it."""
+        """Wait until the records so far are handled, and the thread has ended if nobody else needs it."""
         with self._changed:
             thread, last = self._thread, self._put
             if thread is None or thread is threading.current_thread() or self._is_stuck:

@@ -1,8 +1,7 @@
-"""Commands as services: what is registered, how it shows that it is ready, and what callers see of it."""
+"""Commands as services: the registration, the probes, and the attributes that callers see."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shutil
@@ -56,11 +55,12 @@ class Line:
 
 
 class RunningCommand:
-    """What callers see of a command that runs, and what a callable that tells whether it is ready is given.
+    """A running command, as callers and the callables that probe it see it.
 
     Attributes:
         name: the service's name.
         words: the command as it was started.
+        host: the address of `{host}`; 127.0.0.1 if nothing asked for one.
         port: the port of `{port}`, or None if nothing asked for one.
         ports: the ports by name; that of `{port}` is under "".
         url: where it can be reached, or None if it has no port.
@@ -69,13 +69,19 @@ class RunningCommand:
     """
 
     def __init__(
-        self, name: str, ports: Mapping[str, int], folder: str | None, output: Callable[[], tuple[str, ...]]
+        self,
+        name: str,
+        ports: Mapping[str, int],
+        folder: str | None,
+        output: Callable[[], tuple[str, ...]],
+        host: str = ADDRESS,
     ) -> None:
         self.name = name
+        self.host = host
         self.words: tuple[str, ...] = ()
-        self.port = ports.get("")
+        self.port: int | Any = ports.get("")  # hardly any program asks for neither, and has to expect None
         self.ports = dict(ports)
-        self.url: str | None = None
+        self.url: str | Any = None
         self.pid = 0
         self.folder = folder
         self._output = output
@@ -110,7 +116,7 @@ class Command:
 
     @property
     def handles(self) -> tuple[ServiceMethod, ...]:
-        """What it takes of other services, which it therefore depends on."""
+        """The values it takes from other services, on which it therefore depends."""
         words = (*self.words, *(value for _, value in self.environment))
         return tuple(word for word in words if isinstance(word, ServiceMethod))
 
@@ -131,13 +137,12 @@ class Command:
                 found[""] = None
         return tuple(found)
 
-    @property
-    def wants_folder(self) -> bool:
-        """Whether it asks for a private folder."""
-        return any(field == "folder" for field, _ in self._placeholders())
+    def wants(self, placeholder: str) -> bool:
+        """Return whether it asks for its private "folder", or for the "host" that it is to listen at."""
+        return any(field == placeholder for field, _ in self._placeholders())
 
     def problem(self) -> GraphError | None:
-        """Return why this machine cannot start it, or None; what depends on a placeholder is left for the start."""
+        """Return why this machine cannot start it, or None; words with a placeholder are checked at the start."""
         word = self.words[0]
         if self.cwd is not None and not _has_placeholder(self.cwd) and not os.path.isdir(self.cwd):
             return GraphError(
@@ -174,7 +179,7 @@ class Command:
 
 
 def placeholders(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the placeholders of a text, each with what follows its colon.
+    """Yield the placeholders of a text, each with the text after its colon.
 
     Raises:
         ValueError: a brace stands alone.
@@ -184,7 +189,7 @@ def placeholders(text: str) -> Iterator[tuple[str, str]]:
             yield field + (f"!{conversion}" if conversion else ""), spec or ""
 
 
-def filled(text: str, ports: Mapping[str, int], folder: str | None) -> str:
+def filled(text: str, ports: Mapping[str, int], folder: str | None, host: str = ADDRESS) -> str:
     """Return a text with its placeholders filled."""
     parts = []
     for literal, field, spec, _ in string.Formatter().parse(text):
@@ -193,6 +198,8 @@ def filled(text: str, ports: Mapping[str, int], folder: str | None) -> str:
             parts.append(str(ports[spec or ""]))
         elif field == "folder":
             parts.append(folder or "")
+        elif field == "host":
+            parts.append(host)
     return "".join(parts)
 
 
@@ -203,9 +210,9 @@ def unescaped(text: str) -> str:
 
 def command_of(
     name: str,
-    argv: Any,
+    argv: object,
     ready: Any,
-    health: Any,
+    health: object,
     environment: Any,
     cwd: Any,
     port: Any,
@@ -214,7 +221,7 @@ def command_of(
     exit_codes: Any,
     options: ServiceOptions,
 ) -> Command:
-    """Return what was given to `Environment.register_command` as a value.
+    """Return the arguments of `Environment.register_command` as a value.
 
     Raises:
         GraphError: something in it can never work; the service and the command are named.
@@ -241,24 +248,24 @@ def command_of(
     return command
 
 
-def unknown_keyword(name: str, argv: Any, unknown: Iterable[str], function: Callable[..., Any]) -> TypeError:
+def unknown_keyword(name: Any, argv: Any, unknown: Iterable[str], known: Iterable[str]) -> TypeError:
     """Return the error for keywords that are unknown."""
     words = ", ".join(f'"{key}"' for key in unknown)
     error = TypeError(f'register_command("{name}", {short(argv)}) has no keyword {words}')
-    return hint(error, f"It has {', '.join([*inspect.signature(function).parameters][3:-1])}.")
+    return hint(error, f"It has {', '.join(known)}.")
 
 
 def own_value(word: Word) -> str:
     """Return a word as text, asking the service that it is taken of.
 
     Raises:
-        ServiceError: what that service has under the name is nothing that can stand in a command.
+        ServiceError: the attribute of that service cannot be a word of a command.
     """
     if not isinstance(word, ServiceMethod):
         return os.fspath(word)
-    value: Any = word.resolve()
+    value: object = word.resolve()
     if value is None or callable(value):
-        raise ServiceError(f'"{word.__name__}" of service "{word.handle._name}" is {short(value)}, which is no word')
+        raise ServiceError(f'"{word.__name__}" of service "{word.handle._name}" is {short(value)}, which is not a word')
     return str(value)
 
 
@@ -275,7 +282,7 @@ def _words_of(name: str, argv: Any) -> tuple[Word, ...]:
     return words
 
 
-def _environment_of(name: str, environment: Any) -> tuple[tuple[str, Word], ...]:
+def _environment_of(name: str, environment: object) -> tuple[tuple[str, Word], ...]:
     if environment is None:
         return ()
     if not hasattr(environment, "items"):
@@ -283,7 +290,7 @@ def _environment_of(name: str, environment: Any) -> tuple[tuple[str, Word], ...]
     return tuple(environment.items())
 
 
-def _exit_codes_of(name: str, codes: Any) -> frozenset[int]:
+def _exit_codes_of(name: str, codes: object) -> frozenset[int]:
     if isinstance(codes, str) or not hasattr(codes, "__iter__"):
         raise GraphError(f'exit_codes of service "{name}" is {short(codes)}, not a list of numbers')
     found = frozenset(codes)
@@ -303,7 +310,7 @@ def _wrong_words(command: Command) -> GraphError | None:
             return hint(error, f"Words are strings or paths.{hinted}")
         if not isinstance(word, ServiceMethod) and "\0" in os.fspath(word):
             return GraphError(f'command {command.label} of service "{command.name}" has a word with a null byte')
-    variables: tuple[tuple[Any, Any], ...] = command.environment
+    variables: tuple[tuple[object, Any], ...] = command.environment
     for key, value in variables:
         if not isinstance(key, str) or not isinstance(value, str | os.PathLike | ServiceMethod):
             return GraphError(
@@ -321,7 +328,7 @@ def _wrong_settings(command: Command) -> GraphError | None:
         return GraphError(f"cwd {where} is {short(command.cwd)}, not a path")
     if command.url is not None and not isinstance(command.url, str):
         return GraphError(f"url {where} is {short(command.url)}, not a string")
-    port: Any = command.port
+    port: object = command.port
     if port is not None and (type(port) is not int or not 0 < port <= PORT_MAX):
         return GraphError(f"port {where} is {short(port)}, not a number from 1 to {PORT_MAX}")
     try:
@@ -341,14 +348,14 @@ def _wrong_placeholders(command: Command) -> GraphError | None:
             unknown = [
                 field
                 for field, spec in placeholders(text)
-                if field not in ("port", "folder") or (field == "folder" and spec) or _has_placeholder(spec)
+                if field not in ("port", "folder", "host") or (field != "port" and spec) or _has_placeholder(spec)
             ]
         except ValueError:
             unknown = [""]
         if unknown:
             what = f"the unknown placeholder {{{unknown[0]}}}" if unknown[0] else "a brace that stands alone"
             error = GraphError(f'command {command.label} of service "{command.name}" has {what} in {short(text)}')
-            return hint(error, "There are {port}, {port:name} and {folder}; write {{ and }} for braces.")
+            return hint(error, "They are {port}, {port:name}, {host} and {folder}; write {{ and }} for braces.")
     return None
 
 
@@ -362,12 +369,12 @@ def _wrong_probes(command: Command) -> GraphError | None:
                 url = filled(probe.url, dict.fromkeys(command.ports, 1), "")
                 parts = urlsplit(url)
                 if not url.startswith("/") and (parts.scheme not in ("http", "https") or not parts.hostname):
-                    return GraphError(f"{where} asks {probe.url!r}, which is no http address and no path")
+                    return GraphError(f"{where} asks {probe.url!r}, which is neither an http address nor a path")
             case Port():
                 pass
             case Line() if key == "health":
                 error = GraphError(f"{where} is a line, which can be seen only once")
-                return hint(error, "Take Http, Port or a callable.")
+                return hint(error, "Use Http, Port or a callable.")
             case Line():
                 try:
                     re.compile(probe.pattern)

@@ -5,13 +5,13 @@
         DuplicateNameError, UnknownServiceError, UnsupportedPlanError
       JobError                carries job, operator or service, and whose fault: user | external | internal
         FunctionError         user code raised; __cause__ is the original
-        ServiceError          ServiceStartError, ServiceTimeoutError, ServiceUnavailableError
+        ServiceError          ServiceStartError, ServiceTimeoutError, ServiceUnavailableError, HeldBackError
         CleanupError          CleanupTimeoutError
         JobErrorGroup         several of them, the first cause first
       ControlError            JobNotFoundError, ServerUnreachableError, AuthenticationError
       InternalError           a bug of ours: says so, asks for a report
 
-Primary messages are lower case without a full stop and name the culprit; what to do about it is a note (`__notes__`).
+Primary messages are lower case without a full stop and name the culprit; a note (`__notes__`) says how to fix it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class SageError(Exception):
     """Any error that SAGE raises of its own."""
 
 
-class GraphError(SageError):
+class GraphError(SageError, ValueError, TypeError):
     """The program is wrong; nothing was started.
+
+    It is a `ValueError` and a `TypeError` too, so that programs that catch those for a bad argument go on to work.
 
     Attributes:
         problems: every problem that was found, this error itself when there is only one.
@@ -36,6 +38,10 @@ class GraphError(SageError):
     def __init__(self, message: str, problems: Sequence[GraphError] = ()) -> None:
         super().__init__(message)
         self.problems: tuple[GraphError, ...] = tuple(problems) or (self,)
+
+
+class FutureError(GraphError, RuntimeError):
+    """A future stream is never filled, or is filled twice."""
 
 
 class DuplicateNameError(GraphError):
@@ -102,6 +108,14 @@ class ServiceUnavailableError(ServiceError):
     """The service is not running: not yet, no more, or it failed."""
 
 
+class HeldBackError(ServiceUnavailableError):
+    """A call of a service was not begun, because the job ends; its record counts as undelivered, not as failed."""
+
+
+class ReplayError(ServiceError):
+    """A call of a service was to be answered from a cassette, which does not have it."""
+
+
 class CleanupError(JobError):
     """A `stop`, `cleanup` or `close` raised; everything else was cleaned all the same."""
 
@@ -142,18 +156,33 @@ class ServerUnreachableError(ControlError):
 
 
 class AuthenticationError(ControlError):
-    """The job manager or the cluster wants a token, and there is none, or it is a wrong one."""
+    """The job manager or the cluster requires a token, and it is missing or wrong."""
 
 
 class InternalError(SageError):
     """A bug of SAGE itself. Please report it with the traceback."""
 
 
+def is_held_back(error: BaseException) -> bool:
+    """Return whether an error came of a `HeldBackError`, also one that user code replaced by its own."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, HeldBackError):
+            return True
+        if id(one) not in seen:
+            seen.add(id(one))
+            parts = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+            todo += filter(None, (one.__cause__, one.__context__, *parts))
+    return False
+
+
 E = TypeVar("E", bound=BaseException)
 
 
 def hint(error: E, note: str) -> E:
-    """Add what the user can do about it to `error` and return it."""
+    """Add a note to `error` that says how to fix it, and return `error`."""
     error.add_note(note)
     return error
 

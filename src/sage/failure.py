@@ -1,4 +1,4 @@
-"""What follows when a user's function raises on a record: the policies that `on_error` takes."""
+"""The policies of `on_error`: how a job continues after a user's function raises on a record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DeadLetter:
 
     Attributes:
         value: the record, unchanged.
-        error: what the function raised.
+        error: the function's exception.
         operator: the name of the operator.
         attempts: how many times the function was called with the record.
     """
@@ -35,7 +35,7 @@ class Retry:
     Attributes:
         attempts_max: how many calls in all, the first one included.
         backoff_s: first and longest pause before another call, in seconds.
-        then: what follows when the last attempt failed: "fail", "skip", or a stream of dead letters.
+        then: the policy after the last attempt has failed: "fail", "skip", or a stream of dead letters.
     """
 
     attempts_max: int = 3
@@ -57,7 +57,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class ErrorPolicy:
-    """What an operator does with a record that failed, as the graph holds it.
+    """The policy of an operator for failed records, as the graph holds it.
 
     Attributes:
         then: "fail", "skip" or "letters".

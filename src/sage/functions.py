@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+import threading
+from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any, Generic
 
+from sage._arguments import check_seconds
+from sage._types import A_contra, B_contra, K_co, T, T_co, U_co
 from sage.service import ServiceUser, UserContext
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from sage.service import ServiceHandle
 
 
 class StopSignal:
-    """What a source returns to say that nothing follows."""
+    """A source returns this to say that it has ended."""
 
     def __init__(self, message: str = "Stop", source: str | None = None, payload: Any = None) -> None:
         self.message = message
@@ -30,8 +34,31 @@ class StopSignal:
         return f"<StopSignal {self.message}>"
 
 
+class Stopping:
+    """Whether a task is to end soon, for functions that look, and for those that wait.
+
+    Args:
+        wait_for: waits for a condition, as a thread of the job has to.
+    """
+
+    def __init__(self, wait_for: Callable[[threading.Condition, Callable[[], bool], float], bool]) -> None:
+        self.is_set = False
+        self._wait_for = wait_for
+        self._condition = threading.Condition()
+
+    def set(self) -> None:
+        """Wake everyone who waits."""
+        with self._condition:
+            self.is_set = True
+            self._condition.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for some time, and return whether it is over."""
+        return not self._wait_for(self._condition, lambda: self.is_set, seconds)
+
+
 class TaskContext(UserContext):
-    """What a function may know of the task that runs it.
+    """The task that runs a function, as the function sees it.
 
     Attributes:
         name: the operator's name.
@@ -41,12 +68,31 @@ class TaskContext(UserContext):
     """
 
     def __init__(
-        self, name: str, services: dict[str, ServiceHandle[Any]], parallel_index: int = 0, parallelism: int = 1
+        self,
+        name: str,
+        services: dict[str, ServiceHandle[Any]],
+        parallel_index: int,
+        parallelism: int,
+        stopping: Stopping,
     ) -> None:
         super().__init__(name, services)
+        self._stopping = stopping
         self.parallel_index = parallel_index
         self.parallelism = parallelism
         self.key: Any = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the function should end soon: a source was told to stop, or the job ends without a full drain."""
+        return self._stopping.is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Wait as `time.sleep` does, but not beyond a stop; False says that the job is stopping.
+
+        In coroutines, `await asyncio.sleep(...)` does the same, since a stop cancels a source where it awaits.
+        """
+        check_seconds("ctx.wait: seconds is", seconds)
+        return self._stopping.wait(seconds)
 
     def get_key(self) -> Any:
         """Return the key of the record in hand, or None on a stream without keys."""
@@ -57,28 +103,30 @@ class BaseFunction(ServiceUser):
     """A function with a life: the engine builds one instance for each task and never shares it.
 
     `open()` is called before the first record and `close()` after the last, on the task's own thread; `close` exactly
-    once if `open` began, whatever ends the job. Both are optional, and so is calling `super().__init__()`.
+    once if `open` began, however the job ends. Both are optional, and so is calling `super().__init__()`.
 
     Attributes:
         ctx: the task's context, set after the constructor and before `open`.
     """
 
+    ctx: TaskContext
+
     def open(self) -> None:
-        """Acquire what is needed; called once before the first record."""
+        """Acquire resources; called once before the first record."""
 
     def close(self) -> None:
         """Release everything; called once after the last record, also after failure, stop and Ctrl-C."""
 
 
-class BatchFunction(BaseFunction):
+class BatchFunction(BaseFunction, Generic[T_co]):
     """A bounded source: `execute()` is called until it returns None or a `StopSignal`; an exception is an error."""
 
-    def execute(self) -> Any:
+    def execute(self) -> T_co | StopSignal | Awaitable[T_co | StopSignal | None] | None:
         """Return the next record, or None at the end."""
         raise NotImplementedError
 
 
-class SourceFunction(BaseFunction):
+class SourceFunction(BaseFunction, Generic[T_co]):
     """An unbounded source: `execute()` returns a record, None for nothing now, or a `StopSignal` at the end.
 
     Set `use_metronome = True` to let one record at a time through the whole job.
@@ -86,63 +134,63 @@ class SourceFunction(BaseFunction):
 
     use_metronome: bool = False
 
-    def execute(self) -> Any:
+    def execute(self) -> T_co | StopSignal | Awaitable[T_co | StopSignal | None] | None:
         """Return the next record, None, or a `StopSignal`."""
         raise NotImplementedError
 
 
-class MapFunction(BaseFunction):
+class MapFunction(BaseFunction, Generic[A_contra, U_co]):
     """One record out for each record in; returning None drops the record."""
 
-    def execute(self, data: Any) -> Any:
+    def execute(self, data: A_contra, /) -> U_co | Awaitable[U_co] | None:
         """Return the record that takes the place of `data`."""
         raise NotImplementedError
 
 
-class FilterFunction(BaseFunction):
+class FilterFunction(BaseFunction, Generic[A_contra]):
     """Keeps the records for which `execute` returns something true."""
 
-    def execute(self, data: Any) -> bool:
+    def execute(self, data: A_contra, /) -> bool | Awaitable[bool]:
         """Return whether `data` goes on."""
         raise NotImplementedError
 
 
-class FlatMapFunction(BaseFunction):
-    """Any number of records out for each record in: what was collected, then what `execute` returns or yields."""
+class FlatMapFunction(BaseFunction, Generic[A_contra, T]):
+    """Any number of records out for each record in: those collected, then those that `execute` returns or yields."""
 
-    _collected: list[Any] | None = None
+    _collected: list[T] | None = None
 
-    def collect(self, value: Any) -> None:
-        """Emit `value`, before what `execute` returns."""
+    def collect(self, value: T) -> None:
+        """Emit `value`, before the records that `execute` returns."""
         if self._collected is None:
             self._collected = []
         self._collected.append(value)
 
-    def execute(self, data: Any) -> Iterable[Any] | None:
+    def execute(self, data: A_contra, /) -> Iterable[T] | Awaitable[Iterable[T] | None] | None:
         """Return or yield records, or call `collect`, or both."""
         raise NotImplementedError
 
 
-class ProcessFunction(FlatMapFunction):
+class ProcessFunction(FlatMapFunction[A_contra, T]):
     """A flat map that may also emit at the end: `finish()` is called once, when all inputs ended by themselves."""
 
-    def finish(self) -> Iterable[Any] | None:
+    def finish(self) -> Iterable[T] | None:
         """Return or yield the last records, or call `collect`; not called after a failure or a cancel."""
         return None
 
 
-class SinkFunction(BaseFunction):
+class SinkFunction(BaseFunction, Generic[A_contra]):
     """The end of a stream."""
 
-    def execute(self, data: Any) -> Any:
-        """Take in `data`; what is returned is ignored."""
+    def execute(self, data: A_contra, /) -> object:
+        """Take in `data`; the return value is ignored."""
         raise NotImplementedError
 
 
-class KeyByFunction(BaseFunction):
+class KeyByFunction(BaseFunction, Generic[A_contra, K_co]):
     """Finds the key of a record."""
 
-    def execute(self, data: Any) -> Any:
+    def execute(self, data: A_contra, /) -> K_co | Awaitable[K_co]:
         """Return the key of `data`."""
         raise NotImplementedError
 
@@ -151,10 +199,12 @@ class BaseCoMapFunction(BaseFunction):
     """One method for each input of connected streams: `map0`, `map1`, ...; returning None drops the record."""
 
 
-class BaseJoinFunction(BaseFunction):
+class BaseJoinFunction(BaseFunction, Generic[A_contra, B_contra, T_co]):
     """Joins two keyed streams: `execute` sees each record with its key and the number of its input."""
 
-    def execute(self, payload: Any, key: Any, tag: int) -> Iterable[Any] | None:
+    def execute(
+        self, payload: A_contra, key: B_contra, tag: int
+    ) -> Iterable[T_co] | Awaitable[Iterable[T_co] | None] | None:
         """Return the matches of `payload`.
 
         Args:
@@ -169,6 +219,10 @@ class FutureFunction(BaseFunction):
     """Stands for a stream that is filled later; see `Environment.from_future`."""
 
 
-def is_coroutine_function(target: Any) -> bool:
+def is_coroutine_function(target: object) -> bool:
     """Return whether calling `target` gives a coroutine, also for objects with `__call__`."""
+    if isinstance(target, FunctionType) and not target.__dict__:  # as most are: nothing is wrapped or marked
+        return bool(target.__code__.co_flags & inspect.CO_COROUTINE)
+    if isinstance(target, BuiltinFunctionType):
+        return False
     return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004

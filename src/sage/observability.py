@@ -1,4 +1,4 @@
-"""What can be seen of a job: typed events, counts per operator, and log files."""
+"""Observing a job: typed events, counts per operator, and log files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sage._logs import log_of
 from sage.errors import GraphError, hint
@@ -36,7 +36,7 @@ class Event:
 
     Attributes:
         at: when, in seconds since the epoch.
-        subject: what changed: "job", "task" or "service".
+        subject: the kind of thing that changed: "job", "task" or "service".
         name: the name of it; empty for the job.
         before: the state it left.
         after: the state it entered.
@@ -60,7 +60,7 @@ class HookEvent:
     Attributes:
         at: when it ended, in seconds since the epoch.
         service: the service's name.
-        report: what became of it.
+        report: its outcome and duration.
     """
 
     at: float
@@ -77,9 +77,10 @@ class OperatorMetrics:
         records_out: records that went on.
         failed: records whose function raised, after the last attempt.
         busy_s: time in the operator, in seconds.
+        full_s: time in which all calls ran that may run at once, in seconds.
     """
 
-    __slots__ = ("busy_s", "failed", "operator", "records_in", "records_out")
+    __slots__ = ("busy_s", "failed", "full_s", "operator", "records_in", "records_out")
 
     def __init__(self, operator: str) -> None:
         self.operator = operator
@@ -87,13 +88,29 @@ class OperatorMetrics:
         self.records_out = 0
         self.failed = 0
         self.busy_s = 0.0
+        self.full_s = 0.0
+
+
+class Onward(logging.Handler):
+    """Hands the records of a logger on to the handlers above it, if they would get them without the log files."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__()
+        self._logger = logger
+        self._own_level = logger.level
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a record on."""
+        above = self._logger.parent
+        if above is not None and record.levelno >= (self._own_level or above.getEffectiveLevel()):
+            above.callHandlers(record)
 
 
 class SessionLogs:
     """The log files of this process under one folder: `jobmanager/session_<time>_<pid>/`.
 
-    `Dispatcher.log` and `JobManager.log` hold what their names say, `Error.log` every error with its traceback, and
-    each job has a file of its own.
+    `Dispatcher.log` and `JobManager.log` hold the log of their component, `Error.log` holds every error with its
+    traceback, and each job has its own file.
     """
 
     _open: ClassVar[dict[Path, SessionLogs]] = {}
@@ -108,7 +125,7 @@ class SessionLogs:
 
     @classmethod
     def open(cls, log_dir: str | os.PathLike[str]) -> SessionLogs:
-        """Return the session of this process under `log_dir`, a new one if there is none yet.
+        """Return the session of this process under `log_dir`, creating it on first use.
 
         Raises:
             GraphError: the folder cannot be written.
@@ -157,6 +174,10 @@ class SessionLogs:
         logger = logging.getLogger(logger_name)
         logger.addHandler(handler)
         if logger.getEffectiveLevel() > level:
+            # The files get more than the program asked for; its own handlers get the same as without the files.
+            if logger.propagate:  # the program may have set its level again since an earlier job
+                logger.addHandler(Onward(logger))
+                logger.propagate = False
             logger.setLevel(level)
         self._handlers.append((logger, handler))
         return handler
@@ -165,13 +186,13 @@ class SessionLogs:
 class ReportFile:
     """The file that tells of jobs in JSON Lines while they run: each event, each hook, and the report at the end.
 
-    Each line is written at once and in one piece, so that a process that is killed leaves what had happened, and
+    Each line is written at once and in one piece, so that a killed process leaves everything up to that moment, and
     several jobs may write to the same file; `job` in a line says which it was. After the first write that fails nothing
     more is written, and the job goes on.
     """
 
     problems: ClassVar[list[str]] = []
-    """What could not be written in this process, a sentence for each job."""
+    """The reports that could not be written in this process, a sentence for each job."""
 
     def __init__(self, path: str | os.PathLike[str], descriptor: int | None, job: str, problem: str = "") -> None:
         self._path = path
@@ -181,7 +202,7 @@ class ReportFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], job: str, name: str, *, must_open: bool = True) -> ReportFile:
-        """Begin to write about a job, behind what the file holds already.
+        """Begin to write about a job, after the file's existing content.
 
         Args:
             path: where the file is; its folder has to exist.
@@ -225,7 +246,7 @@ class ReportFile:
             with suppress(OSError, ValueError):
                 sys.stderr.write(f"warning: {text}\n")
 
-    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+    def _write(self, kind: str, values: Mapping[str, object]) -> None:
         if self._descriptor is None:
             return
         line = json.dumps({"type": kind, "job": self._job, **values}, default=str).encode() + b"\n"

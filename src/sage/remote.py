@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from sage._runtime.inside import around
+from sage._current_job import here
 from sage.environment import Environment
 from sage.errors import JobError, UnsupportedPlanError, hint
 
@@ -18,41 +18,48 @@ if TYPE_CHECKING:
 
 
 class EnvironmentInside:
-    """What an environment is to a function that runs on a cluster: a way to end the job."""
+    """The environment, as a function on a cluster sees it: a way to end the job."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def stop(self) -> None:
-        """Ask for the end of the job, draining what is in flight; nothing is waited for.
+    def stop(self, drain: bool | None = None) -> None:
+        """Ask for the end of the job without waiting for it.
+
+        Args:
+            drain: see `Job.stop`.
 
         Raises:
             JobError: this is called outside of a job, or from a thread that the program started itself.
         """
-        job = around()
+        job = here.job
         if job is None:
             raise JobError(f'environment "{self.name}" was sent to a cluster, and this thread is of no job there')
-        job.ask_to_stop()
+        job.ask_to_stop(drain)
 
-    close = stop
+    def close(self) -> None:
+        """Ask for the end of the job, as `stop` does."""
+        self.stop()
 
 
 class RemoteEnvironment(Environment):
-    """Runs jobs on a Ray cluster: tasks and services in processes there, and what fills the program's lists here.
+    """Runs jobs on a Ray cluster: tasks and services in processes there, and sinks that fill the program's lists here.
 
     Args:
         name: the environment's name, seen in reports and logs.
         config: the environment's own settings, kept for the program.
-        address: host and port of a cluster; by default a Ray of this program's own is started on this machine.
+        address: host and port of a cluster; by default the connection that the program made with `ray.init`, the
+            cluster that `ray job submit` started it on, or else a Ray of this program's own on this machine.
         workers: how many processes tasks that reserve nothing are dealt out to; by default as many as the widest
             operator has tasks, at most one for each processor of the cluster.
-        runtime_env: what Ray prepares for each process, as its documentation says: `working_dir`, `py_modules`, `pip`.
+        runtime_env: the environment that Ray prepares for each process, as described in its documentation:
+            `working_dir`, `py_modules`, `pip`.
         on_driver_loss: "stop" ends the job when this process is gone, "continue" lets it go on to its end.
         start_timeout_s: how long a process may take to get its place in the cluster, in seconds.
         log_dir: where log files go; see `LocalEnvironment`.
         report_file: where events and reports of jobs are appended as JSON Lines while they run.
         stop_timeout_s: budget of a whole stop, in seconds.
-        drain_timeout_s: how long a stop lets what is in flight drain, in seconds.
+        drain_timeout_s: how long records in flight may drain in a stop, in seconds.
         close_timeout_s: how long each `close` of a function may take, in seconds.
         services_share: the part of the budget of a stop that is reserved for services; 0.4 by default.
         services_reserve_s: the least that is reserved for them, in seconds; 5 by default.
@@ -95,22 +102,29 @@ class RemoteEnvironment(Environment):
         }
 
     def __reduce__(self) -> tuple[type[EnvironmentInside], tuple[str]]:
-        # A function that uses the environment takes along what it can do from another process.
+        # A function that uses the environment takes along the part that works in another process.
         return EnvironmentInside, (self.name,)
+
+    # A command needs its program on the node that it is started on.
+    _starts_commands = False
+    _records_calls = False
 
     def _graph(self) -> LogicalGraph:
         from sage._ray.placement import placed
 
         return placed(super()._graph())
 
-    def _start(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str], autostop: bool) -> Job:
+    def _prepare(self, graph: LogicalGraph, plan: PhysicalPlan, keep: frozenset[str]) -> Job:
         from sage._ray.driver import check_supported
 
         check_supported(self.name, graph)
+        if self._budget is not None:
+            error = UnsupportedPlanError(f'environment "{self.name}" has limits, which a cluster cannot hold')
+            raise hint(error, "Leave env.limit(...) out; a LocalEnvironment holds them.")
         if keep:
             error = UnsupportedPlanError(f'environment "{self.name}" cannot keep services in a cluster')
             raise hint(error, "Leave keep_services out; LocalEnvironment can.")
-        return super()._start(graph, plan, keep, autostop)
+        return super()._prepare(graph, plan, keep)
 
     def _new_job(
         self,
@@ -122,7 +136,7 @@ class RemoteEnvironment(Environment):
         keep: frozenset[str] = frozenset(),  # noqa: ARG002
     ) -> Job:
         from sage._assembly import interrupt_timeout_s
-        from sage._backends.ray_cluster import cluster
+        from sage._ray.connection import cluster
         from sage._ray.driver import RemoteSettings, remote_job
 
         assert plan is not None

@@ -1,4 +1,4 @@
-"""What happened in a job: the report that is sealed when everything it started has ended."""
+"""The report of a job, sealed when everything that the job started has ended."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ INCARNATIONS_SHOWN = 4
 ERRORS_SHOWN = 10
 OUTPUT_LINES_SHOWN = 10
 
+BOTTLENECK_RUN_S = 3.0
+BUSY_SHARE = 0.8
+WAITED_SHARE = 0.1
+"""A bottleneck is named after a run of so many seconds, in which it was busy for so large a part, and calls or records
+waited for it for so large a part of that time."""
+
 UNCLEAN_STATES = frozenset({"abandoned", "cleanup_failed", "killed", "lost"})
 CLEANING_HOOKS = frozenset({"drain", "stop", "cleanup"})
 
 
 class Outcome(StrEnum):
-    """How a job ended. `LOST`: the driver died; written by whoever found out."""
+    """How a job ended. `RUNNING`: it has not; `LOST`: the driver died, written by whoever found out."""
 
+    RUNNING = "running"
     COMPLETED = "completed"
     STOPPED = "stopped"
     CANCELLED = "cancelled"
@@ -49,7 +56,7 @@ class HookReport:
         outcome: "ok", "error", "abandoned" if it was late, "lost" if the process died while it ran, "killed" for an
             "exit" that needed force.
         duration_s: how long it took, in seconds.
-        error: type and text of what it raised, or None.
+        error: type and text of its exception, or None.
     """
 
     hook: str
@@ -61,7 +68,7 @@ class HookReport:
 
 @dataclass(frozen=True, slots=True)
 class ServiceReport:
-    """What happened to one service.
+    """The account of one service.
 
     Attributes:
         name: its name.
@@ -76,6 +83,12 @@ class ServiceReport:
         exit_code: how that process ended; negative for a signal, None where it is not known.
         output: the last lines that it wrote.
         released: whether its instance lives on, for other environments that share it.
+        waits: how many of its calls had to wait, as all its `concurrency` was taken.
+        waited_s: for how long they waited, in seconds, all together.
+        busy_s: how long the service kept any of them waiting, in seconds.
+        rate_waits: how many of its calls had to wait for its `rate`.
+        rate_waited_s: for how long they waited, in seconds, all together.
+        concurrency: how many of its calls may run at once, or None without a limit.
     """
 
     name: str
@@ -90,6 +103,12 @@ class ServiceReport:
     exit_code: int | None = None
     output: tuple[str, ...] = ()
     released: bool = False
+    waits: int = 0
+    waited_s: float = 0.0
+    busy_s: float = 0.0
+    rate_waits: int = 0
+    rate_waited_s: float = 0.0
+    concurrency: int | None = None
 
     @property
     def built_count(self) -> int:
@@ -103,12 +122,15 @@ class OperatorReport:
 
     Attributes:
         name: its name.
-        kind: what it does.
+        kind: the kind of operator.
         parallelism: how many tasks ran it.
         records_in: records that its function was called with, or that a source read.
         records_out: records that went on.
         failed: records that failed after the last attempt.
         busy_s: time in the operator, in seconds, over all tasks.
+        full_s: of `map_async`: time in which all `concurrency` calls ran, in seconds, over all tasks.
+        waited_s: for how long tasks waited to send it records, in seconds, all together.
+        concurrency: of `map_async`: how many calls each task may make at once.
     """
 
     name: str
@@ -118,6 +140,9 @@ class OperatorReport:
     records_out: int
     failed: int
     busy_s: float
+    full_s: float = 0.0
+    waited_s: float = 0.0
+    concurrency: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,24 +160,26 @@ class SavedError(SageError):
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """Everything about a job that has ended. `str(report)` is a table, `to_dict()` is ready for JSON.
+    """Everything about a job that has ended, or so far about one that runs.
 
-    `JobReport.from_dict` reads it back, and the result prints the same.
+    `str(report)` is a table, `to_dict()` is ready for JSON. `JobReport.from_dict` reads that back, and the result
+    prints the same.
 
     Attributes:
         id: the job's id.
         name: the environment's name.
-        state: how it ended.
+        state: how it ended, or `Outcome.RUNNING`.
         cleanliness: whether everything was cleaned up.
         why: the reason in words.
         started_at: when it was submitted, in seconds since the epoch.
-        ended_at: when the report was sealed, in seconds since the epoch.
+        ended_at: when the report was made, in seconds since the epoch.
         duration_s: the time between, by a monotonic clock, in seconds.
         operators: counts per operator, in the order of the graph.
-        services: what happened to each service, in the order of registration.
+        services: the account of each service, in the order of registration.
         tasks: how each task ended.
         undelivered: records that were in flight and dropped by a stop, a cancel or a failure.
         errors: everything that went wrong, the first cause first.
+        running_s: for how long records flowed, after the start of the services and before their end, in seconds.
     """
 
     id: str
@@ -168,6 +195,41 @@ class JobReport:
     tasks: tuple[TaskReport, ...] = ()
     undelivered: int = 0
     errors: tuple[Exception, ...] = ()
+    running_s: float = 0.0
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The limit that held the job up and what to set, in a line; None if none did, or the job was quick."""
+        if self.running_s < BOTTLENECK_RUN_S:
+            return None
+        least_s = WAITED_SHARE * self.running_s
+        found = [*filter(None, map(self._service_bottleneck, self.services))]
+        # An operator that calls a service may be busy with waiting for it.
+        found = found or [*filter(None, map(self._operator_bottleneck, self.operators))]
+        waited_s, line = max(found, default=(0.0, None))
+        return line if waited_s >= least_s else None
+
+    def _service_bottleneck(self, service: ServiceReport) -> tuple[float, str] | None:
+        if service.rate_waited_s >= WAITED_SHARE * self.running_s:
+            line = f"{_rate_line(service)} (set ServiceOptions(rate=...) if the provider allows more)"
+            return service.rate_waited_s, line
+        busy = service.busy_s / self.running_s
+        if busy < BUSY_SHARE or service.concurrency is None:
+            return None
+        line = f'service "{service.name}" was busy {_percent(busy)} of the time, {service.waits:,} calls waited '
+        line += f"{seconds(service.waited_s)} in all; its concurrency is {service.concurrency}"
+        return service.waited_s, f"{line} (set ServiceOptions(concurrency=...) if it can take more)"
+
+    def _operator_bottleneck(self, operator: OperatorReport) -> tuple[float, str] | None:
+        is_async = operator.concurrency is not None
+        busy = (operator.full_s if is_async else operator.busy_s) / (max(operator.parallelism, 1) * self.running_s)
+        if busy < BUSY_SHARE or operator.kind == "source":
+            return None
+        limit, value = ("concurrency", operator.concurrency) if is_async else ("parallelism", operator.parallelism)
+        line = f'operator "{operator.name}" was busy {_percent(busy)} of the time, tasks waited '
+        line += f"{seconds(operator.waited_s)} in all to send it records; its {limit} is {value}"
+        hint = "" if is_async else " if its function waits for something; computing in Python needs processes"
+        return operator.waited_s, f"{line} (set {limit}=...{hint})"
 
     def service(self, name: str) -> ServiceReport:
         """Return the report of one service."""
@@ -192,10 +254,11 @@ class JobReport:
             )
         plain = {
             key: getattr(self, key)
-            for key in ("id", "name", "why", "started_at", "ended_at", "duration_s", "undelivered")
+            for key in ("id", "name", "why", "started_at", "ended_at", "duration_s", "running_s", "undelivered")
         }
         return {
             **plain,
+            "bottleneck": self.bottleneck,
             "state": str(self.state),
             "cleanliness": str(self.cleanliness),
             "operators": [asdict(operator) for operator in self.operators],
@@ -222,16 +285,14 @@ class JobReport:
                 "errors": tuple(_error(one) for one in saved["errors"]),
             }
             report = cls(**(plain | parts))
-            str(report)  # numbers that are none are found by it
+            str(report)  # this finds values that are not numbers
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a report of a job: {describe(error)}") from error
         return report
 
     def __str__(self) -> str:
-        lines = [
-            f'job "{self.name}": {self.state.upper()} and {self.cleanliness.upper()}'
-            f" after {self.duration_s:.3f} s ({self.why})"
-        ]
+        cleaned = "" if self.state is Outcome.RUNNING else f" and {self.cleanliness.upper()}"
+        lines = [f'job "{self.name}": {self.state.upper()}{cleaned} after {self.duration_s:.3f} s ({self.why})']
         if self.undelivered:
             lines.append(f"{self.undelivered} records were in flight and not delivered")
         lines += table(
@@ -249,6 +310,8 @@ class JobReport:
             ],
         )
         lines += self._service_lines()
+        if self.bottleneck is not None:
+            lines.append(f"bottleneck: {self.bottleneck}")
         unclean = [line for service in self.services for line in _unclean_service(service)]
         unclean += [line for task in self.tasks for line in _unclean_task(task)]
         if self.cleanliness is Cleanliness.DIRTY:
@@ -273,6 +336,7 @@ class JobReport:
             rows += [("",) * (len(rows[-1]) - 1) + (line,) for line in others]
         header = ("service", "state", "calls", "errors", "built", *(("host",) if hosted else ()), "hooks")
         lines = table(header, rows)
+        lines += [_rate_line(service) for service in self.services if service.rate_waits]
         for service in self.services:
             if service.output:
                 lines.append(f'last output of service "{service.name}":')
@@ -287,8 +351,12 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
 
 
+def _percent(share: float) -> str:
+    return f"{min(share, 1.0):.0%}".replace("%", " %")
+
+
 def printable(text: str) -> str:
-    """Return `text` without what could move the cursor of a terminal or break a file: such characters are escaped."""
+    """Return `text` with those characters escaped that could move the cursor of a terminal or break a file."""
     if text.isprintable():
         return text
     return "".join(
@@ -297,7 +365,7 @@ def printable(text: str) -> str:
 
 
 def hook_lines(hooks: tuple[HookReport, ...]) -> list[str]:
-    """Return the hooks of a service, one line for each instance; the line is empty if there are none."""
+    """Return the hooks of a service, one line for each instance; the line is empty without hooks."""
     lines: dict[int, list[str]] = {}
     for hook in hooks:
         if hook.hook != "drain" or hook.outcome != "ok":
@@ -332,6 +400,11 @@ def _hook(hook: HookReport) -> str:
     return f"{hook.hook} {seconds(hook.duration_s)}{outcome}"
 
 
+def _rate_line(service: ServiceReport) -> str:
+    waited = f"{service.rate_waits:,} calls waited {seconds(service.rate_waited_s)} in all"
+    return f'service "{service.name}": {waited} for its rate'
+
+
 def _host(service: ServiceReport) -> str:
     parts = [service.host]
     if service.pid is not None:
@@ -342,7 +415,7 @@ def _host(service: ServiceReport) -> str:
 
 
 def _unclean_service(service: ServiceReport) -> list[str]:
-    """Return what of a service was not cleaned and why, or nothing."""
+    """Return which part of a service was not cleaned up and why, or nothing."""
     failed = [hook for hook in service.hooks if hook.outcome != "ok"]
     if service.state not in UNCLEAN_STATES and not any(hook.hook in CLEANING_HOOKS for hook in failed):
         return []

@@ -8,17 +8,19 @@ import os
 import threading
 from dataclasses import dataclass, field, fields
 from operator import index
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol
 
 from sage._arguments import check_backoff, check_count, check_seconds
+from sage._current_job import here
+from sage._forks import RefusedCalls, useless_after_fork
+from sage._types import T
 from sage.errors import GraphError, ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint, short
+from sage.rate import Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sage._calls import CallFuture
-
-T = TypeVar("T")
 
 DEFAULT_METHOD = "process"
 
@@ -45,12 +47,13 @@ class ServiceOptions:
         start_timeout_s: bound of constructor, `setup`, `start` and getting `ready` together, in seconds.
         drain_timeout_s: how long running calls may take to end before `stop` is called, in seconds.
         stop_timeout_s: bound of `stop` and of `cleanup`, each, in seconds.
-        restart: what follows when the service fails, by a failing start or by its `health`.
+        restart: whether to restart the service when its start or its `health` fails.
         restarts_max: how many restarts are allowed within `restart_window_s` seconds.
         backoff_s: first and longest pause before a restart, in seconds; it doubles each time.
         required: whether the job fails with the service; if not, calls fail at once and the job goes on.
         health_interval_s: pause between two calls of `health`, where the service has one, in seconds.
-        replace: whether registering takes the place of an earlier service of the same name.
+        replace: whether registering takes the place of an earlier service of the same name; handles that were given out
+            lead to the new one.
         host: where it runs: "inline" in the process that submits the job, "process" in one of its own, which can be
             killed, "ray" in one of a cluster. None is "inline" for jobs on one machine and "ray" on a cluster.
         kill_grace_s: how long a process may take to end after its cleanup before it is killed, in seconds.
@@ -58,6 +61,7 @@ class ServiceOptions:
         num_cpus: processors that its process reserves in a cluster; 0 reserves nothing.
         num_gpus: GPUs that its process reserves in a cluster, and sees.
         resources: other resources of the cluster that its process reserves, by name.
+        rate: how fast its calls may begin; they wait for that in the order in which they came.
     """
 
     depends_on: tuple[str, ...] | list[str] = ()
@@ -79,6 +83,7 @@ class ServiceOptions:
     num_cpus: float = 0.0
     num_gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=lambda: NO_RESOURCES)
+    rate: Rate | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the option."""
@@ -93,6 +98,8 @@ class ServiceOptions:
             raise hint(error, 'It is "never", "on_failure" or "always".')
         if self.host not in (None, "inline", "process", "ray"):
             raise hint(GraphError(f"service option host is {self.host!r}"), 'It is "inline", "process" or "ray".')
+        if not isinstance(self.rate, Rate | None):
+            raise hint(GraphError(f"service option rate is {short(self.rate)}"), "Give Rate(requests_per_minute=...).")
         if self.concurrency is not None:
             check_count("service option concurrency is", self.concurrency)
         check_count("service option restarts_max is", self.restarts_max, least=0)
@@ -104,14 +111,14 @@ class ServiceOptions:
                 check_seconds(f"service option {one.name} is", value)
         for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
             if amount < 0:
-                raise GraphError(f"service option {name} is {amount}, less than nothing")
+                raise GraphError(f"service option {name} is {amount}, which is negative")
 
 
 DEFAULT_OPTIONS = ServiceOptions()
 
 
 class ServiceCalls(Protocol):
-    """What a handle needs of the host that runs a service."""
+    """The part of a service's host that a handle needs."""
 
     def method(self, name: str) -> Any:
         """Return the attribute `name` of the service, a method bound to the rules of the host.
@@ -121,7 +128,7 @@ class ServiceCalls(Protocol):
         """
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
-        """Call a method and return its answer, or raise what it raises, or `ServiceTimeoutError`."""
+        """Call a method and return its answer, or raise its exception, or `ServiceTimeoutError`."""
 
     def call_async(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
@@ -182,9 +189,15 @@ class ServiceHandle(Generic[T]):
     def _connect(self, calls: ServiceCalls | None) -> None:
         """Lead calls to a host, or to nowhere with None. The engine calls this, before and after a job."""
         self._calls = calls
+        if calls is not None:
+            useless_after_fork(self)
         for name in [name for name in self.__dict__ if not name.startswith("_")]:
             del self.__dict__[name]
         self._methods.clear()
+
+    def _after_fork_in_child(self) -> None:
+        if self._calls is not None:
+            self._connect(RefusedCalls(self._name))
 
     def _method(self, name: str | None) -> Callable[..., Any]:
         """Return the method of this name, or `process` for None, and note it for further calls by name."""
@@ -204,33 +217,28 @@ class ServiceHandle(Generic[T]):
         return self._calls
 
 
-resolve: Callable[[str], ServiceHandle[Any] | None] | None = None
-"""Finds the handle of a service by name, in the job that the current thread belongs to; set by what runs jobs here."""
-
-_nearby = threading.local()
-
-
 def resolve_handles(handles: Mapping[str, ServiceHandle[Any]]) -> None:
-    """Say what the handles stand for that are unpickled on this thread from now on."""
-    _nearby.handles = handles
+    """Set the meaning of handles that are unpickled on this thread from now on."""
+    here.handles = handles
 
 
 def handle_of(name: str) -> ServiceHandle[Any]:
-    """Return what a pickled handle becomes: the one of the same name in the job around.
+    """Return the object that a pickled handle becomes: the handle of the same name in the surrounding job.
 
-    Where there is no such job, calls of the handle raise `ServiceUnavailableError`.
+    Outside a job, calls of the handle raise `ServiceUnavailableError`.
     """
-    found = getattr(_nearby, "handles", {}).get(name)
-    if found is None and resolve is not None:
-        found = resolve(name)
-    return ServiceHandle(name, None) if found is None else found
+    found = here.handles.get(name)
+    if found is None and here.job is not None:
+        found = here.job.handle_of(name)
+    return found if isinstance(found, ServiceHandle) else ServiceHandle(name, None)
 
 
 class ServiceMethod:
     """A method of a service, named before the service runs; calling it calls the service of the running job.
 
-    It stands for other attributes too, such as the `url` of a command: as text (`f"{db.url}/ping"`) or as a number it
-    is what the running service has under the name, and `ServiceUnavailableError` where none runs.
+    It stands for other attributes too, such as the `url` of a command: used as text (`f"{db.url}/ping"`) or as a
+    number, it has the value of the running service's attribute, and raises `ServiceUnavailableError` if the service is
+    not running.
     """
 
     def __init__(self, handle: ServiceHandle[Any], name: str) -> None:
@@ -262,7 +270,7 @@ class ServiceMethod:
         return ServiceMethod, (self.handle, self.__name__)
 
     def resolve(self) -> Callable[..., Any]:
-        """Return what a call leads to while the service runs.
+        """Return the target of a call while the service runs.
 
         Raises:
             ServiceUnavailableError: the service is not running.
@@ -272,28 +280,30 @@ class ServiceMethod:
 
 
 class Supervision(Protocol):
-    """What a service's context tells the supervision of its job; any thread may call it."""
+    """The supervision of a job, as a service's context sees it; any thread may call it."""
 
     def deferred(self, service: str, incarnation: int) -> None:
-        """Say that this incarnation has something to clean up from now on, whatever becomes of its constructor."""
+        """Say that this incarnation has something to clean up from now on, whether its constructor succeeds or not."""
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Ask for more time for the hook that runs."""
 
-
-class Claims(Protocol):
-    """Where is written what has to be reaped if the process that made it is lost."""
+    def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the tokens of an answer, and return when they count."""
 
     def claim(self, service: str, entry: dict[str, Any]) -> None:
-        """Write an entry, and return when it is safe on disk.
+        """Record a thing to reap if the service's process is lost, and return when the entry is safe on disk.
 
         An entry is one of `{"claim": "path", "path": str}`, `{"claim": "process", "pid": int}`,
         `{"claim": "call", "function": "module:function", "args": list}` and `{"claim": "release", "pid": int}`.
+
+        Raises:
+            UnsupportedPlanError: the job keeps no journal.
         """
 
 
 class UserContext:
-    """What a function or a service may ask of the job around it.
+    """The surrounding job, as a function or a service sees it.
 
     Attributes:
         name: the name of the operator or of the service.
@@ -325,7 +335,7 @@ class UserContext:
 
 
 class ServiceContext(UserContext):
-    """What a service may ask of the job around it, and what it may leave to it to clean up.
+    """The surrounding job, as a service sees it: it can also take over cleanups.
 
     Each incarnation has a context of its own. Any thread may use it.
 
@@ -340,13 +350,11 @@ class ServiceContext(UserContext):
         services: dict[str, ServiceHandle[Any]],
         note: Callable[[str], None] | None = None,
         supervision: Supervision | None = None,
-        claims: Claims | None = None,
         incarnation: int = 0,
     ) -> None:
         super().__init__(name, services, note)
         self.incarnation = incarnation
         self._supervision = supervision
-        self._claims = claims
         self._deferred: list[Callable[[], object]] = []
         self._lock = threading.Lock()
 
@@ -354,8 +362,8 @@ class ServiceContext(UserContext):
         """Have `callback` called at the end of the service's teardown, after `cleanup`, the last given first.
 
         It is called once, also if the constructor, `setup` or `start` raised after this, and on the thread of the
-        hooks, within the bound of `cleanup`. What it raises counts as an error of the cleanup; the others are still
-        called.
+        hooks, within the bound of `cleanup`. An exception counts as an error of the cleanup; the other callbacks are
+        still called.
         """
         with self._lock:
             self._deferred.append(callback)
@@ -374,6 +382,11 @@ class ServiceContext(UserContext):
         if self._supervision is not None:
             self._supervision.extend(self.name, self.incarnation, seconds)
 
+    def used(self, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        """Count tokens towards the limits of the job; a service that asks a model calls this with each answer."""
+        if self._supervision is not None:
+            self._supervision.used(self.name, prompt_tokens, completion_tokens)
+
     def own_path(self, path: str | os.PathLike[str]) -> None:
         """Declare a file or folder that is to be removed if the service is lost; call this before you make it."""
         self._claim(claim="path", path=os.path.abspath(os.fspath(path)))
@@ -383,7 +396,7 @@ class ServiceContext(UserContext):
         self._claim(claim="process", pid=pid)
 
     def on_lost(self, function: str, args: Sequence[Any] = ()) -> None:
-        """Declare what is to be called, in a fresh process, at least once, if the service is lost.
+        """Declare a function to call, in a fresh process, at least once, if the service is lost.
 
         Args:
             function: "module:function".
@@ -407,16 +420,16 @@ class ServiceContext(UserContext):
 
     def fresh(self, incarnation: int) -> ServiceContext:
         """Return the context of another incarnation. Hosts call this before they build an instance."""
-        return ServiceContext(self.name, self._services, self._note, self._supervision, self._claims, incarnation)
+        return ServiceContext(self.name, self._services, self._note, self._supervision, incarnation)
 
     def follow(self, other: ServiceContext) -> None:
         """Ask the job of another context from now on; the instance that has this one was kept for that job."""
         self.incarnation = 1
         self._services, self._note = other._services, other._note
-        self._supervision, self._claims = other._supervision, other._claims
+        self._supervision = other._supervision
         found, self._found = self._found, {}
         for name in sorted(found.keys() & self._services.keys()):
-            self.service(name)  # what it calls has to outlive it in this job too
+            self.service(name)  # the service that it calls has to outlive it in this job too
 
     @property
     def has_deferred(self) -> bool:
@@ -424,7 +437,7 @@ class ServiceContext(UserContext):
         return bool(self._deferred)
 
     def run_deferred(self, settle: Callable[[object], object]) -> list[BaseException]:
-        """Call what was deferred, the last first, and return what failed.
+        """Call the deferred callbacks, most recent first, and return their errors.
 
         Hosts call this at the end of "cleanup", also where the class has none or was not built; a second call finds
         nothing to do. `settle` waits for a coroutine.
@@ -440,10 +453,15 @@ class ServiceContext(UserContext):
         return errors
 
     def _claim(self, **entry: Any) -> None:
-        if self._claims is None:
-            error = UnsupportedPlanError(f'service "{self.name}" claims {entry}, but this job keeps no journal')
-            raise hint(error, "Jobs of a LocalEnvironment keep one.")
-        self._claims.claim(self.name, entry)
+        if self._supervision is None:
+            raise no_journal(self.name, entry)
+        self._supervision.claim(self.name, entry)
+
+
+def no_journal(service: str, entry: dict[str, object]) -> UnsupportedPlanError:
+    """Return the error for a claim in a job that keeps no journal."""
+    error = UnsupportedPlanError(f'service "{service}" claims {entry}, but this job keeps no journal')
+    return hint(error, "Jobs of a LocalEnvironment keep one.")
 
 
 def unknown_service(user: str, name: str, known: Iterable[str]) -> UnknownServiceError:
@@ -461,17 +479,19 @@ class ServiceUser:
 
     ctx: Any = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take whatever a subclass hands up, as programs of 2025 do by `super().__init__(config)`, and keep nothing.
+    if not TYPE_CHECKING:  # so that type checkers find arguments for a class without a constructor of its own
 
-        Raises:
-            TypeError: arguments for a class without a constructor of its own, on which they would have no effect.
-        """
-        following = super().__init__
-        if getattr(following, "__objclass__", None) is not object:
-            following(*args, **kwargs)  # The class derives from another one beside this, which is next in line.
-        elif type(self).__init__ is ServiceUser.__init__ and (args or kwargs):
-            raise TypeError(f"{type(self).__name__}() takes no arguments")
+        def __init__(self, *args, **kwargs):
+            """Take all that a subclass hands up, as programs of 2025 do by `super().__init__(config)`; keep nothing.
+
+            Raises:
+                TypeError: arguments for a class without a constructor of its own, on which they would have no effect.
+            """
+            following = super().__init__
+            if getattr(following, "__objclass__", None) is not object:
+                following(*args, **kwargs)  # The class derives from another one beside this, which is next in line.
+            elif type(self).__init__ is ServiceUser.__init__ and (args or kwargs):
+                raise TypeError(f"{type(self).__name__}() takes no arguments")
 
     @property
     def name(self) -> str:
@@ -512,10 +532,10 @@ class ServiceUser:
             **kwargs: the method's keyword arguments.
 
         Raises:
-            UnknownServiceError: there is no such service or method.
-            ServiceTimeoutError: there was no answer in time.
+            UnknownServiceError: the service or the method does not exist.
+            ServiceTimeoutError: the answer did not arrive in time.
             ServiceUnavailableError: the service has stopped or failed.
-            Exception: whatever the method raises.
+            Exception: the method's own exception.
         """
         if timeout is not None:
             given = () if first is ABSENT else (first, *args)
@@ -553,6 +573,23 @@ class BaseService(ServiceUser):
     the service took in and still has in hand; a `drain` with arguments is a method like others. The hooks of one
     service run one after another on a thread of its own.
 
+    The hooks defined here are empty and never run; they let yours call `super().cleanup()`. Any hook may
+    be a coroutine function.
+
     Attributes:
         ctx: the service's context, set before the constructor runs.
     """
+
+    ctx: ServiceContext
+
+    def setup(self) -> Any:
+        """Prepare the service; called once after the constructor."""
+
+    def start(self) -> Any:
+        """Begin to work; called once after `setup`, before the first call."""
+
+    def stop(self) -> Any:
+        """End the work; called once after the last call."""
+
+    def cleanup(self) -> Any:
+        """Release everything; called exactly once for each instance that was built."""

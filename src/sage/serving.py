@@ -1,48 +1,53 @@
-"""Pipelines that answer calls: requests enter at a source, and what arrives at the end is the answer."""
+"""Pipelines that answer calls: requests enter at a source, and the record that arrives at the end is the answer."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
+from sage._calls import refuse_on_foreign_loop
+from sage._current_job import wait_for
+from sage._forks import refusal, useless_after_fork
+from sage._types import U_co
 from sage.connector import Source
-from sage.errors import ServiceTimeoutError, ServiceUnavailableError
+from sage.errors import JobError, ServiceTimeoutError, ServiceUnavailableError, hint
 from sage.functions import StopSignal
 from sage.service import BaseService
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
 _UNANSWERED = object()
-
-
-def _wait_for(condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
-    with condition:
-        return condition.wait_for(is_over, timeout_s)
-
-
-wait_for = _wait_for
-"""How a caller waits for its answer; what runs jobs puts in its place what also works inside of one."""
 
 
 class Request:
     """One call of a served pipeline, and the place where its answer arrives.
 
     It travels beside the records that came of it and counts them: when the last one ended without an answer, the answer
-    is None. As a queue of one place it is what older programs call `_response_queue`.
+    is None. Older programs use it as a queue of one place, `_response_queue`.
 
     Attributes:
-        payload: what was asked.
+        payload: the argument of the call.
+        is_streamed: whether its answer is given piece by piece.
+        is_given_up: whether nobody wants the answer any more, so that the records of the request can end.
     """
+
+    is_streamed = False
 
     def __init__(self, payload: Any, on_done: Callable[[Request], None] | None = None) -> None:
         self.payload = payload
         self._on_done = on_done
         self._records = 1
+        self._first: Any = _UNANSWERED
         self._answer: Any = _UNANSWERED
         self._error: BaseException | None = None
         self._condition = threading.Condition()
+        self._listening: list[Callable[[], None]] = []
+        self.is_given_up = False
 
     @property
     def response_queue(self) -> Request:
@@ -58,72 +63,266 @@ class Request:
         """Count off a record that has ended."""
         with self._condition:
             self._records -= 1
-            if self._records == 0 and not self._is_done:
-                self._answer = None
+            if self._records == 0 and not self.is_done:
+                self._answer = None if self._first is _UNANSWERED else self._first
                 self._done()
+
+    def answer(self, record: Any) -> None:
+        """Give a record that arrived at the end; the request is answered once no other one can follow."""
+        with self._condition:
+            if self.is_done:
+                return
+            if self._first is _UNANSWERED:
+                self._first = record
+                if self._records == 1:
+                    self._answer = record
+                    self._done()
+                return
+            error = JobError("the pipeline gave a second answer to one request")
+            self._error = hint(error, "serve(..., stream=True) passes on all answers; otherwise return one list.")
+            self._done()
 
     def put(self, answer: Any) -> None:
         """Give the answer; only the first one counts."""
         with self._condition:
-            if not self._is_done:
+            if not self.is_done:
                 self._answer = answer
                 self._done()
 
     def fail(self, error: BaseException) -> None:
         """Give an error instead of an answer."""
         with self._condition:
-            if not self._is_done:
+            if not self.is_done:
                 self._error = error
                 self._done()
 
     def get(self, timeout: float | None = None) -> Any:
-        """Wait for the answer and return it, or raise what failed.
+        """Wait for the answer and return it, or raise the error.
 
         Raises:
-            ServiceTimeoutError: there was none within `timeout` seconds.
+            ServiceTimeoutError: it did not arrive within `timeout` seconds.
         """
-        if not wait_for(self._condition, lambda: self._is_done, timeout):
-            raise ServiceTimeoutError(f"the pipeline gave no answer within {timeout:g} s", fault="external")
+        if not wait_for(self._condition, lambda: self.is_done, timeout):
+            raise not_answered(timeout)
+        return self.result()
+
+    def result(self) -> Any:
+        """Return the answer that is there, or raise the error."""
         if self._error is not None:
             raise self._error
         return self._answer
 
+    def listen(self, tell: Callable[[], None]) -> None:
+        """Call `tell` when the request is answered, and with each piece of a streamed answer."""
+        with self._condition:
+            self._listening.append(tell)
+        tell()
+
+    def give_up(self) -> None:
+        """Say that nobody wants the answer any more; the records of the request end where they are."""
+        self.is_given_up = True
+
     def _done(self) -> None:
-        self._condition.notify_all()
+        self._changed()
         if self._on_done is not None:
             self._on_done(self)
 
+    def _changed(self) -> None:
+        self._condition.notify_all()
+        for tell in self._listening:
+            tell()
+
     @property
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
+        """Whether there is an answer or an error."""
         return self._answer is not _UNANSWERED or self._error is not None
+
+
+class StreamedRequest(Request):
+    """A call that is answered piece by piece."""
+
+    is_streamed = True
+
+    def __init__(self, payload: Any, on_done: Callable[[Request], None] | None = None) -> None:
+        super().__init__(payload, on_done)
+        self._pieces: deque[Any] = deque()
+
+    def answer(self, record: Any) -> None:
+        """Give a piece."""
+        with self._condition:
+            if not self.is_done:
+                self._pieces.append(record)
+                self._changed()
+
+    def get(self, timeout: float | None = None) -> Pieces:
+        """Return the pieces; `timeout` bounds the wait for each."""
+        return Pieces(self, timeout)
+
+    def result(self) -> Pieces:
+        """Return the pieces."""
+        return Pieces(self, None)
+
+    def next_piece(self) -> Any:
+        """Return the next piece, or `NOTHING_YET`.
+
+        Raises:
+            StopIteration: none follows.
+            BaseException: the error, after the pieces before it.
+        """
+        with self._condition:
+            if self._pieces:
+                return self._pieces.popleft()
+            if self._error is not None:
+                raise self._error
+            if self.is_done or self.is_given_up:
+                raise StopIteration
+        return NOTHING_YET
+
+    def wait_piece(self, timeout: float | None) -> None:
+        """Wait until `next_piece` has something to say.
+
+        Raises:
+            ServiceTimeoutError: it took more than `timeout` seconds.
+        """
+        if not wait_for(self._condition, lambda: bool(self._pieces) or self.is_done or self.is_given_up, timeout):
+            raise not_answered(timeout)
+
+    def give_up(self) -> None:
+        """Say that nobody wants further pieces, and let a caller who waits go."""
+        with self._condition:
+            self.is_given_up = True
+            if not self.is_done:
+                self._answer = None
+                self._done()
+
+
+NOTHING_YET: Any = object()
+"""Stands for a piece that is not there yet."""
+
+
+class Pieces:
+    """The pieces of a streamed answer, in order, as they come.
+
+    Leaving the loop, `close()` and the end of the iterator's life give the request up: its generator is closed, and its
+    records in the pipeline end. On an event loop of the program, `async for` waits without blocking it.
+    """
+
+    def __init__(self, request: StreamedRequest, timeout_s: float | None) -> None:
+        self._request = request
+        self._timeout_s = timeout_s
+
+    def __iter__(self) -> Pieces:
+        return self
+
+    def __next__(self) -> Any:
+        piece = self._request.next_piece()
+        while piece is NOTHING_YET:
+            refuse_on_foreign_loop("the next piece of a streamed answer", "Write `async for` there.")
+            self._request.wait_piece(self._timeout_s)
+            piece = self._request.next_piece()
+        return piece
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> Any:
+        import asyncio
+
+        changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        try:
+            piece = self._request.next_piece()
+            if piece is NOTHING_YET:
+                self._request.listen(lambda: _tell(loop, changed.set))
+            while piece is NOTHING_YET:
+                async with asyncio.timeout(self._timeout_s):
+                    await changed.wait()
+                changed.clear()
+                piece = self._request.next_piece()
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except TimeoutError:
+            raise not_answered(self._timeout_s) from None
+        return piece
+
+    def close(self) -> None:
+        """Give up the pieces that have not arrived yet."""
+        self._request.give_up()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def not_answered(timeout_s: float | None) -> ServiceTimeoutError:
+    """Return the error of a call whose time is over."""
+    return ServiceTimeoutError(f"the pipeline gave no answer within {timeout_s:g} s", fault="external")
+
+
+def _tell(loop: AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the program has closed its loop
+        loop.call_soon_threadsafe(callback)
+
+
+async def answered(request: Request, timeout_s: float | None) -> Any:
+    """Wait for the answer of a request on any event loop; a cancelled wait gives the request up."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    changed = asyncio.Event()
+    if isinstance(request, StreamedRequest):
+        return request.get(timeout_s)
+    request.listen(lambda: _tell(loop, changed.set))
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not request.is_done:
+                changed.clear()
+                await changed.wait()
+    except TimeoutError:
+        raise not_answered(timeout_s) from None
+    except asyncio.CancelledError:
+        request.give_up()
+        raise
+    return request.result()
 
 
 PipelineRequest = Request
 
 
 class PipelineBridge:
-    """Joins callers with the source of a served pipeline."""
+    """Joins callers with the source of a served pipeline.
 
-    def __init__(self) -> None:
+    Attributes:
+        streams: whether a call is answered piece by piece.
+    """
+
+    def __init__(self, streams: bool = False) -> None:
+        self.streams = streams
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._open: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
         self._taken: list[Request] = []
         self._listening: list[Callable[[], None]] = []
+        self._is_forked = False
+        useless_after_fork(self)
 
     def when_changed(self, wake: Callable[[], None]) -> None:
         """Call `wake` each time that a request came, and when the bridge is closed."""
         self._listening.append(wake)
 
-    def __reduce__(self) -> tuple[type[PipelineBridge], tuple[()]]:
+    def __reduce__(self) -> tuple[type[PipelineBridge], tuple[bool]]:
         # It joins the source and the service of one process, which are sent there together, so that both get the same.
-        return PipelineBridge, ()
+        return PipelineBridge, (self.streams,)
 
     @property
     def is_closed(self) -> bool:
         """Whether it takes no more requests."""
         return self._closed
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits, and it is not closed."""
+        return self._requests.empty() and not self._closed
 
     @property
     def is_over(self) -> bool:
@@ -136,8 +335,10 @@ class PipelineBridge:
         Raises:
             ServiceUnavailableError: the pipeline has ended.
         """
-        request = Request(payload, self._open.discard)
+        request = (StreamedRequest if self.streams else Request)(payload, self._open.discard)
         with self._lock:
+            if self._is_forked:
+                raise refusal("pipeline")
             if self._closed:
                 raise ServiceUnavailableError("the pipeline behind this service has ended")
             self._open.add(request)
@@ -146,7 +347,7 @@ class PipelineBridge:
         return request
 
     def next(self, timeout: float | None = 0.1) -> Request | StopSignal | None:
-        """Return the next request, None if there is none within `timeout` seconds, or a `StopSignal` at the end."""
+        """Return the next request, None after `timeout` seconds without one, or a `StopSignal` at the end."""
         is_closed = self._closed  # asked before: a request may come between a look that finds none and the end
         try:
             request = self._requests.get(timeout=timeout) if timeout != 0 else self._requests.get_nowait()
@@ -164,6 +365,10 @@ class PipelineBridge:
         if len(taken) == count:
             return list(taken)
         return [*taken, *[None] * count][:count]
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = threading.Lock()
+        self._is_forked = True
 
     def close(self) -> None:
         """Take no more requests; those on their way are still answered."""
@@ -193,18 +398,33 @@ class PipelineService(BaseService):
         self._request_timeout = request_timeout
 
     def process(self, message: Any) -> Any:
-        """Send a request through the pipeline and return the answer, or raise what failed on its way."""
+        """Send a request through the pipeline and return the answer, or raise the error that it met."""
         if isinstance(message, dict) and message.get("command") == "shutdown":
             self._bridge.close()
             return {"status": "shutdown_ack"}
+        refuse_on_foreign_loop("a served pipeline", "Write `await aio(handle).process(...)` there.")
         return self._bridge.submit(message).get(self._request_timeout)
+
+    def begin(self, message: Any) -> tuple[Request, float | None]:
+        """Send a request without waiting for the answer, and return it with the bound of the waiting."""
+        return self._bridge.submit(message), self._request_timeout
 
     def stop(self) -> None:
         """Take no more requests."""
         self._bridge.close()
 
 
-class RequestSource(Source):
+class ServedPipeline(Protocol[U_co]):
+    """The methods of a served pipeline's handle. The answer is None if the pipeline drops the request."""
+
+    def process(self, request: Any, /) -> U_co | Any:
+        """Send a request through the pipeline and return the answer, or raise the error that it met."""
+
+    def __call__(self, request: Any, /) -> U_co | Any:
+        """Call `process`."""
+
+
+class RequestSource(Source[Any]):
     """Reads the requests of a bridge as records, and ends when the bridge is closed; the bridge says when some came."""
 
     bounded = False
@@ -212,10 +432,15 @@ class RequestSource(Source):
     def __init__(self, bridge: PipelineBridge) -> None:
         self._bridge = bridge
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a read would find neither a request nor the end."""
+        return self._bridge.is_idle
+
     def read(self, records_max: int) -> list[Any] | None:
         """Return the payloads of the requests that wait."""
         payloads: list[Any] = []
-        while len(payloads) < records_max:
+        while len(payloads) < records_max and not self.is_idle:
             request = self._bridge.next(timeout=0)
             if not isinstance(request, Request):
                 return None if request is not None and not payloads else payloads
@@ -223,7 +448,7 @@ class RequestSource(Source):
         return payloads
 
 
-def bridge_among(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineBridge | None:
+def bridge_among(source: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> PipelineBridge | None:
     """Return the bridge that a source is built with, or that an instance holds, or None."""
     held = vars(source).values() if hasattr(source, "__dict__") and not isinstance(source, type) else ()
     candidates = (*args, *kwargs.values(), *held)

@@ -1,26 +1,66 @@
-"""Streams: what a pipeline is written with. Each method adds one node to the graph; nothing runs."""
+"""Streams: you write a pipeline with them. Each method adds one node to the graph; nothing runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, Unpack, overload
 
 from sage._arguments import check_count, check_seconds
+from sage._compositions import Limit, Sample, passing_on
+from sage._handover import Handover
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
 from sage._plan.signature import async_spec, comap_spec, function_spec, place_of
-from sage.errors import GraphError, hint
+from sage._types import Inputs, K_co, T_co
+from sage.errors import GraphError, JobError, hint, short
 from sage.failure import FAIL, POLICIES, ErrorPolicy, Retry
+from sage.service import ServiceHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Self
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from typing import ParamSpec, Self, TypeAlias
+
+    from sage import functions
+    from sage._types import A, Awaited, B, CoMaps, K, Processes, Row, T, U, V
+
+    P = ParamSpec("P")
+    Results: TypeAlias = Iterable[U] | None
+    OrErrors: TypeAlias = Iterable[U | BaseException]
+    MapClass: TypeAlias = type[functions.MapFunction[T, U]]
+    AsyncClass: TypeAlias = type[Awaited[T, U]]
+    BatchClass: TypeAlias = type[functions.MapFunction[list[T], OrErrors[U]]]
+    FilterClass: TypeAlias = type[functions.FilterFunction[T]]
+    FlatMapClass: TypeAlias = type[functions.FlatMapFunction[T, U]]
+    ProcessClass: TypeAlias = type[functions.ProcessFunction[T, U]]
+    SinkClass: TypeAlias = type[functions.SinkFunction[T]]
+    KeyByClass: TypeAlias = type[functions.KeyByFunction[T, K]]
+    KeyFinder: TypeAlias = Callable[[Any], Any] | functions.KeyByFunction | type[functions.KeyByFunction]
+    OneRecord: TypeAlias = Callable[[T], U] | Processes[T, U]
+    ManyRecords: TypeAlias = Callable[[T], Results[U] | Awaitable[Results[U]]] | Processes[T, Results[U]]
+    OnError: TypeAlias = "Literal['fail', 'skip'] | Retry | DataStream[Any] | None"
 
 Strategy = Literal["hash", "broadcast", "round_robin"]
+
+At = Literal["cluster", "driver"]
 
 STRATEGIES = {"hash": Route.HASH, "broadcast": Route.BROADCAST, "round_robin": Route.ROUND_ROBIN}
 
 
-def error_policy(builder: GraphBuilder, on_error: Any) -> ErrorPolicy:
-    """Return what the user gave as `on_error` as the graph holds it.
+class SourceOptions(TypedDict, total=False):
+    """The keywords that sources and operators take; see `DataStream`."""
+
+    parallelism: int | None
+    name: str | None
+    on_error: OnError
+
+
+class OperatorOptions(SourceOptions, total=False):
+    """The keywords that every operator takes; see `DataStream`."""
+
+    capacity: int | None
+
+
+def error_policy(builder: GraphBuilder, on_error: object) -> ErrorPolicy:
+    """Return the user's `on_error` as the graph holds it.
 
     Raises:
         GraphError: it is not "fail", "skip", a `Retry` or a stream of dead letters.
@@ -40,7 +80,7 @@ def error_policy(builder: GraphBuilder, on_error: Any) -> ErrorPolicy:
     raise hint(error, 'It is "fail", "skip", Retry(...) or a stream of env.dead_letters(name).')
 
 
-class DataStream:
+class DataStream(Generic[T_co]):
     """A stream of records. A stream used twice sends every record to both branches.
 
     Every method takes a function class with its constructor's arguments after it, an instance, or a callable (also a
@@ -48,8 +88,11 @@ class DataStream:
 
         parallelism: how many tasks run the operator (default 1).
         name: the operator's name in reports, logs and errors.
-        on_error: what follows when the function raises on a record: "fail" (the job; default), "skip" (the record),
+        on_error: the policy if the function raises on a record: "fail" (the job; default), "skip" (the record),
             a `Retry`, or a stream of `Environment.dead_letters`.
+        capacity: how many records may wait before the operator, in a queue of its own. By default, neighbours of equal
+            parallelism hand records over without a queue, and a queue holds at most as many as the operator works
+            through in about a second. A function class that takes a `capacity` gets it instead of the operator.
     """
 
     def __init__(self, builder: GraphBuilder, id_: int) -> None:
@@ -60,35 +103,49 @@ class DataStream:
         self,
         kind: Kind,
         spec: FunctionSpec | None,
+        options: SourceOptions,
         *,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
         route: Route | None = None,
         inputs: tuple[int, ...] | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> int:
+        parallelism = options.get("parallelism")
         return self._builder.add(
             kind,
-            name=name,
+            name=options.get("name"),
             inputs=inputs or (self._id,),
             function=spec,
             parallelism=1 if parallelism is None else parallelism,
-            on_error=error_policy(self._builder, on_error),
+            on_error=error_policy(self._builder, options.get("on_error")),
             route=route,
-            settings=settings,
+            settings=settings if spec is None or spec.capacity is None else {**settings, "capacity": spec.capacity},
         )
 
+    def _apply(self, kind: Kind, function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Return the stream after an operator that does not have settings."""
+        common, kwargs = options_and_arguments(options)
+        return self._stream(self._then(kind, function_spec(kind, function, args, kwargs), common))
+
+    @overload
+    def map(self, function: MapClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any) -> DataStream[U]: ...
+    @overload
+    def map(self, function: MapClass[T_co, U], *args: Any, name: str | None, **kwargs: Any) -> DataStream[U]: ...
+    @overload
+    def map(self, function: MapClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any) -> DataStream[U]: ...
+    @overload
+    def map(self, function: MapClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any) -> DataStream[U]: ...
+    @overload
     def map(
-        self,
-        function: Any,
-        *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
-        """Replace each record by what `function` returns for it.
+        self, function: Callable[P, functions.MapFunction[T_co, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> DataStream[U]: ...
+    @overload
+    def map(self, function: Callable[[T_co], Awaitable[U]], **options: Unpack[OperatorOptions]) -> DataStream[U]: ...
+    @overload
+    def map(
+        self, function: OneRecord[T_co, U] | functions.MapFunction[T_co, U], **options: Unpack[OperatorOptions]
+    ) -> DataStream[U]: ...
+    def map(self, function: Any, *args: Any, **options: Any) -> Any:
+        """Replace each record with the return value of `function`.
 
         A plain callable's None is data; a `MapFunction` that returns None drops the record. The key is kept.
 
@@ -96,27 +153,69 @@ class DataStream:
         >>> run([1, 2, 3], lambda stream: stream.map(lambda x: x * 10))
         [10, 20, 30]
         """
-        spec = function_spec(Kind.MAP, function, args, kwargs)
-        return self._stream(self._then(Kind.MAP, spec, parallelism=parallelism, name=name, on_error=on_error))
+        return self._apply(Kind.MAP, function, args, options)
 
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, concurrency: int, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(self, function: AsyncClass[T_co, U], *args: Any, ordered: bool, **kwargs: Any) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, timeout_s: float | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: Any, retry: Retry | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: Callable[P, Awaited[T_co, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> DataStream[U]: ...
+    @overload
     def map_async(
         self,
-        function: Any,
-        *args: Any,
+        function: Callable[[T_co], Awaitable[U]] | Awaited[T_co, U] | Processes[T_co, Awaitable[U]],
+        *,
         concurrency: int = 16,
         ordered: bool = True,
         timeout_s: float | None = None,
         retry: Retry | None = None,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
-        """Replace each record by what the coroutine function `function` returns for it, many records at a time.
+        **options: Unpack[OperatorOptions],
+    ) -> DataStream[U]: ...
+    def map_async(
+        self,
+        function: Any,
+        *args: Any,
+        concurrency: Any = 16,
+        ordered: Any = True,
+        timeout_s: Any = None,
+        retry: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Replace each record with the result of the coroutine function `function`, many records at a time.
 
-        The coroutines run on the event loop of the job. What they await runs meanwhile; what blocks, blocks all of
-        them. A result goes on as soon as it is there, or with `ordered` when those of all records before it are. When
-        a job is cancelled or fails, the coroutines that run are cancelled and awaited before `close()` of the function.
+        The coroutines run on the event loop of the job. While one awaits, the others run; a coroutine that blocks,
+        blocks all of them. A result goes on as soon as it is ready, or with `ordered` when the results of all earlier
+        records are. When a job is cancelled or fails, the coroutines that run are cancelled and awaited before
+        `close()` of the function.
 
         Args:
             function: a coroutine function, a class or instance with `async def execute`, or a method of a service. A
@@ -127,14 +226,11 @@ class DataStream:
                 next attempt. No more results wait to go on, so that a slow record holds up at most as many.
             ordered: whether results keep the order of their records.
             timeout_s: how long each attempt may take, in seconds; it fails with `TimeoutError` then.
-            retry: how often a record is tried, with which pauses; `on_error` says what follows the last attempt.
-            parallelism: see the class.
-            name: see the class.
-            on_error: see the class.
-            **kwargs: keyword arguments of a function class.
+            retry: how often a record is tried, with which pauses; `on_error` applies after the last attempt.
+            **options: see the class, and keyword arguments of a function class.
 
         Raises:
-            GraphError: `function` is no coroutine function, or a number cannot work.
+            GraphError: `function` is not a coroutine function, or a number cannot work.
 
         >>> from sage.testing import run
         >>> async def double(x): return x * 2
@@ -144,32 +240,75 @@ class DataStream:
         check_count("map_async: concurrency is", concurrency)
         if timeout_s is not None:
             check_seconds("map_async: timeout_s is", timeout_s, may_be_zero=False)
-        spec = async_spec(function, args, kwargs)
+        common, kwargs = options_and_arguments(options)
+        common["on_error"] = _with_retry("map_async", retry, common.get("on_error"))
         id_ = self._then(
             Kind.MAP_ASYNC,
-            spec,
-            parallelism=parallelism,
-            name=name,
-            on_error=_with_retry("map_async", retry, on_error),
+            async_spec(function, args, kwargs),
+            common,
             concurrency=concurrency,
             ordered=ordered,
             timeout_s=timeout_s,
         )
         return self._stream(id_)
 
+    @overload
+    def map_batches(
+        self,
+        function: OneRecord[Any, Any] | functions.MapFunction | type[functions.MapFunction],
+        *args: Any,
+        batch_format: Literal["numpy"],
+        **kwargs: Any,
+    ) -> DataStream[Any]: ...
+    @overload
+    def map_batches(
+        self, function: BatchClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self, function: BatchClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self, function: BatchClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self, function: BatchClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self, function: BatchClass[T_co, U], *args: Any, max_records: int, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self, function: BatchClass[T_co, U], *args: Any, max_wait_s: float, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self, function: Callable[P, functions.MapFunction[list[T_co], OrErrors[U]]], *args: P.args, **kwargs: P.kwargs
+    ) -> DataStream[U]: ...
+    @overload
+    def map_batches(
+        self,
+        function: OneRecord[list[T_co], OrErrors[U] | Awaitable[OrErrors[U]]]
+        | functions.MapFunction[list[T_co], OrErrors[U]],
+        *,
+        max_records: int = 64,
+        max_wait_s: float = 0.0,
+        batch_format: Literal["list"] = "list",
+        **options: Unpack[OperatorOptions],
+    ) -> DataStream[U]: ...
     def map_batches(
         self,
         function: Any,
         *args: Any,
-        max_records: int = 64,
-        max_wait_s: float = 0.0,
-        batch_format: Literal["list", "numpy"] = "list",
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
-        """Replace records by what `function` returns for a batch of them: one result for each, in their order.
+        max_records: Any = 64,
+        max_wait_s: Any = 0.0,
+        batch_format: Any = "list",
+        **options: Any,
+    ) -> Any:
+        """Call `function` with batches of records; it returns one result for each record, in order.
 
         Keys are kept. When the function raises, or returns another number of results, the batch as a whole has failed:
         `on_error` concerns every record of it. `Retry` calls the function again with the same batch, "skip" drops all
@@ -181,13 +320,10 @@ class DataStream:
             function: takes a list or an array of 1 to `max_records` records, and returns a list, a tuple or an array.
             *args: arguments of a function class.
             max_records: how many records a batch has at most.
-            max_wait_s: how long a record may wait for the batch to fill, in seconds; 0 takes what is there. The end of
-                the stream ends the waiting.
+            max_wait_s: how long a record may wait for the batch to fill, in seconds; with 0, a batch takes the records
+                that have arrived. The end of the stream ends the waiting.
             batch_format: "list", or "numpy" for `numpy.asarray` of the records; numpy has to be installed then.
-            parallelism: see the class.
-            name: see the class.
-            on_error: see the class.
-            **kwargs: keyword arguments of a function class.
+            **options: see the class, and keyword arguments of a function class.
 
         Raises:
             GraphError: the function cannot be called with one argument, or an option cannot work.
@@ -200,47 +336,68 @@ class DataStream:
         check_seconds("map_batches: max_wait_s is", max_wait_s)
         if batch_format not in ("list", "numpy"):
             raise hint(GraphError(f"map_batches: batch_format is {batch_format!r}"), 'It is "list" or "numpy".')
-        spec = function_spec(Kind.MAP_BATCHES, function, args, kwargs)
+        common, kwargs = options_and_arguments(options)
         id_ = self._then(
             Kind.MAP_BATCHES,
-            spec,
-            parallelism=parallelism,
-            name=name,
-            on_error=on_error,
+            function_spec(Kind.MAP_BATCHES, function, args, kwargs),
+            common,
             max_records=max_records,
             max_wait_s=max_wait_s,
             batch_format=batch_format,
         )
         return self._stream(id_)
 
+    @overload
+    def filter(self, function: FilterClass[T_co], *args: Any, parallelism: int | None, **kwargs: Any) -> Self: ...
+    @overload
+    def filter(self, function: FilterClass[T_co], *args: Any, name: str | None, **kwargs: Any) -> Self: ...
+    @overload
+    def filter(self, function: FilterClass[T_co], *args: Any, on_error: OnError, **kwargs: Any) -> Self: ...
+    @overload
+    def filter(self, function: FilterClass[T_co], *args: Any, capacity: int | None, **kwargs: Any) -> Self: ...
+    @overload
     def filter(
-        self,
-        function: Any,
-        *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
+        self, function: Callable[P, functions.FilterFunction[T_co]], *args: P.args, **kwargs: P.kwargs
+    ) -> Self: ...
+    @overload
+    def filter(
+        self, function: OneRecord[T_co, object] | functions.FilterFunction[T_co], **options: Unpack[OperatorOptions]
+    ) -> Self: ...
+    def filter(self, function: Any, *args: Any, **options: Any) -> Any:
         """Keep the records for which `function` returns something true.
 
         >>> from sage.testing import run
         >>> run([1, 2, 3], lambda stream: stream.filter(lambda x: x > 1))
         [2, 3]
         """
-        spec = function_spec(Kind.FILTER, function, args, kwargs)
-        return self._stream(self._then(Kind.FILTER, spec, parallelism=parallelism, name=name, on_error=on_error))
+        return self._apply(Kind.FILTER, function, args, options)
 
+    @overload
     def flatmap(
-        self,
-        function: Any,
-        *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
-        """Replace each record by what was given to `self.collect`, then what `function` returns or yields, in order.
+        self, function: FlatMapClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def flatmap(
+        self, function: FlatMapClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def flatmap(
+        self, function: FlatMapClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def flatmap(
+        self, function: FlatMapClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def flatmap(
+        self, function: Callable[P, functions.FlatMapFunction[T_co, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> DataStream[U]: ...
+    @overload
+    def flatmap(
+        self, function: ManyRecords[T_co, U] | functions.FlatMapFunction[T_co, U], **options: Unpack[OperatorOptions]
+    ) -> DataStream[U]: ...
+    def flatmap(self, function: Any, *args: Any, **options: Any) -> Any:
+        """Replace each record with those passed to `self.collect`, then those that `function` returns or yields.
 
         A generator is read as far as there is room downstream, so it may be long or endless.
 
@@ -248,52 +405,77 @@ class DataStream:
         >>> run(["a b", "c"], lambda stream: stream.flatmap(str.split))
         ['a', 'b', 'c']
         """
-        spec = function_spec(Kind.FLATMAP, function, args, kwargs)
-        return self._stream(self._then(Kind.FLATMAP, spec, parallelism=parallelism, name=name, on_error=on_error))
+        return self._apply(Kind.FLATMAP, function, args, options)
 
     flat_map = flatmap
 
+    @overload
     def process(
-        self,
-        function: Any,
-        *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
+        self, function: ProcessClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def process(
+        self, function: ProcessClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def process(
+        self, function: ProcessClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def process(
+        self, function: ProcessClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+    ) -> DataStream[U]: ...
+    @overload
+    def process(
+        self, function: Callable[P, functions.ProcessFunction[T_co, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> DataStream[U]: ...
+    @overload
+    def process(
+        self, function: ManyRecords[T_co, U] | functions.ProcessFunction[T_co, U], **options: Unpack[OperatorOptions]
+    ) -> DataStream[U]: ...
+    def process(self, function: Any, *args: Any, **options: Any) -> Any:
         """Run a `ProcessFunction`: a flat map that may also emit when its input has ended, by `finish()`.
 
         >>> from sage.testing import run
         >>> run([1, 2], lambda stream: stream.process(lambda x: [x, -x]))
         [1, -1, 2, -2]
         """
-        spec = function_spec(Kind.PROCESS, function, args, kwargs)
-        return self._stream(self._then(Kind.PROCESS, spec, parallelism=parallelism, name=name, on_error=on_error))
+        return self._apply(Kind.PROCESS, function, args, options)
 
+    @overload
+    def sink(self, function: SinkClass[T_co], *args: Any, parallelism: int | None, **kwargs: Any) -> Self: ...
+    @overload
+    def sink(self, function: SinkClass[T_co], *args: Any, name: str | None, **kwargs: Any) -> Self: ...
+    @overload
+    def sink(self, function: SinkClass[T_co], *args: Any, on_error: OnError, **kwargs: Any) -> Self: ...
+    @overload
+    def sink(self, function: SinkClass[T_co], *args: Any, capacity: int | None, **kwargs: Any) -> Self: ...
+    @overload
+    def sink(self, function: SinkClass[T_co], *args: Any, at: At | None, **kwargs: Any) -> Self: ...
+    @overload
+    def sink(self, function: Callable[P, functions.SinkFunction[T_co]], *args: P.args, **kwargs: P.kwargs) -> Self: ...
+    @overload
     def sink(
         self,
-        function: Any,
-        *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        at: Literal["cluster", "driver"] | None = None,
-        **kwargs: Any,
-    ) -> DataStream:
+        function: OneRecord[T_co, object] | functions.SinkFunction[T_co],
+        *,
+        at: At | None = None,
+        **options: Unpack[OperatorOptions],
+    ) -> Self: ...
+    def sink(self, function: Any, *args: Any, at: Any = None, **options: Any) -> Any:
         """Hand each record to `function` and return this stream, so that chaining goes on from before the sink.
 
-        `close()` of a `SinkFunction` is called once after the last record, whatever ends the job. On a cluster, a
-        method of a list, a set, a dict, a deque or a queue, such as `results.append`, is called in the driver, where
-        the program can see what comes of it; so is any other function with `at="driver"`.
+        `close()` of a `SinkFunction` is called once after the last record, however the job ends. On a cluster, a method
+        of a list, a set, a dict, a deque or a queue, such as `results.append`, is called in the driver, where the
+        program can see the result; so is any other function with `at="driver"`.
 
         >>> from sage.testing import run
         >>> seen = []
         >>> run([1, 2], lambda stream: stream.sink(seen.append)) == seen
         True
         """
-        spec = function_spec(Kind.SINK, function, args, kwargs)
-        id_ = self._then(Kind.SINK, spec, parallelism=parallelism, name=name, on_error=on_error)
+        common, kwargs = options_and_arguments(options)
+        id_ = self._then(Kind.SINK, function_spec(Kind.SINK, function, args, kwargs), common)
         if at is not None:
             self._builder.set(id_, place=place_of(at))
         return self
@@ -302,13 +484,131 @@ class DataStream:
         """Print every record and return this stream.
 
         Args:
-            prefix: what stands before each record.
-            separator: what stands between prefix and record.
+            prefix: the text before each record.
+            separator: the text between prefix and record.
             colored: whether the prefix is dimmed on a terminal.
         """
-        id_ = self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), name=None)
+        id_ = self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), {})
         self._builder.set(id_, place=place_of("driver"))
         return self
+
+    def collect(self) -> list[T_co]:
+        """Run the environment's pipeline, and return the records that arrive here as a list.
+
+        Everything that is registered and every other branch runs with it, and all is cleaned up at the end.
+
+        Raises:
+            GraphError: the program is wrong, or the environment runs a job already.
+            JobError: the job failed; several errors come as one `JobErrorGroup`.
+
+        >>> from sage import LocalEnvironment
+        >>> LocalEnvironment().from_batch([1, 2, 3]).map(lambda x: x * 2).collect()
+        [2, 4, 6]
+        """
+        arrived: list[T_co] = []
+        with self._sink_for_now(arrived.append) as environment:
+            environment.submit(autostop=True)
+        return arrived
+
+    def iterate(self) -> Generator[T_co]:
+        """Run the environment's pipeline, and yield the records that arrive here while it runs.
+
+        The job begins with the first record that is asked for. It ends, and everything is cleaned up, when the loop is
+        left, also by `break` or an exception; records in flight are dropped then. A slow loop slows the pipeline down.
+
+        Raises:
+            GraphError: the program is wrong, or the environment runs a job already.
+            JobError: the job failed; raised after the records that arrived before.
+
+        >>> from sage import LocalEnvironment
+        >>> next(LocalEnvironment().from_source(lambda: 7).iterate())
+        7
+        """
+        handover: Handover[T_co] = Handover()
+        with self._sink_for_now(handover.put) as environment:
+            environment._when_over = handover.end
+            try:
+                job = environment.submit()
+            finally:
+                environment._when_over = None
+            if not job.is_running:
+                handover.end()
+            elif job._runs_while_waited_for:
+                handover.records_max = None
+                job._run_to_end()
+            try:
+                yield from handover
+            except BaseException as error:
+                handover.leave()
+                with suppress(JobError) if isinstance(error, GeneratorExit) else nullcontext():
+                    job.cancel()  # nobody hears of an error when a loop is left; it is in the log and in the report
+                raise
+            job.wait()
+
+    @contextmanager
+    def _sink_for_now(self, take: Callable[[Any], object]) -> Iterator[Any]:
+        """Add a sink in the driver for one job, and yield the environment."""
+        id_ = self._then(Kind.SINK, function_spec(Kind.SINK, take, (), {}), {})
+        self._builder.set(id_, place=place_of("driver"))
+        try:
+            yield self._builder.environment
+        finally:
+            self._builder.remove(id_)
+
+    def branch(self, **predicates: Callable[[T_co], object]) -> dict[str, Self]:
+        """Return a stream for each predicate, by its name, of the records for which it returns something true.
+
+        A record goes to every stream whose predicate is true of it, and to none if all are false.
+
+        >>> from sage.testing import run
+        >>> run([1, 2, 3], lambda stream: stream.branch(odd=lambda x: x % 2, even=lambda x: x % 2 == 0)["odd"])
+        [1, 3]
+        """
+        return {name: self.filter(predicate, name=name) for name, predicate in predicates.items()}
+
+    def tap(self, function: Callable[[T_co], object], **options: Unpack[OperatorOptions]) -> Self:
+        """Call `function` with each record, and pass the record on unchanged; the return value is ignored.
+
+        >>> from sage.testing import run
+        >>> seen = []
+        >>> run([1, 2], lambda stream: stream.tap(seen.append).map(lambda x: x * 2)), seen
+        ([2, 4], [1, 2])
+        """
+        if hasattr(function, "execute") and not isinstance(function, ServiceHandle):
+            error = GraphError(f"tap: {short(function)} is a function class or an instance of one")
+            raise hint(error, "Give a plain function. sink(...) takes function classes, and returns the stream too.")
+        function_spec(Kind.MAP, function, (), {})  # whose errors name the function, and not that around it
+        tapped: Self = self._apply(Kind.MAP, passing_on(function), (), dict(options))
+        return tapped
+
+    def limit(self, count: int, *, name: str | None = None) -> Self:
+        """Let the first `count` records pass, and drop the others.
+
+        The sources are read to their end nevertheless. To end the job of an endless one, leave a loop over `iterate()`.
+
+        >>> from sage.testing import run
+        >>> run(range(10), lambda stream: stream.limit(2))
+        [0, 1]
+        """
+        check_count("limit: count is", count, least=0)
+        return self.filter(Limit, count, name=name)
+
+    def sample(self, fraction: float, *, seed: int | None = None, name: str | None = None) -> Self:
+        """Let a random part of the records pass, and drop the others.
+
+        Args:
+            fraction: the fraction of records to keep on average, from 0 to 1.
+            seed: the seed of the draw; with the same seed and order, a task draws the same records.
+            name: see the class.
+
+        >>> from sage.testing import run
+        >>> 300 < len(run(range(1000), lambda stream: stream.sample(0.5, seed=1))) < 700
+        True
+        """
+        given: object = fraction
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+            raise hint(GraphError(f"sample: fraction is {short(fraction)}"), "Give a number from 0 to 1.")
+        return self.filter(Sample, fraction, seed, name=name)
 
     def place(
         self,
@@ -332,16 +632,38 @@ class DataStream:
         self._builder.set(self._id, place=place_of(at, num_cpus, num_gpus, resources))
         return self
 
+    @overload
+    def keyby(
+        self, function: KeyByClass[T_co, K], *args: Any, parallelism: int | None, **kwargs: Any
+    ) -> KeyedStream[K, T_co]: ...
+    @overload
+    def keyby(
+        self, function: KeyByClass[T_co, K], *args: Any, name: str | None, **kwargs: Any
+    ) -> KeyedStream[K, T_co]: ...
+    @overload
+    def keyby(
+        self, function: KeyByClass[T_co, K], *args: Any, on_error: OnError, **kwargs: Any
+    ) -> KeyedStream[K, T_co]: ...
+    @overload
+    def keyby(
+        self, function: KeyByClass[T_co, K], *args: Any, capacity: int | None, **kwargs: Any
+    ) -> KeyedStream[K, T_co]: ...
+    @overload
+    def keyby(
+        self, function: KeyByClass[T_co, K], *args: Any, strategy: Strategy, **kwargs: Any
+    ) -> KeyedStream[K, T_co]: ...
+    @overload
+    def keyby(
+        self, function: Callable[P, functions.KeyByFunction[T_co, K]], *args: P.args, **kwargs: P.kwargs
+    ) -> KeyedStream[K, T_co]: ...
+    @overload
     def keyby(
         self,
-        function: Any,
-        *args: Any,
+        function: OneRecord[T_co, K] | functions.KeyByFunction[T_co, K],
         strategy: Strategy = "hash",
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> KeyedStream:
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[K, T_co]: ...
+    def keyby(self, function: Any, *args: Any, strategy: Any = "hash", **options: Any) -> Any:
         """Give each record the key that `function` finds in it.
 
         Args:
@@ -349,10 +671,7 @@ class DataStream:
                 and None are keys like others. Keys that are equal in Python, such as 1 and 1.0, are one key.
             *args: arguments of a function class; a strategy may stand first, as in older programs.
             strategy: "hash" by key, "broadcast" to every task, "round_robin".
-            parallelism: see the class.
-            name: see the class.
-            on_error: see the class.
-            **kwargs: keyword arguments of a function class.
+            **options: see the class, and keyword arguments of a function class.
 
         >>> from sage.testing import run
         >>> run([1, 2, 3], lambda stream: stream.keyby(lambda x: x % 2).reduce(lambda a, b: a + b))
@@ -363,32 +682,43 @@ class DataStream:
         if strategy not in STRATEGIES:
             error = GraphError(f"keyby: strategy is {strategy!r}")
             raise hint(error, f"It is one of {', '.join(STRATEGIES)}.")
+        common, kwargs = options_and_arguments(options)
         spec = function_spec(Kind.KEYBY, function, args, kwargs)
-        route = STRATEGIES[strategy]
-        id_ = self._then(Kind.KEYBY, spec, parallelism=parallelism, name=name, on_error=on_error, route=route)
-        return KeyedStream(self._builder, id_)
+        return KeyedStream(self._builder, self._then(Kind.KEYBY, spec, common, route=STRATEGIES[strategy]))
 
     key_by = keyby
 
+    @overload
     def reduce(
         self,
-        function: Callable[[Any, Any], Any],
+        function: Callable[[T_co, T_co], T_co | Awaitable[T_co]],
         *,
         emit: Literal["each", "last"] = "each",
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-    ) -> KeyedStream:
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, T_co]: ...
+    @overload  # `(word, 1)` is a pair of a string and the literal 1 to some type checkers, and a sum is not
+    def reduce(
+        self: DataStream[tuple[Any, ...]],
+        function: Callable[[T_co, T_co], Row],
+        *,
+        emit: Literal["each", "last"] = "each",
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, Row]: ...
+    def reduce(
+        self,
+        function: Any,
+        *,
+        emit: Literal["each", "last"] = "each",
+        **options: Any,
+    ) -> Any:
         """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
 
         The stream has to be keyed.
 
         Args:
-            function: takes what was combined so far and the next record.
+            function: takes the combined value so far and the next record.
             emit: "each" emits the combined value after every record, "last" once for each key at the end.
-            parallelism: see the class.
-            name: see the class.
-            on_error: see the class.
+            **options: see the class.
 
         Raises:
             GraphError: the stream has no keys, or `emit` is neither.
@@ -400,42 +730,44 @@ class DataStream:
         if emit not in ("each", "last"):
             raise hint(GraphError(f"reduce: emit is {emit!r}"), 'It is "each" or "last".')
         _check_keyed(self._builder, "reduce: the stream", self)
-        spec = function_spec(Kind.REDUCE, function, (), {})
-        id_ = self._then(
-            Kind.REDUCE, spec, parallelism=parallelism, name=name, on_error=on_error, emit_each=emit == "each"
-        )
-        return KeyedStream(self._builder, id_)
+        common, unknown = options_and_arguments(options)
+        spec = function_spec(Kind.REDUCE, function, (), unknown)
+        return KeyedStream(self._builder, self._then(Kind.REDUCE, spec, common, emit_each=emit == "each"))
 
-    def broadcast(self) -> DataStream:
+    def broadcast(self) -> Self:
         """Send every record to all parallel tasks of the next operator."""
-        return self._stream(self._then(Kind.UNION, None, name=None, route=Route.BROADCAST))
+        return self._stream(self._then(Kind.UNION, None, {}, route=Route.BROADCAST))
 
-    def rebalance(self) -> DataStream:
-        """Spread the records evenly over the parallel tasks of the next operator, whatever their keys."""
-        return self._stream(self._then(Kind.UNION, None, name=None, route=Route.ROUND_ROBIN))
+    def rebalance(self) -> Self:
+        """Spread the records evenly over the parallel tasks of the next operator, regardless of their keys."""
+        return self._stream(self._then(Kind.UNION, None, {}, route=Route.ROUND_ROBIN))
 
-    def union(self, *others: DataStream) -> DataStream:
+    def union(self, *others: DataStream[U]) -> DataStream[T_co | U]:
         """Return one stream of the records of this one and of the others; each keeps its own order."""
         for other in others:
             _check_stream(self._builder, "union", other)
         keyed = all(isinstance(stream, KeyedStream) for stream in (self, *others))
-        id_ = self._then(Kind.UNION, None, inputs=(self._id, *(other._id for other in others)))
+        id_ = self._then(Kind.UNION, None, {}, inputs=(self._id, *(other._id for other in others)))
         return (KeyedStream if keyed else DataStream)(self._builder, id_)
 
-    def connect(self, other: DataStream | ConnectedStreams) -> ConnectedStreams:
+    @overload
+    def connect(self, other: DataStream[U]) -> ConnectedStreams[T_co, U]: ...
+    @overload
+    def connect(self, other: ConnectedStreams[*Inputs]) -> ConnectedStreams[T_co, *Inputs]: ...
+    def connect(self, other: Any) -> Any:
         """Return this stream and another as the inputs of one operator."""
         return ConnectedStreams(self._builder, (self,)).connect(other)
 
-    def fill_future(self, future: DataStream) -> None:
+    def fill_future(self, future: DataStream[Any]) -> None:
         """Lead this stream back into `future`, a stream of `Environment.from_future`.
 
         Raises:
-            GraphError: it is no future, or was filled before.
+            GraphError: it is not a future, or was filled before.
         """
         _check_stream(self._builder, "fill_future", future)
         self._builder.fill(self._id, future._id)
 
-    def name(self, name: str) -> DataStream:
+    def name(self, name: str) -> Self:
         """Give the operator behind this stream a name and return the stream.
 
         Raises:
@@ -444,51 +776,74 @@ class DataStream:
         self._builder.rename(self._id, name)
         return self
 
-    def _stream(self, id_: int) -> DataStream:
+    def _stream(self, id_: int) -> Self:
         """Return the stream of a new node; it is keyed where this one is."""
         return type(self)(self._builder, id_)
 
 
-class KeyedStream(DataStream):
+class KeyedStream(DataStream[T_co], Generic[K_co, T_co]):
     """A stream whose records have keys; `self.ctx.get_key()` in a function class tells that of the record in hand."""
 
 
-class ConnectedStreams:
+class ConnectedStreams(Generic[*Inputs]):
     """Two or more streams as the inputs of one operator, which ends when all of them have ended."""
 
-    def __init__(self, builder: GraphBuilder, streams: tuple[DataStream, ...]) -> None:
+    def __init__(self, builder: GraphBuilder, streams: tuple[DataStream[Any], ...]) -> None:
         self._builder = builder
         self._streams = streams
 
-    def connect(self, other: DataStream | ConnectedStreams) -> ConnectedStreams:
+    @overload
+    def connect(self, other: DataStream[U]) -> ConnectedStreams[*Inputs, U]: ...
+    @overload
+    def connect(self, other: ConnectedStreams[*tuple[Any, ...]]) -> ConnectedStreams: ...
+    def connect(self, other: Any) -> Any:
         """Return these streams and another."""
-        more = other._streams if isinstance(other, ConnectedStreams) else (other,)
+        more: tuple[DataStream[object], ...] = other._streams if isinstance(other, ConnectedStreams) else (other,)
         for stream in more:
             _check_stream(self._builder, "connect", stream)
         return ConnectedStreams(self._builder, (*self._streams, *more))
 
+    @overload
     def comap(
-        self,
-        function: Any,
-        *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
+        self: ConnectedStreams[A, B], function: type[CoMaps[A, B, U, V]], *args: Any, **options: Any
+    ) -> DataStream[U | V]: ...
+    @overload
+    def comap(
+        self: ConnectedStreams[A, B], function: CoMaps[A, B, U, V], **options: Unpack[OperatorOptions]
+    ) -> DataStream[U | V]: ...
+    @overload
+    def comap(
+        self: ConnectedStreams[A, B],
+        first: Callable[[A], U],
+        second: Callable[[B], V],
+        /,
+        **options: Unpack[OperatorOptions],
+    ) -> DataStream[U | V]: ...
+    @overload
+    def comap(self, function: Sequence[Callable[..., U]], **options: Unpack[OperatorOptions]) -> DataStream[U]: ...
+    @overload
+    def comap(
+        self: ConnectedStreams[A, B, T, *tuple[Any, ...]], function: Any, *args: Any, **options: Any
+    ) -> DataStream[Any]: ...
+    def comap(self, function: Any, *args: Any, **options: Any) -> Any:
         """Map each input by a method of its own: `map0`, `map1`, ..., or by one callable for each input."""
-        spec = comap_spec(function, args, kwargs, len(self._streams))
-        return self._join(Kind.COMAP, spec, parallelism, name, on_error)
+        common, kwargs = options_and_arguments(options)
+        return self._join(Kind.COMAP, comap_spec(function, args, kwargs, len(self._streams)), common)
 
+    @overload
     def join(
-        self,
-        function: Any,
+        self: ConnectedStreams[A, B],
+        function: type[functions.BaseJoinFunction[A | B, Any, U]],
         *args: Any,
-        parallelism: int | None = None,
-        name: str | None = None,
-        on_error: Any = None,
-        **kwargs: Any,
-    ) -> DataStream:
+        **options: Any,
+    ) -> DataStream[U]: ...
+    @overload
+    def join(
+        self: ConnectedStreams[A, B],
+        function: Callable[[A | B, Any, int], Results[U]] | functions.BaseJoinFunction[A | B, Any, U],
+        **options: Unpack[OperatorOptions],
+    ) -> DataStream[U]: ...
+    def join(self, function: Any, *args: Any, **options: Any) -> Any:
         """Join two keyed streams: `execute(payload, key, tag)` returns the matches of a record as a list.
 
         Raises:
@@ -498,60 +853,70 @@ class ConnectedStreams:
             raise GraphError(f"join: {len(self._streams)} streams are connected, but it takes exactly 2")
         for number, stream in enumerate(self._streams):
             _check_keyed(self._builder, f"join: input {number}", stream)
-        spec = function_spec(Kind.JOIN, function, args, kwargs)
-        return self._join(Kind.JOIN, spec, parallelism, name, on_error)
+        common, kwargs = options_and_arguments(options)
+        return self._join(Kind.JOIN, function_spec(Kind.JOIN, function, args, kwargs), common)
 
-    def keyby(self, *functions: Any, strategy: Strategy = "hash", parallelism: int | None = None) -> ConnectedStreams:
+    def keyby(
+        self, *functions: KeyFinder | Sequence[KeyFinder], strategy: Strategy = "hash", parallelism: int | None = None
+    ) -> Self:
         """Give the records keys, by one function for all streams or by one for each."""
-        if len(functions) == 1 and isinstance(functions[0], list | tuple):
-            functions = tuple(functions[0])
-        if len(functions) not in (1, len(self._streams)):
-            raise GraphError(f"keyby: {len(functions)} functions for {len(self._streams)} streams")
-        each = functions if len(functions) > 1 else functions * len(self._streams)
+        first: object = functions[0] if len(functions) == 1 else functions
+        each: tuple[Any, ...] = tuple(first) if isinstance(first, list | tuple) else (first,)
+        if len(each) not in (1, len(self._streams)):
+            raise GraphError(f"keyby: {len(each)} functions for {len(self._streams)} streams")
+        each = each if len(each) > 1 else each * len(self._streams)
         keyed = (
             stream.keyby(function, strategy=strategy, parallelism=parallelism)
             for stream, function in zip(self._streams, each, strict=True)
         )
-        return ConnectedStreams(self._builder, tuple(keyed))
+        return type(self)(self._builder, tuple(keyed))
 
     key_by = keyby
 
-    def union(self) -> DataStream:
+    @overload
+    def union(self: ConnectedStreams[A, B]) -> DataStream[A | B]: ...
+    @overload
+    def union(self) -> DataStream[Any]: ...
+    def union(self) -> Any:
         """Return the connected streams as one."""
         return self._streams[0].union(*self._streams[1:])
 
-    def map(self, function: Any, *args: Any, **kwargs: Any) -> DataStream:
+    def map(self, function: Any, *args: Any, **options: Any) -> DataStream[Any]:
         """Map the union of the streams; see `DataStream.map`."""
-        return self.union().map(function, *args, **kwargs)
+        return self.union().map(function, *args, **options)
 
-    def sink(self, function: Any, *args: Any, **kwargs: Any) -> ConnectedStreams:
+    def sink(self, function: Any, *args: Any, **options: Any) -> Self:
         """Hand the union of the streams to a sink; see `DataStream.sink`."""
-        self.union().sink(function, *args, **kwargs)
+        self.union().sink(function, *args, **options)
         return self
 
-    def print(self, prefix: str = "", separator: str = " | ", colored: bool = True) -> ConnectedStreams:
+    def print(self, prefix: str = "", separator: str = " | ", colored: bool = True) -> Self:
         """Print every record of the union; see `DataStream.print`."""
         self.union().print(prefix, separator, colored)
         return self
 
-    def _join(
-        self, kind: Kind, spec: FunctionSpec, parallelism: int | None, name: str | None, on_error: Any
-    ) -> DataStream:
+    def _join(self, kind: Kind, spec: FunctionSpec, options: SourceOptions) -> DataStream[Any]:
         inputs = tuple(stream._id for stream in self._streams)
         keyed = all(isinstance(stream, KeyedStream) for stream in self._streams)
-        id_ = self._streams[0]._then(kind, spec, parallelism=parallelism, name=name, on_error=on_error, inputs=inputs)
+        id_ = self._streams[0]._then(kind, spec, options, inputs=inputs)
         return (KeyedStream if keyed else DataStream)(self._builder, id_)
+
+
+def options_and_arguments(given: dict[str, Any]) -> tuple[SourceOptions, dict[str, Any]]:
+    """Part keywords into those of every source and operator, and those that may be for the function's constructor."""
+    options: Any = {key: given[key] for key in SourceOptions.__annotations__ if key in given}
+    return options, {key: value for key, value in given.items() if key not in options}
 
 
 def _check_stream(builder: GraphBuilder, method: str, stream: object) -> None:
     if not isinstance(stream, DataStream):
-        raise GraphError(f"{method}: {type(stream).__name__} is no stream")
+        raise GraphError(f"{method}: {type(stream).__name__} is not a stream")
     if stream._builder is not builder:
         error = GraphError(f"{method}: the streams belong to two environments")
         raise hint(error, "Build both in the same environment.")
 
 
-def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream) -> None:
+def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream[Any]) -> None:
     if not isinstance(stream, KeyedStream):
         error = GraphError(f'{label} ("{builder.node(stream._id).name}") has no keys')
         raise hint(error, "Call keyby(...) before it, on each of the streams.")
@@ -570,7 +935,7 @@ def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:
 def _printer(prefix: str, separator: str, colored: bool) -> Callable[[Any], None]:
     import sys
 
-    def show(record: Any) -> None:
+    def show(record: object) -> None:
         if not prefix:
             print(record)
         elif colored and sys.stdout.isatty():

@@ -6,22 +6,25 @@ import math
 import random
 import threading
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sage._leftovers import assert_clean
+from sage._current_job import inside
+from sage._plan.signature import builder_of
 from sage._runtime.backend import Backend
-from sage._runtime.inside import inside
-from sage._runtime.task import Step
+from sage._runtime.states import Step
+from sage._testing.leftovers import assert_clean
 from sage.environment import LocalEnvironment
 from sage.errors import InternalError, hint
-from sage.records import Span
+from sage.records import BatchReading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from sage._backends.stepped_loop import SteppedLoop
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
+    from sage._testing.stepped_loop import SteppedLoop
+    from sage._types import T, U
     from sage.stream import DataStream
 
 __all__ = ["ManualClock", "StepBackend", "assert_clean", "run", "simulate"]
@@ -43,18 +46,27 @@ CAPACITIES = (1, 2, 5, 100, 4096)
 
 
 def run(
-    records: Iterable[Any],
-    build: Callable[[DataStream], DataStream],
+    records: Iterable[T],
+    build: Callable[[DataStream[T]], DataStream[U]],
     *,
+    services: Mapping[str, object] | None = None,
     backend: Callable[[], Backend] | None = None,
-) -> list[Any]:
-    """Send `records` through the pipeline that `build` adds to a stream, and return what arrives, as a list.
+) -> list[U]:
+    """Send `records` through the pipeline that `build` adds to a stream, and return the results as a list.
+
+    Args:
+        records: the records.
+        build: gets the stream of the records, and returns the stream of results.
+        services: the services that functions call by name: each a class, a function that builds it, or itself.
+        backend: the factory of the job's backend; threads by default.
 
     Raises:
-        JobError: what failed in the pipeline.
+        JobError: the pipeline failed.
     """
     environment = LocalEnvironment("test", backend=backend)
-    arrived: list[Any] = []
+    for name, service in (services or {}).items():
+        environment.register_service(name, builder_of(service))
+    arrived: list[U] = []
     build(environment.from_batch(records)).sink(arrived.append)
     environment.submit(autostop=True)
     return arrived
@@ -64,15 +76,15 @@ def simulate(program: Callable[[Callable[[], Backend]], object], *, seeds: Itera
     """Run a program once for each seed, each time on another schedule.
 
     Args:
-        program: gets what makes the backend, for `LocalEnvironment(backend=...)`, and raises if what came is wrong.
-        seeds: what the schedules are drawn from.
+        program: gets the backend's factory, for `LocalEnvironment(backend=...)`, and raises if the result is wrong.
+        seeds: the seeds of the schedules.
 
     Raises:
-        BaseException: whatever the program raises first; a note names the seed, and how to run it again.
+        BaseException: the program's first exception; a note names the seed, and how to run it again.
     """
     for seed in seeds:
         try:
-            program(lambda seed=seed: StepBackend(seed))  # type: ignore[misc]
+            program(partial(StepBackend, seed))
         except BaseException as error:  # it goes on to whoever called, with its seed
             hint(error, f"This came with seed {seed}: simulate(program, seeds=[{seed}]) shows it again.")
             raise
@@ -100,6 +112,8 @@ class ManualClock:
 class SeededPace:
     """Draws how many records a step takes."""
 
+    is_slow = False
+
     def __init__(self, random_: random.Random) -> None:
         self._random = random_
 
@@ -108,10 +122,24 @@ class SeededPace:
         return self._random.choice(LIMITS)
 
     def measured(self, records: int, elapsed_s: float) -> None:
-        """Take no notice: real time must not change what a seed does."""
+        """Take no notice: real time must not change the effect of a seed."""
+
+    def read_limit(self) -> int:
+        """Return how many records the next read of a source asks for at most."""
+        return self.limit()
+
+    def has_read(self, records: int, began_at: float, ended_at: float, size: int | None = None) -> None:
+        """Take no notice, as of a step."""
+
+    def has_emitted(self, records: int, size: int) -> None:
+        """Take no notice: an estimate must not change the effect of a seed."""
+
+    def running_s(self, elapsed_s: float) -> float:
+        """Return all of it: the clock of this backend stands still while the thread waits."""
+        return elapsed_s
 
 
-class SeededSpan(Span):
+class SeededSpan(BatchReading):
     """Is cut at places drawn from the seed, as the watch would cut it at others on each run."""
 
     __slots__ = ("_random",)
@@ -160,7 +188,7 @@ class StepLane:
         return ""
 
     def close(self, *, wait: bool) -> None:  # noqa: ARG002
-        """Drop what waits."""
+        """Drop waiting functions."""
         self.waiting.clear()
 
 
@@ -168,7 +196,7 @@ class Waiter:
     """A thread that has no turn: a function on it waits, or it waits for the end of the job.
 
     Attributes:
-        is_over: says whether it has what it waits for.
+        is_over: says whether its wait is over.
         due: until when it waits, on the virtual clock.
     """
 
@@ -201,8 +229,10 @@ class StepBackend(Backend):
     served pipeline, another thread takes the turns.
 
     Args:
-        seed: what everything is drawn from.
+        seed: the seed of all random choices.
     """
+
+    runs_while_waited_for = True
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -236,7 +266,7 @@ class StepBackend(Backend):
         """Return a span that is cut at places drawn from the seed."""
         return SeededSpan(self._random)
 
-    def lane(self, name: str) -> StepLane:  # noqa: ARG002
+    def lane(self, name: str, *, must_start: bool = True) -> StepLane:  # noqa: ARG002
         """Return a lane."""
         lane = StepLane()
         self._lanes.append(lane)
@@ -244,7 +274,7 @@ class StepBackend(Backend):
 
     def event_loop(self) -> SteppedLoop:
         """Return a loop that goes one round at its turn, on the virtual time."""
-        from sage._backends.stepped_loop import SteppedLoop  # importing asyncio takes longer than a small job
+        from sage._testing.stepped_loop import SteppedLoop  # importing asyncio takes longer than a small job
 
         loop = SteppedLoop(self.now)
         self._loops.append(loop)
@@ -276,7 +306,7 @@ class StepBackend(Backend):
         return ""
 
     def join_tasks(self, tasks: list[Task]) -> None:
-        """Do nothing: there are no threads."""
+        """Do nothing: this backend does not use threads."""
 
     def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:  # noqa: ARG002
         """Run the job to its end.
@@ -305,7 +335,7 @@ class StepBackend(Backend):
         is_over: Callable[[], bool],
         timeout_s: float | None,
     ) -> bool:
-        """Let another thread take the turns until a function or hook has what it waits for, or its time is over."""
+        """Let another thread take the turns until the wait of a function or hook is over, or its time is."""
         if threading.get_ident() != self._thread_id:
             return super().wait_for(supervisor, condition, is_over, timeout_s)
         waiter = Waiter(is_over, math.inf if timeout_s is None else self.now() + timeout_s)

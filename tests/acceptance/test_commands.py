@@ -12,10 +12,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import Notes, report_of
+from support.recording_services import Notes, report_of
 
 from sage import FunctionError, JobError, Line, LocalEnvironment, Outcome, ServiceOptions, ServiceUnavailableError
-from sage._runtime.processes import is_ending, process
+from sage._processes import is_ending, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def register(notes: Notes) -> Register:
 
 
 def test_a_command_that_nobody_calls_has_stopped_when_submit_returns(notes: Notes, register: Register) -> None:
-    """Acceptance 1 and 8: (host) once, in its own way, and with nothing left of it."""
+    """Once, in its own way, and with nothing left of it."""
     env = LocalEnvironment()
     register(env, "store")
     env.from_batch([1]).sink(lambda _: None)
@@ -76,7 +76,7 @@ def fails(_: int) -> int:
 
 @pytest.mark.parametrize("way", ["natural", "failure", "stop", "cancel"])
 def test_commands_stop_once_and_in_reverse_however_the_job_ends(way: str, notes: Notes, register: Register) -> None:
-    """Acceptance 3: (host) the latest first, each once, and after every record."""
+    """The latest first, each once, and after every record."""
     env = LocalEnvironment()
     for name in ("a", "b", "c"):
         register(env, name)
@@ -108,7 +108,7 @@ def test_commands_stop_once_and_in_reverse_however_the_job_ends(way: str, notes:
 
 
 def test_submit_returns_after_a_command_that_is_slow_to_stop(notes: Notes, register: Register) -> None:
-    """Acceptance 4: (host) after it, not before."""
+    """After it, not before."""
     env = LocalEnvironment()
     store = register(env, "store", 2.0)
     pids: list[Any] = []
@@ -121,7 +121,7 @@ def test_submit_returns_after_a_command_that_is_slow_to_stop(notes: Notes, regis
 
 
 def test_a_command_that_does_not_start_lets_no_record_through(notes: Notes, register: Register) -> None:
-    """Acceptance 7: (host) the one that was up before it is stopped once."""
+    """The one that was up before it is stopped once."""
     env = LocalEnvironment()
     register(env, "store")
     env.register_command("broken", [sys.executable, "-c", "raise SystemExit(3)"], ready=Line("up"))
@@ -135,7 +135,7 @@ def test_a_command_that_does_not_start_lets_no_record_through(notes: Notes, regi
     "use", [lambda store: f"{store.url}", lambda store: range(store.pid), lambda store: store.output()]
 )
 def test_nothing_of_it_can_be_used_after_the_job(use: Callable[[Any], Any], register: Register) -> None:
-    """Acceptance 41: (host) its attributes are no values any more, and say so."""
+    """Its attributes are no values any more, and say so."""
     env = LocalEnvironment()
     store = register(env, "store")
     found: list[Any] = []
@@ -159,7 +159,7 @@ env.submit(autostop=True)
 
 
 def test_a_script_that_ends_with_submit_stops_it_once(notes: Notes, tmp_path: Path) -> None:
-    """Acceptance 2: (host) before the interpreter is gone, whose exit code is 0."""
+    """Before the interpreter is gone, whose exit code is 0."""
     program = tmp_path / "program.py"
     program.write_text(SCRIPT)
     ended = subprocess.run(
@@ -170,7 +170,7 @@ def test_a_script_that_ends_with_submit_stops_it_once(notes: Notes, tmp_path: Pa
 
 
 def test_one_that_ends_badly_does_not_keep_the_others_from_their_end(notes: Notes, register: Register) -> None:
-    """Acceptance 5: (host) it is in the report and in what submit raises, once everything is down."""
+    """It is in the report and in what submit raises, once everything is down."""
     env = LocalEnvironment()
     register(env, "first")
     bad = textwrap.dedent(STORE).replace("sys.exit(0)", "print('disk is full'); sys.exit(7)")
@@ -189,7 +189,7 @@ def test_one_that_ends_badly_does_not_keep_the_others_from_their_end(notes: Note
 
 @pytest.mark.parametrize("end", ["close", "with"])
 def test_a_kept_command_is_stopped_once_by_its_environment(end: str, notes: Notes, register: Register) -> None:
-    """Acceptance 9: (host) it serves both jobs, and ends with `close` or `with`."""
+    """It serves both jobs, and ends with `close` or `with`."""
     env = LocalEnvironment()
     store = register(env, "store")
     pids: list[Any] = []
@@ -209,7 +209,7 @@ def test_a_kept_command_is_stopped_once_by_its_environment(end: str, notes: Note
 
 
 def test_without_autostop_it_is_stopped_just_the_same(notes: Notes, register: Register) -> None:
-    """Acceptance 11: (host) when the batch ends by itself."""
+    """When the batch ends by itself."""
     env = LocalEnvironment()
     register(env, "store")
     env.from_batch([1]).sink(lambda _: None)
@@ -220,7 +220,7 @@ def test_without_autostop_it_is_stopped_just_the_same(notes: Notes, register: Re
 
 @pytest.mark.parametrize("end", ["stop", "close"])
 def test_a_running_job_is_ended_and_a_second_call_does_nothing(end: str, notes: Notes, register: Register) -> None:
-    """Acceptance 12: (host) tasks first, then the command, once."""
+    """Tasks first, then the command, once."""
     env = LocalEnvironment()
     register(env, "store")
     runs = threading.Event()
@@ -233,7 +233,7 @@ def test_a_running_job_is_ended_and_a_second_call_does_nothing(end: str, notes: 
 
 
 def test_two_environments_have_their_own(notes: Notes, register: Register) -> None:
-    """Acceptance 40: (host) of the same name, at the same time."""
+    """Of the same name, at the same time."""
     both = threading.Barrier(2)
     pids: list[Any] = []
 
@@ -257,7 +257,7 @@ def test_two_environments_have_their_own(notes: Notes, register: Register) -> No
 
 
 def test_one_that_hangs_is_ended_within_its_bound(notes: Notes, register: Register) -> None:
-    """Acceptance 6: (host) the others are stopped, and the report names it."""
+    """The others are stopped, and the report names it."""
     env = LocalEnvironment()
     register(env, "store")
     deaf = textwrap.dedent(STORE).replace("sys.exit(0)", "return").replace("notes.write", "str")
@@ -272,7 +272,7 @@ def test_one_that_hangs_is_ended_within_its_bound(notes: Notes, register: Regist
 
 
 def test_one_that_died_as_the_job_failed_was_lost_and_is_not_told_to_stop(notes: Notes, register: Register) -> None:
-    """Acceptance 15 and 23: (host) a task notices the death first, and fails; its end is no answer to the stop."""
+    """A task notices the death first, and fails; its end is no answer to the stop."""
     env = LocalEnvironment()
     store = register(env, "store")
 

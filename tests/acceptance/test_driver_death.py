@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from sage import BaseService, Cleanliness, JobErrorGroup, JobReport, LocalEnvironment
-from sage._hosts.guard import Guard, runs_folder
-from sage._runtime.processes import is_alive, process
+from sage._guardian.lease import GuardianLease, runs_folder
+from sage._processes import is_alive, process
 
 SOURCES = Path(__file__).parents[2] / "src"
 WAIT_S = 30.0
@@ -113,7 +113,6 @@ def wait_report(folder: Path) -> dict[str, Any]:
 def test_what_a_service_in_the_killed_driver_declared_is_taken_away(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Faults 69, 84 and 85."""
     segment = f"sage_death_{os.getpid()}"
     program = start(INLINE, segment)
     assert Path(f"/dev/shm/{segment}").exists()
@@ -180,7 +179,7 @@ def test_what_a_service_declared_is_gone_at_the_end_of_the_job(
     assert seen == [True]
     assert not (tmp_path / "spilled").exists()
     assert list(Path(runs_folder()).iterdir()) == []
-    assert Guard._current is None
+    assert GuardianLease._current is None
 
 
 def test_a_kept_service_stays_under_guard_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,13 +188,13 @@ def test_a_kept_service_stays_under_guard_until_it_ends(tmp_path: Path, monkeypa
     env.register_service("spill", Spilling, tmp_path / "spilled", False)
     env.from_batch([1]).sink(lambda _: None)
     env.submit(autostop=True, keep_services=True)
-    guard = Guard._current
+    guard = GuardianLease._current
     assert guard is not None
     env.submit(autostop=True)
-    assert Guard._current is guard
+    assert GuardianLease._current is guard
     assert (tmp_path / "spilled").exists()
     env.close()
-    assert Guard._current is None
+    assert GuardianLease._current is None
     assert not (tmp_path / "spilled").exists()
 
 
@@ -256,7 +255,7 @@ CHAIN = """
 def test_services_in_processes_stop_in_reverse_and_nothing_is_left(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Acceptance 47: SIGKILL of the driver (fault 70), with children in their own sessions, stopped, and stubborn."""
+    """SIGKILL of the driver, with children in their own sessions, stopped, and stubborn."""
     program = start(CHAIN)
     words = [line.split() for line in (tmp_path / "marks").read_text().splitlines()]
     assert [name for name, *_ in words] == ["c", "b", "a"]
@@ -301,7 +300,7 @@ DIES_AT_THE_END = """
 def test_a_driver_that_is_killed_in_its_last_act_leaves_no_folder(
     moment: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Acceptance 47: when it would remove the folder of the run, and when it would end the guardian."""
+    """When it would remove the folder of the run, and when it would end the guardian."""
     program = start(DIES_AT_THE_END, moment)
     assert program.wait(WAIT_S) == -signal.SIGKILL
     wait_gone(tmp_path)
@@ -339,7 +338,7 @@ CALLING = """
 def test_whoever_was_seen_to_call_a_service_ends_before_it(
     kind: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Acceptance 47: nothing was declared, and a service that environments share has a job of its own."""
+    """Nothing was declared, and a service that environments share has a job of its own."""
     program = start(CALLING, kind)
     program.kill()
     program.wait()

@@ -11,12 +11,12 @@ import pytest
 from sage import LocalEnvironment, Outcome
 
 if TYPE_CHECKING:
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
 
 @pytest.mark.slow
 def test_a_record_is_at_the_sink_before_the_next_one_is_done(clock: FairClock) -> None:
-    """Acceptance 54: five records through a map of 1 s each arrive one by one."""
+    """Five records through a map of 1 s each arrive one by one."""
     at: list[float] = []
 
     def work(number: int) -> int:
@@ -34,7 +34,7 @@ def test_a_record_is_at_the_sink_before_the_next_one_is_done(clock: FairClock) -
 
 
 def test_a_slow_record_among_cheap_ones_goes_on_at_once(clock: FairClock) -> None:
-    """Acceptance 54: after 10,000 cheap records, each slow one's result is at the sink within 0.1 s of its end.
+    """After 10,000 cheap records, each slow one's result is at the sink within 0.1 s of its end.
 
     The sink is in the map's own task in one run, and in a task of its own in the other.
     """
@@ -60,7 +60,7 @@ def test_a_slow_record_among_cheap_ones_goes_on_at_once(clock: FairClock) -> Non
 
 
 def test_a_cancel_during_slow_records_is_noticed_within_one_record(clock: FairClock) -> None:
-    """Acceptance 54: within the 0.2 s of the record in hand and 0.1 s more."""
+    """Within the 0.2 s of the record in hand and 0.1 s more."""
     is_slow = threading.Event()
     worked: list[int] = []
 

@@ -42,7 +42,7 @@ from sage import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
 EXIT_WITHIN_S = 10
 
@@ -109,7 +109,7 @@ def build(limit, work_s, **settings):
     env = LocalEnvironment("program", **settings)
     env.register_service("store", Store)
     # Two tasks for the work, so that the source is a task of its own and all its records are in flight at once.
-    env.from_source(Count, limit).map(Work, work_s, parallelism=2).sink(Write)
+    env.from_source(Count, limit).map(Work, work_s, parallelism=2, capacity=limit).sink(Write)
     return env
 """
 
@@ -185,14 +185,14 @@ def shell_code(code: int) -> int:
 
 # --- signals ---
 
-TO_SUBMIT = "env = build(20, 0.02)\n{}\n"
+TO_SUBMIT = "env = build(20, 0.001)\n{}\n"
 WAYS_TO_WAIT = ["env.submit(autostop=True)", "env.submit().wait()"]
 
 
 @pytest.mark.parametrize("way", WAYS_TO_WAIT)
 @pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_drains_and_cleans(tmp_path: Path, way: str, signum: str, code: int) -> None:
-    """Acceptance 42: sources stop, all 20 records in flight arrive, sinks close, services are cleaned once."""
+    """Sources stop, all 20 records in flight arrive, sinks close, services are cleaned once."""
     with program(tmp_path, TO_SUBMIT.format(way)) as running:
         running.wait_line("given")
         running.send(signal.Signals[signum])
@@ -207,7 +207,7 @@ def test_a_signal_drains_and_cleans(tmp_path: Path, way: str, signum: str, code:
 
 @pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_during_the_start_cleans(tmp_path: Path, signum: str, code: int) -> None:
-    """Acceptance 42: what was built is cleaned, what was not is left, and no record flows."""
+    """What was built is cleaned, what was not is left, and no record flows."""
     body = """
     class Early:
         def __init__(self):
@@ -232,7 +232,7 @@ def test_a_signal_during_the_start_cleans(tmp_path: Path, signum: str, code: int
 
 
 def test_a_drain_after_ctrl_c_is_bounded(tmp_path: Path, clock: FairClock) -> None:
-    """Acceptance 42: what is in flight drains within the bound; the rest is dropped, counted, and all is cleaned."""
+    """What is in flight drains within the bound; the rest is dropped, counted, and all is cleaned."""
     body = """
     env = build(1000, 0.05, drain_timeout_s=0.3)
     try:
@@ -255,7 +255,7 @@ def test_a_drain_after_ctrl_c_is_bounded(tmp_path: Path, clock: FairClock) -> No
 
 
 def test_a_second_ctrl_c_cancels_and_still_cleans(tmp_path: Path, clock: FairClock) -> None:
-    """Acceptance 42: a drain of 50 s is cut off at once, and sinks and services end in good order all the same."""
+    """A drain of 50 s is cut off at once, and sinks and services end in good order all the same."""
     with program(tmp_path, "build(1000, 0.05).submit(autostop=True)") as running:
         running.wait_line("given")
         running.send(signal.SIGINT)
@@ -271,8 +271,51 @@ def test_a_second_ctrl_c_cancels_and_still_cleans(tmp_path: Path, clock: FairClo
     assert ended.marks[2:] == ["cleaned"]
 
 
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGHUP"])
+def test_a_ctrl_c_is_stronger_than_the_signal_before_it(tmp_path: Path, signum: str, clock: FairClock) -> None:
+    """A person at the terminal is less patient than what ended the job first; then, each Ctrl-C counts on."""
+    with program(tmp_path, "build(1000, 0.05).submit(autostop=True)") as running:
+        running.wait_line("given")
+        running.send(getattr(signal, signum))
+        running.wait_line("draining")
+        clock.watch(running.process.pid)
+        began_at = time.monotonic()
+        running.send(signal.SIGINT)
+        ended = running.finish()
+    assert clock.elapsed_s(began_at) < 2
+    assert shell_code(ended.code) == 128 + getattr(signal, signum)
+    assert ended.marks[0] == "source closed"
+    assert ended.marks[2:] == ["cleaned"]
+
+
+def test_a_second_ctrl_c_after_sigterm_gives_up(tmp_path: Path, clock: FairClock) -> None:
+    body = """
+    class Hanging:
+        def cleanup(self):
+            tell("hanging")
+            time.sleep(60)
+
+    env = build(1000, 0.05)
+    env.register_service("hanging", Hanging)
+    env.submit(autostop=True)
+    """
+    with program(tmp_path, body) as running:
+        running.wait_line("given")
+        running.send(signal.SIGTERM)
+        running.wait_line("draining")
+        running.send(signal.SIGTERM)
+        running.send(signal.SIGINT)
+        running.wait_line("hanging")
+        clock.watch(running.process.pid)
+        began_at = time.monotonic()
+        running.send(signal.SIGINT)
+        ended = running.finish()
+    assert clock.elapsed_s(began_at) < 2
+    assert shell_code(ended.code) == 143
+
+
 def test_a_third_ctrl_c_gives_up_and_still_reports(tmp_path: Path, clock: FairClock) -> None:
-    """Acceptance 42: hooks that hang or have not run are given up at once, and the report that says so is written."""
+    """Hooks that hang or have not run are given up at once, and the report that says so is written."""
     body = """
     class Hanging:
         def cleanup(self):
@@ -308,7 +351,7 @@ def test_a_third_ctrl_c_gives_up_and_still_reports(tmp_path: Path, clock: FairCl
 
 
 def test_a_second_ctrl_c_bounds_a_cleanup_that_hangs(tmp_path: Path, clock: FairClock) -> None:
-    """Acceptance 42: after a second one each hook has 5 s and no more."""
+    """After a second one each hook has 5 s and no more."""
     body = """
     class Hanging:
         def cleanup(self):
@@ -335,8 +378,8 @@ def test_a_second_ctrl_c_bounds_a_cleanup_that_hangs(tmp_path: Path, clock: Fair
 
 @pytest.mark.parametrize(("signum", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_repeated_sigterm_is_ignored(tmp_path: Path, signum: str, code: int) -> None:
-    """Acceptance 42: orchestrators that repeat SIGTERM, and terminals that hang up, do not cut the drain off."""
-    with program(tmp_path, "build(30, 0.03).submit(autostop=True)") as running:
+    """Orchestrators that repeat SIGTERM, and terminals that hang up, do not cut the drain off."""
+    with program(tmp_path, "build(200, 0.001).submit(autostop=True)") as running:
         running.wait_line("given")
         running.send(signal.Signals[signum])
         running.wait_line("draining")
@@ -344,18 +387,18 @@ def test_a_repeated_sigterm_is_ignored(tmp_path: Path, signum: str, code: int) -
         running.send(signal.Signals[signum])
         ended = running.finish()
     assert ended.code == code
-    assert ended.marks == ["source closed", "sink closed after 30", "cleaned"]
+    assert ended.marks == ["source closed", "sink closed after 200", "cleaned"]
 
 
 @pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
 def test_the_programs_own_handler_is_called_and_put_back(tmp_path: Path, signum: str) -> None:
-    """Acceptance 42, 43: the job drains and submit returns; what the signal means further is the program's affair."""
+    """The job drains and submit returns; what the signal means further is the program's affair."""
     body = f"""
     def own(signum, frame):
         mark("own handler")
 
     signal.signal(signal.{signum}, own)
-    build(20, 0.02).submit(autostop=True)
+    build(20, 0.001).submit(autostop=True)
     assert signal.getsignal(signal.{signum}) is own
     tell("went on")
     """
@@ -370,7 +413,7 @@ def test_the_programs_own_handler_is_called_and_put_back(tmp_path: Path, signum:
 
 
 def test_a_handler_that_raises_still_gets_everything_cleaned(tmp_path: Path) -> None:
-    """Acceptance 42: what the program's own handler raises leaves submit, after the last cleanup."""
+    """What the program's own handler raises leaves submit, after the last cleanup."""
     body = """
     class Leave(Exception):
         pass
@@ -380,7 +423,7 @@ def test_a_handler_that_raises_still_gets_everything_cleaned(tmp_path: Path) -> 
 
     signal.signal(signal.SIGTERM, own)
     try:
-        build(20, 0.02).submit(autostop=True)
+        build(20, 0.001).submit(autostop=True)
     except Leave as leave:
         mark(f"left {leave}")
     """
@@ -393,7 +436,7 @@ def test_a_handler_that_raises_still_gets_everything_cleaned(tmp_path: Path) -> 
 
 
 def test_ctrl_c_comes_through_while_a_cleanup_runs(tmp_path: Path) -> None:
-    """Acceptance 42: a cleanup is never interrupted itself; one that takes 1 s ends, and once."""
+    """A cleanup is never interrupted itself; one that takes 1 s ends, and once."""
     body = """
     class Slow:
         def cleanup(self):
@@ -425,7 +468,7 @@ env.from_batch(range(100), parallelism=2).map(store.process, parallelism=2).sink
 
 
 def test_a_job_prints_nothing(tmp_path: Path) -> None:
-    """Acceptance 43: neither standard output nor standard error gets a byte, and no file is left."""
+    """Neither standard output nor standard error gets a byte, and no file is left."""
     with program(tmp_path, SMALL_JOB + "env.submit(autostop=True)\nassert len(seen) == 100") as running:
         ended = running.finish()
     assert (ended.code, ended.output, ended.errors) == (0, "", "")
@@ -435,7 +478,7 @@ def test_a_job_prints_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads the open sockets from /proc")
 def test_a_job_opens_no_port(tmp_path: Path) -> None:
-    """Acceptance 43: while the job runs, no descriptor of the process is an internet socket."""
+    """While the job runs, no descriptor of the process is an internet socket."""
     body = """
     import socket
     from pathlib import Path
@@ -468,7 +511,7 @@ def test_a_job_opens_no_port(tmp_path: Path) -> None:
 
 
 def test_an_import_starts_nothing(tmp_path: Path) -> None:
-    """Acceptance 43: no thread, no handler, no descriptor, no output, and no time of note."""
+    """No thread, no handler, no descriptor, no output, and no time of note."""
     prelude = """
 import os, signal, sys, threading, time
 before = [signal.getsignal(number) for number in signal.valid_signals()]
@@ -493,7 +536,7 @@ print(elapsed_s)
 
 
 def test_handlers_are_as_they_were() -> None:
-    """Acceptance 43: after submit every handler and the wake-up descriptor are what they were, also after a failure."""
+    """After submit every handler and the wake-up descriptor are what they were, also after a failure."""
 
     def handlers() -> list[Any]:
         wakeup = signal.set_wakeup_fd(-1)
@@ -516,7 +559,7 @@ def test_handlers_are_as_they_were() -> None:
 
 
 def test_a_job_works_from_another_thread() -> None:
-    """Acceptance 43: submit blocks the thread that calls it and touches no handler of the process."""
+    """Submit blocks the thread that calls it and touches no handler of the process."""
     seen_inside: list[Any] = []
     arrived: list[int] = []
     ended: list[str] = []
@@ -546,7 +589,7 @@ def test_a_job_works_from_another_thread() -> None:
 
 
 def test_two_processes_at_once_share_a_folder(tmp_path: Path) -> None:
-    """Acceptance 43, 44: each is in the middle of a job while the other is, with logs of its own in one log folder."""
+    """Each is in the middle of a job while the other is, with logs of its own in one log folder."""
     body = """
     def rendezvous(record):
         tell("running")
@@ -597,7 +640,7 @@ env.submit(autostop=True)
 
 
 def test_no_line_is_logged_for_a_record(tmp_path: Path) -> None:
-    """Acceptance 44: a job of 5,000 records writes as many lines to its files as a job of 5."""
+    """A job of 5,000 records writes as many lines to its files as a job of 5."""
     lines: list[dict[str, int]] = []
     for count in (5, 5_000):
         folder = tmp_path / str(count)
@@ -612,7 +655,7 @@ def test_no_line_is_logged_for_a_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["argument", "variable"])
 def test_log_files_tell_the_life_of_a_job(tmp_path: Path, how: str) -> None:
-    """Acceptance 44: with `log_dir`, or `SAGE_LOG_DIR`, the session's files show every change of state."""
+    """With `log_dir`, or `SAGE_LOG_DIR`, the session's files show every change of state."""
     argument = ', log_dir="logs"' if how == "argument" else ""
     variables = {} if how == "argument" else {"SAGE_LOG_DIR": "logs"}
     with program(tmp_path, LOGGED_JOB.format(argument, 5), **variables) as running:
@@ -627,7 +670,7 @@ def test_log_files_tell_the_life_of_a_job(tmp_path: Path, how: str) -> None:
 
 
 def test_an_error_is_found_with_its_traceback(tmp_path: Path) -> None:
-    """Acceptance 44: `Error.log` holds the error of an operator once, with the traceback of the user's code."""
+    """`Error.log` holds the error of an operator once, with the traceback of the user's code."""
     body = """
     def halve(record):
         return 1 // record
@@ -650,15 +693,32 @@ def test_an_error_is_found_with_its_traceback(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
-    """Acceptance 44: file logs are off unless they are asked for."""
+    """File logs are off unless they are asked for."""
     with program(tmp_path, LOGGED_JOB.format("", 5)) as running:
         ended = running.finish()
     assert (ended.code, ended.output, ended.errors) == (0, "", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marks", "program.py"]
 
 
+def test_log_files_show_a_handler_each_line_once(tmp_path: Path) -> None:
+    """The level may be set between two jobs with log files, and each of them has its own file."""
+    body = """
+    import logging, sys
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+    for _ in range(3):
+        logging.getLogger("sage.job").setLevel(logging.WARNING)
+        env = LocalEnvironment("logged", log_dir="logs")
+        env.from_batch([1]).sink(lambda _: None)
+        env.submit(autostop=True)
+    logging.getLogger("sage.job").warning("a line")
+    """
+    with program(tmp_path, body) as running:
+        ended = running.finish()
+    assert (ended.code, ended.output) == (0, "a line\n"), ended.errors
+
+
 def test_the_console_shows_the_log_when_asked(tmp_path: Path) -> None:
-    """Acceptance 44: `set_console_log_level` shows the log on standard error, and refuses a level it does not know."""
+    """`set_console_log_level` shows the log on standard error, and refuses a level it does not know."""
     body = SMALL_JOB + 'env.set_console_log_level("INFO")\nenv.submit(autostop=True)'
     with program(tmp_path, body) as running:
         ended = running.finish()
@@ -797,14 +857,14 @@ TAKES_UNKNOWN: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("call", TAKES_UNKNOWN.values(), ids=TAKES_UNKNOWN)
 def test_an_unknown_argument_is_a_type_error(call: Callable[[], Any]) -> None:
-    """Acceptance 45: an argument that could have no effect is refused while the graph is built."""
+    """An argument that could have no effect is refused while the graph is built."""
     with pytest.raises(TypeError) as caught:
         call()
     assert str(caught.value)
 
 
 def test_accepted_arguments_have_an_effect() -> None:
-    """Acceptance 45: name, parallelism, and the arguments of functions and services are seen in what happens."""
+    """Name, parallelism, and the arguments of functions and services are seen in what happens."""
 
     class Add(MapFunction):
         def __init__(self, number: int, factor: int = 1) -> None:
@@ -836,7 +896,7 @@ def test_accepted_arguments_have_an_effect() -> None:
 
 
 def test_a_delay_lies_between_records(clock: FairClock) -> None:
-    """Acceptance 45: `delay` paces a source, and without it nothing waits."""
+    """`delay` paces a source, and without it nothing waits."""
     for delay, least_s, most_s in [(0.1, 0.4, 1.5), (None, 0.0, 0.4)]:
         numbers = iter([*range(5), sage.StopSignal()])
         environment = env()
@@ -850,7 +910,7 @@ def test_a_delay_lies_between_records(clock: FairClock) -> None:
 
 
 def test_the_bounds_of_an_environment_hold(clock: FairClock) -> None:
-    """Acceptance 45: `close_timeout_s` bounds a `close` that hangs, and the report names the task."""
+    """`close_timeout_s` bounds a `close` that hangs, and the report names the task."""
     finish = threading.Event()
 
     class Hang(Drop):
@@ -870,7 +930,7 @@ def test_the_bounds_of_an_environment_hold(clock: FairClock) -> None:
 
 
 def test_print_uses_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    """Acceptance 45: prefix and separator stand before each record."""
+    """Prefix and separator stand before each record."""
     environment = env()
     environment.from_batch(["a", "b"]).print("record", separator=" > ")
     environment.submit(autostop=True)
@@ -881,15 +941,15 @@ def test_print_uses_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 def test_files_that_cannot_be_written_start_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, Any]
 ) -> None:
-    """Acceptance 44: submit says so, and neither a thread nor a call of a service is left; what is kept stays."""
+    """Submit says so, and neither a thread nor a call of a service is left; what is kept stays."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     with LocalEnvironment("logged") as env:
-        kept = env.register_service("kept", Counter)
+        kept: Any = env.register_service("kept", Counter)
         env.from_batch([1]).map(kept.get)
         env.submit(autostop=True, keep_services=True)
         before = set(threading.enumerate())
-        new = env.register_service("new", Counter)
+        new: Any = env.register_service("new", Counter)
         env.log_dir, env.report_file = files.get("log_dir"), files.get("report_file")
         for _ in range(2):
             with pytest.raises((GraphError, TypeError)):
@@ -908,7 +968,7 @@ def test_files_that_cannot_be_written_start_nothing(
 
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(3)", 3), ("raise LookupError('lost')", 1)])
 def test_a_job_that_runs_at_exit_is_stopped_and_cleaned(tmp_path: Path, ending: str, code: int) -> None:
-    """Acceptance 46: it drains, is cleaned once, a warning says so, and the exit code stays the program's own."""
+    """It drains, is cleaned once, a warning says so, and the exit code stays the program's own."""
     body = f"""
     class Ready(Store):
         def process(self, record):
@@ -935,7 +995,7 @@ def test_a_job_that_runs_at_exit_is_stopped_and_cleaned(tmp_path: Path, ending: 
 
 
 def test_an_exit_is_bounded(tmp_path: Path, clock: FairClock) -> None:
-    """Acceptance 46: a cleanup that hangs holds the exit up for its bound only, and the others are cleaned."""
+    """A cleanup that hangs holds the exit up for its bound only, and the others are cleaned."""
     body = """
     class Hanging:
         def start(self):
@@ -961,7 +1021,7 @@ def test_an_exit_is_bounded(tmp_path: Path, clock: FairClock) -> None:
 
 
 def test_kept_services_are_cleaned_at_exit(tmp_path: Path) -> None:
-    """Acceptance 46, 9: services that were kept are cleaned once at exit, with a warning that names them."""
+    """Services that were kept are cleaned once at exit, with a warning that names them."""
     body = SMALL_JOB + 'env.submit(autostop=True, keep_services=True)\nmark("kept")\nassert store.process(5) == 5\n'
     with program(tmp_path, body) as running:
         ended = running.finish()
@@ -971,7 +1031,7 @@ def test_kept_services_are_cleaned_at_exit(tmp_path: Path) -> None:
 
 
 def test_what_is_left_at_exit_is_cleaned_where_warnings_are_errors(tmp_path: Path) -> None:
-    """Acceptance 46: a warning that is raised keeps neither the job nor what is kept from its cleanup."""
+    """A warning that is raised keeps neither the job nor what is kept from its cleanup."""
     keep = SMALL_JOB + "env.submit(autostop=True, keep_services=True)\n"
     body = """
 import warnings
@@ -993,7 +1053,7 @@ first = env
 
 
 def test_a_program_that_closes_gets_no_warning(tmp_path: Path) -> None:
-    """Acceptance 46: after `env.close()` nothing is left for the exit to do."""
+    """After `env.close()` nothing is left for the exit to do."""
     first = "with build(3, 0) as env:\n    env.submit()\n"
     second = SMALL_JOB + "env.submit(autostop=True, keep_services=True)\nenv.close()\n"
     with program(tmp_path, first + second) as running:

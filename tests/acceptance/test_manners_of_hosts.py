@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sage
-from sage._runtime.processes import process
+from sage._processes import process
 
 WAIT_S = 60.0
 
@@ -98,7 +98,7 @@ def pids(running: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_processes_and_commands_in_order(signum: int, code: int, tmp_path: Path) -> None:
-    """Acceptance 42: (host) each is ended once, and the exit code is that of the signal."""
+    """Each is ended once, and the exit code is that of the signal."""
     body = """
     if __name__ == "__main__":
         made = build()
@@ -116,7 +116,7 @@ def test_a_signal_ends_processes_and_commands_in_order(signum: int, code: int, t
 
 
 def test_what_runs_at_exit_is_ended_in_order(tmp_path: Path) -> None:
-    """Acceptance 46: (host) without autostop, the interpreter's exit ends the job, with a warning."""
+    """Without autostop, the interpreter's exit ends the job, with a warning."""
     body = """
     if __name__ == "__main__":
         made = build()
@@ -135,7 +135,7 @@ def test_what_runs_at_exit_is_ended_in_order(tmp_path: Path) -> None:
 
 
 def test_two_programs_at_once_print_nothing_and_have_their_own(tmp_path: Path) -> None:
-    """Acceptance 43: (host) on another thread than the main one, each with its own processes and its own guardian."""
+    """On another thread than the main one, each with its own processes and its own guardian."""
     body = """
     def work():
         env, store, memory = build()

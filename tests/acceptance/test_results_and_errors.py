@@ -30,7 +30,7 @@ from sage.testing import run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
     from sage._runtime.backend import Backend
 
@@ -66,7 +66,7 @@ def notes_of(error: BaseException) -> str:
 
 
 def test_a_failing_map_fails_the_job_with_operator_record_and_original(backend: Backends) -> None:
-    """Acceptance 16: the error names all three, and the services are cleaned before it is raised."""
+    """The error names all three, and the services are cleaned before it is raised."""
     cleaned: list[str] = []
     env = LocalEnvironment("test", backend=backend)
     env.register_service("memory", Memory, cleaned)
@@ -82,7 +82,7 @@ def test_a_failing_map_fails_the_job_with_operator_record_and_original(backend: 
 
 
 def test_an_error_that_nobody_catches_gives_exit_code_1() -> None:
-    """Acceptance 16: the traceback of the program names the original error."""
+    """The traceback of the program names the original error."""
     program = (
         "from sage import LocalEnvironment\n"
         "env = LocalEnvironment('script')\n"
@@ -98,7 +98,7 @@ def test_an_error_that_nobody_catches_gives_exit_code_1() -> None:
 
 
 def test_what_came_before_the_failed_record_arrives(backend: Backends) -> None:
-    """Acceptance 16: a failure does not take back what is done; record 3 never arrives."""
+    """A failure does not take back what is done; record 3 never arrives."""
     arrived: list[int] = []
     env = LocalEnvironment("test", backend=backend)
     env.from_batch([1, 2, 3]).map(fail_on_two).sink(arrived.append)
@@ -109,7 +109,7 @@ def test_what_came_before_the_failed_record_arrives(backend: Backends) -> None:
 
 
 def test_a_skipped_record_is_counted_and_the_others_arrive(backend: Backends) -> None:
-    """Acceptance 17: policy `skip`."""
+    """Policy `skip`."""
     arrived: list[int] = []
     env = LocalEnvironment("test", backend=backend)
     env.from_batch([1, 2, 3]).map(fail_on_two, name="double", on_error="skip").sink(arrived.append)
@@ -123,7 +123,7 @@ def test_a_skipped_record_is_counted_and_the_others_arrive(backend: Backends) ->
 
 
 def test_a_dead_letter_carries_the_record_and_its_error(backend: Backends) -> None:
-    """Acceptance 17: policy dead letter."""
+    """Policy dead letter."""
     arrived: list[int] = []
     letters: list[DeadLetter] = []
     env = LocalEnvironment("test", backend=backend)
@@ -172,7 +172,7 @@ class Recorder(SinkFunction):
 @pytest.mark.sage_clean(within_s=0.0)
 @pytest.mark.parametrize("function", [BadConstructor, BadOpen])
 def test_a_function_that_cannot_start_leaves_nothing(backend: Backends, function: type[MapFunction]) -> None:
-    """Acceptance 18: the original is the cause, no record was processed, and what was opened is closed."""
+    """The original is the cause, no record was processed, and what was opened is closed."""
     happened: list[str] = []
     cleaned: list[str] = []
     env = LocalEnvironment("test", backend=backend)
@@ -191,7 +191,7 @@ def test_a_function_that_cannot_start_leaves_nothing(backend: Backends, function
 
 @pytest.mark.parametrize("function", [BadConstructor, BadOpen])
 def test_a_function_that_cannot_start_is_told_promptly(function: type[MapFunction], clock: FairClock) -> None:
-    """Acceptance 18: nobody waits for the source, which has no end."""
+    """Nobody waits for the source, which has no end."""
     env = LocalEnvironment("test")
     env.from_source(Ticks).map(function, name="model").sink(print_nothing)
     began_at = time.monotonic()
@@ -211,7 +211,7 @@ class Broken(BatchFunction):
 
 
 def test_a_source_that_always_raises_ends_the_job(backend: Backends) -> None:
-    """Acceptance 19: without a policy it is asked once."""
+    """Without a policy it is asked once."""
 
     class Feed(Broken):
         calls = 0
@@ -225,7 +225,7 @@ def test_a_source_that_always_raises_ends_the_job(backend: Backends) -> None:
 
 
 def test_a_source_is_retried_a_limited_number_of_times(backend: Backends) -> None:
-    """Acceptance 19: only because the policy says so."""
+    """Only because the policy says so."""
 
     class Feed(Broken):
         calls = 0
@@ -239,7 +239,7 @@ def test_a_source_is_retried_a_limited_number_of_times(backend: Backends) -> Non
 
 
 def test_a_source_that_recovers_loses_nothing(backend: Backends) -> None:
-    """Acceptance 19: the attempts are counted anew after each success."""
+    """The attempts are counted anew after each success."""
 
     class Flaky(BatchFunction):
         def __init__(self) -> None:
@@ -259,7 +259,7 @@ def test_a_source_that_recovers_loses_nothing(backend: Backends) -> None:
 
 
 def test_a_generator_that_raises_is_an_error_and_no_end(backend: Backends) -> None:
-    """Acceptance 19: the records before the error have gone on."""
+    """The records before the error have gone on."""
     arrived: list[int] = []
 
     def numbers() -> Any:
@@ -275,7 +275,7 @@ def test_a_generator_that_raises_is_an_error_and_no_end(backend: Backends) -> No
 
 @pytest.mark.parametrize("is_bounded", [True, False])
 def test_a_generator_that_raises_is_not_tried_again(backend: Backends, is_bounded: bool) -> None:
-    """Acceptance 19: it is over then, which another attempt would take for a good end."""
+    """It is over then, which another attempt would take for a good end."""
 
     def numbers() -> Any:
         yield from range(5)
@@ -301,7 +301,7 @@ class Ticks(SourceFunction):
 
 
 def test_a_completed_job_is_known_by_its_id(backend: Backends) -> None:
-    """Acceptance 20: completed, with counts per operator and times."""
+    """Completed, with counts per operator and times."""
     env = LocalEnvironment("test", backend=backend)
     env.from_batch([1, 2, 3, 4], name="numbers").filter(lambda number: number > 1, name="few").sink(print_nothing)
     job = env.submit(autostop=True)
@@ -322,7 +322,7 @@ def print_nothing(record: Any) -> None:
 
 
 def test_a_failed_job_is_known_by_its_id(backend: Backends) -> None:
-    """Acceptance 20: failed, with the error in the report."""
+    """Failed, with the error in the report."""
     env = LocalEnvironment("test", backend=backend)
     env.from_batch([1, 2, 3]).map(fail_on_two, name="double").sink(print_nothing)
     with pytest.raises(FunctionError):
@@ -335,7 +335,7 @@ def test_a_failed_job_is_known_by_its_id(backend: Backends) -> None:
 
 @pytest.mark.parametrize(("drain", "outcome"), [(True, "stopped"), (False, "cancelled")])
 def test_a_job_that_was_ended_says_how(backend: Backends, drain: bool, outcome: str) -> None:
-    """Acceptance 20: stopped or cancelled."""
+    """Stopped or cancelled."""
     env = LocalEnvironment("test", backend=backend)
     env.from_source(Ticks).sink(print_nothing)
     job = env.submit()
@@ -347,7 +347,7 @@ def test_a_job_that_was_ended_says_how(backend: Backends, drain: bool, outcome: 
 
 
 def test_a_job_that_is_waited_for_from_inside_says_so(backend: Backends) -> None:
-    """Acceptance 29: a job that waited for its own end would never end."""
+    """A job that waited for its own end would never end."""
     env = LocalEnvironment("test", backend=backend)
 
     def wait(record: int) -> None:
@@ -378,7 +378,7 @@ def test_a_time_that_is_none_does_not_end_a_job(timeout_s: Any, error: type[Exce
 
 
 def test_a_report_prints_as_a_table(backend: Backends) -> None:
-    """Acceptance 20: the report names state, operators and counts."""
+    """The report names state, operators and counts."""
     env = LocalEnvironment("tea shop", backend=backend)
     env.from_batch(range(1200), name="orders").sink(print_nothing)
     text = str(env.submit(autostop=True).report)
@@ -388,7 +388,7 @@ def test_a_report_prints_as_a_table(backend: Backends) -> None:
 
 
 def test_an_unknown_service_is_found_at_submit(backend: Backends) -> None:
-    """Acceptance 21: seen in the function's code, it is a `GraphError` and nothing was started."""
+    """Seen in the function's code, it is a `GraphError` and nothing was started."""
 
     class Ask(MapFunction):
         def execute(self, data: str) -> Any:
@@ -406,10 +406,10 @@ def test_an_unknown_service_is_found_at_submit(backend: Backends) -> None:
 
 
 def test_an_unknown_method_is_found_at_submit(backend: Backends) -> None:
-    """Acceptance 21: the note lists the methods that there are."""
+    """The note lists the methods that there are."""
     cleaned: list[str] = []
     env = LocalEnvironment("test", backend=backend)
-    memory = env.register_service("memory", Memory, cleaned)
+    memory: Any = env.register_service("memory", Memory, cleaned)
     env.from_batch(["tea"]).map(lambda query: memory.remember(query), name="ask").sink(print_nothing)
     with pytest.raises(GraphError) as caught:
         env.submit(autostop=True)
@@ -419,7 +419,7 @@ def test_an_unknown_method_is_found_at_submit(backend: Backends) -> None:
 
 
 def test_an_unknown_service_that_nobody_could_see_is_an_immediate_error(backend: Backends) -> None:
-    """Acceptance 21: the error lists the known services."""
+    """The error lists the known services."""
 
     class Ask(MapFunction):
         def __init__(self, name: str) -> None:
@@ -438,7 +438,7 @@ def test_an_unknown_service_that_nobody_could_see_is_an_immediate_error(backend:
 
 
 def test_an_unknown_method_that_nobody_could_see_is_an_immediate_error(backend: Backends) -> None:
-    """Acceptance 21: the error lists the known methods."""
+    """The error lists the known methods."""
 
     class Ask(MapFunction):
         def execute(self, data: str) -> Any:
@@ -456,7 +456,7 @@ def test_an_unknown_method_that_nobody_could_see_is_an_immediate_error(backend: 
 
 
 def test_an_error_of_a_service_is_caught_as_what_it_is(backend: Backends) -> None:
-    """Acceptance 22: `KeyError("x")` raised in a service is a `KeyError("x")` at its caller."""
+    """`KeyError("x")` raised in a service is a `KeyError("x")` at its caller."""
     env = LocalEnvironment("test", backend=backend)
     memory = env.register_service("memory", Memory, [])
     caught: list[KeyError] = []
@@ -476,7 +476,7 @@ def test_an_error_of_a_service_is_caught_as_what_it_is(backend: Backends) -> Non
 
 
 def test_an_error_of_a_service_that_nobody_catches_fails_the_job_as_the_cause(backend: Backends) -> None:
-    """Acceptance 22: the operator's error has the service's own as its cause."""
+    """The operator's error has the service's own as its cause."""
     env = LocalEnvironment("test", backend=backend)
     memory = env.register_service("memory", Memory, [])
     env.from_batch(["x"]).map(memory.forget, name="forget").sink(print_nothing)
@@ -486,7 +486,7 @@ def test_an_error_of_a_service_that_nobody_catches_fails_the_job_as_the_cause(ba
 
 
 def test_two_tasks_that_fail_at_once_are_both_reported() -> None:
-    """Acceptance 23: both errors are in the group that submit raises."""
+    """Both errors are in the group that submit raises."""
     together = threading.Barrier(2)
 
     def left(record: int) -> None:
@@ -512,7 +512,7 @@ def test_two_tasks_that_fail_at_once_are_both_reported() -> None:
 
 
 def test_an_error_of_a_source_is_told_though_a_record_before_it_fails_the_job_first() -> None:
-    """Acceptance 23: the source has raised already, while what it read before is still on its way."""
+    """The source has raised already, while what it read before is still on its way."""
     asked = iter(range(10))
 
     def numbers() -> int:
@@ -533,6 +533,6 @@ def test_an_error_of_a_source_is_told_though_a_record_before_it_fails_the_job_fi
 
 
 def test_run_raises_what_failed(backend: Backends) -> None:
-    """Acceptance 16: also through `sage.testing.run`."""
+    """Also through `sage.testing.run`."""
     with pytest.raises(FunctionError, match="failed on record 2"):
         run([1, 2, 3], lambda stream: stream.map(fail_on_two), backend=backend)

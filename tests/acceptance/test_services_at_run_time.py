@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
-from hosted import Crowd
-from recorded import Notes
+from support.host_services import Crowd
+from support.recording_services import Notes
 
 from sage import (
     BaseService,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
     from sage._runtime.backend import Backend
 
@@ -116,7 +116,7 @@ def test_arguments_arrive_as_they_were_given(host: Host, concurrency: int, timeo
 def test_four_callers_share_a_service(
     concurrency: int | None, call_s: float, least_s: float, most_s: float, at_once: int, clock: FairClock
 ) -> None:
-    """Acceptance 35: 8 calls by four callers take as long as the declared concurrency allows."""
+    """8 calls by four callers take as long as the declared concurrency allows."""
     crowds: list[Crowd] = []
 
     def build() -> Crowd:
@@ -137,7 +137,7 @@ def test_four_callers_share_a_service(
 
 
 def test_a_service_is_serial_unless_it_is_declared_otherwise() -> None:
-    """Acceptance 35: calls of a service that declares nothing never overlap."""
+    """Calls of a service that declares nothing never overlap."""
     crowd = Crowd(0.01)
     env = LocalEnvironment("serial")
     env.register_service("crowd", lambda: crowd)
@@ -163,7 +163,7 @@ class Slow:
 
 @pytest.mark.parametrize(("concurrency", "slow_s"), [(1, 3.0), (2, 1.5)])
 def test_a_call_that_is_too_slow_times_out(concurrency: int, slow_s: float, clock: FairClock) -> None:
-    """Acceptance 36: the time-out is kept, the late answer goes nowhere, and later calls get their own answers."""
+    """The time-out is kept, the late answer goes nowhere, and later calls get their own answers."""
     errors: list[BaseException] = []
     waits: list[tuple[float, float]] = []
 
@@ -196,7 +196,7 @@ def test_a_call_that_is_too_slow_times_out(concurrency: int, slow_s: float, cloc
 
 
 def test_the_option_bounds_every_call() -> None:
-    """Acceptance 36: `call_timeout_s` holds for calls of a handle, and an error that nobody catches fails the job."""
+    """`call_timeout_s` holds for calls of a handle, and an error that nobody catches fails the job."""
     env = LocalEnvironment("slow")
     slow = env.register_service("slow", Slow, 0.5, options=ServiceOptions(call_timeout_s=0.2))
     env.from_batch(["slow"]).map(slow.process, name="ask").sink(lambda record: None)
@@ -210,7 +210,7 @@ def test_the_option_bounds_every_call() -> None:
 
 
 def test_a_hundred_asynchronous_calls_complete(host: Host) -> None:
-    """Acceptance 37: 100 calls in flight at once all get their own answers."""
+    """100 calls in flight at once all get their own answers."""
 
     class Gather(MapFunction):
         def execute(self, data: int) -> list[int]:
@@ -237,7 +237,7 @@ class Fire(MapFunction):
 
 
 def test_calls_that_nobody_waits_for_finish() -> None:
-    """Acceptance 37: what is pending at the end of the job is finished before the service stops."""
+    """What is pending at the end of the job is finished before the service stops."""
     crowd = Crowd(0.02)
     futures: list[Future[Any]] = []
     env = LocalEnvironment("pending")
@@ -249,7 +249,7 @@ def test_calls_that_nobody_waits_for_finish() -> None:
 
 
 def test_calls_that_cannot_finish_are_cancelled(host: Host, clock: FairClock) -> None:
-    """Acceptance 37: what is still pending after the bound is cancelled, so that nobody waits for it in vain."""
+    """What is still pending after the bound is cancelled, so that nobody waits for it in vain."""
     futures: list[Future[Any]] = []
     env = LocalEnvironment("pending")
     env.register_service("crowd", Crowd, 0.1, options=ServiceOptions(host=host, drain_timeout_s=0.25))
@@ -273,7 +273,7 @@ def test_calls_that_cannot_finish_are_cancelled(host: Host, clock: FairClock) ->
 
 
 def test_a_service_that_calls_another_ends_before_it(backend: Backends, host: Host, journal: Notes) -> None:
-    """Acceptance 38: a service that was only seen to call another is stopped and cleaned before that one."""
+    """A service that was only seen to call another is stopped and cleaned before that one."""
 
     class Store(BaseService):
         def process(self, record: int) -> int:
@@ -309,7 +309,7 @@ def test_a_service_that_calls_another_ends_before_it(backend: Backends, host: Ho
 
 @pytest.mark.parametrize("how", ["declared", "handle"])
 def test_what_a_service_needs_outlives_it(backend: Backends, host: Host, journal: Notes, how: str) -> None:
-    """Acceptance 38: a dependency that is declared, or a handle among the arguments, orders start and stop."""
+    """A dependency that is declared, or a handle among the arguments, orders start and stop."""
 
     class Part:
         def __init__(self, name: str, other: Any = None) -> None:
@@ -338,7 +338,7 @@ def test_what_a_service_needs_outlives_it(backend: Backends, host: Host, journal
 
 
 def test_a_circle_of_services_is_refused() -> None:
-    """Acceptance 38: submit refuses a cycle of dependencies, names its path, and builds nothing."""
+    """Submit refuses a cycle of dependencies, names its path, and builds nothing."""
     built: list[str] = []
     env = LocalEnvironment("circle")
     for name, other in [("a", "b"), ("b", "c"), ("c", "a")]:
@@ -351,7 +351,7 @@ def test_a_circle_of_services_is_refused() -> None:
 
 
 def test_a_circle_that_is_only_seen_at_run_time_is_refused(backend: Backends) -> None:
-    """Acceptance 38: two services that call each other get an error with the path instead of a deadlock."""
+    """Two services that call each other get an error with the path instead of a deadlock."""
 
     class Ping(BaseService):
         def process(self, record: int) -> int:
@@ -373,7 +373,7 @@ def test_a_circle_that_is_only_seen_at_run_time_is_refused(backend: Backends) ->
 
 @pytest.mark.parametrize("concurrency", [1, 2, None])
 def test_a_service_may_call_itself(backend: Backends, host: Host, concurrency: int | None) -> None:
-    """Acceptance 38: a call of its own method through the job does not wait for the call it is made in."""
+    """A call of its own method through the job does not wait for the call it is made in."""
 
     class Countdown(BaseService):
         def process(self, record: int) -> list[int]:
@@ -403,7 +403,7 @@ def answer(requests: DataStream) -> DataStream:
 
 
 def test_a_pipeline_answers_calls(backend: Backends) -> None:
-    """Acceptance 39: each call gets the answer of its own request; one that is filtered away is answered with None."""
+    """Each call gets the answer of its own request; one that is filtered away is answered with None."""
     env = LocalEnvironment("serving", backend=backend)
     tens = env.serve("tens", answer)
     arrived: list[int | None] = []
@@ -416,7 +416,7 @@ def test_a_pipeline_answers_calls(backend: Backends) -> None:
 
 @pytest.mark.parametrize("parallelism", [1, 3])
 def test_a_pipeline_answers_several_callers_at_once(backend: Backends, parallelism: int) -> None:
-    """Acceptance 39: eight callers at once get the answers to their own requests, from parallel tasks too."""
+    """Eight callers at once get the answers to their own requests, from parallel tasks too."""
     env = LocalEnvironment("serving", backend=backend)
     tens = env.serve("tens", lambda requests: requests.map(lambda request: request * 10, parallelism=parallelism))
     arrived: list[tuple[int, int]] = []
@@ -427,7 +427,7 @@ def test_a_pipeline_answers_several_callers_at_once(backend: Backends, paralleli
 
 
 def test_the_callers_are_really_answered_at_once() -> None:
-    """Acceptance 39: four requests meet inside of the pipeline, so none waits for the answer of another."""
+    """Four requests meet inside of the pipeline, so none waits for the answer of another."""
     meeting = threading.Barrier(4)
 
     def meet(request: int) -> int:
@@ -443,7 +443,7 @@ def test_the_callers_are_really_answered_at_once() -> None:
 
 
 def test_an_error_in_a_served_pipeline_reaches_the_caller(backend: Backends, clock: FairClock) -> None:
-    """Acceptance 39: the caller promptly catches the very error, and the pipeline goes on answering."""
+    """The caller promptly catches the very error, and the pipeline goes on answering."""
     waits: list[tuple[float, float]] = []
 
     class Ask(MapFunction):
@@ -467,7 +467,7 @@ def test_an_error_in_a_served_pipeline_reaches_the_caller(backend: Backends, clo
 
 
 def test_an_error_that_the_caller_lets_through_fails_the_job(backend: Backends, clock: FairClock) -> None:
-    """Acceptance 39: an uncaught error of a served pipeline is the cause of the job's, promptly."""
+    """An uncaught error of a served pipeline is the cause of the job's, promptly."""
     env = LocalEnvironment("serving", backend=backend)
     tens = env.serve("tens", answer)
     env.from_batch([13]).map(tens.process, name="ask").sink(lambda record: None)
@@ -480,7 +480,7 @@ def test_an_error_that_the_caller_lets_through_fails_the_job(backend: Backends, 
 
 
 def test_an_answer_that_takes_too_long_times_out() -> None:
-    """Acceptance 39: `timeout_s` bounds the wait for an answer; the pipeline answers the next request."""
+    """`timeout_s` bounds the wait for an answer; the pipeline answers the next request."""
     finish = threading.Event()
 
     def hesitate(request: str) -> str:
@@ -506,7 +506,7 @@ def test_an_answer_that_takes_too_long_times_out() -> None:
 
 
 def test_a_served_pipeline_ends_after_the_main_one(backend: Backends, clock: FairClock) -> None:
-    """Acceptance 39: it still answers what the main pipeline asks while it closes, and everything ends promptly."""
+    """It still answers what the main pipeline asks while it closes, and everything ends promptly."""
     happened: list[str] = []
 
     class Close(SinkFunction):
@@ -541,7 +541,7 @@ def test_a_served_pipeline_ends_after_the_main_one(backend: Backends, clock: Fai
 
 
 def test_a_served_pipeline_is_itself_a_caller(backend: Backends) -> None:
-    """Acceptance 39: served pipelines may call services and each other."""
+    """Served pipelines may call services and each other."""
     env = LocalEnvironment("serving", backend=backend)
     crowd = env.register_service("crowd", Crowd, 0.0)
     inner = env.serve("inner", lambda requests: requests.map(crowd.process).map(lambda request: request + 1))
@@ -553,7 +553,7 @@ def test_a_served_pipeline_is_itself_a_caller(backend: Backends) -> None:
 
 
 def test_an_answer_that_takes_too_long_times_out_on_the_clock_of_the_backend() -> None:
-    """Acceptance 39: the time-out is one of virtual time where time is virtual."""
+    """The time-out is one of virtual time where time is virtual."""
     backend = StepBackend(1)
 
     async def hesitate(request: str) -> str:
@@ -573,7 +573,7 @@ def test_an_answer_that_takes_too_long_times_out_on_the_clock_of_the_backend() -
 
 
 def test_callers_of_a_pipeline_that_calls_another_do_not_wait_for_each_other(backend: Backends) -> None:
-    """Acceptance 39: whoever has its answer goes on, however many others wait for theirs meanwhile."""
+    """Whoever has its answer goes on, however many others wait for theirs meanwhile."""
     env = LocalEnvironment("serving", backend=backend)
     inner = env.serve("inner", lambda requests: requests.map(lambda request: request + 1))
     outer = env.serve("outer", lambda requests: requests.map(inner.process).map(lambda request: request * 2))
@@ -586,7 +586,7 @@ def test_callers_of_a_pipeline_that_calls_another_do_not_wait_for_each_other(bac
 
 
 def test_a_pipeline_that_never_answers_is_told_under_a_seed() -> None:
-    """Acceptance 39: nobody waits for ever where nothing can go on, and no thread is left of it."""
+    """Nobody waits for ever where nothing can go on, and no thread is left of it."""
     env = LocalEnvironment("serving", backend=StepBackend)
     options = ServiceOptions(concurrency=None)
     asked = env.register_service("asked", PipelineService, PipelineBridge(), options=options)
@@ -596,7 +596,7 @@ def test_a_pipeline_that_never_answers_is_told_under_a_seed() -> None:
 
 
 def test_a_pipeline_that_is_served_alone_needs_a_stop() -> None:
-    """Acceptance 39: without a main pipeline autostop is refused; the handle answers until `env.stop()`."""
+    """Without a main pipeline autostop is refused; the handle answers until `env.stop()`."""
     is_ready = threading.Event()
 
     class Signal:
@@ -618,9 +618,9 @@ def test_a_pipeline_that_is_served_alone_needs_a_stop() -> None:
 
 
 def test_what_is_no_pipeline_cannot_be_served() -> None:
-    """Acceptance 39: a `build` that returns no stream is refused where it is written."""
+    """A `build` that returns no stream is refused where it is written."""
     env = LocalEnvironment("serving")
-    with pytest.raises(GraphError, match=r'serve\("none"\).* is no stream') as caught:
+    with pytest.raises(GraphError, match=r'serve\("none"\).* is not a stream') as caught:
         env.serve("none", lambda requests: None)  # type: ignore[arg-type, return-value]
     assert "Return the stream of answers" in caught.value.__notes__[0]
 
@@ -653,7 +653,7 @@ class PoliteService(PipelineService):
 
 
 def test_a_pipeline_is_a_service_with_classes_of_its_own() -> None:
-    """Acceptance 39: subclasses in the style of older programs answer, and the job ends by itself."""
+    """Subclasses in the style of older programs answer, and the job ends by itself."""
 
     def shout(record: dict[str, Any]) -> dict[str, Any]:
         return {**record, "payload": record["payload"].upper()}
@@ -669,7 +669,7 @@ def test_a_pipeline_is_a_service_with_classes_of_its_own() -> None:
 
 
 def test_an_error_between_classes_of_its_own_reaches_the_caller(clock: FairClock) -> None:
-    """Acceptance 39: with a program's own source and sink, the error still reaches the caller and nothing hangs."""
+    """With a program's own source and sink, the error still reaches the caller and nothing hangs."""
 
     def refuse(record: dict[str, Any]) -> dict[str, Any]:
         raise LookupError(f"no {record['payload']} left")
@@ -691,7 +691,7 @@ def test_an_error_between_classes_of_its_own_reaches_the_caller(clock: FairClock
 
 
 def test_two_environments_have_services_of_their_own() -> None:
-    """Acceptance 40: two jobs run at the same time and call different instances under the same name."""
+    """Two jobs run at the same time and call different instances under the same name."""
     meeting = threading.Barrier(2)
 
     class Meet:
@@ -716,7 +716,7 @@ def test_two_environments_have_services_of_their_own() -> None:
 
 
 def test_a_stopped_service_is_unavailable_at_once(backend: Backends, host: Host, clock: FairClock) -> None:
-    """Acceptance 41: by its handle, by a method taken from it before, and through a function, before and after."""
+    """By its handle, by a method taken from it before, and through a function, before and after."""
     functions: list[Call] = []
     methods: list[Callable[[int], int]] = []
 
@@ -726,7 +726,7 @@ def test_a_stopped_service_is_unavailable_at_once(backend: Backends, host: Host,
             methods.append(self.service("crowd").process)
 
     env = LocalEnvironment("stopped", backend=backend)
-    crowd = env.register_service("crowd", Crowd, 0.0, options=ServiceOptions(host=host))
+    crowd: Any = env.register_service("crowd", Crowd, 0.0, options=ServiceOptions(host=host))
     arrived: list[int] = []
     env.from_batch([1]).map(Keep, "crowd").sink(arrived.append)
     with pytest.raises(ServiceUnavailableError, match='service "crowd" is not running') as caught:
@@ -750,7 +750,7 @@ def test_a_stopped_service_is_unavailable_at_once(backend: Backends, host: Host,
 
 
 def test_a_service_refuses_calls_while_it_stops(clock: FairClock) -> None:
-    """Acceptance 41: a call that comes during the cleanup fails at once and does not wait for its end."""
+    """A call that comes during the cleanup fails at once and does not wait for its end."""
     waits: list[tuple[float, float]] = []
 
     class Leave(BaseService):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
-from recorded import Journal, Notes, Numbered, report_of
+from support.recording_services import Journal, Notes, Numbered, report_of
 
 import sage
 from sage import (
@@ -75,7 +75,7 @@ ENDED = ["memory.build 1", "sink closed", "memory.stop 1", "memory.cleanup 1"]
 
 
 def test_a_batch_without_autostop_is_cleaned_when_it_ends(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 11: the services end with the batch, and `job.wait()` reports it."""
+    """The services end with the batch, and `job.wait()` reports it."""
     arrived = list[int]()
     env = LocalEnvironment(backend=backend)
     env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
@@ -88,7 +88,7 @@ def test_a_batch_without_autostop_is_cleaned_when_it_ends(backend: MakeBackend, 
 
 
 def test_a_batch_without_autostop_is_cleaned_though_nobody_waits() -> None:
-    """Acceptance 11: the cleanup needs no call of anybody."""
+    """The cleanup needs no call of anybody."""
     cleaned = threading.Event()
 
     class Marked(BaseService):
@@ -105,7 +105,7 @@ def test_a_batch_without_autostop_is_cleaned_though_nobody_waits() -> None:
 
 @pytest.mark.parametrize("way", ["stop", "close", "with", "stop twice", "close twice", "stop, then close"])
 def test_a_stream_is_stopped_from_outside(way: str, host: Host, journal: Notes) -> None:
-    """Acceptance 12, fault 116: tasks end, then services, once; a second call does nothing."""
+    """Tasks end, then services, once; a second call does nothing."""
     env = LocalEnvironment()
     flows = endless(env, journal, host)
     if way == "with":
@@ -126,7 +126,7 @@ def test_a_stream_is_stopped_from_outside(way: str, host: Host, journal: Notes) 
 
 
 def test_leaving_with_by_an_error_cleans_up() -> None:
-    """Acceptance 12: the program's own error comes out, after everything was cleaned."""
+    """The program's own error comes out, after everything was cleaned."""
     journal = list[str]()
     env = LocalEnvironment()
     flows = endless(env, journal)
@@ -146,7 +146,7 @@ def test_leaving_with_by_an_error_cleans_up() -> None:
 def test_stopping_before_submit_and_after_the_end_does_nothing(
     backend: MakeBackend, host: Host, journal: Notes
 ) -> None:
-    """Acceptance 12, fault 116: there is nothing to stop, and a submit afterwards works."""
+    """There is nothing to stop, and a submit afterwards works."""
     arrived = list[int]()
     env = LocalEnvironment(backend=backend)
     env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
@@ -165,7 +165,7 @@ def test_stopping_before_submit_and_after_the_end_does_nothing(
 @pytest.mark.parametrize("call", ["stop", "close"])
 @pytest.mark.parametrize("place", ["hook", "call", "call with a time-out", "coroutine"])
 def test_a_service_of_the_job_may_stop_it(call: str, place: str) -> None:
-    """Acceptance 12, fault 116: from inside, a stop is a request, so that nothing waits for itself."""
+    """From inside, a stop is a request, so that nothing waits for itself."""
     journal = list[str]()
     env = LocalEnvironment()
 
@@ -197,7 +197,7 @@ def test_a_service_of_the_job_may_stop_it(call: str, place: str) -> None:
 def test_the_functions_of_an_empty_source_are_finished_and_closed_once(
     backend: MakeBackend, host: Host, journal: Notes
 ) -> None:
-    """Acceptance 8, fault 2: nothing flows, and everything begins and ends all the same."""
+    """Nothing flows, and everything begins and ends all the same."""
     arrived = list[int]()
 
     class Window(ProcessFunction):
@@ -223,7 +223,7 @@ def test_the_functions_of_an_empty_source_are_finished_and_closed_once(
 
 
 def test_the_end_of_a_job_leaves_another_alone() -> None:
-    """Acceptance 3, fault 10: two jobs with a service each; the end of one is nothing to the other's."""
+    """Two jobs with a service each; the end of one is nothing to the other's."""
     running, ended = list[str](), list[str]()
     stream, batch = LocalEnvironment("stream"), LocalEnvironment("batch")
     with stream:
@@ -243,7 +243,7 @@ def test_the_end_of_a_job_leaves_another_alone() -> None:
 
 
 def test_a_second_submit_is_a_new_run(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 3, fault 115: a new instance of everything; a submit while a job runs is refused."""
+    """A new instance of everything; a submit while a job runs is refused."""
     arrived = list[int]()
     refused = list[str]()
     env = LocalEnvironment("twice", backend=backend)
@@ -267,7 +267,7 @@ def test_a_second_submit_is_a_new_run(backend: MakeBackend, host: Host, journal:
 
 @pytest.mark.parametrize("way", ["close", "with", "with an error"])
 def test_kept_services_serve_the_next_job(backend: MakeBackend, host: Host, journal: Notes, way: str) -> None:
-    """Acceptance 9, fault 118: no second start, and one cleanup by `close()` or by leaving `with env:`."""
+    """No second start, and one cleanup by `close()` or by leaving `with env:`."""
     arrived = list[int]()
     env = LocalEnvironment(backend=backend)
     memory = env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
@@ -307,7 +307,7 @@ class Asking(Numbered):
 
 
 def test_a_kept_service_still_ends_before_the_one_that_it_was_seen_to_call(backend: MakeBackend) -> None:
-    """Acceptance 9: the job that ends kept services knows who called whom in the jobs before."""
+    """The job that ends kept services knows who called whom in the jobs before."""
     journal = list[str]()
     env = LocalEnvironment(backend=backend)
     index = env.register_service("index", Asking, journal)
@@ -319,7 +319,7 @@ def test_a_kept_service_still_ends_before_the_one_that_it_was_seen_to_call(backe
 
 
 def test_only_the_named_services_are_kept(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 9: the others end with their job, and a kept one keeps what it requires."""
+    """The others end with their job, and a kept one keeps what it requires."""
     env = LocalEnvironment(backend=backend)
     env.register_service("store", Numbered, journal, options=ServiceOptions(host=host))
     env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host, depends_on=["store"]))
@@ -336,7 +336,7 @@ def test_only_the_named_services_are_kept(backend: MakeBackend, host: Host, jour
 
 
 def test_kept_services_are_cleaned_at_exit_with_a_warning(tmp_path: Path) -> None:
-    """Acceptance 9: a program that never closes its environment is told so, and the service is cleaned once."""
+    """A program that never closes its environment is told so, and the service is cleaned once."""
     text = """
 from sage import LocalEnvironment
 
@@ -414,7 +414,7 @@ print(json.dumps([first, last]))
 
 
 def test_two_hundred_jobs_leave_nothing_behind(tmp_path: Path) -> None:
-    """Acceptance 13, fault 120: threads, descriptors and children as before the first job, memory within 5 MB."""
+    """Threads, descriptors and children as before the first job, memory within 5 MB."""
     done = run_script(tmp_path, MANY_JOBS)
     assert done.returncode == 0, done.stderr
     first, last = json.loads(done.stdout)
@@ -467,7 +467,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_jobs_with_processes_leave_nothing_behind(tmp_path: Path) -> None:
-    """Acceptance 13: (host) threads, descriptors and children as after the first job, the guardian's included."""
+    """Threads, descriptors and children as after the first job, the guardian's included."""
     done = run_script(tmp_path, MANY_PROCESSES)
     assert done.returncode == 0, done.stderr
     first, last = json.loads(done.stdout)
@@ -479,7 +479,7 @@ def test_jobs_with_processes_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend, host: Host) -> None:
-    """Acceptance 41: by the handle, by a method taken from it while the job ran, and from a function that is left."""
+    """By the handle, by a method taken from it while the job ran, and from a function that is left."""
     journal, functions = list[str](), list[MapFunction]()
     env = LocalEnvironment(backend=backend)
     memory = env.register_service("memory", Numbered, journal, options=ServiceOptions(host=host))
@@ -495,7 +495,7 @@ def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend, hos
 
     env.from_batch([1]).map(Ask).sink(lambda data: None)
     env.submit(autostop=True)
-    calls: list[Callable[[Any], Any]] = [memory, memory.process, methods[0], functions[0].execute]
+    calls: list[Any] = [memory, memory.process, methods[0], functions[0].execute]
     for call in calls:
         with pytest.raises(ServiceUnavailableError, match="memory") as caught:
             call(1)
@@ -507,7 +507,7 @@ def test_a_call_after_the_end_of_the_job_fails_at_once(backend: MakeBackend, hos
 
 
 def test_a_service_that_has_stopped_refuses_the_calls_of_one_that_is_stopped_later(backend: MakeBackend) -> None:
-    """Acceptance 41: what was registered first ends last, and is told at once that the other is down."""
+    """What was registered first ends last, and is told at once that the other is down."""
     journal, refused = list[str](), list[str]()
 
     class Late(Numbered):
@@ -532,7 +532,7 @@ def test_a_service_that_has_stopped_refuses_the_calls_of_one_that_is_stopped_lat
 
 
 def test_a_kept_service_that_is_replaced_is_cleaned(backend: Callable[[], Backend]) -> None:
-    """Acceptance 9: what was kept ends when another takes its place."""
+    """What was kept ends when another takes its place."""
     cleaned: list[str] = []
 
     class Named:
@@ -553,7 +553,7 @@ def test_a_kept_service_that_is_replaced_is_cleaned(backend: Callable[[], Backen
 
 
 def test_no_service_is_kept_on_one_that_failed() -> None:
-    """Acceptance 3 and 9: what is kept would otherwise outlive the service that it depends on."""
+    """What is kept would otherwise outlive the service that it depends on."""
     journal: list[str] = []
 
     class Sick(Numbered):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
-from recorded import Broken, Journal, Notes, Recorded, SlowlyMarked, assert_same, report_of
+from support.recording_services import Broken, Journal, Notes, Recorded, SlowlyMarked, assert_same, report_of
 
 import sage
 from sage import (
@@ -36,7 +36,7 @@ from sage import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
     from sage._runtime.backend import Backend
 
@@ -65,7 +65,7 @@ def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_cleanup_is_over_when_submit_returns(backend: MakeBackend, host: Host, tmp_path: Path) -> None:
-    """Acceptance 1, fault 1: the marker of the cleanup stands there when submit returns."""
+    """The marker of the cleanup stands there when submit returns."""
     marker, arrived = tmp_path / "marker", list[int]()
     env = LocalEnvironment(backend=backend)
     adder = env.register_service("adder", SlowlyMarked, marker, 0.2, options=ServiceOptions(host=host))
@@ -113,7 +113,7 @@ env.submit(autostop=True)
 
 
 def test_a_script_whose_last_statement_is_submit(host: Host, tmp_path: Path) -> None:
-    """Acceptance 2, fault 1: the process does not end before the cleanup, which happens once."""
+    """The process does not end before the cleanup, which happens once."""
     done = run_script(tmp_path, PROGRAM.replace("{host!r}", repr(host)))
     assert (done.returncode, done.stdout, done.stderr) == (0, "2\n3\n4\n", "")
     assert (tmp_path / "marker").read_text() == "cleaned\n"
@@ -129,7 +129,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_service_ends_once_in_reverse_order(backend: MakeBackend, host: Host, journal: Notes, way: str) -> None:
-    """Acceptance 3, fault 116: whatever ends the job, also a stop from one of its own tasks."""
+    """Whatever ends the job, also a stop from one of its own tasks."""
     arrived = list[int]()
     env = LocalEnvironment(backend=backend)
     for name in ("a", "b", "c"):
@@ -160,7 +160,7 @@ def test_every_service_ends_once_in_reverse_order(backend: MakeBackend, host: Ho
 def test_a_service_ends_before_what_it_requires(
     backend: MakeBackend, host: Host, journal: Notes, declared: bool
 ) -> None:
-    """Acceptance 3, fault 11: A requires B requires C, in whatever order they are registered."""
+    """A requires B requires C, in whatever order they are registered."""
     env = LocalEnvironment(backend=backend)
     if declared:
         env.register_service("a", Recorded, journal, options=ServiceOptions(host=host, depends_on=["b"]))
@@ -178,7 +178,7 @@ def test_a_service_ends_before_what_it_requires(
 
 
 def test_no_service_stops_during_a_call() -> None:
-    """Acceptance 3: one task fails while the calls of the others run; stop and cleanup come after them."""
+    """One task fails while the calls of the others run; stop and cleanup come after them."""
     journal, in_call = list[str](), threading.Barrier(3)
 
     class Slow(Recorded):
@@ -204,7 +204,7 @@ def test_no_service_stops_during_a_call() -> None:
 
 
 def test_no_service_stops_before_an_asynchronous_call_that_nobody_waits_for(host: Host, journal: Notes) -> None:
-    """Acceptance 3: a call that the last record left behind ends before stop and cleanup."""
+    """A call that the last record left behind ends before stop and cleanup."""
 
     class Slow(Recorded):
         def work(self) -> None:
@@ -224,7 +224,7 @@ def test_no_service_stops_before_an_asynchronous_call_that_nobody_waits_for(host
 
 
 def test_submit_returns_after_a_slow_cleanup(host: Host, journal: Notes, clock: FairClock) -> None:
-    """Acceptance 4: a service that a sink calls takes 4 s to clean up."""
+    """A service that a sink calls takes 4 s to clean up."""
 
     class Slow(BaseService):
         def cleanup(self) -> None:
@@ -262,7 +262,7 @@ def test_submit_returns_after_a_slow_cleanup(host: Host, journal: Notes, clock: 
 def test_a_hook_that_raises_does_not_stop_the_others(
     backend: MakeBackend, host: Host, journal: Notes, hook: str, error: BaseException
 ) -> None:
-    """Acceptance 5, fault 34: everything else is cleaned, and the error arrives in report and group."""
+    """Everything else is cleaned, and the error arrives in report and group."""
     arrived = list[int]()
     env = LocalEnvironment("jobs", backend=backend)
     env.register_service("a", Recorded, journal, options=ServiceOptions(host=host))
@@ -289,7 +289,7 @@ def test_a_hook_that_raises_does_not_stop_the_others(
 
 
 def test_two_of_three_cleanups_raise(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 5, fault 33: both errors are in the group, and the third service is cleaned."""
+    """Both errors are in the group, and the third service is cleaned."""
     env = LocalEnvironment(backend=backend)
     env.register_service("a", Broken, journal, "cleanup", OSError("first"), options=ServiceOptions(host=host))
     env.register_service("b", Recorded, journal, options=ServiceOptions(host=host))
@@ -304,7 +304,7 @@ def test_two_of_three_cleanups_raise(backend: MakeBackend, host: Host, journal: 
 
 
 def test_the_job_and_a_cleanup_fail(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 5, fault 39: nothing is lost, and the cause of the end comes first."""
+    """Nothing is lost, and the cause of the end comes first."""
     env = LocalEnvironment(backend=backend)
     env.register_service("memory", Broken, journal, "cleanup", OSError("disk full"), options=ServiceOptions(host=host))
 
@@ -324,7 +324,7 @@ def test_the_job_and_a_cleanup_fail(backend: MakeBackend, host: Host, journal: N
 
 
 def test_close_raises_in_three_tasks(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 5, fault 32: all three errors are in the group, and the services are cleaned."""
+    """All three errors are in the group, and the services are cleaned."""
 
     class Close(MapFunction):
         def execute(self, data: int) -> int:
@@ -368,7 +368,7 @@ class Hanging(Recorded):
 
 @pytest.mark.parametrize("hook", ["stop", "cleanup"])
 def test_a_hook_that_never_returns_is_abandoned(hook: str, released: threading.Event, clock: FairClock) -> None:
-    """Acceptance 6, faults 42 and 44: it costs its bound, and the others and its own cleanup get their turn."""
+    """It costs its bound, and the others and its own cleanup get their turn."""
     journal = list[str]()
     env = LocalEnvironment()
     env.register_service("a", Recorded, journal)
@@ -397,7 +397,7 @@ def test_a_hook_that_never_returns_is_abandoned(hook: str, released: threading.E
 
 
 def test_a_service_that_nobody_calls_is_cleaned(backend: MakeBackend, host: Host, journal: Notes) -> None:
-    """Acceptance 8, fault 13: started and cleaned, as any other."""
+    """Started and cleaned, as any other."""
     env = LocalEnvironment(backend=backend)
     env.register_service("idle", Recorded, journal, options=ServiceOptions(host=host))
     env.from_batch([1, 2]).sink(lambda data: None)
@@ -471,7 +471,7 @@ def plain_services(journal: Journal) -> dict[str, Callable[..., Any]]:
 
 @pytest.mark.parametrize("form", plain_services([]))
 def test_a_service_of_any_form_works_and_is_closed(backend: MakeBackend, host: Host, journal: Notes, form: str) -> None:
-    """Acceptance 10: no form needs anything of ours, and each is closed at the end, once."""
+    """No form needs anything of ours, and each is closed at the end, once."""
     arrived = list[int]()
     env = LocalEnvironment(backend=backend)
     adder = env.register_service("adder", plain_services(journal)[form], options=ServiceOptions(host=host))

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Literal
 
 import pytest
-from recorded import Fragile, Notes, report_of
+from support.recording_services import Fragile, Notes, report_of
 
 from sage import (
     BaseService,
@@ -69,7 +69,7 @@ class Monitor:
 
 @pytest.mark.parametrize("pause_s", [0.005, 0.0])
 def test_a_monitor_sees_tasks_end_before_services(pause_s: float) -> None:
-    """Acceptance 14: over several jobs no read fails, and what it shows is true at every moment."""
+    """Over several jobs no read fails, and what it shows is true at every moment."""
     env = LocalEnvironment()
     seen_in_cleanup = list[tuple[int, int, bool]]()
 
@@ -118,7 +118,7 @@ signal.pause()
 
 @pytest.mark.parametrize("host", ["process", "command"])
 def test_a_monitor_sees_tasks_end_before_processes(host: str) -> None:
-    """Acceptance 14: (host) the same with services in processes of their own."""
+    """The same with services in processes of their own."""
     env = LocalEnvironment()
     for name in "abc":
         if host == "command":
@@ -142,7 +142,7 @@ def test_a_monitor_sees_tasks_end_before_processes(host: str) -> None:
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_sick_service_is_restarted_and_its_callers_wait(host: Host, journal: Notes, raises: bool) -> None:
-    """Acceptance 15: calls go on with the second instance, and none is lost."""
+    """Calls go on with the second instance, and none is lost."""
     answers = list[int]()
     env = LocalEnvironment()
     options = ServiceOptions(host=host, restart="on_failure", backoff_s=(0.05, 0.1), health_interval_s=0.02)
@@ -168,7 +168,7 @@ def test_a_sick_service_is_restarted_and_its_callers_wait(host: Host, journal: N
 
 
 def test_a_call_waits_for_a_restart_only_up_to_its_time_out() -> None:
-    """Acceptance 15: the pause before the restart is longer than the call may take."""
+    """The pause before the restart is longer than the call may take."""
     journal = list[str]()
     env = LocalEnvironment()
     options = ServiceOptions(
@@ -185,7 +185,7 @@ def test_a_call_waits_for_a_restart_only_up_to_its_time_out() -> None:
 
 
 def test_a_service_that_fails_again_and_again_fails_the_job(host: Host, journal: Notes) -> None:
-    """Acceptance 15: after as many restarts as are allowed the job ends; every instance was cleaned once."""
+    """After as many restarts as are allowed the job ends; every instance was cleaned once."""
     env = LocalEnvironment()
     options = ServiceOptions(
         host=host, restart="on_failure", restarts_max=2, backoff_s=(0.01, 0.01), health_interval_s=0.02
@@ -202,7 +202,7 @@ def test_a_service_that_fails_again_and_again_fails_the_job(host: Host, journal:
 
 
 def test_calls_of_a_service_that_may_be_absent_fail_at_once() -> None:
-    """Acceptance 15: nothing restarts it, and the job goes on; each call says that the service is down."""
+    """Nothing restarts it, and the job goes on; each call says that the service is down."""
     journal, failed = list[str](), list[str]()
     env = LocalEnvironment()
     options = ServiceOptions(restart="never", required=False, health_interval_s=0.02)

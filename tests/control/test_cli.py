@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -102,9 +103,29 @@ def good(tmp_path: Path) -> str:
     return write(tmp_path, GOOD)
 
 
+EXPLAINED = "from sage import LocalEnvironment\nenv = LocalEnvironment('e')\nenv.from_batch([1]).print()\n"
+
+LOGGING = """
+import logging
+from sage import LocalEnvironment, MapFunction
+
+SETTING
+
+class Tells(MapFunction):
+    def execute(self, data):
+        self.logger.info("mine INFO")
+        self.logger.warning("mine WARNING")
+        return data
+
+env = LocalEnvironment("tells")
+env.from_batch([1]).map(Tells).sink(lambda x: None)
+env.submit(autostop=True)
+"""
+
+
 class TestRun:
     def test_runs_the_file_as_python_would(self, tmp_path: Path, good: str) -> None:
-        """Acceptance 44: the command line turns file logs on, and no record has a line in them."""
+        """The command line turns file logs on, and no record has a line in them."""
         ended = sage(tmp_path, "run", good, "--", "a", "--b")
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.splitlines() == ["2", "4", "6", "arguments ['a', '--b'] __main__"]
@@ -115,6 +136,54 @@ class TestRun:
         assert "Dispatcher.log" in logs
         assert all(len(text.splitlines()) < 30 for text in logs.values())
 
+    @pytest.mark.parametrize(
+        ("words", "args"),
+        [
+            (["--x"], ["--x"]),
+            (["--x", "5", "-v", "--name=a", "plain"], ["--x", "5", "-v", "--name=a", "plain"]),
+            (["--x", "--", "--progress", "--help"], ["--x", "--progress", "--help"]),
+            (["--help"], ["--help"]),
+            (["a", "-h", "--report", "b"], ["a", "-h", "--report", "b"]),
+            (["--no-progress", "--x"], ["--x"]),
+        ],
+    )
+    def test_the_program_gets_its_own_options(self, tmp_path: Path, words: list[str], args: list[str]) -> None:
+        program = write(tmp_path, "import sys; print(sys.argv[1:])")
+        ended = sage(tmp_path, "run", program, *words)
+        assert (ended.returncode, ended.stdout) == (0, f"{args}\n"), ended.stderr
+        ended = sage(tmp_path, "explain", write(tmp_path, f"{EXPLAINED}"), *words[:1])
+        assert "unexpected" not in ended.stderr
+
+    @pytest.mark.parametrize(
+        ("setting", "shown"),
+        [
+            ("logging.basicConfig(level=logging.WARNING)", ["mine WARNING"]),
+            ("logging.basicConfig()", ["mine WARNING"]),
+            ("logging.getLogger().addHandler(logging.StreamHandler())", ["mine WARNING"]),
+            ("logging.getLogger('sage').addHandler(logging.StreamHandler())", ["mine WARNING"]),
+            ("logging.basicConfig(level=logging.INFO)", ["mine INFO", "mine WARNING"]),
+            ("logging.basicConfig(); logging.getLogger('sage').setLevel('ERROR')", []),
+            ("pass", []),
+        ],
+    )
+    def test_the_logging_of_the_program_stays_as_it_is(self, tmp_path: Path, setting: str, shown: list[str]) -> None:
+        """The files get what they always hold."""
+        program = write(tmp_path, LOGGING.replace("SETTING", setting))
+        ended = sage(tmp_path, "run", program)
+        alone = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+        assert ended.returncode == alone.returncode == 0, ended.stderr
+        for text in (ended.stderr, alone.stderr):
+            lines = [line for line in text.splitlines() if "mine" in line or "job " in line or " INFO" in line]
+            mine = [line.rpartition("mine")[2].strip() for line in lines if "mine" in line]
+            assert mine == [line.removeprefix("mine ") for line in shown]
+        told = [line for line in alone.stderr.splitlines() if line.startswith(("INFO", "WARNING"))]
+        also = [line for line in ended.stderr.splitlines() if line.startswith(("INFO", "WARNING"))]
+        assert len(also) == len(told)
+        (session,) = (tmp_path / ".sage" / "logs" / "jobmanager").glob("session_*")
+        logs = "".join(file.read_text(encoding="utf-8") for file in session.iterdir())
+        for name in ("manager", "dispatcher", "job"):
+            assert f" INFO sage.{name} " in logs
+
     def test_waits_for_jobs_that_the_program_left_running(self, tmp_path: Path, good: str) -> None:
         ended = sage(tmp_path, "run", good, "--", "later")
         assert ended.returncode == 0, ended.stderr
@@ -124,7 +193,7 @@ class TestRun:
         assert "Warning" not in ended.stderr
 
     def test_a_failed_job_is_1_and_shows_the_users_traceback(self, tmp_path: Path) -> None:
-        """Acceptance 16 and 44: the error names operator, record and original, and is found in Error.log."""
+        """The error names operator, record and original, and is found in Error.log."""
         ended = sage(tmp_path, "run", write(tmp_path, BAD), "--log-dir", "logs")
         assert ended.returncode == 1
         assert 'job "bad": FAILED and CLEAN' in ended.stderr
@@ -149,7 +218,7 @@ class TestRun:
         assert "GraphError: keyby: strategy is 'none'\nIt is one of hash, broadcast, round_robin." in ended.stderr
 
     def test_completed_but_dirty_is_2(self, tmp_path: Path) -> None:
-        """Acceptance 5: a cleanup that raises is in the report and in what is raised."""
+        """A cleanup that raises is in the report and in what is raised."""
         ended = sage(tmp_path, "run", write(tmp_path, SERVICE), "--", "short", "wait", "break")
         assert ended.returncode == 2, ended.stderr
         assert 'job "service": COMPLETED and DIRTY' in ended.stderr
@@ -175,7 +244,7 @@ class TestRun:
     @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     @pytest.mark.parametrize("how", ["wait", "leave", "work"])
     def test_a_signal_stops_and_cleans(self, tmp_path: Path, signum: int, code: int, how: str) -> None:
-        """Acceptance 42: sources stop, what is in flight drains, services are cleaned once, the exit code tells."""
+        """Sources stop, what is in flight drains, services are cleaned once, the exit code tells."""
         command = [str(SAGE), "run", write(tmp_path, SERVICE), "--", how]
         process = subprocess.Popen(
             command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -312,6 +381,31 @@ class TestExplain:
             "The program ended after its submit, which gave it no results: IndexError: list index out of range\n"
         )
 
+    def test_the_plans_are_drawn(self, tmp_path: Path) -> None:
+        """Each operator and service of every plan is in the drawing, whatever its name."""
+        program = (
+            "from sage import LocalEnvironment\n"
+            "class Store:\n    def process(self, x): return x\n"
+            "env = LocalEnvironment('first')\nstore = env.register_service('a <store>', Store)\n"
+            "letters = env.dead_letters('lost')\n"
+            "keyed = env.from_batch([1], name='numbers').map(store, name='ask').keyby(str, name='by & by')\n"
+            "keyed.map(str, parallelism=3, on_error=letters, name='a name of more letters than fit').sink(print)\n"
+            "letters.sink(print)\nenv.submit(autostop=True)\n"
+            "other = LocalEnvironment('second')\nother.from_batch([1]).sink(print, name='show')\n"
+        )
+        ended = sage(tmp_path, "explain", "--svg", "plan.svg", write(tmp_path, program))
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+        drawing = ElementTree.parse(tmp_path / "plan.svg")
+        texts = [element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")]
+        assert {"first", "second", "numbers", "ask", "by & by", "a <store>", "lost", "show", "3 tasks", "hash"} <= {
+            *texts
+        }
+        assert "dead letters" in texts
+        titles = [element.text for element in drawing.iter("{http://www.w3.org/2000/svg}title")]
+        assert "a name of more letters than fit" in titles
+        calls = [path for path in drawing.iter("{http://www.w3.org/2000/svg}path") if path.get("class") == "call"]
+        assert len(calls) == 1
+
     @pytest.mark.parametrize(
         ("program", "text"),
         [
@@ -319,7 +413,7 @@ class TestExplain:
             ("import nonsense", "ModuleNotFoundError: No module named 'nonsense'"),
             (
                 "from sage import LocalEnvironment\nenv = LocalEnvironment('e')\nenv.from_future('f').print()",
-                "GraphError",
+                "FutureError",
             ),
         ],
     )
@@ -371,13 +465,18 @@ class TestReport:
         (tmp_path / "notes.txt").write_text("nothing\n[]\n")
         ended = sage(tmp_path, "report", "notes.txt")
         assert ended.returncode == 1
-        assert ended.stderr == "Error: notes.txt tells of no job\n"
+        assert ended.stderr == "Error: notes.txt does not contain a job\n"
 
 
 class TestOthers:
     def test_version(self, tmp_path: Path) -> None:
         ended = sage(tmp_path, "version")
         assert ended.returncode == 0
+        assert sage(tmp_path, "--version").stdout == ended.stdout
+        as_module = subprocess.run(
+            [sys.executable, "-m", "sage", "--version"], capture_output=True, text=True, check=True
+        )
+        assert as_module.stdout == ended.stdout
         assert re.fullmatch(r"sage-dataflow \d+\.\d+\.\d+\S*, Python 3\.\d+\.\d+\S*, \w+\n", ended.stdout)
 
     def test_doctor_finds_nothing_wrong(self, tmp_path: Path) -> None:
@@ -387,6 +486,7 @@ class TestOthers:
             names.remove("shared memory for Ray")
         assert names == [
             "Python",
+            "import sage",
             "SQLite FTS5",
             "thread start",
             "log folder",

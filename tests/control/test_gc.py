@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sage._runtime.journal import Journal, encode
-from sage._runtime.processes import COOKIE_VARIABLE, is_alive, process
+from sage._guardian.journal import Journal, encode
+from sage._processes import COOKIE_VARIABLE, is_alive, process
 
 SAGE = Path(sys.executable).with_name("sage")
 SLEEP = [sys.executable, "-c", "import signal; print(flush=True); signal.pause()"]
@@ -49,7 +49,6 @@ def write(folder: Path, cookie: str, pid: int, started: int, *more: dict[str, An
 
 
 def test_what_a_double_death_left_is_taken_away(tmp_path: Path) -> None:
-    """Fault 73."""
     left = tmp_path / "left"
     left.mkdir()
     key = {"job": "job-c1", "service": "store"}
@@ -89,7 +88,6 @@ def test_a_folder_without_a_journal_is_of_a_driver_that_starts(tmp_path: Path) -
 
 
 def test_the_reused_pid_of_a_service_is_never_hit(tmp_path: Path) -> None:
-    """Fault 114."""
     with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as stranger:
         assert stranger.stdout is not None
         stranger.stdout.readline()
@@ -106,7 +104,6 @@ def test_the_reused_pid_of_a_service_is_never_hit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "open to others"])
 def test_a_folder_that_is_not_safe_is_refused(tmp_path: Path, kind: str) -> None:
-    """Faults 131 and 132."""
     root = tmp_path / f"sage-{os.geteuid()}"
     if kind == "link":
         (tmp_path / "elsewhere").mkdir(0o700)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fair_clock import FairClock
+from support.fair_clock import FairClock
 
 SOURCES = Path(__file__).parents[2] / "src"
 TOKEN = "SAGE_TEST_TOKEN"
@@ -158,25 +158,11 @@ class Driver:
 
     def left_pids(self) -> list[int]:
         """Return what still runs of all that came from the driver, itself included."""
-        wanted = f"{TOKEN}={self.token}".encode()
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-        return found
+        return pids_of(self.token)
 
     def left(self) -> list[str]:
         """Return what still runs, with its command."""
-        found = []
-        for pid in self.left_pids():
-            try:
-                found.append(f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes()[:80]!r}")
-            except OSError:
-                continue
-        return found
+        return left_of(self.token)
 
     def wait_nothing_left(self, bound_s: float, clock: FairClock) -> list[str]:
         """Wait until nothing is left, and return what is, after `bound_s` seconds."""
@@ -188,6 +174,30 @@ class Driver:
     def lines(self) -> list[dict[str, object]]:
         file = self.folder / "report"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def pids_of(token: str) -> list[int]:
+    """Return the processes that have this token in their environment."""
+    wanted = f"{TOKEN}={token}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def left_of(token: str) -> list[str]:
+    """Return the processes that have this token in their environment, with their commands."""
+    found = []
+    for pid in pids_of(token):
+        try:
+            found.append(f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes()[:80]!r}")
+        except OSError:
+            continue
+    return found
 
 
 def wrong_order(marks: list[str]) -> list[str]:

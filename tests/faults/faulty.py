@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from faults.wrongs import go_wrong, mark
+from support.fault_injection import go_wrong, mark
 
 from sage import BaseService
 

@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import Any
 
-from faults.wrongs import go_wrong, mark
+from support.fault_injection import go_wrong, mark
 
 WORD_BYTES_MAX = 64
 

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import Notes, report_of
+from support.recording_services import Notes, report_of
 
 from sage import (
     BaseService,
@@ -74,7 +74,7 @@ class Quiet(SourceFunction):
 
 
 def test_a_long_gap_ends_nothing(notes: Notes) -> None:
-    """Fault 8: nothing looks at how long it was quiet."""
+    """Nothing looks at how long it was quiet."""
     backend = StepBackend(0)
     env = LocalEnvironment("gap", backend=lambda: backend)
     marked = env.register_service("marked", Marked, notes)
@@ -87,7 +87,7 @@ def test_a_long_gap_ends_nothing(notes: Notes) -> None:
 
 
 def test_a_last_record_of_an_hour_is_waited_for(notes: Notes) -> None:
-    """Fault 14: a natural end has no bound."""
+    """A natural end has no bound."""
     import asyncio
 
     async def slow(record: int) -> int:
@@ -106,7 +106,7 @@ def test_a_last_record_of_an_hour_is_waited_for(notes: Notes) -> None:
 
 
 def test_a_consumer_that_fails_frees_who_waits_for_it() -> None:
-    """Fault 50: every source finds the channel full, and closes all the same."""
+    """Every source finds the channel full, and closes all the same."""
     env = LocalEnvironment("full")
     is_known = threading.Event()
     closed: list[int] = []
@@ -135,7 +135,7 @@ def test_a_consumer_that_fails_frees_who_waits_for_it() -> None:
 
 
 def test_work_in_c_keeps_no_stop_from_being_noticed(notes: Notes) -> None:
-    """Fault 46: the stop is noticed at once, and the job ends when the function comes back."""
+    """The stop is noticed at once, and the job ends when the function comes back."""
     began, over_at = threading.Event(), list[float]()
 
     def grind(record: int) -> int:
@@ -167,7 +167,7 @@ class Clinging(Marked):
 
 
 def test_a_finalizer_that_hangs_ends_with_its_process(notes: Notes) -> None:
-    """Fault 52: the cleanup was before it, and nothing waits for it."""
+    """The cleanup was before it, and nothing waits for it."""
     env = LocalEnvironment("clinging")
     clinging = env.register_service("clinging", Clinging, notes, options=ServiceOptions(host="process"))
     env.from_batch([1]).map(clinging.process).sink(lambda _: None)
@@ -210,7 +210,7 @@ class Connecting(Marked):
 def test_a_connect_that_hangs_has_the_bound_of_its_hook(
     notes: Notes, deaf: tuple[str, int], host: Any, state: str
 ) -> None:
-    """Fault 54: it is given up, and the other service is cleaned up."""
+    """It is given up, and the other service is cleaned up."""
     env = LocalEnvironment("connecting")
     options = ServiceOptions(host=host, stop_timeout_s=0.3, kill_grace_s=0.3)
     env.register_service("marked", Marked, notes)
@@ -263,7 +263,7 @@ def log_thread() -> threading.Thread:
 
 @pytest.mark.parametrize("host", ["inline", "process"])
 def test_a_log_handler_that_hangs_does_not_hang_the_job(notes: Notes, blocking: Blocking, host: Any) -> None:
-    """Fault 53: the job ends as if nobody had logged; what was logged comes when the handler goes on."""
+    """The job ends as if nobody had logged; what was logged comes when the handler goes on."""
     env = LocalEnvironment("logged")
     marked = env.register_service("marked", Marked, notes, options=ServiceOptions(host=host))
     arrived: list[int] = []
@@ -336,7 +336,7 @@ def test_a_log_handler_that_raises_is_told_of_and_gets_the_next_record(capfd: py
 
 
 def test_where_no_thread_can_be_started_whoever_logs_calls_the_handlers(tmp_path: Path) -> None:
-    """Fault 109, with a log."""
+    """With a log."""
     program = tmp_path / "program.py"
     program.write_text(
         "import logging, sys, threading\n"

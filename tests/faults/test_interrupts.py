@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fair_clock import FairClock
 from faults.drivers import SIGNAL_BOUND_S, SOURCES, WAIT_S, Driver, wrong_order
+from support.fair_clock import FairClock
 
 from sage import BaseService, JobReport, LocalEnvironment, ServiceOptions
 
@@ -35,7 +35,7 @@ def end_of(driver: Driver, clock: FairClock) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_a_signal_to_every_process_does_not_break_the_order(name: str, tmp_path: Path, clock: FairClock) -> None:
-    """Faults 60 and 61: the services get it as well, as from a terminal or the manager of a container."""
+    """The services get it as well, as from a terminal or the manager of a container."""
     driver = Driver(tmp_path / "run", "plain")
     driver.wait_marked("runs")
     signum = getattr(signal, name)
@@ -46,7 +46,7 @@ def test_a_signal_to_every_process_does_not_break_the_order(name: str, tmp_path:
 
 
 def test_sigquit_tells_where_everything_stands_and_ends_in_order(tmp_path: Path, clock: FairClock) -> None:
-    """Fault 61: like SIGTERM, with the stacks of all threads before."""
+    """Like SIGTERM, with the stacks of all threads before."""
     driver = Driver(tmp_path / "run", "plain")
     driver.wait_marked("runs")
     driver.process.send_signal(signal.SIGQUIT)
@@ -70,7 +70,7 @@ FOREIGN = """
 
 
 def test_a_handler_that_python_does_not_know_of_is_left_alone(tmp_path: Path) -> None:
-    """Fault 63: faulthandler, and libraries in C, set theirs behind Python's back, and it could not be put back."""
+    """Faulthandler, and libraries in C, set theirs behind Python's back, and it could not be put back."""
     (tmp_path / "program.py").write_text(textwrap.dedent(FOREIGN))
     environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     words = [sys.executable, str(tmp_path / "program.py")]
@@ -81,7 +81,7 @@ def test_a_handler_that_python_does_not_know_of_is_left_alone(tmp_path: Path) ->
 
 @pytest.mark.parametrize("to", ["driver", "every process"])
 def test_sigpipe_changes_nothing(to: str, tmp_path: Path, clock: FairClock) -> None:
-    """Fault 61: whoever writes to what nobody reads gets an error, and the job ends as it would have."""
+    """Whoever writes to what nobody reads gets an error, and the job ends as it would have."""
     driver = Driver(tmp_path / "run", "plain")
     driver.wait_marked("runs")
     for pid in driver.left_pids() if to == "every process" else [driver.process.pid]:
@@ -91,7 +91,6 @@ def test_sigpipe_changes_nothing(to: str, tmp_path: Path, clock: FairClock) -> N
 
 
 def test_a_signal_during_a_cleanup_does_not_cut_it_off(tmp_path: Path, clock: FairClock) -> None:
-    """Fault 58."""
     driver = Driver(tmp_path / "run", "plain")
     driver.wait_marked("a cleanup")
     for pid in driver.left_pids():
@@ -101,7 +100,7 @@ def test_a_signal_during_a_cleanup_does_not_cut_it_off(tmp_path: Path, clock: Fa
 
 
 def test_a_third_signal_ends_processes_without_their_hooks(tmp_path: Path, clock: FairClock) -> None:
-    """Fault 57: nothing is left, and the report is written all the same."""
+    """Nothing is left, and the report is written all the same."""
     driver = Driver(tmp_path / "run", "hangs")
     driver.wait_marked("c stop")
     for _ in range(6):  # two that follow at once may arrive as one, and one that comes after the third changes nothing
@@ -117,7 +116,7 @@ def test_a_third_signal_ends_processes_without_their_hooks(tmp_path: Path, clock
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no terminals of this kind")
 def test_the_terminal_is_closed(tmp_path: Path, clock: FairClock) -> None:
-    """Fault 77: the hang-up counts as SIGTERM, and output that goes nowhere harms nothing."""
+    """The hang-up counts as SIGTERM, and output that goes nowhere harms nothing."""
     master, terminal = os.openpty()
     driver = Driver(tmp_path / "run", "plain", terminal=terminal)
     os.close(terminal)
@@ -140,7 +139,7 @@ class Counted(BaseService):
 
 @pytest.mark.parametrize("host", ["inline", "process"])
 def test_fifty_threads_cancel_at_once(host: str, tmp_path: Path) -> None:
-    """Fault 64: there is one end, and all get the same report."""
+    """There is one end, and all get the same report."""
     env = LocalEnvironment("fifty")
     options = ServiceOptions(host="process" if host == "process" else "inline")
     env.register_service("counted", Counted, tmp_path / "marks", options=options)
@@ -161,7 +160,7 @@ def test_fifty_threads_cancel_at_once(host: str, tmp_path: Path) -> None:
 
 
 def test_a_job_inside_a_running_loop(tmp_path: Path) -> None:
-    """Fault 66: as in a notebook, there is a loop of asyncio already."""
+    """As in a notebook, there is a loop of asyncio already."""
     arrived: list[int] = []
 
     async def cell() -> None:
@@ -173,3 +172,23 @@ def test_a_job_inside_a_running_loop(tmp_path: Path) -> None:
     asyncio.run(cell())
     assert arrived == [1, 2]
     assert (tmp_path / "marks").read_text() == "cleaned\n"
+
+
+def test_the_programs_own_wakeup_descriptor_hears_of_signals_and_is_put_back() -> None:
+    """A loop of asyncio in the main thread has one, for instance."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = signal.set_wakeup_fd(write_end)
+    try:
+        env = LocalEnvironment("descriptor")
+        env.from_batch([1]).sink(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        env.submit(autostop=True)
+        assert signal.set_wakeup_fd(write_end) == write_end
+        assert signal.SIGTERM in os.read(read_end, 64)
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(read_end)
+        os.close(write_end)

@@ -11,10 +11,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import Notes, Numbered, report_of
+from support.recording_services import Notes, Numbered, report_of
 
 from sage import GraphError, Line, LocalEnvironment, ServiceOptions, ServiceUnavailableError
-from sage._runtime.processes import process
+from sage._processes import process
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def expired() -> None:
 
 @pytest.mark.parametrize("host", ["inline", "process"])
 def test_what_is_kept_for_a_time_ends_by_itself(host: Any, notes: Notes) -> None:
-    """Fault 119: once; the next job builds it anew."""
+    """Once; the next job builds it anew."""
     env = LocalEnvironment("short")
     memory = env.register_service("memory", Numbered, notes, options=ServiceOptions(host=host))
     env.from_batch([1]).map(memory).sink(abs)
@@ -64,7 +64,7 @@ def test_what_is_kept_for_a_time_ends_by_itself(host: Any, notes: Notes) -> None
 
 
 def test_a_command_that_is_kept_for_a_time_ends_by_itself() -> None:
-    """Fault 119: (host) with its process."""
+    """With its process."""
     pids: list[int] = []
     env = LocalEnvironment("short")
     command = env.register_command("command", [sys.executable, "-c", WAITING], ready=Line("up"))
@@ -76,7 +76,7 @@ def test_a_command_that_is_kept_for_a_time_ends_by_itself() -> None:
 
 
 def test_a_job_and_a_close_come_before_the_time_is_over(notes: Notes) -> None:
-    """Fault 119: the time begins anew after each job, and nothing waits for it any more after `close`."""
+    """The time begins anew after each job, and nothing waits for it any more after `close`."""
     env = LocalEnvironment("long")
     memory = env.register_service("memory", Numbered, notes)
     env.from_batch([1]).map(memory).sink(abs)
@@ -98,7 +98,7 @@ def test_a_job_and_a_close_come_before_the_time_is_over(notes: Notes) -> None:
 
 
 def test_a_job_that_comes_as_the_time_is_over_has_the_old_one_or_a_new_one(notes: Notes) -> None:
-    """Fault 119: at whatever moment; each instance ends once, and before the next one begins."""
+    """At whatever moment; each instance ends once, and before the next one begins."""
     moments = random.Random(119)
     env = LocalEnvironment("near")
     memory = env.register_service("memory", Numbered, notes)
@@ -117,7 +117,7 @@ def test_a_job_that_comes_as_the_time_is_over_has_the_old_one_or_a_new_one(notes
 
 
 def test_an_error_of_such_an_end_is_logged_and_fails_nothing(notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
-    """Fault 119: nobody is there to be told; the next job is another matter."""
+    """Nobody is there to be told; the next job is another matter."""
 
     class Broken(Numbered):
         def cleanup(self) -> None:
@@ -158,7 +158,7 @@ NO_THREAD = """
 
 
 def test_where_no_thread_can_wait_it_is_kept_until_the_environment_is_closed(tmp_path: Path) -> None:
-    """Faults 109 and 119: the job that ends is none the worse for it."""
+    """The job that ends is none the worse for it."""
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(NO_THREAD))
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False)
@@ -184,7 +184,7 @@ def test_a_time_that_cannot_work_is_refused(given: dict[str, Any], message: str,
 
 @pytest.mark.parametrize("kind", ["process", "command"])
 def test_a_process_outlives_the_thread_that_submitted_its_job(kind: str, notes: Notes) -> None:
-    """Fault 83: it ends with its job or its environment, whatever becomes of the thread that started it."""
+    """It ends with its job or its environment, whatever becomes of the thread that started it."""
     env = LocalEnvironment("threads")
     if kind == "command":
         service: Any = env.register_command("service", [sys.executable, "-c", WAITING], ready=Line("up"))

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fair_clock import FairClock
 from faults.drivers import PHASES, SIGNAL_BOUND_S, WAIT_S, Driver, Moment, moments, wrong_order
+from support.fair_clock import FairClock
 
 DRIVERS_AT_ONCE = 4
 
@@ -72,7 +72,7 @@ def interrupt_one(folder: Path, moment: Moment, signum: int, clock: FairClock) -
 def test_a_driver_killed_at_any_moment_leaves_nothing(
     phase: str, tmp_path: Path, clock: FairClock, request: pytest.FixtureRequest
 ) -> None:
-    """Acceptance 47: SIGKILL, with children that have their own session, ignore SIGTERM, or are stopped."""
+    """SIGKILL, with children that have their own session, ignore SIGTERM, or are stopped."""
     runs = list(enumerate(moments("kill", phase, request.config.getoption("--moments"))))
     with ThreadPoolExecutor(DRIVERS_AT_ONCE) as threads:
         found = list(threads.map(lambda run: kill_one(tmp_path / str(run[0]), run[1], clock), runs))
@@ -87,7 +87,7 @@ def test_a_driver_killed_at_any_moment_leaves_nothing(
 def test_a_driver_interrupted_at_any_moment_cleans_up_once(
     phase: str, name: str, tmp_path: Path, clock: FairClock, request: pytest.FixtureRequest
 ) -> None:
-    """Faults 22, 55 and 59: exit code 130 or 143, each cleanup once and in order, and nothing is left."""
+    """Exit code 130 or 143, each cleanup once and in order, and nothing is left."""
     runs = list(enumerate(moments(name, phase, request.config.getoption("--moments"))))
     signum = getattr(signal, name)
     with ThreadPoolExecutor(DRIVERS_AT_ONCE) as threads:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import BaseService, JobErrorGroup, LocalEnvironment, ServiceOptions
 
@@ -59,7 +59,7 @@ def group(kind: str) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", ["memory"])
 def test_a_service_that_the_system_kills_for_its_memory(group: Path, tmp_path: Path) -> None:
-    """Fault 75: a death like others, whose error says what may have happened."""
+    """A death like others, whose error says what may have happened."""
     (group / "memory.limit_in_bytes").write_text(str(100 << 20))
     env = LocalEnvironment("greedy")
     options = ServiceOptions(host="process")
@@ -126,7 +126,7 @@ def run(words: list[str], folder: Path, text: str, *arguments: str) -> subproces
 def test_a_stop_needs_no_new_thread_and_no_new_process(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Fault 109: neither can be started from the record on, and everything ends as ever."""
+    """Neither can be started from the record on, and everything ends as ever."""
     group = "" if os.geteuid() else str(request.getfixturevalue("group"))
     done = run([], tmp_path, NO_THREADS, group)
     assert done.stdout.splitlines() == ["no thread", *["stopped", "cleaned"] * 2, "returned"], done.stderr
@@ -152,7 +152,7 @@ WRITES_FAIL = """
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_disk_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
-    """Fault 107: each fsync fails with EIO, so that the journal is of no use."""
+    """Each fsync fails with EIO, so that the journal is of no use."""
     trace = tmp_path / "trace"
     words = ["strace", "-f", "-o", str(trace), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"]
     done = run(words, tmp_path, WRITES_FAIL)
@@ -181,7 +181,7 @@ class Watched(BaseService):
 
 
 def test_a_service_that_hardly_gets_to_run_is_not_taken_for_sick() -> None:
-    """Fault 111: its process stands still nine tenths of the time, as on a machine that is too small."""
+    """Its process stands still nine tenths of the time, as on a machine that is too small."""
     env = LocalEnvironment("slow machine")
     options = ServiceOptions(host="process", health_interval_s=0.01, restart="on_failure")
     watched = env.register_service("watched", Watched, options=options)

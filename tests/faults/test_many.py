@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import BaseService, FunctionError, LocalEnvironment, ProcessFunction, ServiceOptions
 from sage.testing import assert_clean
@@ -30,7 +30,7 @@ class Counted(BaseService):
 
 
 def test_a_hundred_services_and_five_hundred_tasks(tmp_path: Path) -> None:
-    """Fault 121: every service is cleaned up once, in levels, and no thread is left."""
+    """Every service is cleaned up once, in levels, and no thread is left."""
     env = LocalEnvironment("many")
     marks = tmp_path / "marks"
     handles = [
@@ -57,7 +57,7 @@ def test_a_hundred_services_and_five_hundred_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["inline", "process"])
 def test_a_job_inside_of_a_task(host: str, tmp_path: Path) -> None:
-    """Fault 122: it has a supervisor and services of its own, and is over before the record goes on."""
+    """It has a supervisor and services of its own, and is over before the record goes on."""
     options = ServiceOptions(host="process" if host == "process" else "inline")
 
     def nested(record: int) -> list[str]:
@@ -78,7 +78,7 @@ def test_a_job_inside_of_a_task(host: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["inline", "process"])
 def test_finish_raises(host: str, tmp_path: Path) -> None:
-    """Fault 31: the function is closed all the same, and the service cleaned up."""
+    """The function is closed all the same, and the service cleaned up."""
     closed: list[str] = []
 
     class Ending(ProcessFunction):

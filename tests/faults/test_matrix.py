@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fair_clock import FairClock
 from faults.faulty import Faulty, Neighbour
 from faults.matrix import (
     CALL_S,
@@ -32,7 +31,8 @@ from faults.matrix import (
     expected,
 )
 from faults.program import ask
-from faults.wrongs import go_wrong, mark, marked, released
+from support.fair_clock import FairClock
+from support.fault_injection import go_wrong, mark, marked, released
 
 from sage import JobError, JobReport, LocalEnvironment, MapFunction, RunningCommand, ServiceOptions, StopSignal
 
@@ -213,7 +213,7 @@ def differences(row: Row, folder: Path, clock: FairClock) -> list[str]:
 @pytest.mark.proof
 @pytest.mark.parametrize(("host", "place"), [(host, place) for host, places in HOSTS.items() for place in places])
 def test_what_must_follow_follows(host: str, place: str, tmp_path: Path, clock: FairClock) -> None:
-    """Faults 16, 18, 29-31, 33, 42-44, 68, 71 and 82, each in every hook and with every way to end."""
+    """Each in every hook and with every way to end."""
     rows = [row for row in ROWS if (row.host, row.place) == (host, place)]
     with ThreadPoolExecutor(JOBS_AT_ONCE) as threads:
         found = list(threads.map(lambda row: differences(row, tmp_path, clock), rows))

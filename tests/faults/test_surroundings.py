@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import BaseService, FunctionError, JobErrorGroup, LocalEnvironment, ServiceOptions
 
 SAGE = Path(__file__).parents[2] / "src" / "sage"
-STAMPS = {"guardian.py", "job.py", "job_guard.py", "outcome.py", "supervisor.py", "takeover.py", "warm_ray.py"}
+STAMPS = {
+    "after_driver_death.py",
+    "guardian.py",
+    "job.py",
+    "job_journal.py",
+    "kept_cluster.py",
+    "outcome.py",
+    "supervisor.py",
+}
 """Where a moment of the calendar is written down, beside the clock that never jumps."""
+
+AGES = {"run_folder.py"}
+"""Where the age of a folder is asked for that names no driver; the file system has nothing but the calendar."""
 
 
 class Marked(BaseService):
@@ -39,7 +50,7 @@ class Crashing(Marked):
 
 
 def test_a_crash_in_c_is_named_by_its_signal(tmp_path: Path) -> None:
-    """Fault 74: only the process of the service dies, and the other service is cleaned up."""
+    """Only the process of the service dies, and the other service is cleaned up."""
     env = LocalEnvironment("crash")
     env.register_service("marked", Marked, tmp_path / "marks")
     crashing = env.register_service("crashing", Crashing, tmp_path / "lost", options=ServiceOptions(host="process"))
@@ -83,7 +94,7 @@ def lies(_: int) -> int:
 def test_an_error_that_is_hard_to_handle_is_an_error_like_others(
     function: Any, text: str, host: str, tmp_path: Path
 ) -> None:
-    """Faults 35 and 38, in a function and in a process of its own."""
+    """In a function and in a process of its own."""
     env = LocalEnvironment("hard")
     options = ServiceOptions(host="process" if host == "process" else "inline")
     env.register_service("marked", Marked, tmp_path / "marks")
@@ -186,7 +197,7 @@ def run(text: str, folder: Path, **variables: str) -> subprocess.CompletedProces
 
 
 def test_without_descriptors_everything_is_cleaned_all_the_same(tmp_path: Path) -> None:
-    """Fault 108: the function takes all that there are, and fails; the stop gets by with what it has."""
+    """The function takes all that there are, and fails; the stop gets by with what it has."""
     done = run(NO_DESCRIPTORS, tmp_path)
     assert done.stdout == "cleaned\n" * 2, done.stderr
     assert done.returncode == 1
@@ -194,22 +205,22 @@ def test_without_descriptors_everything_is_cleaned_all_the_same(tmp_path: Path) 
 
 
 def test_without_a_home_and_with_a_strange_mask(tmp_path: Path) -> None:
-    """Fault 112: no home, no terminal, and files that nobody may read."""
+    """No home, no terminal, and files that nobody may read."""
     done = run(STRANGE, tmp_path, HOME="/nonexistent", XDG_STATE_HOME="/proc/nowhere")
     assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned\n", "")
 
 
 def test_no_process_is_forked_from_a_program_with_threads(tmp_path: Path) -> None:
-    """Fault 125: whatever `multiprocessing` is told, the process of a service is a new interpreter."""
+    """Whatever `multiprocessing` is told, the process of a service is a new interpreter."""
     (tmp_path / "looking.py").write_text(textwrap.dedent(LOOKING))
     done = run(FORKING, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[] False\n", "")
 
 
 def test_no_bound_looks_at_the_calendar() -> None:
-    """Fault 110: a clock that is set an hour back or forward moves no deadline."""
+    """A clock that is set an hour back or forward moves no deadline."""
     folders = [SAGE / name for name in ("_runtime", "_hosts", "_backends")]
     found = {
         path.name for folder in folders for path in folder.glob("*.py") if "time.time()" in path.read_text("utf-8")
     }
-    assert found - STAMPS == set()
+    assert found - STAMPS - AGES == set()

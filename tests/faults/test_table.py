@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+from faults import deeds
 from faults.matrix import DEADLY, HOSTS, PLACES, ROWS, STARTING, WAYS, expected, table
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,11 @@ NAMED = re.compile(r"\[`([^`]+)`\]\(\.\./(tests/[^)]+\.py)\)")
 def test_the_matrix_of_the_page_is_that_of_the_tests() -> None:
     shown = PAGE.split("<!-- matrix -->\n")[1].split("<!-- end of matrix -->")[0]
     assert shown == table()
+
+
+def test_the_deeds_of_the_page_are_those_of_the_tests() -> None:
+    shown = PAGE.split("<!-- deeds -->\n")[1].split("<!-- end of deeds -->")[0]
+    assert shown == deeds.table()
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

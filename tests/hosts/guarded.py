@@ -1,7 +1,7 @@
 """A driver with services for the tests of the guardian: plain processes that speak its protocol, and strange ones.
 
 Run as a program, it starts what its first argument (JSON) lists, says "ready" with all process ids, and obeys lines on
-its standard input: "claim <json>", "fork", "release", "end".
+its standard input: "guardian", "claim <json>", "fork", "end".
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from sage._hosts.guard import Guard
-from sage._hosts.job_guard import JobGuard
-from sage._runtime.processes import COOKIE_VARIABLE
+from sage._guardian.job_journal import JobJournal
+from sage._guardian.lease import GuardianLease
+from sage._processes import COOKIE_VARIABLE
 from sage.observability import Event
 
 # What a service does: "good" obeys, the others are the ways in which a process can be hard to end.
@@ -113,7 +113,7 @@ class Doom:
     With `guard`, its guardian is killed first.
     """
 
-    def __init__(self, step: int, guard: Guard | None) -> None:
+    def __init__(self, step: int, guard: GuardianLease | None) -> None:
         self.left = step
         self.guard = guard
 
@@ -126,7 +126,7 @@ class Doom:
 
 
 def start_service(
-    job: JobGuard, spec: dict[str, Any], marks: str, doom: Doom
+    job: JobJournal, spec: dict[str, Any], marks: str, doom: Doom
 ) -> tuple[subprocess.Popen[str], list[int]]:
     """Start one service as its host would, and return it with the process ids that it tells of."""
     cookie = job.announce(spec["name"], 1, "process", spec.get("requires", []))
@@ -159,8 +159,8 @@ def fill(path: str) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     order = json.loads(sys.argv[1])
-    job = JobGuard("job-1", "demo", order.get("report"), ())
-    guard = Guard.acquire()
+    job = JobJournal("job-1", "demo", order.get("report"), ())
+    guard = GuardianLease.acquire()
     doom = Doom(order.get("dies_at", 0), guard if order.get("with_guardian") else None)
     if doom.left:
         print(json.dumps({"cookie": guard.cookie, "folder": guard.folder}), flush=True)
@@ -183,6 +183,10 @@ def main() -> None:
         word = line.strip()
         if word == "guardian":
             print(json.dumps({"guardian": guard.guardian_pid}), flush=True)
+        elif word.startswith("claim "):
+            service, claim = json.loads(word.removeprefix("claim "))
+            job.claim(service, claim)
+            print(json.dumps({"claimed": service}), flush=True)
         elif word == "fork":
             read, write = os.pipe()
             pid = os.fork()

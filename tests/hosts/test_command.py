@@ -38,9 +38,9 @@ from sage import (
     ServiceStartError,
     UnknownServiceError,
 )
-from sage._hosts.ports import choose_ports, let_go
-from sage._runtime.processes import process
-from sage._runtime.states import Way
+from sage._hosts.ports import choose_ports, release
+from sage._processes import process
+from sage._runtime.states import StopMode
 from sage.command import Command
 
 WAIT_S = 30.0
@@ -118,9 +118,9 @@ class TestAServer:
     def test_it_is_there_for_the_job_and_gone_after_it(
         self, env: LocalEnvironment, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Acceptance 1: (host) everything that was started is gone when submit returns."""
+        """Everything that was started is gone when submit returns."""
         caplog.set_level(logging.INFO, "sage.service.web")
-        web = env.register_command("web", HTTP_SERVER, ready=Http("/"))
+        web: Any = env.register_command("web", HTTP_SERVER, ready=Http("/"))
         results, report = run(env, lambda _: (get(web.url), web.port, web.pid, web.folder, web.words[3]))
         ((status, port, pid, folder, word),) = results
         assert status == 200
@@ -186,12 +186,12 @@ class TestAServer:
         assert results == [(None, None, None)]
 
     def test_an_unknown_attribute_is_named(self, env: LocalEnvironment) -> None:
-        command = env.register_command("plain", STAYS)
+        command: Any = env.register_command("plain", STAYS)
         with pytest.raises(UnknownServiceError, match='uses "adress" of service "plain", which it lacks'):
             run(env, lambda _: command.adress)
 
     def test_one_that_is_kept_serves_the_next_job(self, env: LocalEnvironment) -> None:
-        """Acceptance 13: (host) a kept service is not started again."""
+        """A kept service is not started again."""
         web = env.register_command("web", HTTP_SERVER, ready=Http("/"))
         pids, report = run(env, lambda _: (get(web.url), web.pid)[1], keep_services=True)
         assert report.service("web").state == "kept"
@@ -314,7 +314,7 @@ class TestReady:
         assert asked == [report.service("plain").pid] * 3
 
     def test_a_callable_that_is_wrong_fails_the_start_at_once(self, env: LocalEnvironment) -> None:
-        env.register_command("plain", STAYS, ready=lambda command: command.prot)
+        env.register_command("plain", STAYS, ready=lambda command: command.prot)  # type: ignore[attr-defined]
         error = failure(env, ServiceStartError)
         assert 'service "plain" failed to get ready: AttributeError' in str(error)
         assert "prot" in str(error)
@@ -343,7 +343,7 @@ class TestBadInput:
             (["serve"], {"stop_signal": "TERM"}, "cannot ask for an end"),
             (["serve"], {"exit_codes": 1}, "not a list of numbers"),
             (["serve"], {"ready": "http://x"}, "ready of service \"web\", command 'serve', is 'http://x'"),
-            (["serve"], {"ready": Http("localhost:80")}, "which is no http address and no path"),
+            (["serve"], {"ready": Http("localhost:80")}, "which is neither an http address nor a path"),
             (["serve"], {"ready": Line("(")}, "has the pattern '('"),
             (["serve"], {"health": Line("x")}, "is a line, which can be seen only once"),
             (["serve"], {"options": ServiceOptions(host="process")}, 'takes no host="process"'),
@@ -397,7 +397,7 @@ class TestBadInput:
 
     def test_a_fixed_port_that_is_in_use(self, env: LocalEnvironment) -> None:
         """Everything that had started before is cleaned up."""
-        other = env.register_command("other", STAYS, ready=Line("up"))
+        other: Any = env.register_command("other", STAYS, ready=Line("up"))
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             command = [*HTTP_SERVER[:-2]]
@@ -406,8 +406,21 @@ class TestBadInput:
             )
             error = failure(env, ServiceStartError)
         assert f"port {port} is in use, but command" in str(error)
+        assert f"needs it; process {os.getpid()} (" in str(error)
         assert 'service "web" failed to be built' in str(error)
         assert other._calls is None
+
+    def test_a_fixed_port_that_a_job_of_ours_has(self, env: LocalEnvironment) -> None:
+        with LocalEnvironment("first") as first:
+            web: Any = first.register_command("web", HTTP_SERVER, ready=Port())
+            first.from_batch([1]).sink(print)
+            first.submit(autostop=True, keep_services=True)
+            env.register_command("web", HTTP_SERVER, port=web.port)
+            error = failure(env, ServiceStartError)
+            assert f"needs it; process {web.pid} (" in str(error)
+        assert "A job of SAGE started that process: `sage gc` ends what dead jobs have left." in notes(
+            error.__cause__ or error
+        )
 
     def test_one_that_exits_at_once_fails_the_start_promptly(self, env: LocalEnvironment) -> None:
         env.register_command("short", script("print('no such option: --prt'); raise SystemExit(2)"), ready=Port("x"))
@@ -563,10 +576,10 @@ class TestEnd:
         env.from_batch([1]).sink(print)
         job = env.submit()
         wait_for(lambda: pids)
-        job.request(Way.CANCEL, "enough")
+        job._request(StopMode.CANCEL, "enough")
         wait_for(lambda: any(event.name == "stubborn" and event.after == "cleaning" for event in job.events()))
         began_at = time.monotonic()
-        job.request(Way.KILL, "at once")
+        job._request(StopMode.KILL, "at once")
         with pytest.raises(JobErrorGroup):
             job.wait()
         assert time.monotonic() - began_at < 9.0  # asking it to end would have 12.5 s
@@ -642,7 +655,7 @@ class TestEnd:
             return command.pid != asked[0]
 
         options = ServiceOptions(restart="on_failure", backoff_s=(0.01, 0.01), health_interval_s=0.02)
-        command = env.register_command("ill", STAYS, ready=Line("up"), health=is_well, options=options)
+        command: Any = env.register_command("ill", STAYS, ready=Line("up"), health=is_well, options=options)
         results, report = run(env, lambda _: wait_for(lambda: len(set(asked)) == 2))
         assert results == [None]
         assert report.service("ill").restarts == 1
@@ -750,10 +763,10 @@ class TestAPortThatIsTaken:
             port = free.getsockname()[1]
         first = choose_ports("first", command, {"": port})
         second = choose_ports("second", command, {"": port})
-        let_go(first)
+        release(first)
         third = choose_ports("third", command, {"": port})
-        let_go(second)
-        let_go(third)
+        release(second)
+        release(third)
         assert first == third == {"": port}
         assert second[""] != port
 
@@ -827,7 +840,7 @@ DRIVER = """
 
 
 def test_the_guardian_ends_a_command_whose_driver_was_killed(tmp_path: Path) -> None:
-    """Acceptance 47: (host) by its own stop signal, with its children and its folder, and the report says so."""
+    """By its own stop signal, with its children and its folder, and the report says so."""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "program.py").write_text(textwrap.dedent(DRIVER))
     environment = {

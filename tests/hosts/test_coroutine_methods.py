@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import Notes, report_of
+from support.recording_services import Notes, report_of
 
 from sage import (
     BaseService,
@@ -25,7 +25,7 @@ from sage import (
     ServiceOptions,
     ServiceTimeoutError,
 )
-from sage._hosts.child import Child
+from sage._remote.process import ServiceProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -363,7 +363,7 @@ class Counting(Model):
         return number
 
     def remembered(self, _: int) -> int:
-        (child,) = (one for one in gc.get_objects() if isinstance(one, Child))
+        (child,) = (one for one in gc.get_objects() if isinstance(one, ServiceProcess))
         return len(child._given_up) + len(child._running)
 
 
@@ -441,7 +441,7 @@ def test_a_plain_method_cannot_be_awaited(give: Any) -> None:
     model = env.register_service("model", Plain)
     env.from_batch([1]).map_async(give(model), name="ask").sink(lambda _: None)
     with pytest.raises(
-        GraphError, match=r'operator "ask" awaits ".*" of service "model", which is no coroutine'
+        GraphError, match=r'operator "ask" awaits ".*" of service "model", which is not a coroutine'
     ) as caught:
         env.submit()
     assert "Write async def, or use map" in caught.value.__notes__[0]

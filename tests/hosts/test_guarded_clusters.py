@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sage._runtime.processes import Grace, Process, is_alive, process, send, wait_gone
+from sage._processes import Grace, Process, is_alive, process, send, wait_gone
 from sage.testing import assert_clean
 
 BOUND_S = 20.0
@@ -42,11 +42,11 @@ os._exit(0)
 
 DRIVER = """
 import json, os, subprocess, sys
-from sage._hosts.guard import Guard
-from sage._runtime.processes import COOKIE_VARIABLE, process
+from sage._guardian.lease import GuardianLease
+from sage._processes import COOKIE_VARIABLE, process
 
 order = json.loads(sys.argv[1])
-guard = Guard.acquire()
+guard = GuardianLease.acquire()
 jobs = os.path.join(guard.folder, "jobs")
 os.mkdir(jobs)
 path = os.path.join(jobs, "job-1")

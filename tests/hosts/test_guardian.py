@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,107 +15,27 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.guarded_drivers import CHAIN, PROGRAM, WAIT_S, Running, known, stale, wait_end, wait_gone
 
-from sage._hosts import guardian
-from sage._hosts.guard import Guard, runs_folder
-from sage._hosts.job_guard import JobGuard
-from sage._hosts.stop_order import StopOrder, followers
-from sage._runtime.journal import ServiceLine
-from sage._runtime.processes import (
+from sage._guardian import guardian, run_folder
+from sage._guardian.job_journal import JobJournal
+from sage._guardian.journal import ServiceLine
+from sage._guardian.lease import GuardianLease, runs_folder
+from sage._guardian.stop_order import StopOrder, followers
+from sage._processes import (
     COOKIE_VARIABLE,
     Process,
-    carriers,
     descendants,
     end_all,
     is_alive,
-    process,
     send,
     watch,
+    with_cookie,
 )
 from sage.errors import ServiceError
 from sage.report import JobReport, Outcome
 
-PROGRAM = Path(__file__).with_name("guarded.py")
-WAIT_S = 30.0
-
-Driver = Callable[..., "Running"]
-
-
-class Running:
-    """A driver that runs in a process of its own."""
-
-    def __init__(self, folder: Path, order: dict[str, Any], environment: dict[str, str]) -> None:
-        self.marks = folder / "marks"
-        self.marks.touch()
-        self.state = Path(environment["SAGE_STATE_DIR"])
-        words = [sys.executable, str(PROGRAM), json.dumps({**order, "marks": str(self.marks)})]
-        self.program = subprocess.Popen(
-            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        ready = self.read()
-        self.pids: list[int] = ready["pids"]
-        self.processes = [one for pid in self.pids if (one := process(pid)) is not None]
-        self.guardian = known(ready["guardian"])
-        self.folder = Path(ready["folder"])
-        assert len(self.processes) == len(self.pids)
-
-    def read(self) -> dict[str, Any]:
-        assert self.program.stdout is not None
-        answer: dict[str, Any] = json.loads(self.program.stdout.readline())
-        return answer
-
-    def ask(self, word: str) -> dict[str, Any]:
-        assert self.program.stdin is not None
-        self.program.stdin.write(word + "\n")
-        self.program.stdin.flush()
-        return self.read()
-
-    def kill(self) -> None:
-        self.program.kill()
-        self.program.wait()
-
-    def kill_and_wait(self) -> float:
-        """Kill the driver, and return how long its guardian had to do, in seconds."""
-        began_at = time.monotonic()
-        self.kill()
-        wait_end(self.guardian)
-        return time.monotonic() - began_at
-
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.state / "reports" / "job-1.json").read_text())
-        return report
-
-    def ends(self) -> dict[str, str]:
-        return {service["name"]: service["state"] for service in self.report()["services"]}
-
-    def alive(self) -> list[int]:
-        return [one.pid for one in self.processes if is_alive(one)]
-
-    def close(self) -> None:
-        self.program.kill()
-        self.program.wait()
-        for stream in (self.program.stdin, self.program.stdout):
-            assert stream is not None
-            stream.close()
-        wait_end(self.guardian)
-        for one in self.processes:
-            send(one, signal.SIGKILL)
-
-
-def known(pid: int) -> Process:
-    found = process(pid)
-    assert found is not None
-    return found
-
-
-def wait_end(one: Process) -> None:
-    descriptor = watch(one)
-    if descriptor is not None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        ended = poll.poll(WAIT_S * 1000)
-        os.close(descriptor)
-        assert ended, f"process {one.pid} has not ended within {WAIT_S} s"
+Driver = Callable[..., Running]
 
 
 @pytest.fixture
@@ -146,15 +65,7 @@ def driver(tmp_path: Path, environment: dict[str, str]) -> Iterator[Driver]:
         running.close()
 
 
-CHAIN = [
-    {"name": "c", "kind": "good"},
-    {"name": "b", "kind": "good", "requires": ["c"]},
-    {"name": "a", "kind": "good", "requires": ["b"]},
-]
-
-
 def test_services_stop_in_reverse_after_the_driver_was_killed(driver: Driver) -> None:
-    """Fault 70."""
     running = driver(CHAIN)
     took_s = running.kill_and_wait()
     assert running.marks.read_text().split("\n") == ["a stop", "b stop", "c stop", ""]
@@ -188,7 +99,6 @@ def test_services_of_one_level_stop_side_by_side(driver: Driver, tmp_path: Path)
 
 @pytest.mark.slow
 def test_one_that_hangs_does_not_take_the_cleanup_of_others(driver: Driver) -> None:
-    """Faults 43 and 82."""
     running = driver(
         [
             {"name": "c", "kind": "good"},
@@ -205,7 +115,6 @@ def test_one_that_hangs_does_not_take_the_cleanup_of_others(driver: Driver) -> N
 
 
 def test_a_stopped_service_is_woken_and_stops(driver: Driver) -> None:
-    """Fault 82."""
     running = driver([{"name": "a", "kind": "stopped"}])
     running.kill_and_wait()
     assert running.ends() == {"a": "stopped"}
@@ -219,7 +128,7 @@ def test_an_error_of_a_cleanup_is_in_the_report(driver: Driver) -> None:
 
 
 def test_nothing_that_a_service_started_is_left(driver: Driver) -> None:
-    """Faults 80, 81 and 82: own session, double fork, ignored SIGTERM, SIGSTOP."""
+    """Own session, double fork, ignored SIGTERM, SIGSTOP."""
     running = driver([{"name": "a", "kind": "family"}])
     assert len(running.processes) == 4
     took_s = running.kill_and_wait()
@@ -229,7 +138,7 @@ def test_nothing_that_a_service_started_is_left(driver: Driver) -> None:
 
 
 def test_what_threw_its_environment_away_is_known_by_its_parent(driver: Driver) -> None:
-    """Fault 80: it carries no cookie any more, and neither does what it starts."""
+    """It carries no cookie any more, and neither does what it starts."""
     running = driver([{"name": "a", "kind": "cleared"}])
     assert len(running.processes) == 3
     running.kill_and_wait()
@@ -240,7 +149,7 @@ def test_what_threw_its_environment_away_is_known_by_its_parent(driver: Driver) 
 def test_a_guardian_outlives_what_it_guards(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A service may be a driver with a guardian of its own, which has to be there when that driver has ended."""
     monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
-    guard = Guard.acquire()
+    guard = GuardianLease.acquire()
     try:
         beside = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], env={})
         wait_loaded(beside.pid)
@@ -269,7 +178,6 @@ def test_a_service_that_died_before_the_driver_is_lost(driver: Driver) -> None:
 
 
 def test_a_released_process_is_left_alone_and_listed(driver: Driver) -> None:
-    """Fault 86."""
     running = driver([{"name": "a", "kind": "family"}], [["a", {"claim": "release", "pid": "last pid"}]])
     running.kill_and_wait()
     assert running.alive() == [running.pids[-1]]
@@ -285,7 +193,7 @@ def test_a_process_outside_of_the_run_is_ended_if_it_is_owned(driver: Driver) ->
 
 
 def test_a_reused_pid_is_never_hit() -> None:
-    """Fault 114: the same pid with another moment of start is another process."""
+    """The same pid with another moment of start is another process."""
     with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as child:
         one = known(child.pid)
         other = Process(one.pid, one.started - 1)
@@ -296,7 +204,7 @@ def test_a_reused_pid_is_never_hit() -> None:
 
 
 def test_paths_are_removed_and_links_are_not_followed(driver: Driver, tmp_path: Path) -> None:
-    """Faults 84 and 85: shared memory, temporary folders, sockets."""
+    """Shared memory, temporary folders, sockets."""
     kept = tmp_path / "kept"
     (kept / "inside").mkdir(parents=True)
     folder = tmp_path / "folder"
@@ -375,7 +283,7 @@ def test_the_report_goes_to_the_file_of_the_job(driver: Driver, tmp_path: Path) 
 
 
 def test_a_job_that_has_its_report_gets_no_other(driver: Driver, tmp_path: Path) -> None:
-    """Fault 87: its driver died after it had written how the job ended, and before it had told its guardian."""
+    """Its driver died after it had written how the job ended, and before it had told its guardian."""
     report = tmp_path / "report.jsonl"
     own = '{"type": "report", "job": "job-1", "state": "completed"}\n'
     others = '{"type": "report", "job": "job-0", "state": "failed"}\n{"type": "event", "job": "job-1"}\n{"type": "rep'
@@ -388,7 +296,7 @@ def test_a_job_that_has_its_report_gets_no_other(driver: Driver, tmp_path: Path)
 
 
 def test_a_report_that_would_go_into_a_pipe_is_not_waited_for(driver: Driver, tmp_path: Path) -> None:
-    """Fault 106: nobody writes into it any more, so that reading would never end."""
+    """Nobody writes into it any more, so that reading would never end."""
     pipe = tmp_path / "report.jsonl"
     os.mkfifo(pipe)
     running = driver(CHAIN, report=str(pipe))
@@ -398,7 +306,6 @@ def test_a_report_that_would_go_into_a_pipe_is_not_waited_for(driver: Driver, tm
 
 
 def test_a_report_that_cannot_be_written_keeps_nothing_alive(driver: Driver, tmp_path: Path) -> None:
-    """Fault 106."""
     running = driver(CHAIN, report=str(tmp_path / "no" / "such" / "folder"))
     running.kill_and_wait()
     assert running.alive() == []
@@ -440,7 +347,6 @@ def next_guardian(running: Running) -> Process:
 
 
 def test_a_killed_guardian_is_replaced_and_told_everything(driver: Driver) -> None:
-    """Fault 72."""
     running = driver(CHAIN)
     send(running.guardian, signal.SIGKILL)
     running.guardian = next_guardian(running)
@@ -451,7 +357,6 @@ def test_a_killed_guardian_is_replaced_and_told_everything(driver: Driver) -> No
 
 
 def test_a_forked_child_does_not_hold_the_lease(driver: Driver) -> None:
-    """Fault 78."""
     running = driver(CHAIN)
     fork = known(running.ask("fork")["fork"])
     try:
@@ -463,7 +368,6 @@ def test_a_forked_child_does_not_hold_the_lease(driver: Driver) -> None:
 
 
 def test_a_driver_that_is_stopped_is_not_dead(driver: Driver) -> None:
-    """Fault 67."""
     running = driver(CHAIN)
     send(known(running.program.pid), signal.SIGSTOP)
     assert is_alive(running.guardian)
@@ -486,35 +390,26 @@ def test_after_the_end_of_the_last_job_nothing_is_there(driver: Driver) -> None:
 def test_a_driver_that_is_killed_at_any_step_of_a_start_leaves_nothing(
     environment: dict[str, str], tmp_path: Path, step: int, with_guardian: bool
 ) -> None:
-    """Faults 23 and 73: before and after each line of the journal, and between a process and its line."""
+    """Before and after each line of the journal, and between a process and its line."""
     (tmp_path / "marks").touch()
     order = {"services": CHAIN[:2], "marks": str(tmp_path / "marks"), "dies_at": step, "with_guardian": with_guardian}
     done = subprocess.run([sys.executable, str(PROGRAM), json.dumps(order)], env=environment, stdout=subprocess.PIPE)
     assert done.returncode == -signal.SIGKILL
     told = json.loads(done.stdout)
     due = time.monotonic() + WAIT_S
-    while with_guardian and guardian.stale_folders(os.path.dirname(told["folder"])):
+    while with_guardian and run_folder.stale_folders(os.path.dirname(told["folder"])):
         # A guardian that is just being killed still holds its lock.
-        guardian.reap_folder(told["folder"], print)
+        run_folder.reap_folder(told["folder"], print)
         assert time.monotonic() < due
     wait_gone(Path(told["folder"]))
-    assert carriers(told["cookie"]) == set()
+    assert with_cookie(told["cookie"]) == set()
     reports = tmp_path / "state" / "reports"
     assert reports.exists() == (step > 1)
     if step > 1:
         assert json.loads((reports / "job-1.json").read_text())["state"] == "lost"
 
 
-def stale(running: Running) -> None:
-    """Kill driver and guardian at the same moment, as far as that can be done."""
-    send(known(running.program.pid), signal.SIGSTOP)
-    send(running.guardian, signal.SIGKILL)
-    wait_end(running.guardian)
-    running.kill()
-
-
 def test_the_next_guard_sees_to_what_a_double_death_left(driver: Driver) -> None:
-    """Fault 73."""
     dead = driver([{"name": "a", "kind": "family"}])
     stale(dead)
     wait_end(dead.processes[0])  # by itself, as it lost both
@@ -535,16 +430,9 @@ def test_services_stop_by_themselves_after_a_double_death(driver: Driver) -> Non
     assert dead.marks.read_text() == "a alone\n"
 
 
-def wait_gone(path: Path) -> None:
-    due = time.monotonic() + WAIT_S
-    while path.exists():
-        assert time.monotonic() < due, f"{path} is still there"
-        time.sleep(0.01)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
 def test_a_full_disk_keeps_nothing_alive(driver: Driver, tmp_path: Path) -> None:
-    """Fault 106: neither the journal, nor the log, nor the report can be written."""
+    """Neither the journal, nor the log, nor the report can be written."""
     tiny = tmp_path / "tiny"
     tiny.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tiny)], capture_output=True)
@@ -565,15 +453,14 @@ def test_a_full_disk_keeps_nothing_alive(driver: Driver, tmp_path: Path) -> None
 
 
 def test_a_premade_folder_of_runs_is_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults 131 and 132."""
     monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
     os.mkdir(runs_folder())
     os.chmod(runs_folder(), 0o777)
     with pytest.raises(ServiceError, match="can be entered by others") as caught:
-        Guard.acquire()
+        GuardianLease.acquire()
     assert "TMPDIR" in caught.value.__notes__[0]
     with pytest.raises(PermissionError):
-        guardian.stale_folders(runs_folder())
+        run_folder.stale_folders(runs_folder())
 
 
 def lines(*specs: tuple[str, tuple[str, ...]]) -> list[ServiceLine]:
@@ -627,7 +514,7 @@ def test_every_service_gets_its_turn(requirements: list[set[int]], has_circles: 
 
 def test_a_guard_is_counted(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
-    first, second = Guard.acquire(), Guard.acquire()
+    first, second = GuardianLease.acquire(), GuardianLease.acquire()
     assert first is second
     pid = known(first.guardian_pid)
     first.release()
@@ -635,7 +522,7 @@ def test_a_guard_is_counted(environment: dict[str, str], monkeypatch: pytest.Mon
     second.release()
     assert not is_alive(pid)
     assert os.listdir(runs_folder()) == []
-    third = Guard.acquire()
+    third = GuardianLease.acquire()
     assert third.cookie != first.cookie
     third.release()
 
@@ -643,9 +530,9 @@ def test_a_guard_is_counted(environment: dict[str, str], monkeypatch: pytest.Mon
 def test_what_is_left_of_a_service_does_not_count_what_it_released(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 86, while the driver lives."""
+    """While the driver lives."""
     monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
-    job = JobGuard("job-1", "demo", None, ())
+    job = JobJournal("job-1", "demo", None, ())
     cookie = job.announce("a", 1, "process", [])
     sleeper = [sys.executable, "-c", "import signal; signal.pause()"]
     child_environment = {**environment, COOKIE_VARIABLE: cookie}
@@ -661,7 +548,7 @@ def test_what_is_left_of_a_service_does_not_count_what_it_released(
         assert own.wait() == -signal.SIGTERM
         daemon.kill()
     job.sealed()
-    assert Guard._current is None
+    assert GuardianLease._current is None
 
 
 def test_the_guardian_needs_only_the_standard_library(tmp_path: Path) -> None:
@@ -674,11 +561,12 @@ def test_the_guardian_needs_only_the_standard_library(tmp_path: Path) -> None:
     assert loaded <= {
         "sage",
         "sage._old_paths",
-        "sage._hosts",
-        "sage._hosts.reaping",
-        "sage._hosts.stop_order",
-        "sage._hosts.takeover",
-        "sage._runtime",
-        "sage._runtime.journal",
-        "sage._runtime.processes",
+        "sage._lazy",
+        "sage._guardian",
+        "sage._guardian.claims",
+        "sage._guardian.stop_order",
+        "sage._guardian.run_folder",
+        "sage._guardian.after_driver_death",
+        "sage._guardian.journal",
+        "sage._processes",
     }

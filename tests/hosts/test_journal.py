@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage._hosts.reaping import checked
-from sage._runtime.journal import Journal, encode, make_private, read_lines, replay
-from sage._runtime.processes import Process
+from sage._guardian.claims import checked
+from sage._guardian.journal import (
+    Journal,
+    Run,
+    encode,
+    entries_of,
+    entry,
+    forget_over,
+    lines_from,
+    make_private,
+    read_lines,
+    replay,
+)
+from sage._processes import Process
 
 A, B = {"job": "j1", "service": "a", "incarnation": 1}, {"job": "j1", "service": "b", "incarnation": 1}
 
@@ -42,8 +54,8 @@ ENTRIES: list[dict[str, Any]] = [
 
 def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
-    for entry in ENTRIES:
-        journal.write(encode(entry))
+    for one in ENTRIES:
+        journal.write(encode(one))
     journal.close()
     run = replay(read_lines(str(tmp_path)))
     job = run.jobs["j1"]
@@ -53,12 +65,12 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert (a.token, a.process, a.state, a.is_over) == ("ta", Process(8, 80), "ready", False)
     assert (b.requires, b.state, b.is_over) == (("a",), "stopped", True)
     assert run.released == [Process(9, 90)]
-    assert [claim["path"] for claim in a.claims_due()] == ["/dev/shm/segment"]
+    assert [claim.path for claim in a.claims_due()] == ["/dev/shm/segment"]
     assert stat.S_IMODE(os.stat(tmp_path / "journal.jsonl").st_mode) == 0o600
 
 
 def test_a_cut_after_any_byte_is_read() -> None:
-    """Fault 76: the last line is torn, and everything before it counts."""
+    """The last line is torn, and everything before it counts."""
     whole = b"\n".join(map(encode, ENTRIES))
     ends = [len(b"\n".join(map(encode, ENTRIES[:count]))) for count in range(1, len(ENTRIES) + 1)]
     for size in range(len(whole) + 1):
@@ -72,6 +84,24 @@ def test_a_cut_after_any_byte_is_read() -> None:
 @given(st.lists(st.sampled_from(ENTRIES), max_size=12), st.integers(0, 3_000), st.binary(max_size=20))
 def test_no_line_is_too_strange(entries: list[dict[str, Any]], size: int, noise: bytes) -> None:
     replay((b"\n".join(map(encode, entries))[:size] + noise).split(b"\n"))
+
+
+def test_kinds_and_fields_of_a_later_version_are_left_out() -> None:
+    later = [{**one, "later": 1} for one in ENTRIES]
+    run = replay(map(encode, [*later, {"entry": "tomorrow", "job": "j1", "service": "c"}, {"entry": "__init__"}]))
+    assert run.unread_count == 2
+    run.unread_count = 0
+    assert run == replay(map(encode, ENTRIES))
+
+
+def test_an_entry_has_the_fields_of_its_kind() -> None:
+    written = [
+        entry(Run.take_job, "j1", "demo", None, 1.5),
+        entry(Run.take_adopted, "j2", "j1", "a"),
+        entry(Run.take_cluster_started, token="k1", pid=11, started=110),
+        entry(Run.take_claim, "j1", "a", **checked({"claim": "call", "function": "m:f", "args": [1]})),
+    ]
+    assert written == [ENTRIES[1], MORE[4], MORE[9], MORE[0]]
 
 
 def test_a_line_follows_one_that_was_torn_by_a_full_disk() -> None:
@@ -107,7 +137,7 @@ def test_which_claims_are_due(state: str, due: list[str]) -> None:
     ended = {"entry": "state", "job": "j1", "service": "a", "state": state}
     reaped = {"entry": "reaped", **A}
     run = replay(map(encode, [ENTRIES[2], ENTRIES[5], on_lost, ended]))
-    assert [claim["claim"] for claim in run.jobs["j1"].services["a", 1].claims_due()] == due
+    assert [claim.claim for claim in run.jobs["j1"].services["a", 1].claims_due()] == due
     run = replay(map(encode, [ENTRIES[2], ENTRIES[5], on_lost, ended, reaped]))
     assert run.jobs["j1"].services["a", 1].claims_due() == []
 
@@ -138,7 +168,6 @@ def test_what_was_seen_and_what_is_shared_goes_over_with_a_kept_service() -> Non
 
 
 def test_a_folder_made_before_by_another_is_refused(tmp_path: Path) -> None:
-    """Faults 131 and 132."""
     open_to_all = tmp_path / "open"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
@@ -158,7 +187,6 @@ def test_a_folder_made_before_by_another_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of another user")
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
-    """Faults 131 and 132."""
     foreign = tmp_path / "foreign"
     foreign.mkdir(0o700)
     os.chown(foreign, 12_345, 12_345)
@@ -184,13 +212,121 @@ def test_nobody_owns_what_is_shared(path: str) -> None:
 def test_claims_that_cannot_be_carried_out_are_refused_at_once() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"claim": "process", "pid": 1}, "not one that a service started"),
-        ({"claim": "release", "pid": 2**22}, "there is no process"),
+        ({"claim": "release", "pid": 2**22}, "does not exist, so it can be neither owned nor released"),
         ({"claim": "call", "function": "no_colon", "args": []}, "module:function"),
         ({"claim": "call", "function": "__main__:f", "args": []}, "no other process can import"),
         ({"claim": "call", "function": "m:f", "args": [object()]}, "ready for JSON"),
         ({"claim": "call", "function": "m:f", "args": "x"}, "a list, not str"),
         ({"claim": "soul"}, "not 'soul'"),
     ]
-    for entry, text in refused:
+    for claim, text in refused:
         with pytest.raises(ValueError, match=text):
-            checked(entry)
+            checked(claim)
+
+
+MORE: list[dict[str, Any]] = [
+    {"entry": "claim", "job": "j1", "service": "a", "claim": "call", "function": "m:f", "args": [1]},
+    {"entry": "seen", "job": "j1", "service": "a", "requires": "b"},
+    {"entry": "shared", "job": "j1", "service": "a", "owner": "j0"},
+    {"entry": "job", "job": "j2", "name": "next", "report": "/r/2", "began_at": 2.0},
+    {"entry": "adopted", "job": "j2", "from": "j1", "service": "a"},
+    {"entry": "state", "job": "j2", "service": "a", "state": "kept"},
+    {"entry": "reaped", **A},
+    {"entry": "service", **{**A, "incarnation": 2}, "host": "process", "requires": [], "token": "tc"},
+    {"entry": "cluster", "token": "k1", "jobs": "/jobs"},
+    {"entry": "cluster started", "token": "k1", "pid": 11, "started": 110},
+    {"entry": "cluster ended", "token": "k1"},
+    {"entry": "released", "pid": 12, "started": 120},
+]
+
+
+@given(st.lists(st.sampled_from([*ENTRIES[1:], *MORE]), max_size=25))
+def test_a_journal_that_is_written_again_tells_the_same(entries: list[dict[str, Any]]) -> None:
+    run = replay(map(encode, [ENTRIES[0], *entries]))
+    again = replay(map(encode, entries_of(run)))
+    run.unread_count = 0
+    for one in (run, again):
+        one.released.sort()
+    assert again == run
+
+
+@given(st.lists(st.sampled_from([*ENTRIES[1:], *MORE]), max_size=25))
+def test_only_what_is_over_is_forgotten(entries: list[dict[str, Any]]) -> None:
+    run = replay(map(encode, [ENTRIES[0], *entries]))
+    left = {job.id: job for job in run.jobs.values() if not job.is_over}
+    forget_over(run)
+    assert left.items() <= run.jobs.items()
+    assert run.jobs.keys() - left.keys() <= set(run.owners.values())
+
+
+def test_a_journal_is_replaced_all_at_once(tmp_path: Path) -> None:
+    first = Journal(str(tmp_path))
+    first.write(encode(ENTRIES[0]))
+    second = Journal(str(tmp_path), map(encode, ENTRIES[:3]))
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+    assert (first.is_in_place(), second.is_in_place()) == (False, True)
+    second.write(encode(ENTRIES[3]))
+    assert read_lines(str(tmp_path)) == [*map(encode, ENTRIES[:4]), b""]
+    assert lines_from(first.descriptor) == [encode(ENTRIES[0]), b""]
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o710, 0o702])
+def test_a_folder_that_anybody_else_may_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(PermissionError, match=rf"can be entered by others \(mode {mode:o}\)"):
+        make_private(str(folder))
+
+
+def test_what_did_not_fit_is_a_line_of_its_own_and_what_follows_is_read(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.write(encode(ENTRIES[0]))
+    size = os.fstat(journal.descriptor).st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"10 of \d+ bytes were written"):
+            journal.write(encode(ENTRIES[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for one in ENTRIES[1:4]:
+        journal.write(encode(one))
+    assert journal.lines_count == 4
+    assert journal.is_in_place()
+    journal.close()
+    run = replay(read_lines(str(tmp_path)))
+    assert (run.unread_count, run.jobs["j1"].name, len(run.jobs["j1"].services)) == (1, "demo", 2)
+
+
+def test_a_journal_that_was_cut_or_removed_is_not_in_place(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.write(encode(ENTRIES[0]))
+    assert journal.is_in_place()
+    os.truncate(tmp_path / "journal.jsonl", 5)
+    assert not journal.is_in_place()
+    (tmp_path / "journal.jsonl").unlink()
+    assert not journal.is_in_place()
+    journal.close()
+
+
+def test_the_claims_of_a_service_are_due_in_reverse() -> None:
+    claims = [{**ENTRIES[5], "path": f"/dev/shm/{number}"} for number in range(3)]
+    run = replay(map(encode, [ENTRIES[2], *claims]))
+    due = run.jobs["j1"].services["a", 1].claims_due()
+    assert [claim.path for claim in due] == ["/dev/shm/2", "/dev/shm/1", "/dev/shm/0"]
+
+
+def test_a_job_is_forgotten_when_it_is_sealed_and_keeps_nothing() -> None:
+    kept = {"entry": "state", "job": "j1", "service": "a", "state": "kept"}
+    for entries, is_left in [
+        (ENTRIES[:9], True),
+        ([*ENTRIES[:6], kept, ENTRIES[9]], True),
+        ([*ENTRIES, {"entry": "shared", "job": "j2", "service": "a", "owner": "j1"}, MORE[3]], True),
+        (ENTRIES, False),
+    ]:
+        run = replay(map(encode, entries))
+        forget_over(run)
+        assert ("j1" in run.jobs) is is_left

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hosted import (
+from support.host_services import (
     Crowd,
     FullError,
     Leaving,
@@ -30,7 +30,7 @@ from hosted import (
     Tools,
     Unpicklable,
 )
-from recorded import Notes, report_of
+from support.recording_services import Notes, report_of
 
 import sage
 from sage import (
@@ -48,14 +48,15 @@ from sage import (
     ServiceTimeoutError,
     ServiceUnavailableError,
 )
-from sage._hosts.link import Link, LinkClosedError
-from sage._runtime.processes import process
+from sage._processes import process
+from sage._remote.protocol import LogSide
+from sage._remote.rpc import RpcClosedError, SocketPairRpc
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
 SOON_S = 20.0
 """Bound of every wait for something that happens at once on an idle machine."""
@@ -134,7 +135,7 @@ def test_a_service_runs_in_a_process_of_its_own() -> None:
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
-    """Acceptance 21: over the boundary too."""
+    """Over the boundary too."""
 
     def work(tools: Any) -> tuple[str, list[str]]:
         with pytest.raises(sage.UnknownServiceError) as caught:
@@ -148,7 +149,7 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize(("concurrency", "at_once"), [(1, 1), (3, 3), (None, 8)])
 def test_as_many_calls_run_at_once_as_are_declared(concurrency: int | None, at_once: int) -> None:
-    """Acceptance 35: the process runs as many calls at once as its options say."""
+    """The process runs as many calls at once as its options say."""
 
     def work(env: LocalEnvironment) -> tuple[int, list[int]]:
         crowd = env.jobmanager.jobs[env.env_uuid].dispatcher.supervisor.hosts["crowd"].spec.handle
@@ -185,7 +186,7 @@ def test_many_threads_get_their_own_answers() -> None:
 
 
 def test_a_call_that_is_too_slow_times_out(clock: FairClock) -> None:
-    """Acceptance 36: the late answer is dropped, and later calls get their own."""
+    """The late answer is dropped, and later calls get their own."""
     waits: list[tuple[float, float]] = []
 
     class Ask(MapFunction):
@@ -216,7 +217,7 @@ def test_a_call_that_is_too_slow_times_out(clock: FairClock) -> None:
 
 
 def test_a_hundred_asynchronous_calls_complete() -> None:
-    """Acceptance 37: 100 calls in flight at once all get their own answers."""
+    """100 calls in flight at once all get their own answers."""
 
     class Gather(MapFunction):
         def execute(self, data: int) -> list[int]:
@@ -235,7 +236,7 @@ def test_a_hundred_asynchronous_calls_complete() -> None:
 
 
 def test_an_error_arrives_as_what_it_is() -> None:
-    """Acceptance 22: the same type, with the traceback of the other process as a note; later calls are right."""
+    """The same type, with the traceback of the other process as a note; later calls are right."""
 
     def work(tools: Any) -> list[Any]:
         with pytest.raises(KeyError) as caught:
@@ -247,14 +248,14 @@ def test_an_error_arrives_as_what_it_is() -> None:
     args, [note], code, answer = in_tools(work)
     assert (args, code, answer) == (("x",), 5, 2)
     assert note.startswith("In the process tools:\nTraceback (most recent call last):")
-    assert 'hosted.py", line' in note
+    assert 'host_services.py", line' in note
     assert note.endswith("KeyError: 'x'")
     assert "raise KeyError(text)" in note
 
 
 @pytest.mark.parametrize(("kind", "text"), [("odd", "OddError: odd (7)"), ("locked", "LockedError: locked")])
 def test_an_error_that_cannot_be_pickled_arrives_as_its_text(kind: str, text: str) -> None:
-    """Acceptance 22: with the remote traceback all the same; later calls are right."""
+    """With the remote traceback all the same; later calls are right."""
 
     def work(tools: Any) -> tuple[str, str, int]:
         with pytest.raises(ServiceError) as caught:
@@ -269,7 +270,7 @@ def test_an_error_that_cannot_be_pickled_arrives_as_its_text(kind: str, text: st
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("enough")], ids=repr)
 def test_an_exit_in_a_call_is_an_error_of_the_call(error: BaseException) -> None:
-    """Acceptance 22: it ends neither the process nor its later calls."""
+    """It ends neither the process nor its later calls."""
 
     def work(tools: Any) -> tuple[Any, int]:
         with pytest.raises(type(error)) as caught:
@@ -405,7 +406,7 @@ def run_program(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_classes_of_the_program_itself(tmp_path: Path) -> None:
-    """Acceptance 2: a script without `if __name__`: its classes, lambdas, answers and errors work in both processes."""
+    """A script without `if __name__`: its classes, lambdas, answers and errors work in both processes."""
     done = run_program(tmp_path, PROGRAM)
     assert (done.returncode, done.stdout, done.stderr) == (0, "4\nfailed two\n10\n", "")
     assert (tmp_path / "marker").read_text() == "cleaned\n"
@@ -511,7 +512,7 @@ INLINE = ServiceOptions()
 
 @pytest.mark.parametrize("kind", ["process", "inline"])
 def test_a_service_in_a_process_calls_others(kind: str) -> None:
-    """Acceptance 38: in this process and in others, with and without a time-out, and several at once."""
+    """In this process and in others, with and without a time-out, and several at once."""
     other = OWN if kind == "process" else INLINE
 
     class Ask(MapFunction):
@@ -549,7 +550,7 @@ class Fronted:
 
 
 def test_a_handle_among_the_arguments_leads_to_the_other_service() -> None:
-    """Acceptance 38: a handle, and a method of one, in a list and as an argument of a call."""
+    """A handle, and a method of one, in a list and as an argument of a call."""
 
     class Method:
         def __init__(self, methods: list[Any]) -> None:
@@ -570,7 +571,7 @@ def test_a_handle_among_the_arguments_leads_to_the_other_service() -> None:
 
 
 def test_a_circle_of_processes_is_refused() -> None:
-    """Acceptance 38: two services that call each other get an error with the path instead of a deadlock."""
+    """Two services that call each other get an error with the path instead of a deadlock."""
 
     class Ping(BaseService):
         def process(self, data: int) -> int:
@@ -588,12 +589,12 @@ def test_a_circle_of_processes_is_refused() -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 2, None])
 def test_a_service_in_a_process_may_call_itself(concurrency: int | None) -> None:
-    """Acceptance 38: a call of its own method through the job does not wait for the call it is made in."""
+    """A call of its own method through the job does not wait for the call it is made in."""
     assert in_tools(lambda tools: tools.countdown(3), concurrency=concurrency) == [3, 2, 1, 0]
 
 
 def test_a_service_in_a_process_asks_a_served_pipeline() -> None:
-    """Acceptance 39: the pipeline runs in the driver, and answers what another process asks."""
+    """The pipeline runs in the driver, and answers what another process asks."""
     env = LocalEnvironment("serving")
     tens = env.serve("tens", lambda requests: requests.map(lambda request: request * 10))
     front = env.register_service("front", Fronted, tens, options=OWN)
@@ -606,7 +607,7 @@ def test_a_service_in_a_process_asks_a_served_pipeline() -> None:
 
 
 def test_two_environments_have_processes_of_their_own() -> None:
-    """Acceptance 40: two jobs at the same time, services of the same name, and one guardian for both."""
+    """Two jobs at the same time, services of the same name, and one guardian for both."""
     meeting = threading.Barrier(2)
     arrived: dict[int, list[tuple[int, int]]] = {10: [], 20: []}
     jobs = []
@@ -644,7 +645,7 @@ def test_a_service_defers_extends_and_claims(tmp_path: Path, journal: Notes) -> 
 
 
 def test_what_a_constructor_deferred_is_done_though_it_raised(tmp_path: Path, journal: Notes) -> None:
-    """Acceptance 7: the error is that of the constructor, in the report and for the caller."""
+    """The error is that of the constructor, in the report and for the caller."""
     env = LocalEnvironment("failing")
     env.register_service("leaving", Leaving, journal, str(tmp_path / "made"), True, options=OWN)
     env.from_batch([1]).sink(lambda _: journal.append("record"))
@@ -659,7 +660,7 @@ def test_what_a_constructor_deferred_is_done_though_it_raised(tmp_path: Path, jo
 
 
 def test_what_a_lost_service_claimed_is_reaped(tmp_path: Path, journal: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Acceptance 15: nothing of its own can run, so that what it declared is acted upon before submit returns."""
+    """Nothing of its own can run, so that what it declared is acted upon before submit returns."""
     env = LocalEnvironment("lost")
     leaving = env.register_service("leaving", Leaving, journal, str(tmp_path / "made"), options=OWN)
     env.from_batch([1]).map(lambda _: leaving.process("die")).sink(lambda _: None)
@@ -673,7 +674,7 @@ def test_what_a_lost_service_claimed_is_reaped(tmp_path: Path, journal: Notes, m
 
 @pytest.mark.parametrize("ends", ["close", "replaced"])
 def test_a_kept_service_keeps_its_process(ends: str) -> None:
-    """Acceptance 9: two jobs see one process and one state, which ends with the environment."""
+    """Two jobs see one process and one state, which ends with the environment."""
     seen: list[Any] = []
 
     class See(MapFunction):
@@ -706,10 +707,10 @@ def kill_and_wait(pid: int) -> None:
 
 @pytest.mark.parametrize("restart", ["never", "on_failure"])
 def test_a_kept_service_that_dies_between_two_jobs(restart: Any) -> None:
-    """Acceptance 9: calls meanwhile fail at once; the next job is told, and builds it anew if its policy says so."""
+    """Calls meanwhile fail at once; the next job is told, and builds it anew if its policy says so."""
     seen: list[int] = []
     env = LocalEnvironment("keeping")
-    tools = env.register_service("tools", Tools, options=options(restart=restart, backoff_s=(0.01, 0.01)))
+    tools: Any = env.register_service("tools", Tools, options=options(restart=restart, backoff_s=(0.01, 0.01)))
     env.from_batch([1]).map(lambda _: tools.count() * tools.pid).sink(seen.append)
     env.submit(autostop=True, keep_services=True)
     kill_and_wait(seen[0])
@@ -729,7 +730,7 @@ def test_a_kept_service_that_dies_between_two_jobs(restart: Any) -> None:
 
 
 def test_a_kept_service_that_died_is_no_more_at_the_close() -> None:
-    """Acceptance 9: closing its environment ends without waiting for anything."""
+    """Closing its environment ends without waiting for anything."""
     seen: list[int] = []
     env = LocalEnvironment("keeping")
     tools = env.register_service("tools", Tools, options=OWN)
@@ -750,13 +751,18 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
-DEATHS = {"SIGKILL": "was ended by SIGKILL", "_exit": "exited with code 3", "SIGSEGV": "was ended by SIGSEGV"}
-CODES = {"SIGKILL": -signal.SIGKILL, "_exit": 3, "SIGSEGV": -signal.SIGSEGV}
+DEATHS = {
+    "SIGKILL": "was ended by SIGKILL",
+    "_exit": "exited with code 3",
+    "SIGSEGV": "was ended by SIGSEGV",
+    "fork": "exited with code 3",
+}
+CODES = {"SIGKILL": -signal.SIGKILL, "_exit": 3, "SIGSEGV": -signal.SIGSEGV, "fork": 3}
 
 
 @pytest.mark.parametrize("how", DEATHS)
 def test_a_service_whose_process_died_is_restarted(how: str, journal: Notes) -> None:
-    """Acceptance 15: the call that it died in fails and says how, calls meanwhile wait for the next process."""
+    """The call that it died in fails and says how, calls meanwhile wait for the next process."""
     failed: list[str] = []
     answers: list[int] = []
     env = LocalEnvironment("mortal")
@@ -789,7 +795,7 @@ def test_a_service_whose_process_died_is_restarted(how: str, journal: Notes) -> 
 
 @pytest.mark.parametrize("how", DEATHS)
 def test_a_required_service_whose_process_died_fails_the_job(how: str, journal: Notes) -> None:
-    """Acceptance 15: the report names exit code and signal."""
+    """The report names exit code and signal."""
     env = LocalEnvironment("mortal")
     mortal = env.register_service("mortal", Mortal, journal, 1, how, options=OWN)
     env.from_batch(range(6)).map(mortal.process).sink(lambda _: None)
@@ -797,6 +803,7 @@ def test_a_required_service_whose_process_died_fails_the_job(how: str, journal: 
         env.submit(autostop=True)
     report = report_of(env)
     assert (report.state, report.cleanliness) == (Outcome.FAILED, Cleanliness.DIRTY)
+    assert len(report.errors) == 1, "the task that has called hears of the death, and is not given up"
     service = report.service("mortal")
     assert (service.state, service.exit_code) == ("lost", CODES[how])
     assert DEATHS[how] in str(report)
@@ -804,7 +811,7 @@ def test_a_required_service_whose_process_died_fails_the_job(how: str, journal: 
 
 
 def test_a_process_that_dies_while_nobody_calls_is_noticed() -> None:
-    """Acceptance 15: nothing polls; the death itself tells."""
+    """Nothing polls; the death itself tells."""
     pids: list[int] = []
     env = LocalEnvironment("idle")
     tools = env.register_service("tools", Tools, options=options(restart="on_failure", backoff_s=(0.01, 0.01)))
@@ -828,7 +835,7 @@ def test_a_process_that_dies_while_nobody_calls_is_noticed() -> None:
 
 
 def test_a_process_that_dies_again_and_again_fails_the_job(journal: Notes) -> None:
-    """Acceptance 15: after as many restarts as are allowed."""
+    """After as many restarts as are allowed."""
     env = LocalEnvironment("mortal")
     given = options(restart="on_failure", restarts_max=2, backoff_s=(0.01, 0.01))
     mortal = env.register_service("mortal", Mortal, journal, 99, "_exit", options=given)
@@ -847,7 +854,7 @@ def test_a_process_that_dies_again_and_again_fails_the_job(journal: Notes) -> No
 
 
 def test_a_process_that_ends_in_the_constructor_fails_the_start(clock: FairClock) -> None:
-    """Acceptance 7: promptly, and the error says how the process ended."""
+    """Promptly, and the error says how the process ended."""
     env = LocalEnvironment("fatal")
     env.register_service("first", Tools, options=OWN)
 
@@ -870,7 +877,7 @@ def test_a_process_that_ends_in_the_constructor_fails_the_start(clock: FairClock
 @pytest.mark.parametrize("how", ["python", "C", "SIGSTOP"])
 @pytest.mark.parametrize("hook", ["stop", "cleanup"])
 def test_a_hook_that_hangs_is_ended_with_its_process(hook: str, how: str, journal: Notes, clock: FairClock) -> None:
-    """Acceptance 6: it costs its bound and the grace, the others are cleaned, and nothing is left running."""
+    """It costs its bound and the grace, the others are cleaned, and nothing is left running."""
     env = LocalEnvironment("stuck")
     env.register_service("before", Stuck, journal, "none", "none", options=OWN)
     given = options(stop_timeout_s=0.5, kill_grace_s=1.0)
@@ -900,7 +907,7 @@ def test_a_hook_that_hangs_is_ended_with_its_process(hook: str, how: str, journa
 @pytest.mark.parametrize("how", ["python", "C", "SIGSTOP"])
 @pytest.mark.parametrize("hook", ["build", "setup"])
 def test_a_start_that_hangs_is_ended_with_its_process(hook: str, how: str, journal: Notes) -> None:
-    """Acceptance 7: the start ends at its bound, and the process with it."""
+    """The start ends at its bound, and the process with it."""
     env = LocalEnvironment("stuck")
     given = options(start_timeout_s=2.0, stop_timeout_s=0.3, kill_grace_s=1.0)
     env.register_service("stuck", Stuck, journal, hook, how, options=given)
@@ -932,7 +939,7 @@ class Slow(str):
 def test_a_start_that_is_given_up_before_it_has_a_process_gets_none(
     journal: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Acceptance 7: what was still on its way to the start finds out that nobody waits for it any more."""
+    """What was still on its way to the start finds out that nobody waits for it any more."""
     place = Slow(sys.path[-1])
     place.thread_name, place.is_asked, place.go_on = "sage-service-slow", threading.Event(), threading.Event()
     monkeypatch.setattr(sys, "path", [*sys.path[:-1], place])
@@ -964,16 +971,16 @@ class Closing:
 
 def test_whoever_tells_the_other_side_something_hears_that_it_went_just_now() -> None:
     here, there = socket.socketpair()
-    link = Link(here, lambda *_: None, {}, "telling", lambda: None)
-    with pytest.raises(LinkClosedError, match="the other side is gone"):
-        link.tell(Closing(there))
+    link = SocketPairRpc(here, {}, {}, "telling", lambda: None)
+    with pytest.raises(RpcClosedError, match="the other side is gone"):
+        link.tell(LogSide.log, {"it": Closing(there)})
     link.close(SOON_S)
     here.close()
 
 
 @pytest.mark.parametrize("how", ["python", "C", "SIGSTOP"])
 def test_a_call_that_hangs_is_ended_with_its_process(how: str, journal: Notes) -> None:
-    """Acceptance 36: its caller goes on after the time-out, and the stop ends the process."""
+    """Its caller goes on after the time-out, and the stop ends the process."""
     failed: list[str] = []
 
     class Ask(MapFunction):
@@ -999,7 +1006,7 @@ def test_a_call_that_hangs_is_ended_with_its_process(how: str, journal: Notes) -
     "kind", ["plain", "session", "stubborn session", "stopped session", "cleared session", "cleared stubborn session"]
 )
 def test_what_a_service_started_ends_with_it(kind: str) -> None:
-    """Acceptance 6: wherever it went, and whatever it ignores; the report names what had to be killed."""
+    """Wherever it went, and whatever it ignores; the report names what had to be killed."""
     children: list[int] = []
     env = LocalEnvironment("parent")
     parent = env.register_service("parent", Parent, kind, options=options(kill_grace_s=1.0))
@@ -1056,7 +1063,7 @@ def test_signals_to_the_process_do_not_break_the_order() -> None:
 
 @pytest.mark.proof
 def test_thirty_jobs_leave_nothing_behind() -> None:
-    """Acceptance 13: descriptors and threads as after the first job."""
+    """Descriptors and threads as after the first job."""
 
     def state() -> tuple[int, list[str]]:
         gc.collect()

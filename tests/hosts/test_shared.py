@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import Broken, Recorded, report_of
+from support.recording_services import Broken, Recorded, report_of
 
 import sage
 from sage import (
@@ -229,7 +229,7 @@ def test_what_differs_is_named_at_submit(args: tuple[Any, ...], options: dict[st
     with pytest.raises(GraphError, match=f'"memory" is shared, and runs already with another {different}') as caught:
         other.submit(autostop=True)
     assert "secret" not in str(caught.value)
-    assert "Register it alike in all environments" in caught.value.__notes__[0]
+    assert "Register it with the same settings in all environments" in caught.value.__notes__[0]
     job.stop()
 
 
@@ -401,7 +401,7 @@ def test_a_process_is_shared_as_well(tmp_path: Path) -> None:
     assert journal.read_text().split() == ["build"]
     second.stop()
     assert journal.read_text().split() == ["build", "cleanup"]
-    reports = [job.report.service("memory") for job in (first, second) if job.report is not None]
+    reports = [job.report.service("memory") for job in (first, second)]
     assert [(report.host, report.released, report.exit_code) for report in reports] == [
         ("process", True, None),
         ("process", False, 0),
@@ -438,14 +438,14 @@ def test_a_kill_takes_an_instance_along_that_nobody_else_uses() -> None:
     journal: list[str] = []
     first, _, second, _ = two_running(Hanging, journal)
     for _ in range(3):
-        first.interrupt(signal.SIGINT)
+        first._interrupt(signal.SIGINT)
     with pytest.raises(JobError):
         first.wait(SOON_S)
     assert journal == WHOLE_LIFE[:3]
-    second.interrupt(signal.SIGINT)
+    second._interrupt(signal.SIGINT)
     assert hangs.wait(SOON_S)
     for _ in range(2):
-        second.interrupt(signal.SIGINT)
+        second._interrupt(signal.SIGINT)
     try:
         with pytest.raises(JobError, match="did not end its cleanup in time"):
             second.wait(SOON_S)

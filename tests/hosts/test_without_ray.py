@@ -16,11 +16,11 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_import_needs_none() -> None:
-    assert run("import sage._backends.ray_cluster, sage._hosts.local_ray, sage._hosts.warm_ray").returncode == 0
+    assert run("import sage._ray.connection, sage._ray.local_cluster, sage._ray.kept_cluster").returncode == 0
 
 
 def test_its_use_names_the_extra() -> None:
-    program = "from sage._backends.ray_cluster import cluster\nwith cluster({}): pass"
+    program = "from sage._ray.connection import cluster\nwith cluster({}): pass"
     for address in ("", "'auto'", "'warm'", "'10.0.0.5:6379'"):
         done = run(program.format(address))
         end = 'MissingExtraError: module "ray" is not installed\nInstall it with: pip install "sage-dataflow[ray]"\n'

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
 PROGRAMS = Path(__file__).parent / "programs"
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -39,7 +39,7 @@ def test_hello_world(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROGRAMS.glob("*.py")))
 def test_each_program_is_a_script_too(name: str) -> None:
-    """Acceptance 2, 43: the exit code is 0 and nothing but the program itself writes anything."""
+    """The exit code is 0 and nothing but the program itself writes anything."""
     script = [sys.executable, "-W", "error", str(PROGRAMS / f"{name}.py")]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=50)
@@ -49,14 +49,14 @@ def test_each_program_is_a_script_too(name: str) -> None:
 
 
 def test_hello_service_world() -> None:
-    """Acceptance 1, 10: a constructor that does not call super works; cleanup is over when submit returns."""
+    """A constructor that does not call super works; cleanup is over when submit returns."""
     said, hooks = run("hello_service_world")
     assert said == ["Good day! #2", "Good day! #1", "Good day! #0"]
     assert hooks == ["setup", "stop", "cleanup"]
 
 
 def test_word_count_by_key() -> None:
-    """Acceptance 33: the records of one word meet in one task."""
+    """The records of one word meet in one task."""
     counts, tasks_of = run("word_count")
     once = dict.fromkeys(["or", "not", "that", "is", "the", "question", "sleep", "dream"], 1)
     assert counts == {"to": 4, "be": 2, **once}
@@ -64,14 +64,14 @@ def test_word_count_by_key() -> None:
 
 
 def test_connected_streams() -> None:
-    """Acceptance 25: a union has all of the fast and of the slow stream."""
+    """A union has all of the fast and of the slow stream."""
     seen = run("connected_streams")
     assert [value for value in seen if value >= 1000] == list(range(1000, 1200, 10))
     assert [value for value in seen if value < 1000] == [0, 10, 30]
 
 
 def test_comap_of_two_inputs() -> None:
-    """Acceptance 25: the longer input arrives to its end."""
+    """The longer input arrives to its end."""
     results = run("comap_two")
     assert [result for result in results if result.startswith("hot")] == ["hot 31", "hot 35"]
     assert [result for result in results if not result.startswith("hot")] == [f"pressure {n}" for n in range(1, 61)]
@@ -89,17 +89,17 @@ def test_comap_of_three_inputs() -> None:
 
 
 def test_join() -> None:
-    """Acceptance 26: it ends, with all matches, whatever the classes of the sources are called."""
+    """It ends, with all matches, whatever the classes of the sources are called."""
     assert sorted(run("join_orders")) == [("ann", "ink"), ("bob", "jam"), ("bob", "tea")]
 
 
 def test_feedback_loop() -> None:
-    """Acceptance 28: it ends by itself when the data have died out, and has processed every record."""
+    """It ends by itself when the data have died out, and has processed every record."""
     assert Counter(run("feedback_loop")) == Counter([2, 1, 0, 0, 4, 3, 2, 1, 0])
 
 
 def test_pipeline_as_service() -> None:
-    """Acceptance 39: the pipeline answers until it is told to shut down."""
+    """The pipeline answers until it is told to shut down."""
     answers, is_closed = run("pipeline_as_service")
     assert answers[:-1] == [{"result": number**2, "original": number} for number in range(1, 6)]
     assert answers[-1] == {"status": "shutdown_ack"}
@@ -107,7 +107,7 @@ def test_pipeline_as_service() -> None:
 
 
 def test_pipeline_as_service_of_own_classes() -> None:
-    """Acceptance 38, 39: classes of any name answer, and may call services themselves; the job ends."""
+    """Classes of any name answer, and may call services themselves; the job ends."""
     decisions, closed = run("own_pipeline_service")
     assert decisions == [
         (1, "tea", True, "Reply", "aet"),
@@ -118,7 +118,7 @@ def test_pipeline_as_service_of_own_classes() -> None:
 
 
 def test_an_error_in_the_pipeline_reaches_the_caller(clock: FairClock) -> None:
-    """Acceptance 39: promptly, as the error that it is; the source's poll interval of 5 s delays no answer."""
+    """Promptly, as the error that it is; the source's poll interval of 5 s delays no answer."""
     began_at = time.monotonic()
     outcomes = run("failing_pipeline_service")
     assert clock.elapsed_s(began_at) < 2.0

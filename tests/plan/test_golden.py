@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import BaseCoMapFunction, BaseJoinFunction, LocalEnvironment, ServiceOptions
+from sage import BaseCoMapFunction, BaseJoinFunction, LocalEnvironment, MapFunction, Retry, ServiceOptions
 from sage._plan.planner import plan
 from sage.errors import GraphError
 
@@ -133,7 +133,7 @@ GRAPHS: dict[str, Callable[[LocalEnvironment], None]] = {
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("format_", ["text", "mermaid"])
 def test_explain_says_what_it_said(name: str, format_: str) -> None:
-    """Acceptance 43: explaining starts nothing, and says the same on every run."""
+    """Explaining starts nothing, and says the same on every run."""
     env = LocalEnvironment(name)
     GRAPHS[name](env)
     golden = (GOLDEN / f"{name}.{'txt' if format_ == 'text' else 'mmd'}").read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def test_explain_says_what_it_said(name: str, format_: str) -> None:
 
 
 def test_explain_knows_two_formats() -> None:
-    """Acceptance 45: an unknown format is refused by name."""
+    """An unknown format is refused by name."""
     env = LocalEnvironment()
     linear(env)
     with pytest.raises(GraphError, match="explain: format is 'yaml'"):
@@ -159,12 +159,12 @@ def chains(build: Callable[[LocalEnvironment], None], *, fused: bool = True) -> 
 
 
 def test_neighbours_of_equal_parallelism_share_a_task() -> None:
-    """Acceptance 54: between operators of one chain there is no channel."""
+    """Between operators of one chain there is no channel."""
     assert chains(linear) == ["source -> double -> is_even -> show"]
 
 
 def test_without_fusion_every_operator_has_tasks_of_its_own() -> None:
-    """Acceptance 24: what runs is the same; only tests plan so."""
+    """What runs is the same; only tests plan so."""
     assert chains(linear, fused=False) == ["source", "double", "is_even", "show"]
 
 
@@ -212,7 +212,7 @@ def test_without_fusion_every_operator_has_tasks_of_its_own() -> None:
     ],
 )
 def test_what_ends_a_chain(build: Callable[[LocalEnvironment], DataStream | None], expected: list[str]) -> None:
-    """Acceptance 34: only where order and distribution are kept anyway do operators share a task."""
+    """Only where order and distribution are kept anyway do operators share a task."""
     env = LocalEnvironment()
     build(env)
     assert sorted(chain.name for chain in plan(env._graph()).chains) == sorted(expected)
@@ -222,7 +222,7 @@ def test_what_ends_a_chain(build: Callable[[LocalEnvironment], DataStream | None
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    """Acceptance 21 and 38: unknown services, circles and unfilled futures come in one error, nothing was started."""
+    """Unknown services, circles and unfilled futures come in one error, nothing was started."""
     env = LocalEnvironment("broken")
     env.register_service("a", dict, options=ServiceOptions(depends_on=["b"]))
     env.register_service("b", dict, options=ServiceOptions(depends_on=["a", "nobody"]))
@@ -235,21 +235,21 @@ def test_all_problems_are_listed_at_once() -> None:
         '  - future "again" is never filled',
         '  - source "numbers" has parallelism 2, but it cannot be split',
         '  - service "b" uses service "nobody", which is not registered',
-        "  - services depend on each other in a circle: a -> b -> a",
+        "  - services depend on each other in a cycle: a -> b -> a",
     ]
     assert "Call stream.fill_future(again) with the stream that leads back into it." in caught.value.__notes__
     assert len(caught.value.__notes__) == 4
 
 
 def test_a_single_problem_is_raised_as_it_is() -> None:
-    """Acceptance 29: an environment without a pipeline fails clearly."""
+    """An environment without a pipeline fails clearly."""
     with pytest.raises(GraphError, match='environment "empty" has no pipeline') as caught:
         LocalEnvironment("empty").submit(autostop=True)
     assert caught.value.__notes__ == ["Begin one with env.from_batch(...) or env.from_source(...)."]
 
 
 def test_an_operator_that_emits_at_the_end_cannot_be_part_of_a_loop() -> None:
-    """Acceptance 28: a loop ends when nothing is left in it, so nothing in it can wait for the end."""
+    """A loop ends when nothing is left in it, so nothing in it can wait for the end."""
     env = LocalEnvironment()
     again = env.from_future("again")
     totals = env.from_batch([1]).union(again).keyby(remainder).reduce(add, emit="last", name="total")
@@ -259,12 +259,68 @@ def test_an_operator_that_emits_at_the_end_cannot_be_part_of_a_loop() -> None:
 
 
 def test_dead_letters_of_what_handles_dead_letters_are_refused() -> None:
-    """Acceptance 17: a letter that fails may not come back as a letter for ever."""
+    """A letter that fails may not come back as a letter for ever."""
     env = LocalEnvironment()
     letters = env.dead_letters()
-    letters.map(double, on_error=letters).sink(show)
+    letters.map(double, on_error=letters).sink(show)  # type: ignore[arg-type]
     env.from_batch([1]).map(double, on_error=letters).sink(show)
     with pytest.raises(
         GraphError, match='dead letters of "dead letters" are handled by an operator that sends its own'
     ):
         env.explain()
+
+
+class Memory:
+    def recall(self, text: str) -> str:
+        return text
+
+
+class Ask(MapFunction[str, str]):
+    def execute(self, data: str) -> str:
+        return str(self.call_service("agent", data))
+
+
+def explained() -> LocalEnvironment:
+    env = LocalEnvironment("explained")
+    memory = env.register_service("memory", Memory)
+    env.register_service("agent", lambda memory: memory, memory, options=ServiceOptions(concurrency=None))
+    env.register_service("idle", Memory, options=ServiceOptions(host="process", concurrency=2))
+    letters = env.dead_letters()
+    letters.sink(show, name="failed")
+    asked = env.from_batch(["tea"], name="questions").map(memory.recall, name="recall")
+    asked.map(Ask, name="ask", on_error=Retry(2, then=letters)).sink(show, name="answers")
+    asked.map(lambda text: memory.recall(text), name="again", on_error="skip").sink(show, name="kept")
+    asked.sink(show, name="all")
+    return env
+
+
+def test_the_explanation_tells_of_services_and_promises() -> None:
+    text = explained().explain()
+    assert text.startswith("physical plan of explained\n")
+    assert text[text.index("services") :].splitlines() == [
+        "services",
+        '  memory  (inline, one call at a time): called by "recall", "again", service "agent"',
+        '  agent  (inline, any number of calls at once): called by "ask"',
+        "  idle  (process, 2 at once): called by no operator that can be seen",
+        "promises",
+        "  failed: each record once, or the job fails",
+        "  answers: each record at most once",
+        '    "ask" sends records that fail to "dead letters"',
+        '    "ask" may be called up to 2 times for a record',
+        "  kept: each record at most once",
+        '    "again" drops records that fail',
+        "  all: each record once, or the job fails",
+        "  after a restart: nothing; sources are read from their beginning",
+    ]
+
+
+def test_the_flowchart_shows_who_calls_which_service() -> None:
+    lines = explained().explain("mermaid").splitlines()
+    assert lines[0] == "flowchart LR"
+    assert '  s0[("memory")]' in lines
+    assert [line for line in lines if "calls" in line] == [
+        "  n3 -.->|calls| s0",
+        "  n6 -.->|calls| s0",
+        "  n4 -.->|calls| s1",
+        "  s1 -.->|calls| s0",
+    ]

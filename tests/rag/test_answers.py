@@ -16,7 +16,7 @@ from sage.rag.evaluation import Evaluate, Scores, recall, reciprocal_rank, token
 from sage.rag.generation import Answered, CheckCitations, Generate, GenerateAsync
 from sage.rag.prompts import NO_ANSWER, SYSTEM, Prompt
 from sage.rag.retrieval import Found, Question, Retrieved
-from sage.services.llm import ExtractiveLLM, Message
+from sage.services.models.llm import ExtractiveLLM, Message
 from sage.testing import run
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class TestGenerate:
         assert answer.found == FOUND
         assert (answer.model, answer.is_refused) == ("extractive", False)
         assert answer.completion_tokens == len(answer.text.split())
+        assert answer.prompt_tokens is not None
         assert answer.prompt_tokens > 20
 
     def test_only_what_the_model_was_given_can_be_named(self) -> None:

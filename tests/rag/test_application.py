@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rag.filled import is_filled
 from rag.small_pdf import pdf_of
-from stores import wait_for
+from support.vector_stores import wait_for
 
 from sage.testing import assert_clean
 
@@ -78,14 +78,14 @@ STORES = ["memory", "sqlite", *(pytest.param(name, marks=pytest.mark.slow) for n
 @pytest.mark.parametrize("store", STORES)
 def test_every_store_answers_and_ends_clean(docs: Path, store: str) -> None:
     folder = docs.parent
-    for _ in range(2):
+    for first_line in ("2 passages of 1 documents are new", "0 passages of 0 documents are new"):
         ended = ask(
             folder, "--docs", docs, "--questions", "questions.txt", "--store", store, "--top", "1", "--keep", "kept"
         )
         assert "left out" not in ended.stderr
         lines = [line.strip() for line in ended.stdout.splitlines() if line.strip()]
         assert lines[:7] == [
-            "2 passages of 1 documents",
+            "2 passages of 1 documents are new" if store == "memory" else first_line,
             "Which task does a key go to?",
             "Guide > Keys: Records of the same key go to the same task. [1]",
             "[1] guide.md#keys",
@@ -142,8 +142,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_asked(docs: Path) -> None:
     )
     ended = ask(docs.parent, "--docs", docs, "--questions", "questions.txt", "--top", "1")
     assert re.findall(r"left out: (.*)", ended.stderr) == [
-        'file "broken.pdf": is no PDF that can be read: PdfStreamError: Stream has ended unexpectedly',
-        'file "list.jsonl", line 2: is no JSON: Expecting value: line 1 column 1 (char 0)',
+        'file "broken.pdf": is no PDF that can be read: '
+        "PdfiumError: Failed to load document (PDFium: Data format error).",
+        'file "list.jsonl", line 2: is not JSON: Expecting value: line 1 column 1 (char 0)',
         "file \"list.jsonl\", line 3: the field 'score' is nan, which is not finite",
         "file \"list.jsonl\", line 4: a field cannot have the name '$x'",
     ]
@@ -170,7 +171,7 @@ def test_files_of_one_name_in_two_folders_are_both_asked(docs: Path) -> None:
     (other / "guide.md").write_text("# Prices\n\nTape costs two coins.\n", "utf-8")
     (docs.parent / "questions.txt").write_text("Which task does a key go to?\nWhat costs tape?\n", "utf-8")
     ended = ask(docs.parent, "--docs", docs, other, "--questions", "questions.txt", "--top", "1")
-    assert ended.stdout.startswith("3 passages of 2 documents\n")
+    assert ended.stdout.startswith("3 passages of 2 documents are new\n")
     assert re.findall(r"\[1\] (\w+/\S+)", ended.stdout) == ["docs/guide.md#keys", "other/guide.md#prices"]
 
 
@@ -183,7 +184,7 @@ def test_what_is_gone_or_empty_is_cited_no_more(docs: Path) -> None:
     (docs / "gone.md").unlink()
     (docs / "empty.md").write_text("", "utf-8")
     ended = ask(docs.parent, *words)
-    assert ended.stdout.startswith("2 passages of 1 documents\n")
+    assert ended.stdout.startswith("0 passages of 0 documents are new\n")
     assert "gone.md" not in ended.stdout
     assert "empty.md" not in ended.stdout
 
@@ -191,14 +192,14 @@ def test_what_is_gone_or_empty_is_cited_no_more(docs: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--docs", "none"], "there is no none; name folders or files with --docs"),
-        (["--questions", "none"], "there is no file none; name one with --questions"),
+        (["--docs", "none"], "none does not exist; name folders or files with --docs"),
+        (["--questions", "none"], "file none does not exist; name one with --questions"),
         (
             ["--questions", "latin.txt"],
             "latin.txt cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data; "
             "name a file of UTF-8 text with --questions",
         ),
-        (["--keep", "latin.txt"], "latin.txt is no folder; name one with --keep"),
+        (["--keep", "latin.txt"], "latin.txt is not a folder; name one with --keep"),
         (["--top", "0"], "--top is 0, but at least 1 passage must be asked for"),
     ],
 )
@@ -279,7 +280,7 @@ def ended_while_it_indexes(docs: Path, store: str, kept: Path, by: signal.Signal
             cwd=docs.parent,
             env=environment(docs.parent),
         )
-        wait_for(lambda: is_filled(kept / "words_hashing.db"), "a passage in the index")
+        wait_for(lambda: is_filled(kept / f"words_{store}_hashing.db"), "a passage in the index")
         program.send_signal(by)
         out, errors = program.communicate(timeout=60)
     for path in docs.glob("more*.md"):
@@ -301,14 +302,14 @@ def marks_in(kept: Path) -> list[str]:
 COUNT = """
 import sys
 from sage.rag.keywords import KeywordIndex
-from sage.services.chroma import ChromaStore
-from sage.services.milvus import MilvusStore
-from sage.services.sqlite_store import SqliteStore
+from sage.services.vectors.chroma import ChromaStore
+from sage.services.vectors.milvus import MilvusStore
+from sage.services.vectors.sqlite import SqliteStore
 
 kept, store = sys.argv[1:]
 vectors = {"sqlite": SqliteStore, "chroma": ChromaStore, "milvus": MilvusStore}[store]
 name = {"sqlite": "vectors.db", "chroma": "chroma", "milvus": "milvus.db"}[store]
-stores = [KeywordIndex(f"{kept}/words_hashing.db"), vectors(f"{kept}/{name}", collection="docs_hashing")]
+stores = [KeywordIndex(f"{kept}/words_{store}_hashing.db"), vectors(f"{kept}/{name}", collection="docs_hashing")]
 for each in stores:
     each.setup()
 print(*(each.count() for each in stores))
@@ -396,7 +397,7 @@ def test_a_label_holds_as_long_as_one_passage_has_its_quote(tmp_path: Path) -> N
     )
 
 
-EMBEDDINGS = [("hashing", 0.55), pytest.param("minilm", 0.65, marks=pytest.mark.slow)]
+EMBEDDINGS = [("hashing", 0.57), pytest.param("minilm", 0.74, marks=pytest.mark.slow)]
 
 
 @pytest.mark.timeout(600)
@@ -413,7 +414,7 @@ def test_both_ways_together_are_at_least_as_good_as_either(embeddings: str, reca
 @pytest.mark.parametrize("embeddings", ["HashingEmbeddings", "MiniLMEmbeddings"])
 def test_the_page_shows_both_ways_together_as_at_least_as_good(embeddings: str) -> None:
     page = (EXAMPLE.parents[1] / "docs" / "ready-made" / "rag.md").read_text("utf-8")
-    table = page.partition(f"`{embeddings}`, ")[2].partition("`")[0].partition("<!-- end of quality -->")[0]
+    table = re.split(rf"`{embeddings}`, (?=\d)", page)[1].partition("`")[0].partition("<!-- end of quality -->")[0]
     assert int(table.split()[0]) >= 200
     found = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
     rows = {name: (float(recall), float(rank)) for name, recall, rank in found}

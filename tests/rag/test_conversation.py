@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from services.kept import left_clean
 
-from sage import LocalEnvironment
+from sage import LocalEnvironment, ProcessFunction
 from sage.rag.conversation import Converse, says_too_little, with_history
 from sage.rag.documents import Passage
 from sage.rag.generation import Answered, Generate
 from sage.rag.keywords import KeywordIndex
+from sage.rag.prompts import in_turn
 from sage.rag.retrieval import Index, Question, Retrieve
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.llm import ExtractiveLLM, Message
-from sage.services.memory import Memory
+from sage.services.memory.memory import Memory
+from sage.services.models.embeddings import HashingEmbeddings
+from sage.services.models.llm import Answer, ExtractiveLLM, Message, Role, ToolCall
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +60,7 @@ def test_questions_of_one_batch_follow_each_other(tmp_path: Path) -> None:
             Retrieve(1, keywords=keywords), Generate(env.register_service("llm", ExtractiveLLM)), memory, turns_max=2
         )
 
-        class Ask:
+        class Ask(ProcessFunction[Passage, str]):
             """Waits for the passages, then asks."""
 
             def execute(self, data: Passage) -> list[str]:
@@ -74,3 +75,59 @@ def test_questions_of_one_batch_follow_each_other(tmp_path: Path) -> None:
     assert [answer.found[0].passage.id for answer in answers] == ["a", "a", "b", "b"]
     assert [len(answer.question.history) for answer in answers] == [0, 2, 2, 2]
     assert answers[3].question.history[0] == Message("user", "And what is a key?")
+
+
+ASKED = Message("assistant", "", (ToolCall("c1", "add", "{}"),))
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([("user", "a"), ("assistant", "b"), ("user", "c")], [("user", "a"), ("assistant", "b"), ("user", "c")]),
+        ([("assistant", "b"), ("user", "c")], [("user", "c")]),
+        ([("assistant", "a"), ("assistant", "b"), ("user", "c")], [("user", "c")]),
+        ([("user", "a"), ("user", "b"), ("assistant", "c"), ("user", "d")], [("user", "a\n\nb"), ("assistant", "c")]),
+        ([("user", "a"), ("user", "b")], [("user", "a\n\nb")]),
+        ([("system", "be kind"), ("assistant", "b"), ("user", "c")], [("system", "be kind"), ("user", "c")]),
+    ],
+)
+def test_user_and_assistant_speak_in_turn(history: list[tuple[Role, str]], expected: list[tuple[Role, str]]) -> None:
+    found = in_turn([Message(role, content) for role, content in history])
+    assert found[: len(expected)] == [Message(role, content) for role, content in expected]
+    assert found[-1] == Message("user", found[-1].content)
+
+
+def test_results_of_tools_stay_with_the_answer_that_asked_for_them() -> None:
+    result = Message("tool", "3", tool_call_id="c1")
+    whole = [Message("user", "a"), ASKED, result, Message("assistant", "b"), Message("user", "c")]
+    assert in_turn(whole) == whole
+    assert in_turn(whole[1:]) == in_turn(whole[2:]) == whole[4:]
+    assert in_turn([whole[0], result, whole[4]]) == [Message("user", "a\n\nc")]
+
+
+@pytest.mark.parametrize("turns_max", [1, 2, 3, 4, 5, 6])
+def test_a_memory_with_turns_of_all_kinds_fails_no_question(tmp_path: Path, turns_max: int) -> None:
+    """Neither results of tools nor a beginning that was cut off; strict models take only turns in their order."""
+    seen: list[list[str]] = []
+
+    class Strict(ExtractiveLLM):
+        def generate(self, prompt: Any, **settings: Any) -> Answer:
+            seen.append([message.role for message in prompt])
+            return super().generate(prompt, **settings)
+
+    memory = Memory(tmp_path / "memory.db", HashingEmbeddings())
+    keywords, embeddings, llm = KeywordIndex(), memory._embeddings, Strict()
+    services: list[Any] = [embeddings, memory, keywords, llm]
+    for service in services:
+        service.setup()
+    for role in ("user", "assistant", "tool", "user", "human", "assistant"):
+        memory.add_turn(role, f"said by {role}")
+    answer = Converse(Retrieve(1, keywords=keywords), Generate(llm), memory, turns_max=turns_max).execute(
+        "What drains?"
+    )
+    assert answer.is_refused
+    (roles,) = seen
+    assert roles[0] == "system"
+    assert roles[1:] == ["user", "assistant"] * (len(roles) // 2 - 1) + ["user"]
+    for service in reversed(services):
+        service.cleanup()

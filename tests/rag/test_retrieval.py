@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as some
 from services.kept import left_clean
 
-from sage import FunctionError, GraphError, LocalEnvironment, ServiceUnavailableError
+from sage import FunctionError, GraphError, LocalEnvironment, ProcessFunction, ServiceUnavailableError
 from sage.rag.documents import Document, Passage
 from sage.rag.keywords import KeywordIndex
 from sage.rag.loaders import Files, Load
 from sage.rag.retrieval import Found, Index, Question, Retrieve, Retrieved, fuse, metadata_of, passage_of
 from sage.rag.splitters import SplitByStructure
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.numpy_store import NumpyStore
-from sage.services.sqlite_store import SqliteStore
-from sage.services.vector_store import Hit
+from sage.services.models.embeddings import HashingEmbeddings
+from sage.services.vectors.contract import Hit
+from sage.services.vectors.numpy import NumpyStore
+from sage.services.vectors.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +59,7 @@ def ids(retrieved: Retrieved) -> list[str]:
 
 class TestFusion:
     def test_the_sum_of_reciprocal_ranks(self) -> None:
-        assert fuse([["a", "b", "c"], ["c", "a"]]) == {"a": 1 / 61 + 1 / 62, "c": 1 / 63 + 1 / 61, "b": 1 / 62}
+        assert fuse([["a", "b", "c"], ["c", "a"]]) == {"a": 1 / 11 + 1 / 12, "c": 1 / 13 + 1 / 11, "b": 1 / 12}
         assert list(fuse([["a", "b", "c"], ["c", "a"]])) == ["a", "c", "b"]
         assert list(fuse([["a", "b"], ["b", "a"]])) == ["a", "b"]
         assert list(fuse([["a", "b"], ["b", "a"]], weights=[1.0, 1.1])) == ["b", "a"]
@@ -118,7 +118,7 @@ class TestByHand:
             retrieve = Retrieve(2, keywords=keywords, vectors=vectors, embeddings=embeddings)
             answered, error = retrieve.execute([Question("Which task gets a key?"), Question(" ")])
             assert answered == retrieve.execute("Which task gets a key?")
-            assert (type(error), str(error)) == (ValueError, "the question is blank")
+            assert (type(error), str(error)) == (ValueError, "the question is empty")
 
     @pytest.mark.parametrize("wrong", [Document("a.md", "text"), "text", {"question": "what"}, 7])
     def test_what_is_no_passage_is_refused_with_a_hint(self, wrong: Any) -> None:
@@ -191,7 +191,7 @@ class TestByHand:
     def test_a_blank_question(self) -> None:
         with services() as (keywords, vectors, embeddings):
             retrieve = Retrieve(vectors=vectors, embeddings=embeddings)
-            with pytest.raises(ValueError, match="the question is blank"):
+            with pytest.raises(ValueError, match="the question is empty"):
                 retrieve.execute(" \n")
             assert retrieve.execute("anything") == Retrieved(Question("anything"), ())
             assert keywords.count() == 0
@@ -216,7 +216,7 @@ def test_a_passage_comes_back_as_it_was() -> None:
     assert passage_of(Hit("x", 1.0, None, {})) == Passage("x", "", "")
 
 
-def indexed(folder: Path, questions: list[str], on_error: object = None) -> tuple[list[list[str]], str]:
+def indexed(folder: Path, questions: list[str], on_error: Any = None) -> tuple[list[list[str]], str]:
     """Index a folder and ask questions in one environment, by two jobs."""
     answers: list[list[str]] = []
     with left_clean():
@@ -231,7 +231,7 @@ def indexed(folder: Path, questions: list[str], on_error: object = None) -> tupl
             .map_batches(Index, max_records=16, keywords=keywords, vectors=vectors, embeddings=embeddings)
         )
 
-        class Ask:
+        class Ask(ProcessFunction[Passage, str]):
             """Waits for the last passage, then asks."""
 
             def execute(self, data: Passage) -> list[str]:
@@ -249,7 +249,7 @@ def kept(folder: Path, *, anew: bool) -> list[str]:
     """Index the folder "docs" and return which documents are in both indexes then."""
     with left_clean():
         env = LocalEnvironment("rag")
-        handles = {
+        handles: dict[str, Any] = {
             "keywords": env.register_service("keywords", KeywordIndex, folder / "words.db"),
             "vectors": env.register_service("vectors", SqliteStore, folder / "vectors.db"),
             "embeddings": env.register_service("embeddings", HashingEmbeddings),
@@ -289,7 +289,7 @@ class TestInAJob:
     def test_a_blank_question_is_named_and_the_rest_goes_on(self, tmp_path: Path) -> None:
         (tmp_path / "guide.md").write_text("# Keys\n\nSame key, same task.\n", "utf-8")
         assert indexed(tmp_path, [" ", "key?"], "skip")[0] == [["guide.md#keys"]]
-        with pytest.raises(FunctionError, match=r'"retrieve" failed on record .*: the question is blank'):
+        with pytest.raises(FunctionError, match=r'"retrieve" failed on record .*: the question is empty'):
             indexed(tmp_path, ["  "])
 
 

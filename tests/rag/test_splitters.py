@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as some
 
 from sage import GraphError
 from sage.rag.documents import Document, Passage
-from sage.rag.splitters import SplitByStructure, SplitByTokens, lines_of, sentences_of, token_spans
+from sage.rag.splitters import SplitByStructure, SplitByTokens, sentences_of, token_spans
+from sage.rag.structure import lines_of
 from sage.testing import run
 
 GUIDE = """\
@@ -108,6 +111,7 @@ class TestStructure:
             ("guide.md#underlined", "Guide > Underlined", "| a | b |\n|---|---|\n| 1 | 2 |"),
             ("guide.md#keys-1", "Guide > Keys", "Again."),
             ("guide.md#whats-deep", "Guide > Keys > What's `deep`?", "- one\n- two"),
+            ("guide.md#last", "", "Last"),
         ]
         assert passages[3].searchable == "Guide > Keys\nAgain."
         assert passages[0].searchable == "Before any heading."
@@ -175,3 +179,26 @@ def test_lines_are_found_with_and_without_blank_ones() -> None:
     text = "a\n\nb"
     assert [text[start:end] for start, end in lines_of(text, 0, 4)] == ["a", "b"]
     assert [text[start:end] for start, end in lines_of(text, 0, 4, blank=True)] == ["a", "", "b"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\u0e01\u0e33\u0e19\u0e49\u0e33",
+        "e\u0301a\u0308",
+        "\U0001f469\u200d\U0001f680",
+    ],
+)
+@pytest.mark.parametrize("splitter", [SplitByTokens(3, overlap=1), SplitByStructure(3)])
+def test_no_passage_begins_with_the_mark_of_a_letter(word: str, splitter: SplitByTokens | SplitByStructure) -> None:
+    passages = split(word * 60, splitter)
+    assert len(passages) > 1 or "\u200d" in word
+    assert not [each for each in passages if unicodedata.category(each.text[0])[0] == "M" or each.text[0] == "\u0e33"]
+
+
+def test_the_number_of_an_item_stays_with_it() -> None:
+    text = "Steps:\n" + "\n".join(f"{number}. Do the step number {number}. Then rest." for number in range(9, 14))
+    for size in (8, 12, 20):
+        passages = split(text, SplitByStructure(size))
+        assert not [each.text for each in passages if re.search(r"(?:^|\n)\d+\.$", each.text)]

@@ -10,7 +10,7 @@ from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ray_nodes import GivenCluster
+from support.ray_nodes import GivenCluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,17 +37,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not item.nodeid.endswith("[ray-ray-cancel]")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def given() -> Iterator[GivenCluster]:
-    """A cluster of one node that somebody else has started, for the tests of a file."""
+    """A cluster of one node that somebody else has started; no test may end its processes."""
     cluster = GivenCluster()
     yield cluster
     cluster.end()
 
 
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[GivenCluster]:
-    """A cluster of two nodes on this machine, each with two processors, that this process is let into."""
+def two_nodes(given: GivenCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[GivenCluster]:
+    """The same with a second node, which the test may end; each has two processors. This process is let in."""
+    node = given.add_node()
+    try:
+        for name, value in given.variables.items():
+            monkeypatch.setenv(name, value)
+        yield given
+    finally:
+        given.remove(node)
+
+
+@pytest.fixture
+def two_own_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[GivenCluster]:
+    """Another cluster of two nodes, of which the test may end whatever it likes."""
     cluster = GivenCluster()
     try:
         cluster.add_node()
@@ -61,7 +73,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[GivenCluster]:
 @pytest.fixture(scope="module")
 def ray_address(given: GivenCluster) -> Iterator[str]:
     """The address of a cluster to which this process stays connected, so that each job finds a connection."""
-    from sage._backends.ray_cluster import cluster
+    from sage._ray.connection import cluster
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in given.variables.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ray_tests import OnRay, load
+from support.ray_tests import OnRay, load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ray_jobs import WAIT_S, Placed, Ticks, Told, ends, master_pid, wait_until
-from ray_nodes import known
-from recorded import Notes, Recorded
+from support.ray_jobs import WAIT_S, Placed, Ticks, Told, ends, master_pid, wait_until
+from support.ray_nodes import known
+from support.recording_services import Notes, Recorded
 
 import sage
 from sage import (
@@ -27,12 +27,12 @@ from sage import (
     ServiceError,
     ServiceOptions,
 )
-from sage._runtime.processes import process
+from sage._processes import process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_nodes import GivenCluster
+    from support.ray_nodes import GivenCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
 
@@ -52,7 +52,7 @@ def running(address: str, journal: Notes, folder: Path) -> tuple[RemoteEnvironme
 def test_a_killed_worker_fails_the_job_and_services_are_cleaned(
     ray_address: str, journal: Notes, tmp_path: Path
 ) -> None:
-    """Acceptance 51: the error names the worker and the task that was lost with it."""
+    """The error names the worker and the task that was lost with it."""
     _, job, _ = running(ray_address, journal, tmp_path)
     os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
     with pytest.raises(JobError, match='worker 0 was lost with "Ticks -> Told"'):
@@ -62,7 +62,7 @@ def test_a_killed_worker_fails_the_job_and_services_are_cleaned(
 
 
 def test_a_killed_service_fails_the_job_by_its_name(ray_address: str, journal: Notes, tmp_path: Path) -> None:
-    """Acceptance 51: the other service is cleaned, and the one that was killed is reported as lost."""
+    """The other service is cleaned, and the one that was killed is reported as lost."""
     env, job, _ = running(ray_address, journal, tmp_path)
     pid = env._services["second"].handle.pid()
     os.kill(pid, signal.SIGKILL)
@@ -90,7 +90,7 @@ class Counting(BaseService):
 
 
 def test_a_killed_service_is_restarted_by_its_policy(ray_address: str, tmp_path: Path) -> None:
-    """Acceptance 15: the call that it was killed by fails, and those after it go to the next instance."""
+    """The call that it was killed by fails, and those after it go to the next instance."""
     arrived: list[Any] = []
     env = RemoteEnvironment("restarted", address=ray_address)
     options = ServiceOptions(restart="on_failure", backoff_s=(0.05, 0.1))
@@ -125,9 +125,9 @@ def test_a_killed_master_is_followed_by_one_that_cleans_up(ray_address: str, jou
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from ray_jobs import WAIT_S, Placed, Ticks, Told, ends, master_pid, wait_until
-from ray_nodes import known
-from recorded import Notes, Recorded
+from support.ray_jobs import WAIT_S, Placed, Ticks, Told, ends, master_pid, wait_until
+from support.ray_nodes import known
+from support.recording_services import Notes, Recorded
 from sage import RemoteEnvironment, SourceFunction
 
 class Ticks(SourceFunction):
@@ -145,7 +145,7 @@ env.submit(autostop=True)
 
 
 def test_a_killed_driver_leaves_nothing(ray_address: str, given: GivenCluster, journal: Notes, tmp_path: Path) -> None:
-    """Acceptance 50: the cleanups run in order, and no actor is left."""
+    """The cleanups run in order, and no actor is left."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     folders = [str(Path(sage.__file__).parents[1]), str(Path(__file__).parents[1])]
@@ -171,7 +171,7 @@ class Hanging(BaseService):
 
 
 def test_a_cleanup_that_hangs_is_killed_after_its_bound(ray_address: str, journal: Notes) -> None:
-    """Acceptance 51: it is reported with where it stands, its process is gone, and the other service is cleaned."""
+    """It is reported with where it stands, its process is gone, and the other service is cleaned."""
     env = RemoteEnvironment("hanging", address=ray_address)
     env.register_service("good", Recorded, journal)
     hanging = env.register_service("hanging", Hanging, options=ServiceOptions(stop_timeout_s=0.5))
@@ -212,7 +212,7 @@ def test_what_a_service_leaves_behind_is_ended(ray_address: str) -> None:
 
 
 def test_a_worker_that_has_no_place_is_named(ray_address: str) -> None:
-    """Fault 26: eight GPUs are not there; what was started is unwound."""
+    """Eight GPUs are not there; what was started is unwound."""
     env = RemoteEnvironment("greedy", address=ray_address, start_timeout_s=12)
     env.from_batch([1]).map(abs, name="heavy").place(num_gpus=8).sink(print)
     with pytest.raises(JobError, match="worker of heavy has no place in the cluster after 12 s") as caught:
@@ -223,13 +223,14 @@ def test_a_worker_that_has_no_place_is_named(ray_address: str) -> None:
 
 
 def test_two_jobs_at_once_have_their_own_services(ray_address: str, tmp_path: Path) -> None:
-    """Acceptance 40: under the same name, and the end of one is nothing to the other's."""
+    """Under the same name, and the end of one is nothing to the other's."""
     jobs, results = [], []
     for number in (1, 2):
         arrived: list[int] = []
         env = RemoteEnvironment(f"job {number}", address=ray_address)
         counting = env.register_service("counting", Counting)
-        env.from_batch(range(5)).map(lambda _, counting=counting: counting.count()).sink(arrived.append)
+        stream = env.from_batch(range(5))
+        stream.map(lambda _, counting=counting: counting.count()).sink(arrived.append)  # type: ignore[misc]
         jobs.append(env.submit())
         results.append(arrived)
     for job in jobs:
@@ -241,7 +242,7 @@ def test_two_jobs_at_once_have_their_own_services(ray_address: str, tmp_path: Pa
 def test_twenty_jobs_one_after_another_leave_nothing(
     ray_address: str, journal: Notes, actors: Callable[[], list[str]]
 ) -> None:
-    """Acceptance 50: after each the number of actors is back to what it was."""
+    """After each the number of actors is back to what it was."""
     for number in range(20):
         arrived: list[int] = []
         env = RemoteEnvironment(f"job {number}", address=ray_address)
@@ -254,7 +255,7 @@ def test_twenty_jobs_one_after_another_leave_nothing(
 
 
 def test_an_error_of_a_service_comes_with_its_traceback(ray_address: str) -> None:
-    """Acceptance 22: the same type, and a note that shows where it was raised."""
+    """The same type, and a note that shows where it was raised."""
     env = RemoteEnvironment("failing", address=ray_address)
 
     class Failing:
@@ -291,7 +292,6 @@ def test_an_inline_service_lives_in_the_driver_and_is_called_from_the_cluster(ra
 
 
 def test_a_call_of_a_service_that_stopped_fails_at_once(ray_address: str) -> None:
-    """Acceptance 41."""
     env = RemoteEnvironment("over", address=ray_address)
     counting = env.register_service("counting", Counting)
     env.from_batch([1]).sink(print)

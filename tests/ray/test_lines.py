@@ -1,4 +1,4 @@
-"""Lines of the acceptance list whose own tests look at the process of the job, shown on a cluster by what arrives."""
+"""Promises whose own tests look at the process of the job, shown on a cluster by the results that arrive."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ray_jobs import ends
-from recorded import Notes, Recorded
+from support.ray_jobs import ends
+from support.recording_services import Notes, Recorded
 
 import sage
 from sage import (
@@ -28,14 +28,14 @@ from sage import (
 )
 
 if TYPE_CHECKING:
-    from ray_nodes import GivenCluster
+    from support.ray_nodes import GivenCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from recorded import Notes, Recorded
+from support.recording_services import Notes, Recorded
 from sage import RemoteEnvironment
 
 env = RemoteEnvironment("script", address=sys.argv[2])
@@ -48,7 +48,7 @@ env.submit(autostop=True)
 def test_a_script_whose_last_statement_is_submit(
     ray_address: str, given: GivenCluster, journal: Notes, tmp_path: Path
 ) -> None:
-    """Acceptance 2: it ends with exit code 0 when the service was cleaned, once."""
+    """It ends with exit code 0 when the service was cleaned, once."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     folders = [str(Path(sage.__file__).parents[1]), str(Path(__file__).parents[1])]
@@ -70,7 +70,7 @@ class NotOpening(MapFunction):
 
 
 def test_a_function_that_cannot_start_fails_the_job(ray_address: str, journal: Notes) -> None:
-    """Acceptance 18: submit raises it as the cause, and the service is cleaned."""
+    """Submit raises it as the cause, and the service is cleaned."""
     env = RemoteEnvironment("open", address=ray_address)
     env.register_service("memory", Recorded, journal)
     arrived: list[int] = []
@@ -83,9 +83,9 @@ def test_a_function_that_cannot_start_fails_the_job(ray_address: str, journal: N
 
 
 def test_what_is_unknown_is_named(ray_address: str) -> None:
-    """Acceptance 21: at submit where it can be seen there, else by an error that lists what is known."""
+    """At submit where it can be seen there, else by an error that lists what is known."""
     env = RemoteEnvironment("unknown", address=ray_address)
-    memory = env.register_service("memory", Sleeping)
+    memory: Any = env.register_service("memory", Sleeping)
     env.from_batch([1]).map(memory.recal).sink(abs)
     with pytest.raises(GraphError, match='uses "recal" of service "memory", which it lacks'):
         env.submit(autostop=True)
@@ -123,7 +123,7 @@ def fails_together(folder: Path) -> Any:
 
 
 def test_two_tasks_that_fail_at_once_are_both_told(ray_address: str, tmp_path: Path) -> None:
-    """Acceptance 23: each in a process of its own; both errors are in the group."""
+    """Each in a process of its own; both errors are in the group."""
     env = RemoteEnvironment("two", address=ray_address, workers=2)
     fail = fails_together(tmp_path)
     for number in (1, 2):
@@ -158,7 +158,7 @@ class Naps(MapFunction):
 
 @pytest.mark.parametrize(("concurrency", "together"), [(1, 1), (4, 4)])
 def test_as_many_calls_run_at_once_as_were_declared(ray_address: str, concurrency: int, together: int) -> None:
-    """Acceptance 35: no more and no fewer, whoever calls."""
+    """No more and no fewer, whoever calls."""
     env = RemoteEnvironment("naps", address=ray_address)
     env.register_service("sleeping", Sleeping, options=ServiceOptions(concurrency=concurrency))
     arrived: list[list[tuple[float, float]]] = []
@@ -180,7 +180,7 @@ class Impatient(MapFunction):
 
 
 def test_a_late_answer_is_dropped(ray_address: str) -> None:
-    """Acceptance 36: the caller has its time-out in time, and the next answer is the right one."""
+    """The caller has its time-out in time, and the next answer is the right one."""
     env = RemoteEnvironment("late", address=ray_address)
     env.register_service("sleeping", Sleeping, options=ServiceOptions(concurrency=2))
     arrived: list[list[Any]] = []
@@ -201,7 +201,7 @@ class Many(MapFunction):
 
 
 def test_a_hundred_calls_on_their_way(ray_address: str) -> None:
-    """Acceptance 37: those that are waited for are right, and none of the others hangs the end."""
+    """Those that are waited for are right, and none of the others hangs the end."""
     env = RemoteEnvironment("many", address=ray_address)
     env.register_service("sleeping", Sleeping, options=ServiceOptions(concurrency=None))
     arrived: list[list[int]] = []

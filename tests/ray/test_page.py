@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "ray.md"
 
 
 def test_the_program_of_the_page_runs(short_folder: Path) -> None:
-    """Acceptance 49: with no address it starts a Ray of its own, which is gone at the end with all the rest."""
+    """With no address it starts a Ray of its own, which is gone at the end with all the rest."""
     match = re.search(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert match is not None
     program = short_folder / "program.py"

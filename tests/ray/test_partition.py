@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from ray_jobs import ends, wait_until
-from ray_nodes import GivenCluster
-from recorded import Notes
+from support.ray_jobs import ends, wait_until
+from support.ray_nodes import GivenCluster
+from support.recording_services import Notes
 
 import sage
-from sage._runtime.processes import process
+from sage._processes import process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ ORPHANED_S = 70.0
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from recorded import Notes, Recorded
+from support.recording_services import Notes, Recorded
 from sage import RemoteEnvironment, ServiceOptions, SourceFunction
 
 class Ticks(SourceFunction):
@@ -115,7 +115,7 @@ def cluster(networks: TwoNetworks) -> Iterator[GivenCluster]:
 
 
 def test_each_side_of_a_cut_ends_what_it_has(networks: TwoNetworks, cluster: GivenCluster, tmp_path: Path) -> None:
-    """Fault 96: the job fails, services of both sides end in order, and nothing comes back with the net."""
+    """The job fails, services of both sides end in order, and nothing comes back with the net."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     folders = [str(Path(sage.__file__).parents[1]), str(Path(__file__).parents[1])]

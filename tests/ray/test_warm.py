@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sage import JobError, ServerUnreachableError
-from sage._backends.ray_cluster import cluster
-from sage._hosts.warm_ray import warm_ray
-from sage._runtime.processes import Grace, Process, carriers, is_alive, wait_gone
+from sage._processes import Grace, Process, is_alive, wait_gone, with_cookie
+from sage._ray.connection import cluster
+from sage._ray.kept_cluster import kept_cluster
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sage._hosts.warm_ray import Warm
+    from sage._ray.kept_cluster import KeptCluster
 
 SAGE = Path(sys.executable).with_name("sage")
 BOUND_S = 30.0
 
 USE = """
 import json, sys
-from sage._backends.ray_cluster import cluster
+from sage._ray.connection import cluster
 import ray
 found = []
 for address in [None, *sys.argv[1:]]:
@@ -45,8 +45,8 @@ def sage(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([SAGE, "cluster", *words], capture_output=True, text=True, timeout=200)
 
 
-def processes_of(warm: Warm) -> set[Process]:
-    return carriers(warm.cookie.rpartition(":")[2]) | {warm.keeper}
+def processes_of(warm: KeptCluster) -> set[Process]:
+    return with_cookie(warm.cookie.rpartition(":")[2]) | {warm.keeper}
 
 
 def wait_ended(processes: set[Process]) -> set[Process]:
@@ -70,7 +70,7 @@ def test_it_is_kept_until_it_is_ended(own_folder: Path) -> None:
     up = sage("up")
     address = up.stdout.strip()
     assert (up.returncode, up.stderr) == (0, 'RemoteEnvironment(address="warm") uses it, and so does this address.\n')
-    warm = warm_ray()
+    warm = kept_cluster()
     assert warm is not None
     assert warm.address == address
     processes = processes_of(warm)
@@ -94,14 +94,15 @@ def test_it_is_kept_until_it_is_ended(own_folder: Path) -> None:
     assert [one for one in processes if not is_alive(one)] == []
     assert sage("down").stdout == f"{address} has ended\n"
     assert [one for one in processes if is_alive(one)] == []
-    assert not Path(warm.folder).parent.exists()
+    assert not Path(warm.folder).exists()
+    assert not Path(warm.run_folder).exists()
     assert list(state.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("how", ["keeper", "keeper and guardian"])
 def test_down_finds_what_a_killed_keeper_left(own_folder: Path, how: str) -> None:
     sage("up")
-    warm = warm_ray()
+    warm = kept_cluster()
     assert warm is not None
     processes = processes_of(warm)
     if how == "keeper and guardian":
@@ -113,7 +114,7 @@ def test_down_finds_what_a_killed_keeper_left(own_folder: Path, how: str) -> Non
     if how == "keeper":
         assert wait_ended(processes) == set()
     assert wait_ended({warm.keeper}) == set()
-    assert warm_ray() is None
+    assert kept_cluster() is None
     assert sage("status").stdout == "no cluster is kept\n"
     assert sage("down").stdout == f"{warm.address} has ended\n"
     assert [one for one in processes if is_alive(one)] == []
@@ -129,14 +130,14 @@ def test_without_one() -> None:
     assert caught.value.__notes__ == ["Start one: sage cluster up"]
 
 
-def test_one_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 60)
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
+def test_one_that_cannot_start_says_why(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(own_folder))
+    (own_folder / "ray").mkdir()
+    (own_folder / "ray" / "__init__.py").touch()  # a Ray in which nothing is
     up = sage("up")
     assert up.returncode == 1
-    assert "has too long a name for the sockets of Ray\nLet TMPDIR name another folder" in up.stderr
-    assert list((folder / f"sage-{os.geteuid()}").iterdir()) == []
+    assert "the local Ray cannot be started: ray start exited with code 1\nThe end of its output:" in up.stderr
+    assert list((own_folder / f"sage-{os.geteuid()}").iterdir()) == []
 
 
 def test_a_folder_that_is_not_safe_is_refused(own_folder: Path) -> None:

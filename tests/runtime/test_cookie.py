@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sage._runtime.cookie import processes_with
-from sage._runtime.processes import COOKIE_VARIABLE
+from sage._processes import COOKIE_VARIABLE
+from sage._testing.cookie import processes_with
 
 
 def add_process(proc: Path, pid: int, environ: bytes, cmdline: bytes = b"", comm: str = "idle") -> None:

@@ -47,7 +47,6 @@ PROGRAM = """
 
 
 def test_a_forked_child_does_not_own_the_job() -> None:
-    """Fault 78."""
     began_at = time.monotonic()
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM)], capture_output=True, text=True, timeout=50)
     lines = done.stdout.splitlines()

@@ -10,17 +10,19 @@ import pytest
 from sage._runtime.lifecycle import (
     EXIT_NET_S,
     Action,
+    ActionKind,
     Begin,
     CleanupDeferred,
     DependencySeen,
-    Do,
     Exit,
     ExtendTimeout,
     Failure,
+    FailureKind,
     HookEnded,
     LifecycleEvent,
     Limits,
     ServiceDied,
+    ServiceFailed,
     ServicePlan,
     StopRequested,
     TaskClosing,
@@ -29,17 +31,16 @@ from sage._runtime.lifecycle import (
     TaskOpened,
     TaskPlan,
     Tick,
-    Trouble,
     begin,
 )
-from sage._runtime.states import JobState, TaskState, Way
+from sage._runtime.states import JobState, StopMode, TaskState
 from sage._runtime.transitions import step
 from sage.errors import FunctionError, ServiceUnavailableError
 from sage.service import ServiceOptions
 
 ALL = frozenset({"setup", "start", "stop", "cleanup"})
 WATCHED = ALL | {"health"}
-BORING = (Do.NOTE, Do.ADMIT_CALLS, Do.REFUSE_CALLS)
+BORING = (ActionKind.NOTE, ActionKind.ADMIT_CALLS, ActionKind.REFUSE_CALLS)
 
 
 def service(
@@ -134,7 +135,7 @@ class Job:
 
     @property
     def hook_order(self) -> list[str]:
-        return [f"{action.target}.{action.hook}" for action in self.actions if action.do is Do.RUN_HOOK]
+        return [f"{action.target}.{action.hook}" for action in self.actions if action.do is ActionKind.RUN_HOOK]
 
 
 def said(action: Action) -> str:
@@ -145,7 +146,7 @@ def said(action: Action) -> str:
 
 
 def test_services_start_before_tasks_in_order_of_dependency() -> None:
-    """Acceptance 3: what a service depends on is ready first; tasks come last, sinks before sources."""
+    """What a service depends on is ready first; tasks come last, sinks before sources."""
     job = Job(
         service("a", "b"),
         service("b"),
@@ -162,13 +163,13 @@ def test_services_start_before_tasks_in_order_of_dependency() -> None:
 
 
 def test_independent_services_start_side_by_side() -> None:
-    """Acceptance 3: services that do not depend on each other do not wait for each other."""
+    """Services that do not depend on each other do not wait for each other."""
     job = Job(service("a"), service("b"))
     assert job.post(Begin()) == ["run_hook a build", "run_hook b build"]
 
 
 def test_only_hooks_that_a_service_has_are_run() -> None:
-    """Acceptance 10: a class without hooks is ready once it is built, and its end is the drain alone."""
+    """A class without hooks is ready once it is built, and its end is the drain alone."""
     job = Job(service("a"))
     job.hooks["a"] = frozenset()
     job.post(Begin())
@@ -179,7 +180,7 @@ def test_only_hooks_that_a_service_has_are_run() -> None:
 
 
 def test_ready_is_asked_again_until_it_says_yes() -> None:
-    """Acceptance 7: no task opens before `ready` says yes, and what it says is asked for again after a pause."""
+    """No task opens before `ready` says yes, and what it says is asked for again after a pause."""
     job = Job(service("a"))
     job.hooks["a"] = frozenset({"ready"})
     job.post(Begin())
@@ -190,7 +191,7 @@ def test_ready_is_asked_again_until_it_says_yes() -> None:
 
 
 def test_ready_is_not_asked_again_where_it_has_no_time_to_answer() -> None:
-    """Acceptance 7: a `ready` that is asked just before the bound is no hook that hangs, and is not killed for it."""
+    """A `ready` that is asked just before the bound is no hook that hangs, and is not killed for it."""
     job = Job(service("a", start_timeout_s=2.0))
     job.hooks["a"] = frozenset({"ready", "cleanup"})
     job.post(Begin())
@@ -203,7 +204,7 @@ def test_ready_is_not_asked_again_where_it_has_no_time_to_answer() -> None:
 
 
 def test_a_service_that_never_gets_ready_fails_the_start() -> None:
-    """Acceptance 7: after `start_timeout_s` in all the job fails and what was built is cleaned."""
+    """After `start_timeout_s` in all the job fails and what was built is cleaned."""
     job = Job(service("a", start_timeout_s=2.0))
     job.hooks["a"] = frozenset({"ready", "stop", "cleanup"})
     job.post(Begin())
@@ -230,7 +231,7 @@ def test_a_service_that_never_gets_ready_fails_the_start() -> None:
     ],
 )
 def test_a_failing_start_ends_the_job(hook: str, follows: list[str]) -> None:
-    """Acceptance 7: what was built is cleaned once, not stopped; a constructor that raised left nothing to clean."""
+    """What was built is cleaned once, not stopped; a constructor that raised left nothing to clean."""
     error = RuntimeError("no")
     job = Job(service("a"))
     job.post(Begin())
@@ -241,14 +242,14 @@ def test_a_failing_start_ends_the_job(hook: str, follows: list[str]) -> None:
     done = job.end("a", hook, error=error)
     done += job.gone("a")
     assert done == follows
-    assert job.state.failures == (Failure(Trouble.START, "a", hook, error),)
+    assert job.state.failures == (Failure(FailureKind.START, "a", hook, error),)
     assert job.service_states() == {"a": "failed_start"}
     assert job.state.tasks["t"].state is TaskState.SKIPPED
     assert job.state.is_failed
 
 
 def test_a_failing_start_unwinds_what_is_up_and_builds_nothing_more() -> None:
-    """Acceptance 7: the others are stopped in reverse, and what waited for the failed one is never built."""
+    """The others are stopped in reverse, and what waited for the failed one is never built."""
     job = Job(service("a"), service("b", "a"), service("c", "b"))
     job.post(Begin())
     job.ready("a")
@@ -258,7 +259,7 @@ def test_a_failing_start_unwinds_what_is_up_and_builds_nothing_more() -> None:
 
 
 def test_a_skipped_service_makes_room_for_one_that_was_registered_after_it() -> None:
-    """Acceptance 3: dependencies may point forwards; a service that never started holds up none that it needs."""
+    """Dependencies may point forwards; a service that never started holds up none that it needs."""
     job = Job(service("a", "b", "c"), service("b"), service("c"))
     job.post(Begin())
     job.ready("b")
@@ -268,7 +269,7 @@ def test_a_skipped_service_makes_room_for_one_that_was_registered_after_it() -> 
 
 
 def test_a_start_hook_that_hangs_is_abandoned_and_the_service_cleaned() -> None:
-    """Acceptance 6 and 7: the bound of the start holds for all its hooks together."""
+    """The bound of the start holds for all its hooks together."""
     job = Job(service("a", start_timeout_s=3.0))
     job.post(Begin())
     job.now = 2.0
@@ -281,7 +282,7 @@ def test_a_start_hook_that_hangs_is_abandoned_and_the_service_cleaned() -> None:
 
 
 def test_a_constructor_that_hangs_leaves_nothing_to_clean() -> None:
-    """Acceptance 6: there is no instance, so there is no hook to call; what it returns later counts for nothing."""
+    """There is no instance, so there is no hook to call; what it returns later counts for nothing."""
     job = Job(service("a", start_timeout_s=3.0))
     job.post(Begin())
     assert job.at(3.0) == ["abandon_hook a build", "seal"]
@@ -293,7 +294,7 @@ def test_a_constructor_that_hangs_leaves_nothing_to_clean() -> None:
 
 
 def test_the_job_goes_on_without_an_optional_service() -> None:
-    """Acceptance 15: a service that is not required may fail its start; the job is not failed by it."""
+    """A service that is not required may fail its start; the job is not failed by it."""
     job = Job(service("a", required=False), service("b", "a"))
     job.post(Begin())
     assert job.end("a", "build", error=ValueError("a")) == ["run_hook b build"]
@@ -304,7 +305,7 @@ def test_the_job_goes_on_without_an_optional_service() -> None:
 
 
 def test_a_failing_start_is_tried_again_with_growing_pauses_up_to_the_limit() -> None:
-    """Acceptance 15: pauses double from the first to the longest; over the limit the service fails the job."""
+    """Pauses double from the first to the longest; over the limit the service fails the job."""
     job = Job(service("a", restart="on_failure", restarts_max=3, backoff_s=(1.0, 3.0)))
     job.post(Begin())
     begun = []
@@ -319,7 +320,7 @@ def test_a_failing_start_is_tried_again_with_growing_pauses_up_to_the_limit() ->
 
 
 def test_restarts_outside_the_window_are_forgotten() -> None:
-    """Acceptance 15: a service that fails once an hour is restarted for ever, and after the first pause."""
+    """A service that fails once an hour is restarted for ever, and after the first pause."""
     job = Job(service("a", restart="on_failure", restarts_max=1, restart_window_s=60.0, health_interval_s=1.0))
     job.hooks["a"] = frozenset({"health"})
     job.run()
@@ -335,7 +336,7 @@ def test_restarts_outside_the_window_are_forgotten() -> None:
 
 
 def test_an_unhealthy_service_is_restarted_while_its_calls_wait() -> None:
-    """Acceptance 15: the old incarnation ends with stop and cleanup before the next one is built."""
+    """The old incarnation ends with stop and cleanup before the next one is built."""
     job = Job(service("a", restart="on_failure", health_interval_s=5.0, backoff_s=(0.5, 1.0)))
     job.hooks["a"] = WATCHED
     job.run()
@@ -354,7 +355,7 @@ def test_an_unhealthy_service_is_restarted_while_its_calls_wait() -> None:
 
 
 def test_an_unhealthy_service_without_restart_fails_the_job() -> None:
-    """Acceptance 15: with restart="never" tasks are cancelled, and the service gets its stop and cleanup last."""
+    """With restart="never" tasks are cancelled, and the service gets its stop and cleanup last."""
     job = Job(service("a", health_interval_s=5.0))
     job.hooks["a"] = WATCHED
     job.run().at(5.0)
@@ -367,19 +368,19 @@ def test_an_unhealthy_service_without_restart_fails_the_job() -> None:
 
 
 def test_an_unhealthy_service_that_is_not_required_stays_down() -> None:
-    """Acceptance 15: its calls fail at once and the job goes on."""
+    """Its calls fail at once and the job goes on."""
     job = Job(service("a", health_interval_s=5.0, required=False))
     job.hooks["a"] = WATCHED
     job.run().at(5.0)
     assert job.end("a", "health", False) == ["run_hook a drain"]
-    assert Action(Do.REFUSE_CALLS, "a") in job.actions
+    assert Action(ActionKind.REFUSE_CALLS, "a") in job.actions
     job.gone("a")
     assert job.service_states() == {"a": "failed"}
     assert job.state.job is JobState.RUNNING
 
 
 def test_health_that_hangs_counts_as_unhealthy() -> None:
-    """Acceptance 15: the check is abandoned after its interval and the service is restarted."""
+    """The check is abandoned after its interval and the service is restarted."""
     job = Job(service("a", health_interval_s=5.0, restart="always"))
     job.hooks["a"] = WATCHED
     job.run().at(5.0)
@@ -403,7 +404,7 @@ def test_health_that_hangs_leaves_a_thread_or_costs_the_process(is_process: bool
 
 
 def test_health_that_hangs_while_the_job_stops_is_named_and_does_not_hold_it_up() -> None:
-    """Acceptance 6: a probe from before the stop is bounded like a hook of it, however long its own interval is."""
+    """A probe from before the stop is bounded like a hook of it, however long its own interval is."""
     job = Job(service("a", health_interval_s=500.0))
     job.hooks["a"] = WATCHED
     job.run().at(500.0)
@@ -416,22 +417,22 @@ def test_health_that_hangs_while_the_job_stops_is_named_and_does_not_hold_it_up(
 
 
 def test_no_restart_begins_after_stopping_began() -> None:
-    """Acceptance 12: a service that waits for its restart stays down, and the calls that wait for it fail at once."""
+    """A service that waits for its restart stays down, and the calls that wait for it fail at once."""
     job = Job(service("a", restart="on_failure", health_interval_s=5.0))
     job.hooks["a"] = WATCHED
     job.run().at(5.0)
     job.end("a", "health", False)
     job.gone("a")
     before = len(job.actions)
-    assert job.post(StopRequested(Way.DRAIN)) == ["stop_task t"]
-    assert Action(Do.REFUSE_CALLS, "a") in job.actions[before:]
+    assert job.post(StopRequested(StopMode.DRAIN)) == ["stop_task t"]
+    assert Action(ActionKind.REFUSE_CALLS, "a") in job.actions[before:]
     assert "run_hook a build" not in job.at(8.0)
     assert job.post(TaskEnded("t", TaskState.DONE)) == ["seal"]
     assert job.service_states() == {"a": "stopped"}
 
 
 def test_ready_is_not_asked_again_after_stopping_began() -> None:
-    """Acceptance 12: the second start of a service is given up when the job stops."""
+    """The second start of a service is given up when the job stops."""
     job = Job(service("a", restart="on_failure", health_interval_s=5.0))
     job.hooks["a"] = WATCHED | {"ready"}
     job.run().at(5.0)
@@ -441,7 +442,7 @@ def test_ready_is_not_asked_again_after_stopping_began() -> None:
     for hook in ("build", "setup", "start"):
         job.end("a", hook)
     job.end("a", "ready", False)
-    job.post(StopRequested(Way.DRAIN))
+    job.post(StopRequested(StopMode.DRAIN))
     assert job.at(8.0) == []
     assert job.post(TaskEnded("t", TaskState.DONE)) == ["run_hook a cleanup"]
 
@@ -450,7 +451,7 @@ def test_ready_is_not_asked_again_after_stopping_began() -> None:
 
 
 def test_the_end_of_the_sources_stops_services_in_strict_reverse() -> None:
-    """Acceptance 3 and 8: with no dependencies declared, the last registered ends first, one after the other."""
+    """With no dependencies declared, the last registered ends first, one after the other."""
     job = Job(service("a"), service("b")).stopping()
     assert job.service_states() == {"a": "ready", "b": "draining"}
     assert job.gone("b") == ["run_hook b stop", "run_hook b cleanup", "run_hook a drain"]
@@ -460,7 +461,7 @@ def test_the_end_of_the_sources_stops_services_in_strict_reverse() -> None:
 
 
 def test_with_dependencies_declared_services_of_one_level_stop_side_by_side() -> None:
-    """Acceptance 3: ten services that hang cost one bound and not ten; what they need waits for all of them."""
+    """Ten services that hang cost one bound and not ten; what they need waits for all of them."""
     job = Job(service("base"), service("a", "base"), service("b", "base")).stopping()
     assert job.service_states() == {"base": "ready", "a": "draining", "b": "draining"}
     job.gone("a")
@@ -469,7 +470,7 @@ def test_with_dependencies_declared_services_of_one_level_stop_side_by_side() ->
 
 
 def test_a_dependency_that_was_only_seen_counts_at_the_stop() -> None:
-    """Acceptance 38: the service that is called outlives its caller, though it was registered after it."""
+    """The service that is called outlives its caller, though it was registered after it."""
     job = Job(service("a"), service("b")).run()
     job.post(DependencySeen("a", "b"), TaskEnded("t", TaskState.DONE))
     assert job.service_states() == {"a": "draining", "b": "ready"}
@@ -478,7 +479,7 @@ def test_a_dependency_that_was_only_seen_counts_at_the_stop() -> None:
 
 
 def test_services_that_call_each_other_do_not_wait_for_each_other() -> None:
-    """Acceptance 38: a circle that is seen only while the job runs does not keep the stop from ending."""
+    """A circle that is seen only while the job runs does not keep the stop from ending."""
     job = Job(service("a"), service("b", "a")).run()
     job.post(DependencySeen("a", "b"), DependencySeen("a", "a"), TaskEnded("t", TaskState.DONE))
     assert job.gone("b", "a")[-1] == "seal"
@@ -486,20 +487,21 @@ def test_services_that_call_each_other_do_not_wait_for_each_other() -> None:
 
 @pytest.mark.parametrize("hook", ["stop", "cleanup"])
 def test_a_hook_that_raises_keeps_nothing_else_from_being_cleaned(hook: str) -> None:
-    """Acceptance 5: cleanup follows a stop that raised, the others follow, and the job is not failed by it."""
+    """Cleanup follows a stop that raised, the others follow, and the job is not failed by it."""
     error = SystemExit(3)
     job = Job(service("a"), service("b")).stopping()
     for each in ("drain", "stop", "cleanup"):
         job.end("b", each, error=error if each == hook else None)
     assert job.gone("a")[-1] == "seal"
+    assert job.hook_order[-6:] == ["b.drain", "b.stop", "b.cleanup", "a.drain", "a.stop", "a.cleanup"]
     assert job.service_states() == {"a": "stopped", "b": "cleanup_failed"}
-    assert job.state.failures == (Failure(Trouble.HOOK, "b", hook, error),)
+    assert job.state.failures == (Failure(FailureKind.HOOK, "b", hook, error),)
     assert not job.state.is_failed
 
 
 @pytest.mark.parametrize("hook", ["stop", "cleanup"])
 def test_a_hook_that_hangs_is_abandoned_after_its_bound(hook: str) -> None:
-    """Acceptance 6: the service is named, its cleanup is still tried, and the others are cleaned."""
+    """The service is named, its cleanup is still tried, and the others are cleaned."""
     job = Job(service("a"), service("b", stop_timeout_s=10.0)).stopping()
     job.end("b", "drain")
     if hook == "cleanup":
@@ -513,7 +515,7 @@ def test_a_hook_that_hangs_is_abandoned_after_its_bound(hook: str) -> None:
 
 
 def test_calls_that_outlast_the_drain_are_named_and_stop_follows() -> None:
-    """Acceptance 3: `stop` waits for running calls, but not longer than `drain_timeout_s`."""
+    """`stop` waits for running calls, but not longer than `drain_timeout_s`."""
     job = Job(service("a", drain_timeout_s=5.0)).stopping()
     assert job.state.services["a"].due == 6.0
     assert job.end("a", "drain", False) == ["run_hook a stop"]
@@ -521,24 +523,24 @@ def test_calls_that_outlast_the_drain_are_named_and_stop_follows() -> None:
 
 
 def test_drain_lets_what_is_in_flight_arrive() -> None:
-    """Acceptance 12: only sources are told to stop, and pipelines that answer requests end after the others."""
+    """Only sources are told to stop, and pipelines that answer requests end after the others."""
     tasks = (
         TaskPlan("source", ("sink",), takes_stop=True),
         TaskPlan("sink"),
         TaskPlan("requests", takes_stop=True, serving=True),
     )
     job = Job(tasks=tasks).run()
-    assert job.post(StopRequested(Way.DRAIN)) == ["stop_task source"]
+    assert job.post(StopRequested(StopMode.DRAIN)) == ["stop_task source"]
     assert job.post(TaskEnded("source", TaskState.DONE)) == []
     assert job.post(TaskEnded("sink", TaskState.DONE)) == ["stop_task requests"]
     assert job.post(TaskEnded("requests", TaskState.DONE)) == ["seal"]
-    assert job.state.ended_by is Way.DRAIN
+    assert job.state.ended_by is StopMode.DRAIN
 
 
 def test_a_drain_that_takes_too_long_becomes_a_cancel_and_then_gives_up() -> None:
-    """Acceptance 12: draining is bounded, and so is the time that a task has to leave user code."""
+    """Draining is bounded, and so is the time that a task has to leave user code."""
     job = Job(service("a")).run()
-    job.post(StopRequested(Way.DRAIN))
+    job.post(StopRequested(StopMode.DRAIN))
     assert job.state.drain_due == 27.0
     assert job.at(26.9) == []
     assert job.at(27.0) == ["cancel_task t"]
@@ -548,69 +550,69 @@ def test_a_drain_that_takes_too_long_becomes_a_cancel_and_then_gives_up() -> Non
 
 
 def test_services_have_their_reserve_of_the_budget() -> None:
-    """Acceptance 6: 40 % of the budget and at least 5 s are for services, also when every task hangs."""
+    """40 % of the budget and at least 5 s are for services, also when every task hangs."""
     for budget_s, tasks_s in [(60.0, 36.0), (25.0, 15.0), (10.0, 5.0), (3.0, 0.0)]:
         job = Job(service("a")).run()
-        job.post(StopRequested(Way.CANCEL, budget_s))
+        job.post(StopRequested(StopMode.CANCEL, budget_s))
         assert (job.state.deadline, job.state.tasks_due) == (budget_s, tasks_s)
     without = Job().run()
-    without.post(StopRequested(Way.CANCEL))
+    without.post(StopRequested(StopMode.CANCEL))
     assert without.state.tasks_due == 60.0
 
 
 def test_many_services_that_hang_end_within_the_budget() -> None:
-    """Acceptance 6: each leaves something to those after it, so that every one gets its stop and its cleanup."""
+    """Each leaves something to those after it, so that every one gets its stop and its cleanup."""
     job = Job(*(service(f"s{number}") for number in range(8))).run()
-    job.post(StopRequested(Way.CANCEL, 25.0), TaskEnded("t", TaskState.CANCELLED))
+    job.post(StopRequested(StopMode.CANCEL, 25.0), TaskEnded("t", TaskState.CANCELLED))
     job.at(100.0)
     assert job.state.job is JobState.SEALED
     assert [hook for hook in job.hook_order if hook.endswith("cleanup")] == [f"s{n}.cleanup" for n in range(7, -1, -1)]
-    seals = [action for action in job.actions if action.do is Do.SEAL]
+    seals = [action for action in job.actions if action.do is ActionKind.SEAL]
     assert len(seals) == 1
 
 
 def test_the_deadline_only_moves_forward() -> None:
-    """Acceptance 42: a second request shortens the stop and never lengthens it; a weaker one changes nothing."""
+    """A second request shortens the stop and never lengthens it; a weaker one changes nothing."""
     job = Job(service("a")).run()
-    job.post(StopRequested(Way.DRAIN, 25.0))
+    job.post(StopRequested(StopMode.DRAIN, 25.0))
     job.now = 1.0
-    job.post(StopRequested(Way.CANCEL, 60.0))
+    job.post(StopRequested(StopMode.CANCEL, 60.0))
     assert job.state.deadline == 25.0
-    job.post(StopRequested(Way.DRAIN, 1.0))
-    assert (job.state.deadline, job.state.ended_by) == (25.0, Way.CANCEL)
+    job.post(StopRequested(StopMode.DRAIN, 1.0))
+    assert (job.state.deadline, job.state.ended_by) == (25.0, StopMode.CANCEL)
 
 
 def test_an_impatient_stop_bounds_every_hook() -> None:
-    """Acceptance 42: after the second Ctrl-C each hook has `hook_cap_s`."""
+    """After the second Ctrl-C each hook has `hook_cap_s`."""
     job = Job(service("a", stop_timeout_s=50.0)).run()
-    job.post(StopRequested(Way.CANCEL, hook_cap_s=5.0), TaskEnded("t", TaskState.CANCELLED))
+    job.post(StopRequested(StopMode.CANCEL, hook_cap_s=5.0), TaskEnded("t", TaskState.CANCELLED))
     job.end("a", "drain")
     assert job.at(5.0) == ["abandon_hook a stop", "run_hook a cleanup"]
     assert job.at(10.0) == ["abandon_hook a cleanup", "seal"]
 
 
 def test_an_impatient_stop_during_the_start_skips_the_tasks_once() -> None:
-    """Acceptance 42: a task that was never opened is not waited for, let alone abandoned later."""
+    """A task that was never opened is not waited for, let alone abandoned later."""
     job = Job(service("a"))
     job.post(Begin())
-    job.post(StopRequested(Way.CANCEL, hook_cap_s=5.0))
+    job.post(StopRequested(StopMode.CANCEL, hook_cap_s=5.0))
     job.at(100.0)
     assert job.state.tasks["t"].state is TaskState.SKIPPED
     assert job.state.job is JobState.SEALED
 
 
 def test_kill_gives_up_on_everything_and_still_seals() -> None:
-    """Acceptance 42: the third Ctrl-C waits for nothing; the report names what was abandoned."""
+    """The third Ctrl-C waits for nothing; the report names what was abandoned."""
     job = Job(service("a"), service("b")).run()
-    done = job.post(StopRequested(Way.KILL))
+    done = job.post(StopRequested(StopMode.KILL))
     assert done == ["abandon_task t", "abandon_hook a stop", "abandon_hook b stop", "seal"]
     assert job.service_states() == {"a": "abandoned", "b": "abandoned"}
 
 
-@pytest.mark.parametrize("way", list(Way))
+@pytest.mark.parametrize("way", list(StopMode))
 @pytest.mark.parametrize("moment", ["new", "starting", "ready", "opening", "running", "draining", "services", "sealed"])
-def test_a_stop_is_right_at_any_moment(moment: str, way: Way) -> None:
-    """Acceptance 12: whenever it comes, the job ends, once, and later events change nothing."""
+def test_a_stop_is_right_at_any_moment(moment: str, way: StopMode) -> None:
+    """Whenever it comes, the job ends, once, and later events change nothing."""
     job = Job(service("a"), service("b", "a"))
     moments: list[tuple[str, list[LifecycleEvent]]] = [("starting", [Begin()])]
     if moment != "new":
@@ -620,7 +622,7 @@ def test_a_stop_is_right_at_any_moment(moment: str, way: Way) -> None:
     if moment not in ("new", "starting", "ready"):
         job.post(TaskOpened("t") if moment != "opening" else Tick())
     if moment == "draining":
-        job.post(StopRequested(Way.DRAIN))
+        job.post(StopRequested(StopMode.DRAIN))
     if moment in ("services", "sealed"):
         job.post(TaskEnded("t", TaskState.DONE))
     if moment == "sealed":
@@ -629,28 +631,28 @@ def test_a_stop_is_right_at_any_moment(moment: str, way: Way) -> None:
     job.post(Begin())
     job.at(200.0)
     assert job.state.job is JobState.SEALED
-    assert [action.do for action in job.actions].count(Do.SEAL) == 1
+    assert [action.do for action in job.actions].count(ActionKind.SEAL) == 1
     sealed = job.state
-    job.post(StopRequested(Way.KILL), Tick(), Begin(), HookEnded("a", 1, "stop"), TaskEnded("t", TaskState.DONE))
+    job.post(StopRequested(StopMode.KILL), Tick(), Begin(), HookEnded("a", 1, "stop"), TaskEnded("t", TaskState.DONE))
     assert job.state is sealed
 
 
 def test_a_cancel_during_the_start_waits_for_the_hook_and_cleans() -> None:
-    """Acceptance 7: a hook that runs is let end, the next does not begin, and what was built gets its cleanup."""
+    """A hook that runs is let end, the next does not begin, and what was built gets its cleanup."""
     job = Job(service("a"), service("b", "a"))
     job.post(Begin())
     job.end("a", "build")
-    assert job.post(StopRequested(Way.CANCEL)) == []
+    assert job.post(StopRequested(StopMode.CANCEL)) == []
     assert job.end("a", "setup") == ["run_hook a cleanup"]
     assert job.end("a", "cleanup") == ["seal"]
     assert job.service_states() == {"a": "stopped", "b": "skipped"}
 
 
 def test_a_start_hook_that_hangs_is_bounded_by_the_stop() -> None:
-    """Acceptance 6: a start that may take an hour does not make the stop take one."""
+    """A start that may take an hour does not make the stop take one."""
     job = Job(service("a", start_timeout_s=3600.0, stop_timeout_s=10.0))
     job.post(Begin())
-    job.post(StopRequested(Way.CANCEL))
+    job.post(StopRequested(StopMode.CANCEL))
     assert job.at(10.0) == ["abandon_hook a build", "seal"]
     assert not job.state.is_failed
 
@@ -659,7 +661,7 @@ def test_a_start_hook_that_hangs_is_bounded_by_the_stop() -> None:
 
 
 def test_a_failing_task_cancels_the_others_and_then_services_end() -> None:
-    """Acceptance 16 and 23: the first failure cancels, a second one is kept beside it."""
+    """The first failure cancels, a second one is kept beside it."""
     job = Job(service("a"), tasks=(TaskPlan("t"), TaskPlan("u"))).run()
     assert job.post(TaskFailed("t", ValueError("t"))) == ["cancel_task t", "cancel_task u"]
     assert job.post(TaskFailed("u", KeyError("u")), TaskEnded("t", TaskState.FAILED)) == []
@@ -669,7 +671,7 @@ def test_a_failing_task_cancels_the_others_and_then_services_end() -> None:
 
 
 def test_a_close_that_hangs_is_bounded_each() -> None:
-    """Acceptance 31: each function's `close` has its own bound, also when nothing else ends the job."""
+    """Each function's `close` has its own bound, also when nothing else ends the job."""
     job = Job(close_timeout_s=10.0).run()
     job.post(TaskClosing("t"))
     job.at(9.0)
@@ -679,7 +681,7 @@ def test_a_close_that_hangs_is_bounded_each() -> None:
 
 
 def test_a_failing_close_is_a_failure_of_its_own_kind() -> None:
-    """Acceptance 31: it fails the job and names the operator."""
+    """It fails the job and names the operator."""
     job = Job().run()
     job.post(TaskClosing("t"), TaskFailed("t", OSError("disk"), closing="sink"), TaskEnded("t", TaskState.FAILED))
     assert job.seen_failures() == [("close", "t", "sink")]
@@ -687,7 +689,7 @@ def test_a_failing_close_is_a_failure_of_its_own_kind() -> None:
 
 
 def test_a_job_without_tasks_or_services_seals_at_once() -> None:
-    """Acceptance 29: nothing to wait for means not to wait."""
+    """Nothing to wait for means not to wait."""
     assert Job(tasks=()).post(Begin()) == ["seal"]
 
 
@@ -695,7 +697,7 @@ def test_a_job_without_tasks_or_services_seals_at_once() -> None:
 
 
 def test_a_kept_service_is_left_as_it_is() -> None:
-    """Acceptance 9: no hook runs at the end of the job; the next job adopts it ready, without a second start."""
+    """No hook runs at the end of the job; the next job adopts it ready, without a second start."""
     job = Job(service("a", keep=True), service("b"))
     job.stopping()
     assert job.gone("b")[-1] == "seal"
@@ -707,7 +709,7 @@ def test_a_kept_service_is_left_as_it_is() -> None:
 
 
 def test_an_adopted_service_is_watched_and_restarted_like_others() -> None:
-    """Acceptance 9 and 15: its health is asked for in the new job, and a restart is its second incarnation."""
+    """Its health is asked for in the new job, and a restart is its second incarnation."""
     job = Job(service("a", adopted=WATCHED, restart="on_failure", health_interval_s=5.0, backoff_s=(0.1, 1.0)))
     job.hooks["a"] = WATCHED
     job.run()
@@ -719,7 +721,7 @@ def test_an_adopted_service_is_watched_and_restarted_like_others() -> None:
 
 
 def test_an_unhealthy_kept_service_is_cleaned_and_not_kept() -> None:
-    """Acceptance 9: what failed is not handed to the next job."""
+    """What failed is not handed to the next job."""
     job = Job(service("a", keep=True, health_interval_s=5.0))
     job.hooks["a"] = WATCHED
     job.run().at(5.0)
@@ -729,7 +731,7 @@ def test_an_unhealthy_kept_service_is_cleaned_and_not_kept() -> None:
 
 
 def test_what_an_abandoned_hook_says_later_counts_for_nothing() -> None:
-    """Acceptance 6: an answer belongs to one hook of one incarnation."""
+    """An answer belongs to one hook of one incarnation."""
     job = Job(service("a")).stopping()
     job.end("a", "drain")
     job.at(10.0)
@@ -764,7 +766,7 @@ def test_a_process_that_had_to_be_killed_is_named(value: Exit, failures: list[tu
 
 @pytest.mark.parametrize("hook", ["stop", "cleanup"])
 def test_a_hook_that_hangs_in_a_process_ends_with_the_process(hook: str) -> None:
-    """Acceptance 42: with a process there is a way out, and nothing is left behind."""
+    """With a process there is a way out, and nothing is left behind."""
     job = Job(process("a", stop_timeout_s=2.0)).stopping()
     while job.state.services["a"].hook != hook:
         job.end("a", str(job.state.services["a"].hook))
@@ -933,7 +935,7 @@ def test_no_hook_runs_after_a_death_whatever_was_known_of_the_service_before() -
     job.hooks["a"] = WATCHED
     job.run()
     assert job.at(1.0) == ["run_hook a health"]
-    job.post(StopRequested(Way.DRAIN))
+    job.post(StopRequested(StopMode.DRAIN))
     assert job.at(2.0) == ["abandon_hook a health"]
     job.post(ServiceDied("a", 1, "exit code 3"))
     assert [line for line in job.post(TaskEnded("t", TaskState.DONE)) if line.startswith("run_hook")] == []
@@ -942,7 +944,7 @@ def test_no_hook_runs_after_a_death_whatever_was_known_of_the_service_before() -
 
 def test_a_needed_service_that_dies_while_the_job_drains_fails_it() -> None:
     job = Job(process("a")).run()
-    job.post(StopRequested(Way.DRAIN))
+    job.post(StopRequested(StopMode.DRAIN))
     assert job.post(ServiceDied("a", 1, "exit code 3")) == ["cancel_task t"]
     assert job.state.job is JobState.FAILING
 
@@ -956,11 +958,11 @@ def test_an_instance_that_died_before_the_job_took_it_over_is_known_at_its_begin
 
 
 def test_kill_ends_processes_at_once_and_waits_for_them() -> None:
-    """Acceptance 42: the third Ctrl-C leaves no process behind."""
+    """The third Ctrl-C leaves no process behind."""
     job = Job(process("a"), service("b")).run()
-    done = job.post(StopRequested(Way.KILL))
+    done = job.post(StopRequested(StopMode.KILL))
     assert done == ["abandon_task t", "abandon_hook a stop", "run_hook a exit", "abandon_hook b stop"]
-    assert job.actions[-1].do is not Do.SEAL
+    assert job.actions[-1].do is not ActionKind.SEAL
     assert next(action.due for action in job.actions if action.hook == "exit") == job.now + 2.0
     assert job.end("a", "exit", Exit(-9, was_killed=True)) == ["seal"]
     assert job.service_states() == {"a": "killed", "b": "abandoned"}
@@ -969,14 +971,14 @@ def test_kill_ends_processes_at_once_and_waits_for_them() -> None:
 def test_an_exit_that_runs_is_hurried_by_a_kill_and_never_by_more_than_the_budget() -> None:
     job = Job(process("a", kill_grace_s=30.0)).stopping()
     job.gone("a")
-    assert job.post(StopRequested(Way.KILL)) == ["hurry_exit a exit"]
+    assert job.post(StopRequested(StopMode.KILL)) == ["hurry_exit a exit"]
     assert job.actions[-1].due == job.now + 2.0
     assert job.at(job.now + 2.0 + EXIT_NET_S) == ["abandon_hook a exit", "seal"]
 
 
 def test_late_hooks_leave_the_exit_its_part_of_the_budget() -> None:
     job = Job(process("a", stop_timeout_s=100.0), process("b", stop_timeout_s=100.0), stop_timeout_s=10.0).run()
-    job.post(StopRequested(Way.CANCEL))
+    job.post(StopRequested(StopMode.CANCEL))
     job.post(TaskEnded("t", TaskState.CANCELLED))
     for name in ("b", "a"):
         job.end(name, "drain")
@@ -1029,4 +1031,113 @@ def test_a_job_without_tasks_goes_on_until_it_is_asked_to_end() -> None:
     job = Job(service("a"), tasks=())
     job.state = begin((service("a"),), (), Limits(), until_asked=True)
     job.run()
-    assert job.post(StopRequested(Way.DRAIN)) == ["run_hook a drain"]
+    assert job.post(StopRequested(StopMode.DRAIN)) == ["run_hook a drain"]
+
+
+def test_a_death_during_the_exit_is_the_exit() -> None:
+    """The process that is asked to end does so: its death is no failure, and the answer of "exit" says how it ended."""
+    job = Job(process("a")).stopping()
+    job.gone("a")
+    assert job.state.services["a"].hook == "exit"
+    assert job.post(ServiceDied("a", 1, "exit code 0")) == []
+    assert job.end("a", "exit", Exit(0)) == ["seal"]
+    assert (job.service_states(), job.seen_failures()) == ({"a": "stopped"}, [])
+
+
+def test_the_last_service_leaves_its_own_exit_some_time() -> None:
+    job = Job(process("a", stop_timeout_s=100.0), stop_timeout_s=10.0).run()
+    job.post(StopRequested(StopMode.CANCEL), TaskEnded("t", TaskState.CANCELLED))
+    job.end("a", "drain")
+    job.end("a", "stop")
+    assert job.state.services["a"].hook == "cleanup"
+    assert job.state.services["a"].due == 9.0
+
+
+# --- services that fail without a process, as those of another job do ------------------------------------------------
+
+
+def test_a_service_that_fails_while_it_starts_fails_the_start() -> None:
+    job = Job(service("a"))
+    job.post(Begin())
+    assert job.post(ServiceFailed("a", 1, "its owner gave up")) == ["seal"]
+    assert (job.service_states(), job.seen_failures()) == ({"a": "failed_start"}, [("failed", "a", "")])
+    assert job.state.failures[0].text == "its owner gave up"
+
+
+def test_calls_of_a_service_that_failed_are_refused_and_those_of_an_unhealthy_one_are_not() -> None:
+    """One that is unhealthy still answers, and tasks that are cancelled may need it to end."""
+    failed = Job(service("a")).run()
+    assert failed.post(ServiceFailed("a", 1, "its owner gave up")) == ["cancel_task t"]
+    assert Action(ActionKind.REFUSE_CALLS, "a") in failed.actions
+    unhealthy = Job(service("a", health_interval_s=5.0))
+    unhealthy.hooks["a"] = WATCHED
+    unhealthy.run().at(5.0)
+    assert unhealthy.end("a", "health", False) == ["cancel_task t"]
+    assert Action(ActionKind.REFUSE_CALLS, "a") not in unhealthy.actions
+
+
+def test_a_failure_while_the_service_ends_changes_nothing() -> None:
+    job = Job(service("a")).stopping()
+    assert job.post(ServiceFailed("a", 1, "its owner gave up")) == []
+    assert job.gone("a")[-1] == "seal"
+    assert (job.service_states(), job.seen_failures()) == ({"a": "stopped"}, [])
+
+
+def test_a_task_that_fails_because_of_an_unhealthy_service_is_a_second_failure() -> None:
+    job = Job(service("a", health_interval_s=5.0))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    job.end("a", "health", False)
+    job.post(TaskFailed("t", ServiceUnavailableError("gone", service="a")))
+    assert job.seen_failures() == [("unhealthy", "a", "health"), ("task", "t", "")]
+
+
+def test_a_start_that_hangs_on_a_thread_is_not_tried_again_and_fails_the_job_at_once() -> None:
+    """A second instance would stand beside the first, of which the thread is still inside."""
+    job = Job(service("a", start_timeout_s=3.0, restart="on_failure"))
+    job.post(Begin())
+    job.end("a", "build")
+    assert job.at(3.0) == ["abandon_hook a setup", "run_hook a cleanup"]
+    assert job.state.job is JobState.STOPPING_SERVICES
+    assert job.end("a", "cleanup") == ["seal"]
+    assert job.seen_failures() == [("not_ready", "a", "setup")]
+
+
+def test_a_process_that_was_ended_for_its_late_start_is_told_once() -> None:
+    job = Job(process("a", start_timeout_s=1.0, restart="on_failure"))
+    job.post(Begin())
+    job.at(1.0)
+    job.end("a", "exit", Exit(-9, was_killed=True))
+    assert job.seen_failures() == [("not_ready", "a", "build")]
+
+
+def test_what_a_process_left_behind_is_told_beside_the_hook_that_was_late() -> None:
+    job = Job(process("a", stop_timeout_s=2.0)).stopping()
+    job.end("a", "drain")
+    job.at(2.0)
+    job.gone("a")
+    job.end("a", "exit", Exit(-9, was_killed=True, left=("process 7 cannot be ended",)))
+    assert job.seen_failures() == [("late_hook", "a", "stop"), ("killed", "a", "exit")]
+    assert job.state.failures[1].text == "process 7 cannot be ended"
+
+
+def test_an_end_that_nobody_could_see_is_a_failure_of_the_cleanup() -> None:
+    job = Job(process("a")).stopping()
+    job.gone("a")
+    job.end("a", "exit", Exit(None, unknown="nobody knows"))
+    assert (job.service_states(), job.seen_failures()) == ({"a": "cleanup_failed"}, [("hook", "a", "exit")])
+
+
+@pytest.mark.parametrize(("keeps", "state"), [(True, "kept"), (False, "stopped")])
+def test_a_service_is_kept_only_with_those_that_it_needs(keeps: bool, state: str) -> None:
+    job = Job(service("a", keep=keeps), service("b", "a", keep=True)).stopping()
+    job.gone("b", "a")
+    assert job.service_states() == {"a": state, "b": state}
+
+
+def test_a_dependency_that_is_seen_while_a_probe_holds_up_the_stop_makes_room_for_the_caller() -> None:
+    job = Job(service("a"), service("b", health_interval_s=5.0))
+    job.hooks["b"] = WATCHED
+    job.run().at(5.0)
+    assert job.post(TaskEnded("t", TaskState.DONE)) == []
+    assert job.post(DependencySeen("a", "b")) == ["run_hook a drain"]

@@ -1,10 +1,11 @@
 """The rules of the lifecycle, checked after every step of random jobs: pure values, a clock of numbers, no thread.
 
-Acceptance 3, 5, 6, 7, 9, 12, 15 and 42: whatever happens in whatever order, the rules hold and the job ends.
+Whatever happens in whatever order, the rules hold and the job ends.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, Phase, settings
@@ -15,10 +16,10 @@ from sage._runtime.lifecycle import (
     DRAIN_NET_S,
     EXIT_NET_S,
     Action,
+    ActionKind,
     Begin,
     CleanupDeferred,
     DependencySeen,
-    Do,
     Exit,
     ExtendTimeout,
     HookEnded,
@@ -44,8 +45,8 @@ from sage._runtime.states import (
     TASK_TERMINAL,
     JobState,
     ServiceState,
+    StopMode,
     TaskState,
-    Way,
 )
 from sage._runtime.transitions import step
 from sage.service import ServiceOptions
@@ -180,9 +181,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         for action in actions:
             self.check(action)
         self.check_states_are_noted()
-        if before.deadline is not None:
-            assert self.state.deadline is not None
-            assert self.state.deadline <= before.deadline, "the deadline moved later"
+        assert self.state.deadline <= before.deadline, "the deadline moved later"
         for name, service in before.services.items():
             if service.state in SERVICE_TERMINAL:
                 assert self.state.services[name].state is service.state, "a terminal state was left"
@@ -193,36 +192,36 @@ class LifecycleMachine(RuleBasedStateMachine):
     def check(self, action: Action) -> None:
         assert self.seals == 0, f"{action} after the seal"
         match action.do:
-            case Do.NOTE:
+            case ActionKind.NOTE:
                 self.check_note(action)
-            case Do.RUN_HOOK:
+            case ActionKind.RUN_HOOK:
                 self.check_hook(action)
-            case Do.ABANDON_HOOK | Do.LOSE_HOOK:
-                if action.do is Do.LOSE_HOOK:
+            case ActionKind.ABANDON_HOOK | ActionKind.LOSE_HOOK:
+                if action.do is ActionKind.LOSE_HOOK:
                     assert self.running[action.target][0] == action.hook
                 if action.target in self.running:
                     hook, incarnation = self.running.pop(action.target)
                     self.abandoned.append((action.target, hook, incarnation))
-            case Do.HURRY_EXIT:
+            case ActionKind.HURRY_EXIT:
                 assert self.running[action.target][0] == "exit"
                 assert action.due is not None
-                assert action.due >= self.now or action.due >= self.state.deadline  # type: ignore[operator]
-            case Do.OPEN_TASK:
+                assert action.due >= self.now or action.due >= self.state.deadline
+            case ActionKind.OPEN_TASK:
                 self.check_open(action.target)
-            case Do.RUN_TASK:
+            case ActionKind.RUN_TASK:
                 assert set(self.task_phase.values()) <= {"opened", "running"}
                 assert self.noted[""] == JobState.RUNNING
                 self.task_phase[action.target] = "running"
-            case Do.STOP_TASK | Do.CANCEL_TASK:
+            case ActionKind.STOP_TASK | ActionKind.CANCEL_TASK:
                 self.told.add(action.target)
-            case Do.ABANDON_TASK:
+            case ActionKind.ABANDON_TASK:
                 self.task_phase[action.target] = "over"
-            case Do.ADMIT_CALLS:
+            case ActionKind.ADMIT_CALLS:
                 assert self.noted[action.target] == ServiceState.READY
                 assert self.noted[""] in BEFORE_STOP, "calls are let in after stopping began"
-            case Do.HOLD_CALLS:
+            case ActionKind.HOLD_CALLS:
                 assert self.noted[""] in BEFORE_STOP, "calls are held for a restart that never comes"
-            case Do.SEAL:
+            case ActionKind.SEAL:
                 self.check_seal()
 
     def check_note(self, action: Action) -> None:
@@ -334,7 +333,7 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_waits_longer_than_the_budget(self) -> None:
-        if self.state.deadline is None or self.state.job is JobState.SEALED:
+        if self.state.deadline == math.inf or self.state.job is JobState.SEALED:
             return
         latest = max(self.state.deadline, self.now)
         for task in self.state.tasks.values():
@@ -469,15 +468,15 @@ class LifecycleMachine(RuleBasedStateMachine):
             assert after.extended_s <= 60.0
 
     @rule(
-        way=st.sampled_from([Way.DRAIN, Way.DRAIN, Way.CANCEL, Way.CANCEL, Way.KILL]),
+        way=st.sampled_from([StopMode.DRAIN, StopMode.DRAIN, StopMode.CANCEL, StopMode.CANCEL, StopMode.KILL]),
         budget_s=st.sampled_from([None, 0.0, 3.0, 25.0]),
         hook_cap_s=st.sampled_from([None, None, 5.0]),
         weight=st.integers(0, 3),
     )
-    def request_stop(self, way: Way, budget_s: float | None, hook_cap_s: float | None, weight: int) -> None:
+    def request_stop(self, way: StopMode, budget_s: float | None, hook_cap_s: float | None, weight: int) -> None:
         if weight:  # a stop each few steps lets most jobs run for a while
             return
-        self.killed = self.killed or (way is Way.KILL and self.state.job is not JobState.SEALED)
+        self.killed = self.killed or (way is StopMode.KILL and self.state.job is not JobState.SEALED)
         self.post(StopRequested(way, budget_s, hook_cap_s))
 
     @rule(data=st.data(), deed=st.sampled_from(["open", "open", "close", "close", "end", "end", "fail"]))
@@ -511,7 +510,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         """Answer nothing any more: time alone brings the job to its end, within the budget."""
         if not hasattr(self, "state") or self.is_sealed():
             return
-        self.post(StopRequested(Way.DRAIN))
+        self.post(StopRequested(StopMode.DRAIN))
         self.something_leads_on()
         for _ in range(200):
             if self.is_sealed():

@@ -95,7 +95,7 @@ print([stable_hash(key) for key in keys])
 
 @pytest.mark.parametrize("seed", ["0", "1", "4711"])
 def test_every_key_has_the_same_hash_in_every_process(seed: str) -> None:
-    """Acceptance 33: the same key finds the same task on every run and in every process."""
+    """The same key finds the same task on every run and in every process."""
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS], env=environment, capture_output=True, text=True, check=True
@@ -123,7 +123,7 @@ def test_every_key_has_the_same_hash_in_every_process(seed: str) -> None:
     ],
 )
 def test_equal_keys_have_equal_hashes(one: object, other: object) -> None:
-    """Acceptance 33: keys that are equal in Python are one key."""
+    """Keys that are equal in Python are one key."""
     assert one == other
     assert stable_hash(one) == stable_hash(other)
 
@@ -141,14 +141,14 @@ class Corner(tuple[int, int]):
 
 
 def test_subclasses_hash_like_what_they_are_equal_to() -> None:
-    """Acceptance 33: a StrEnum equals its string, an IntEnum its number, and they are one key with it."""
+    """A StrEnum equals its string, an IntEnum its number, and they are one key with it."""
     assert stable_hash(Status.OPEN) == stable_hash("open")
     assert stable_hash(Level.HIGH) == stable_hash(3)
     assert stable_hash(Corner((1, 2))) == stable_hash((1, 2))
 
 
 def test_not_a_number_is_one_key() -> None:
-    """Acceptance 33: NaN, which is not even equal to itself, always finds the same task."""
+    """NaN, which is not even equal to itself, always finds the same task."""
     assert stable_hash(float("nan")) == stable_hash(float("nan"))
     assert stable_hash((1, float("nan"))) == stable_hash((1, float("nan")))
 
@@ -159,12 +159,12 @@ keys = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tuple
 
 @given(keys, keys)
 def test_any_keys_that_are_equal_hash_equally(one: Any, other: Any) -> None:
-    """Acceptance 33: the property that the examples above are cases of."""
+    """The property that the examples above are cases of."""
     assert (one != other) or stable_hash(one) == stable_hash(other)
 
 
 def test_many_keys_are_spread_over_all_tasks() -> None:
-    """Acceptance 33: no task of four is left with less than half of its share."""
+    """No task of four is left with less than half of its share."""
     for keys_ in ([f"user-{number}" for number in range(4000)], list(range(4000)), [(n, "x") for n in range(4000)]):
         counts = [0] * 4
         for key in keys_:
@@ -174,7 +174,7 @@ def test_many_keys_are_spread_over_all_tasks() -> None:
 
 @pytest.mark.parametrize("key", [[1], {"a": 1}, {1}, bytearray(b"a"), object(), Mutable(1), Point, (1, [2])])
 def test_a_key_without_a_stable_hash_is_refused(key: object) -> None:
-    """Acceptance 33: a key that another process would hash differently is refused, not spread at random."""
+    """A key that another process would hash differently is refused, not spread at random."""
     with pytest.raises(TypeError, match="has no hash that is the same in every process") as caught:
         stable_hash(key)
     assert caught.value.__notes__ == [
@@ -193,7 +193,7 @@ class Hashless:
     ("key", "cause"), [([1], TypeError), (decimal.Decimal("sNaN"), decimal.InvalidOperation), (Hashless(), TypeError)]
 )
 def test_a_refused_key_names_the_operator(key: Any, cause: type[Exception]) -> None:
-    """Acceptance 33: the error says which operator gave the key, and keeps the reason as its cause."""
+    """The error says which operator gave the key, and keeps the reason as its cause."""
     partitioner = Partitioner(Route.HASH, 0, 2, "by user")
     with pytest.raises(FunctionError, match='operator "by user" gave a key that cannot be used') as caught:
         list(partitioner.split(Batch([1], keys=[key])))
@@ -209,7 +209,7 @@ def split(route: Route, values: list[Any], targets: int, *, index: int = 0, keys
 
 
 def test_hash_keeps_keys_together_and_in_order() -> None:
-    """Acceptance 33 and 34: each key in one task only, its records in their order."""
+    """Each key in one task only, its records in their order."""
     values = list(range(60))
     keys_: list[Any] = [(0, "", False, None, "a", 1.0, (1, "x"))[value % 7] for value in values]
     parts = split(Route.HASH, values, 4, keys=keys_)
@@ -220,12 +220,12 @@ def test_hash_keeps_keys_together_and_in_order() -> None:
 
 
 def test_broadcast_gives_everything_to_every_task() -> None:
-    """Acceptance 45: the strategy "broadcast" has its effect."""
+    """The strategy "broadcast" has its effect."""
     assert split(Route.BROADCAST, [1, 2], 3) == {0: [1, 2], 1: [1, 2], 2: [1, 2]}
 
 
 def test_round_robin_goes_on_where_the_last_batch_ended() -> None:
-    """Acceptance 24: single records are spread as evenly as large batches."""
+    """Single records are spread as evenly as large batches."""
     partitioner = Partitioner(Route.ROUND_ROBIN, 1, 3, "op")
     parts = [
         [(target, part.values) for target, part in partitioner.split(batch)]
@@ -235,6 +235,28 @@ def test_round_robin_goes_on_where_the_last_batch_ended() -> None:
 
 
 def test_forward_stays_with_the_task_of_the_same_number() -> None:
-    """Acceptance 34: between tasks of equal number, the order of each is kept."""
+    """Between tasks of equal number, the order of each is kept."""
     assert split(Route.FORWARD, [1, 2], 3, index=2) == {2: [1, 2]}
     assert split(Route.ROUND_ROBIN, [1, 2], 1) == {0: [1, 2]}
+
+
+@given(
+    st.one_of(
+        st.lists(st.text(), max_size=50),
+        st.lists(st.integers(), max_size=50),
+        st.lists(st.one_of(st.text(), st.integers(), st.booleans(), st.tuples(st.integers(), st.text())), max_size=50),
+    ),
+    st.integers(2, 12),
+)
+def test_a_batch_is_split_by_the_hash_of_each_key_and_keeps_its_order(keys: list[Any], targets: int) -> None:
+    """However a batch is hashed, each key goes to the task of its stable hash."""
+    partitioner = Partitioner(Route.HASH, 0, targets, "keys")
+    for _ in range(2):  # the second time, keys are known
+        parts = dict(partitioner.split(Batch(list(range(len(keys))), keys)))
+        expected: dict[int, list[int]] = {}
+        for place, key in enumerate(keys):
+            expected.setdefault(stable_hash(key) % targets, []).append(place)
+        assert {target: list(part.values) for target, part in parts.items()} == expected
+        assert {target: part.keys for target, part in parts.items()} == {
+            target: [keys[place] for place in places] for target, places in expected.items()
+        }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 
-from sage.records import Span
+from sage.records import BatchReading
 
 RECORDS = list(range(500))
 
 
 def test_every_record_is_read_or_left_once_whenever_it_is_cut() -> None:
-    span = Span()
+    span = BatchReading()
     over = threading.Event()
     cuts = 0
 
@@ -39,7 +39,7 @@ def test_every_record_is_read_or_left_once_whenever_it_is_cut() -> None:
 
 
 def test_the_rest_is_known_after_a_record_that_failed() -> None:
-    span = Span()
+    span = BatchReading()
     for record in span.begin([1, 2, 3, 4]):
         if record == 2:
             break
@@ -47,7 +47,7 @@ def test_the_rest_is_known_after_a_record_that_failed() -> None:
 
 
 def test_a_cancelled_span_gives_nothing() -> None:
-    span = Span()
+    span = BatchReading()
     span.cancelled = True
     assert list(span.begin([1, 2])) == []
     assert span.end() == [1, 2]

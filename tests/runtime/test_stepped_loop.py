@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from sage._backends.stepped_loop import SteppedLoop
+from sage._testing.stepped_loop import SteppedLoop
 from sage.testing import ManualClock
 
 

@@ -85,7 +85,7 @@ def test_an_asynchronous_call_before_the_service_is_ready_waits_for_it() -> None
 
 
 def test_a_constructor_that_returns_too_late_is_cleaned_up_after() -> None:
-    """Acceptance 7: whatever was built is cleaned exactly once."""
+    """Whatever was built is cleaned exactly once."""
     may_return, cleaned = threading.Event(), threading.Semaphore(0)
 
     class Late:
@@ -115,7 +115,7 @@ class KeptByTheLast(sage.MapFunction):
 
 
 def test_a_request_that_is_broadcast_is_answered_by_the_copy_that_is_left() -> None:
-    """Acceptance 39: each copy of a record counts, so that those that are dropped first do not answer."""
+    """Each copy of a record counts, so that those that are dropped first do not answer."""
     env = sage.LocalEnvironment("copies")
     handle = env.serve("copied", lambda requests: requests.broadcast().map(KeptByTheLast, parallelism=3))
     answers: list[int] = []

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from private_temporary import _private_temporary  # noqa: F401 - pytest finds it here
-from stores import KINDS, Place, Servers, vectors_of
+from support.private_temporary import _private_temporary  # noqa: F401 - pytest finds it here
+from support.vector_stores import KINDS, Place, Servers, vectors_of
 
 from sage import Cleanliness, Http, LocalEnvironment, StopSignal
 
@@ -22,10 +22,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     # Chroma's library and gRPC keep a few descriptors from their first use on, for all stores there will ever be.
     for kind in ("chroma", "milvus"):
         store = Place(kind, tmp_path_factory.mktemp(kind), Servers()).store()
-        store.setup()  # type: ignore[attr-defined]
+        store.setup()
         store.upsert(["a"], vectors_of(1))
         store.search(vectors_of(1)[0])
-        store.cleanup()  # type: ignore[attr-defined]
+        store.cleanup()
     servers = Servers()
     yield servers
     servers.close()

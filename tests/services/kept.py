@@ -25,8 +25,8 @@ from sage.testing import assert_clean
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from sage._leftovers import CleanBlock
-    from sage.service import ServiceHandle
+    from sage import RunningCommand
+    from sage._testing.leftovers import CleanBlock
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ SOON_S = 20.0
 needs_redis = pytest.mark.skipif(REDIS_SERVER is None, reason="redis-server is not installed")
 
 
-def register_redis(env: LocalEnvironment, *words: str) -> ServiceHandle[Any]:
+def register_redis(env: LocalEnvironment, *words: str) -> RunningCommand:
     """Register a server of its own, on loopback only."""
     return env.register_command(
         "redis",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,3 +22,9 @@ def opened(service: Any) -> Iterator[Any]:
     finally:
         getattr(service, "stop", lambda: None)()
         service.cleanup()
+
+
+def saying(*pieces: str, status: int = 200, **headers: str) -> str:
+    """Return the name of a model that the server of the tests answers for with these pieces of a body."""
+    said = {"status": status, "headers": headers, "pieces": pieces}
+    return f"say/{base64.urlsafe_b64encode(json.dumps(said).encode()).decode()}"

@@ -7,6 +7,7 @@ key, at /open/v1 it wants none to be sent.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -48,6 +50,8 @@ def wrong_key(request: Request) -> JSONResponse | None:
 async def trouble(request: Request, model: str) -> Response | None:
     count = len(asked[model])
     match model.split("/")[0]:
+        case "brief" if count == 1:
+            return refused(429, "too many requests", {"Retry-After-Ms": "400", "Retry-After": "50"})
         case "limited" if count == 1:
             return refused(429, "too many requests", {"Retry-After": "0.4"})
         case "closed":
@@ -68,6 +72,10 @@ async def trouble(request: Request, model: str) -> Response | None:
             return PlainTextResponse("<html>welcome</html>", media_type="text/html")
         case "odd":
             return JSONResponse({"object": "surprise"})
+        case "say":  # what the model's name holds, piece by piece
+            said = json.loads(base64.urlsafe_b64decode(model.split("/")[1]))
+            pieces = (piece.encode() for piece in said["pieces"])
+            return StreamingResponse(iterate_in_threadpool(pieces), said["status"], said["headers"])
         case "slow":
             while not await request.is_disconnected():
                 await asyncio.sleep(0.02)
@@ -75,8 +83,26 @@ async def trouble(request: Request, model: str) -> Response | None:
     return None
 
 
+def text_of(message: dict[str, Any]) -> str:
+    content = message["content"] or ""
+    return content if isinstance(content, str) else " ".join(part.get("text", "(image)") for part in content)
+
+
+def asked_tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the calls of a model that asks for each tool first, with the last word of the question, or None."""
+    if not body.get("tools") or body["messages"][-1]["role"] == "tool":
+        return None
+    word = text_of(body["messages"][-1]).split()[-1].strip("?.")
+    calls = []
+    for place, tool in enumerate(body["tools"]):
+        wanted = dict.fromkeys(tool["function"]["parameters"]["required"], word)
+        function = {"name": tool["function"]["name"], "arguments": json.dumps(wanted)}
+        calls.append({"id": f"c{len(body['messages'])}.{place}", "type": "function", "function": function})
+    return calls
+
+
 def answer_to(body: dict[str, Any]) -> tuple[str, str]:
-    asked_for = " ".join(message["content"] for message in body["messages"])
+    asked_for = " ".join(map(text_of, body["messages"]))
     words = f"You said: {asked_for}".split()
     limit = body.get("max_tokens", body.get("max_completion_tokens"))
     text = " ".join(words[:limit])
@@ -106,15 +132,27 @@ async def chat(request: Request) -> Response:
         return response
     text, reason = answer_to(body)
     if model.startswith("settings/"):
-        text = json.dumps({key: value for key, value in body.items() if key != "messages"})
+        query = {"query": dict(request.query_params)} if request.query_params else {}
+        hidden = () if model.startswith("settings/all") else ("messages",)
+        text = json.dumps({**{key: value for key, value in body.items() if key not in hidden}, **query})
+    calls = asked_tools(body) if model.startswith(("agent/", "stubborn/")) else None
+    if calls is None and model.startswith("stubborn/"):  # one that never stops to ask
+        calls = asked_tools({**body, "messages": body["messages"][1:2]})
+    if calls is not None:
+        text, reason = "", "tool_calls"
+    elif model.startswith("agent/"):
+        text = f"I found {text_of(body['messages'][-1])}."
     if body.get("stream"):
-        return StreamingResponse(events(body, text, reason), media_type="text/event-stream")
+        return StreamingResponse(events(body, text, reason, calls), media_type="text/event-stream")
     usage = {"prompt_tokens": 7, "completion_tokens": len(text.split()), "total_tokens": 0}
-    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
+    said = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+    choice = {"index": 0, "finish_reason": reason, "message": said}
     return JSONResponse({"id": "1", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage})
 
 
-async def events(body: dict[str, Any], text: str, reason: str) -> AsyncIterator[str]:
+async def events(
+    body: dict[str, Any], text: str, reason: str, calls: list[dict[str, Any]] | None
+) -> AsyncIterator[str]:
     model = body["model"]
 
     def event(content: str | None, end: str | None = None) -> str:
@@ -133,6 +171,11 @@ async def events(body: dict[str, Any], text: str, reason: str) -> AsyncIterator[
             if place == 2 and model.startswith("stuck/"):
                 await asyncio.sleep(LONG_S)
             yield event(word if place == 0 else f" {word}")
+        for place, call in enumerate(calls or ()):
+            for part in (call["function"]["arguments"][:3], call["function"]["arguments"][3:]):
+                piece = {**call, "index": place, "function": {**call["function"], "arguments": part}}
+                delta = {"index": 0, "delta": {"tool_calls": [piece]}, "finish_reason": None}
+                yield f"data: {json.dumps({'id': '1', 'model': model, 'choices': [delta]})}\n\n"
         yield event(None, reason)
         if (body.get("stream_options") or {}).get("include_usage"):
             usage = {"prompt_tokens": 7, "completion_tokens": len(words), "total_tokens": 0}
@@ -152,6 +195,9 @@ async def embeddings(request: Request) -> Response:
     dimension = body.get("dimensions", 8)
     if len(body["input"]) > 100:
         return refused(400, "at most 100 texts")
+    if any(len(text) > 6000 for text in body["input"]):
+        text = "This model's maximum context length is 256 tokens, however you requested 500 tokens"
+        return refused(500 if model.startswith("angry/") else 400, text)
     rows = [
         {
             "index": place,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from stores import vectors_of
+from support.vector_stores import vectors_of
 
 from sage import DeadLetter, FunctionError, JobErrorGroup, LocalEnvironment, ServiceOptions
 from sage.testing import assert_clean
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
-    from stores import Place
+    from support.vector_stores import Place
 
-    from sage.services.vector_store import VectorStore
+    from sage.services.vectors.contract import VectorStore
 
     Made: TypeAlias = tuple[type[VectorStore], dict[str, Any]]
 

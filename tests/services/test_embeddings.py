@@ -8,23 +8,28 @@ import math
 import re
 import sqlite3
 import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as some
 from services.kept import output_of
 from services.models import KEY, opened
 
 from sage import Cleanliness, LocalEnvironment, ServiceError, ServiceOptions, ServiceUnavailableError
-from sage.services.embedding_cache import MemoryCache, SqliteCache
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.extras import MissingExtraError
-from sage.services.minilm import MiniLMEmbeddings, erf, groups_of
-from sage.services.openai import OpenAIEmbeddings
+from sage._extras import MissingExtraError
+from sage.services.models.embedding_cache import MemoryCache, SqliteCache
+from sage.services.models.embeddings import FREQUENT_WORDS, HashingEmbeddings, words_of
+from sage.services.models.minilm import TOKENS_AT_ONCE, MiniLMEmbeddings, erf, groups_of
+from sage.services.models.openai import OpenAIEmbeddings
 from sage.testing import assert_clean
 
 Kind = partial[Any]
@@ -107,7 +112,7 @@ def test_odd_texts_have_vectors_too(kind: Kind) -> None:
         ("one text", "texts is 'one text', not a list of texts"),
         (b"bytes", "not a list of texts"),
         (None, "texts is None, not a list of texts"),
-        (["a", 5], "text 1 of 2 is 5, of type int, no string"),
+        (["a", 5], "text 1 of 2 is 5, of type int, not a string"),
         ([None], "text 0 of 1 is None"),
     ],
 )
@@ -226,7 +231,7 @@ def test_many_keys_are_more_than_one_statement(tmp_path: Path) -> None:
     assert cache.get_many(vectors) == vectors
     cache.close()
     cache.close()
-    with pytest.raises(ServiceError, match="is closed"):
+    with pytest.raises(ServiceError, match="is not open"):
         cache.get_many([b"1"])
     memory = MemoryCache(2)
     memory.put_many(vectors)
@@ -246,7 +251,7 @@ def test_a_cache_that_cannot_be_used_is_named(trouble: str, tmp_path: Path) -> N
 
 FULL = """
 import json, logging, resource, sys
-from sage.services.embeddings import HashingEmbeddings
+from sage.services.models.embeddings import HashingEmbeddings
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 service = HashingEmbeddings(256, cache_path=sys.argv[1])
@@ -365,6 +370,40 @@ def test_the_same_text_has_the_same_vector_everywhere() -> None:
     np.testing.assert_allclose(vector, HASHED, atol=1e-6)
 
 
+def counted_vector(text: str, dimension: int) -> list[float]:
+    """Return the sums of a text's features, added one by one."""
+    words = words_of(text)
+    found: dict[str, list[float]] = {} if words else {f"t {text}": [1.0]}
+    for word in words:
+        weight = 0.15 if word in FREQUENT_WORDS else 1.0
+        found.setdefault(f"w {word}", []).append(weight)
+        for size in (3, 4) if word.isascii() else (1, 2, 3, 4):
+            for at in range(len(word) + 3 - size):
+                found.setdefault(f"g {f'<{word}>'[at : at + size]}", []).append(0.35 * weight)
+    for first, second in pairwise(words):
+        weight = 0.15 if {first, second} & FREQUENT_WORDS else 1.0
+        found.setdefault(f"p {first} {second}", []).append(0.7 * weight)
+    sums = [0.0] * dimension
+    for feature, weights in found.items():
+        spread = zlib.crc32(feature.encode("utf-8", "surrogatepass")) * 0x9E3779B97F4A7C15 % 2**64 >> 16
+        sums[(spread >> 1) % dimension] += (1 if spread & 1 else -1) * max(weights) * (1 + math.log(len(weights)))
+    return sums
+
+
+@given(
+    some.lists(
+        some.text(some.sampled_from("ab c?\u4f60\u0301\u00f1\u00df\ud800") | some.characters(), max_size=60), max_size=9
+    )
+)
+@example(["", "the way to the way", "banana banana", "x" * 1000, "a b", "a b"])
+def test_a_vector_is_the_sum_of_its_features(texts: list[str]) -> None:
+    with opened(HashingEmbeddings(97, cache_entries_max=0, batch_max=4)) as service:
+        for text, vector in zip(texts, service.embed(texts), strict=True):
+            sums = np.array(counted_vector(text, 97))
+            if np.linalg.norm(sums) > 1e-6:
+                np.testing.assert_allclose(vector, sums / np.linalg.norm(sums), atol=1e-6)
+
+
 HASHED = [0.5631267, 0.2249293, 0.5968661, -0.1124647, -0.0787253, -0.4498587, -0.2249293, -0.0650688]
 
 
@@ -402,8 +441,34 @@ def test_groups_hold_texts_of_about_the_same_length() -> None:
     groups = list(groups_of(lengths))
     assert sorted(place for group in groups for place in group) == list(range(6))
     assert groups[0] == [1, 4, 2]
-    assert all(len(group) * max(lengths[place] for place in group) <= 2048 for group in groups)
-    assert len(list(groups_of([256] * 10))) == 2
+    assert all(len(group) * max(lengths[place] for place in group) <= TOKENS_AT_ONCE for group in groups)
+    assert [len(group) for group in groups_of([TOKENS_AT_ONCE // 2] * 5)] == [2, 2, 1]
+
+
+def test_a_multiplication_has_one_thread_and_its_library_is_put_back() -> None:
+    """Threads of a library that wait for each other take several times the work while the cores are busy."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+
+    def limits() -> list[int]:
+        return [each["num_threads"] for each in threadpoolctl.threadpool_info() if each["user_api"] == "blas"]
+
+    seen: list[list[int]] = []
+
+    class Watched:
+        def limit(self, **settings: Any) -> Any:
+            entered = threadpoolctl.ThreadpoolController().limit(**settings)
+            seen.append(limits())
+            return entered
+
+    before = limits()
+    with opened(MiniLMEmbeddings(cache_entries_max=0)) as service:
+        assert service._encoder is not None
+        service._encoder._libraries = Watched()
+        service.embed(["some words"] * 3 + ["other " * length for length in (9, 60, 250)])
+        assert {thread.name for thread in threading.enumerate() if thread.name.startswith("sage-minilm")}
+    assert seen == [[1] * len(before)]
+    assert limits() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sage-minilm")]
 
 
 def test_the_error_function_is_exact() -> None:

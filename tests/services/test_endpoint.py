@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -14,8 +16,8 @@ import pytest
 from services.kept import left_clean
 
 from sage import ServiceError, ServiceUnavailableError
-from sage.services.endpoint import Endpoint, EndpointOptions, Tries
-from sage.services.secret import Secret
+from sage.services._shared.secret import Secret
+from sage.services.models.endpoint import Endpoint, EndpointOptions, Tries
 
 REQUEST: Any = httpx.Request("POST", "http://127.0.0.1:1/v1/chat/completions")
 DRAWS = 200
@@ -100,3 +102,28 @@ def test_without_retries_there_is_no_pause() -> None:
     ):
         Tries(endpoint).pause_s(lost())
     assert retries == []
+
+
+def test_nothing_is_sent_before_the_server_wants_to_be_asked_again() -> None:
+    sent: list[float] = []
+
+    async def ask(endpoint: Endpoint) -> str:
+        async def send(_: object) -> str:
+            sent.append(time.monotonic())
+            if len(sent) == 1:
+                raise limited(retry_after="0.2")
+            return "answer"
+
+        return await endpoint.call(send)
+
+    async def ask_twice(endpoint: Endpoint) -> list[str]:
+        first = asyncio.create_task(ask(endpoint))
+        while not sent:
+            await asyncio.sleep(0)
+        return [*await asyncio.gather(first, ask(endpoint))]
+
+    with opened(retries_max=1) as (endpoint, retries):
+        assert endpoint.run(ask_twice(endpoint)) == ["answer", "answer"]
+    assert len(retries) == 1
+    assert len(sent) == 3
+    assert min(sent[1:]) - sent[0] >= 0.2

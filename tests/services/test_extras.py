@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from sage._extras import MissingExtraError, load
 from sage.errors import ServiceError
-from sage.services.extras import MissingExtraError, load
 
 
 def test_a_module_that_is_there_is_returned() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from wheres import metadatas, reference, wheres
+from support.filter_strategies import metadatas, reference, wheres
 
-from sage.services.filters import ALWAYS, NEVER, All, AnyOf, Compare, OneOf, condition_of, matches
+from sage.services.vectors.filters import ALWAYS, NEVER, All, AnyOf, Compare, OneOf, condition_of, matches
 
 
 @given(wheres(), metadatas())
@@ -60,6 +60,8 @@ def test_only_fields_are_negated_and_constants_are_gone() -> None:
         ({"$and": "ab"}, TypeError, r"\$and takes a list of filters, not 'ab'"),
         ({1: 2}, TypeError, "a filter has the field 1, which is not a string"),
         ({"a": None}, TypeError, 'the filter of field "a" has None, which is of type NoneType'),
+        ({"a": {"$contains": ["x"]}}, TypeError, r'the filter of field "a" has \[\'x\'\], which is of type list'),
+        ({"a": {"$exists": 1}}, TypeError, r'\$exists of field "a" takes True or False, not 1'),
         ({"a": [1]}, TypeError, r'the filter of field "a" has \[1\], which is of type list'),
         ({"a": {}}, ValueError, 'the filter of field "a" has no operator'),
         ({"a": {"$like": "x"}}, ValueError, r'the filter of field "a" has the unknown operator \'\$like\''),

@@ -14,7 +14,7 @@ from services.kept import at_once, killed_after, left_clean, notes_of, output_of
 
 from sage import LocalEnvironment, ServiceOptions
 from sage.errors import ServiceError, ServiceUnavailableError
-from sage.services.graph import Edge, GraphStore, Node
+from sage.services.stores.graph import Edge, GraphStore, Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -215,7 +215,7 @@ class TestChanges:
     def test_a_program_that_is_killed_loses_at_most_the_change_in_flight(self, tmp_path: Path) -> None:
         text = """
             import itertools
-            from sage.services.graph import GraphStore
+            from sage.services.stores.graph import GraphStore
             store = GraphStore("graph.db")
             store.setup()
             for number in itertools.count():
@@ -287,7 +287,7 @@ class TestBadInput:
         assert "name another file" in notes_of(caught.value)
         text = """
             from sage.errors import ServiceError
-            from sage.services.graph import GraphStore
+            from sage.services.stores.graph import GraphStore
             try:
                 GraphStore("graph.db").setup()
             except ServiceError as error:

@@ -26,9 +26,9 @@ from services.kept import (
 
 from sage import LocalEnvironment, ServiceOptions
 from sage.errors import JobError, ServiceError, ServiceTimeoutError, ServiceUnavailableError
-from sage.services.key_value import COUNTER_MAX, KeyValueStore, SqliteKeyValue
-from sage.services.redis import RedisKeyValue
-from sage.services.values import TTL_MAX_S
+from sage.services._shared.validation import TTL_MAX_S
+from sage.services.stores.key_value import COUNTER_MAX, KeyValueStore, SqliteKeyValue
+from sage.services.stores.redis import RedisKeyValue
 from sage.testing import ManualClock
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class TestContract:
     @pytest.mark.parametrize("value", ["5", 5.5, True, None, [5]])
     def test_what_cannot_be_counted(self, store: KeyValueStore, value: Any) -> None:
         store.put("n", value)
-        with pytest.raises(TypeError, match=r"increment\('n'\): its value is '.*', which is no whole number"):
+        with pytest.raises(TypeError, match=r"increment\('n'\): its value is '.*', which is not a whole number"):
             store.increment("n")
         assert store.get("n") == value
 
@@ -330,7 +330,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("by", [1.0, "1", True, None])
     def test_increments_that_are_no_whole_numbers(self, store: KeyValueStore, by: Any) -> None:
-        with pytest.raises(TypeError, match=r"increment\('n'\) by .*, which is no whole number"):
+        with pytest.raises(TypeError, match=r"increment\('n'\) by .*, which is not a whole number"):
             store.increment("n", by)
 
     def test_increments_that_are_too_large(self, store: KeyValueStore) -> None:
@@ -359,7 +359,7 @@ def test_in_a_job(kind: str, host: Any, tmp_path: Path, request: pytest.FixtureR
         with left_clean(), LocalEnvironment("keeping") as env:
             options = ServiceOptions(host=host, concurrency=4)
             if kind == "redis":
-                keys = env.register_service(
+                keys: RedisKeyValue | SqliteKeyValue = env.register_service(
                     "keys", RedisKeyValue, url, password=PASSWORD, prefix=prefix, options=options
                 )
             else:
@@ -378,7 +378,7 @@ class TestSqlite:
     def test_a_program_that_is_killed_loses_at_most_the_write_in_flight(self, tmp_path: Path) -> None:
         text = """
             import itertools
-            from sage.services.key_value import SqliteKeyValue
+            from sage.services.stores.key_value import SqliteKeyValue
             store = SqliteKeyValue("keys.db")
             store.setup()
             for number in itertools.count(1):
@@ -485,7 +485,7 @@ class TestRedis:
             ("nonsense:hidden", "cannot use the url"),
             ("redis://:hidden@127.0.0.1:noport", "cannot use the url"),
             ("redis://:hidden@[", "cannot use the url"),
-            ("redis://:hidden@127.0.0.1:1/first", r'127.0.0.1:1/first", whose database is no number'),
+            ("redis://:hidden@127.0.0.1:1/first", r'127.0.0.1:1/first", whose database is not a number'),
         ],
     )
     def test_a_url_that_leads_nowhere(self, url: str, message: str) -> None:
@@ -510,7 +510,7 @@ class TestRedis:
         with pytest.raises(ServiceError, match=r'file ".*nothing" cannot be read: No such file'):
             RedisKeyValue(server, password_file=tmp_path / "nothing").setup()
         (tmp_path / "binary").write_bytes(b"\xff\xfe")
-        with pytest.raises(ServiceError, match="cannot be read: it is no text"):
+        with pytest.raises(ServiceError, match="cannot be read: it is not text"):
             RedisKeyValue(server, password_file=tmp_path / "binary").setup()
 
     def test_a_server_of_the_same_job(self) -> None:
@@ -537,9 +537,9 @@ class TestRedis:
             assert isinstance(store, RedisKeyValue)
             store._connected().set("others:text", "{not json")
             store._connected().rpush("others:list", "1")
-            with pytest.raises(TypeError, match=r"its value is '\{not json', which is no whole number"):
+            with pytest.raises(TypeError, match=r"its value is '\{not json', which is not a whole number"):
                 store.increment("text")
-            with pytest.raises(ServiceError, match=r"the value of 'text' is no JSON: '\{not json'"):
+            with pytest.raises(ServiceError, match=r"the value of 'text' is not JSON: '\{not json'"):
                 store.get("text")
             with pytest.raises(ServiceError, match="refused: WRONGTYPE"):
                 store.increment("list")

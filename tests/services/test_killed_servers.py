@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 from services.kept import REDIS_SERVER, left_clean, needs_redis, wait_until
-from stores import MILVUS_SERVER, Servers, vectors_of
+from support.vector_stores import MILVUS_SERVER, Servers, vectors_of
 
 from sage.errors import ServiceError, ServiceUnavailableError
-from sage.services.chroma import ChromaStore, chroma_command
-from sage.services.milvus import MilvusStore
-from sage.services.redis import RedisKeyValue
+from sage.services.stores.redis import RedisKeyValue
+from sage.services.vectors.chroma import ChromaStore, chroma_command
+from sage.services.vectors.milvus import MilvusStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,8 @@ import pytest
 from services.models import KEY, opened
 
 from sage import Cleanliness, LocalEnvironment, ServiceOptions
-from sage.services.llm import Answer, ExtractiveLLM, Message
-from sage.services.openai import OpenAILLM
+from sage.services.models.llm import Answer, ExtractiveLLM, Message
+from sage.services.models.openai import OpenAILLM
 from sage.testing import assert_clean
 
 PROMPT = """Answer with the context only. Name the passages that you use.
@@ -69,6 +69,7 @@ def test_every_way_gives_the_same_answer(kind: Kind) -> None:
         assert answer.text
         assert answer.model == llm.describe()["model"]
         assert answer.finish_reason == "stop"
+        assert answer.prompt_tokens is not None
         assert answer.prompt_tokens > 0
         assert answer.completion_tokens == len(answer.text.split())
         assert told(llm, PROMPT) == [answer.text] * 4

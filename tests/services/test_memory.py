@@ -17,8 +17,8 @@ from services.kept import Shelf, Words, at_once, killed_after, left_clean, notes
 
 from sage import LocalEnvironment, ServiceOptions
 from sage.errors import JobError, ServiceError, ServiceUnavailableError
-from sage.services.memory import Memory, Recollection, Turn, Weights, estimated_tokens
-from sage.services.recollection import HALF_LIFE_S, Candidate, best
+from sage.services.memory.memory import Memory, Recollection, Turn, Weights, estimated_tokens
+from sage.services.memory.ranking import HALF_LIFE_S, Candidate, best
 from sage.testing import ManualClock
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class TestForgetting:
         assert memory.sessions() == ["ann", "bob"]
 
     def test_of_nothing_in_particular(self, memory: Memory) -> None:
-        with pytest.raises(ValueError, match="nothing in particular") as caught:
+        with pytest.raises(ValueError, match="needs ids, a session") as caught:
             memory.forget()
         assert "session" in notes_of(caught.value)
         with pytest.raises(TypeError, match=r"takes a list of ids"):
@@ -322,15 +322,15 @@ class TestExport:
     @pytest.mark.parametrize(
         ("lines", "message"),
         [
-            (["{not json"], "line 1: it is no JSON"),
-            ([], "line 1: it is no JSON"),
+            (["{not json"], "line 1: it is not JSON"),
+            ([], "line 1: it is not JSON"),
             (["[1]"], r"line 1: it is \[1\], not an object"),
-            (['{"kind": "other"}'], "line 1: it is no export of a memory"),
+            (['{"kind": "other"}'], "line 1: it is not an export of a memory"),
             (['{"kind": "sage-memory", "version": 9}'], "line 1: it has version 9, not 1"),
-            ([HEAD, "", "{"], "line 3: it is no JSON"),
+            ([HEAD, "", "{"], "line 3: it is not JSON"),
             ([HEAD, '{"kind": "dream"}'], 'line 2: its kind is neither "memory" nor "turn"'),
-            ([HEAD, '{"kind": "turn", "id": "a"}'], 'line 2: it lacks, or has too much of, "at", "content"'),
-            ([HEAD, json.dumps(LINE | {"more": 1})], 'line 2: it lacks, or has too much of, "more"'),
+            ([HEAD, '{"kind": "turn", "id": "a"}'], 'line 2: it lacks, or has extra, "at", "content"'),
+            ([HEAD, json.dumps(LINE | {"more": 1})], 'line 2: it lacks, or has extra, "more"'),
             ([HEAD, json.dumps(LINE), json.dumps(LINE | {"text": 5})], 'line 3: its "text" is 5'),
             ([HEAD, json.dumps(LINE | {"vector": [1, math.nan]})], r'line 2: its "vector" is \[1, nan\]'),
             ([HEAD, json.dumps(LINE | {"vector": []})], r'line 2: its "vector" is \[\]'),
@@ -364,7 +364,7 @@ class TestExport:
         with pytest.raises(ServiceError, match=r'x.jsonl" cannot be written: No such file'):
             memory.export(tmp_path / "nowhere" / "x.jsonl")
         (tmp_path / "binary").write_bytes(b"\xff\xfe")
-        with pytest.raises(ServiceError, match=r'binary" is no text'):
+        with pytest.raises(ServiceError, match=r'binary" is not a text file'):
             memory.import_(tmp_path / "binary")
         (tmp_path / "folder").mkdir()
         with pytest.raises(ServiceError, match=r'folder" cannot be written: Is a directory'):
@@ -386,7 +386,7 @@ class TestSurvival:
         text = """
             import os, sys, threading, itertools
             from services.kept import Words
-            from sage.services.memory import Memory
+            from sage.services.memory.memory import Memory
             memory = Memory("memory.db", Words())
             memory.setup()
             def work(thread):
@@ -477,7 +477,7 @@ class TestJobs:
             env.from_batch(["a"]).map(memory.recall).print()
             with pytest.raises(JobError) as caught:
                 env.submit(autostop=True)
-        assert 'memory.db" is no SQLite database' in str(caught.value.__cause__)
+        assert 'memory.db" is not an SQLite database' in str(caught.value.__cause__)
 
 
 def ask(env: LocalEnvironment, memory: Any, questions: tuple[str, ...], arrived: list[Any]) -> None:
@@ -522,9 +522,9 @@ class TestBadInput:
 
     @pytest.mark.parametrize("query", ["", " \n"])
     def test_blank_queries_and_texts(self, memory: Memory, query: str) -> None:
-        with pytest.raises(ValueError, match="the query is blank"):
+        with pytest.raises(ValueError, match="the query is empty"):
             memory.recall(query)
-        with pytest.raises(ValueError, match="the text is blank"):
+        with pytest.raises(ValueError, match="the text is empty"):
             memory.remember_many(["a", query])
         assert memory.count() == 0
 
@@ -660,9 +660,9 @@ class TestBadInput:
             ([1.0, 2.0], r"an array of shape \(2,\) for 1 texts"),
             ([[1.0], [2.0]], r"an array of shape \(2, 1\) for 1 texts"),
             ([[]], r"an array of shape \(1, 0\) for 1 texts"),
-            ("no", "which is no array of numbers"),
+            ("no", "which is not an array of numbers"),
             (None, r"shape|no array of numbers"),
-            ([[1, 2], [3]], "which is no array of numbers"),
+            ([[1, 2], [3]], "which is not an array of numbers"),
         ],
     )
     def test_vectors_that_are_none(self, answer: Any, message: str, tmp_path: Path) -> None:
@@ -693,15 +693,15 @@ class TestBadInput:
 
 def test_calls_that_are_refused_are_counted(tmp_path: Path) -> None:
     with opened(tmp_path / "memory.db") as memory:
-        with pytest.raises(ValueError, match="blank"):
+        with pytest.raises(ValueError, match="is empty"):
             memory.recall(" ")
-        with pytest.raises(ValueError, match="blank"):
+        with pytest.raises(ValueError, match="is empty"):
             memory.remember_many(["a", " "])
         with pytest.raises(ValueError, match="importance"):
             memory.add_turn("user", "a", importance=2)
         with pytest.raises(ValueError, match="negative"):
             memory.turns(turns_max=-1)
-        with pytest.raises(ValueError, match="nothing in particular"):
+        with pytest.raises(ValueError, match="needs ids, a session"):
             memory.forget()
         with pytest.raises(ServiceError, match="cannot be read"):
             memory.import_(tmp_path / "none")

@@ -9,17 +9,17 @@ import numpy
 import pytest
 from services.kept import Shelf, Words, left_clean
 
-from sage.services.chroma import ChromaStore
-from sage.services.embeddings import HashingEmbeddings
-from sage.services.memory import Memory, Recollection, Weights
-from sage.services.sqlite_store import SqliteStore
+from sage.services.memory.memory import Memory, Recollection, Weights
+from sage.services.models.embeddings import HashingEmbeddings
+from sage.services.vectors.chroma import ChromaStore
+from sage.services.vectors.sqlite import SqliteStore
 from sage.testing import ManualClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from stores import Servers
+    from support.vector_stores import Servers
 
 INDEXES: dict[str, Callable[[Path], Any]] = {
     "shelf": lambda _: Shelf(),

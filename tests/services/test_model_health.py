@@ -16,8 +16,8 @@ from services.kept import left_clean, wait_until
 from services.models import KEY, opened
 
 from sage import JobError, JobErrorGroup, LocalEnvironment, ServiceError, ServiceOptions
-from sage.services.endpoint import EndpointOptions
-from sage.services.openai import OpenAIEmbeddings, OpenAILLM
+from sage.services.models.endpoint import EndpointOptions
+from sage.services.models.openai import OpenAIEmbeddings, OpenAILLM
 
 HURRIED = EndpointOptions(timeout_s=0.2, retries_max=0)
 """Loses its patience soon."""

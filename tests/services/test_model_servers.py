@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sage import Cleanliness, GraphError, JobError, JobReport, LocalEnvironment
-from sage.services.model_servers import serve_command
-from sage.services.openai import OpenAILLM
+from sage.services.models.openai import OpenAILLM
+from sage.services.models.servers import serve_command
 from sage.testing import assert_clean
 
 
@@ -123,7 +123,7 @@ def test_a_program_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, t
     ("server", "arguments", "text"),
     [
         ("tgi", {}, "model server 'tgi' is unknown"),
-        ("llama.cpp", {}, "the model of llama.cpp, 'm', is no file"),
+        ("llama.cpp", {}, "the model of llama.cpp, 'm', is not a file"),
         ("ollama", {"name": "other"}, 'Ollama calls the model "m" by its own name'),
         ("ollama", {"downloads": True}, "downloads has no effect on ollama"),
     ],

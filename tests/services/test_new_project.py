@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from rag.filled import is_filled
-from stores import wait_for
+from support.vector_stores import wait_for
 
 from sage._control.cli import main
 
@@ -51,8 +51,51 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "shop-guide"
     code, output = new("rag", str(folder))
     assert code == 0, output
-    assert output.splitlines()[-1] == f"Next: cd {folder}, python pipeline.py, python -m pytest"
+    assert output.splitlines()[-2] == f"Next: cd {folder}, python pipeline.py, python -m pytest"
+    assert 'pip install "sage-dataflow[rag]"' in output.splitlines()[-1]
     return folder
+
+
+AGENT_FILES = [
+    *(".gitignore", "README.md", "agent.py", "config.toml", "pyproject.toml", "questions.txt", "stand_in.py"),
+    *("tests/test_agent.py", "tools.py"),
+]
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Path:
+    folder = tmp_path / "shop-agent"
+    code, output = new("agent", str(folder))
+    assert code == 0, output
+    assert output.splitlines()[-1] == f"Next: cd {folder}, python agent.py, python -m pytest"
+    return folder
+
+
+@pytest.mark.timeout(120)
+def test_the_tests_of_a_new_agent_pass(agent: Path) -> None:
+    made = sorted(str(path.relative_to(agent)) for path in agent.rglob("*") if path.is_file())
+    assert made == AGENT_FILES
+    ended = run(agent, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert ended.returncode == 0, ended.stdout
+    assert "11 passed" in ended.stdout
+
+
+def test_a_new_agent_answers(agent: Path, server: str) -> None:
+    ended = run(agent, "agent.py")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "What is the stock of rope?\n  12\nWhat is the price of a lamp?\n  20.0\n"
+    config = (agent / "config.toml").read_text("utf-8")
+    for before, after in (
+        ('llm = "stand-in"', 'llm = "openai"'),
+        ("https://api.openai.com/v1", f"{server}/open/v1"),
+        ("OPENAI_API_KEY", ""),
+        ("gpt-4o-mini", "agent/new"),
+    ):
+        config = config.replace(before, after)
+    (agent / "config.toml").write_text(config, "utf-8")
+    ended = run(agent, "agent.py")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[1::2] == ["  I found 5.0.", "  I found 20.0."]
 
 
 @pytest.mark.timeout(120)
@@ -65,7 +108,20 @@ def test_the_tests_of_a_new_project_pass(project: Path) -> None:
     assert not (project / "index").exists()
 
 
-def test_a_new_project_answers(project: Path) -> None:
+def test_a_new_project_needs_no_extras(project: Path) -> None:
+    """Two commands after a bare install give answers: nothing of another library is imported."""
+    libraries = ["numpy", "openai", "tokenizers", "safetensors", "lxml", "pypdfium2", "yaml"]
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({libraries}))"
+    program = f"{blocked}\nimport runpy\nrunpy.run_path('pipeline.py', run_name='__main__')"
+    ended = run(project, "-c", program)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("3 passages\n\nWhere do I put my documents?\n")
+
+
+@pytest.mark.parametrize("embeddings", ["none", "hashing"])
+def test_a_new_project_answers(project: Path, embeddings: str) -> None:
+    config = (project / "config.toml").read_text("utf-8")
+    (project / "config.toml").write_text(config.replace('embeddings = "none"', f'embeddings = "{embeddings}"'), "utf-8")
     assert "# Welcome to shop-guide\n" in (project / "docs" / "welcome.md").read_text("utf-8")
     for _ in range(2):
         ended = run(project, "pipeline.py")
@@ -92,14 +148,15 @@ def test_a_new_project_tells_that_it_was_killed_while_it_indexed(project: Path) 
 TOOLS = [
     ["ruff", "check", "--isolated", "--no-cache", "--line-length=120", "--select=E,F,W,I,UP,B,SIM,RUF,PT", "."],
     ["ruff", "format", "--isolated", "--no-cache", "--line-length=120", "--check", "--diff", "."],
-    pytest.param(["mypy", "--strict", "pipeline.py", "tests"], marks=pytest.mark.slow),
+    pytest.param(["mypy", "--strict", "."], marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_new_project_is_as_tidy_as_this_one(project: Path, tool: list[str]) -> None:
-    ended = run(project, "-m", *tool)
+@pytest.mark.parametrize("made", ["project", "agent"])
+def test_a_new_project_is_as_tidy_as_this_one(request: pytest.FixtureRequest, made: str, tool: list[str]) -> None:
+    ended = run(request.getfixturevalue(made), "-m", *tool)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 

@@ -22,9 +22,12 @@ from sage import (
     ServiceOptions,
     ServiceTimeoutError,
 )
-from sage.services.endpoint import EndpointOptions
-from sage.services.llm import Answer
-from sage.services.openai import OpenAIEmbeddings, OpenAILLM
+from sage.rag.documents import Passage
+from sage.rag.retrieval import Index
+from sage.services.models.endpoint import EndpointOptions, RefusedError
+from sage.services.models.llm import Answer
+from sage.services.models.openai import OpenAIEmbeddings, OpenAILLM
+from sage.services.vectors.numpy import NumpyStore
 
 QUESTIONS = [f"question {number}" for number in range(30)]
 AT_ONCE = 6
@@ -45,8 +48,8 @@ def open_max(server: str, model: str) -> int:
 
 
 def registered(env: LocalEnvironment, server: str, model: str, host: Any, **settings: Any) -> Any:
-    options = ServiceOptions(host=host, concurrency=None)
-    given = {"base_url": f"{server}/v1", "api_key": KEY, "request_options": EndpointOptions(concurrency_max=AT_ONCE)}
+    options = ServiceOptions(host=host, concurrency=AT_ONCE)
+    given = {"base_url": f"{server}/v1", "api_key": KEY}
     return env.register_service(f"llm {model}", OpenAILLM, model, options=options, **given | settings)
 
 
@@ -86,7 +89,7 @@ def test_a_method_of_the_service_may_be_the_function(server: str, host: Any) -> 
 def test_vectors_are_awaited_too(server: str, host: Any) -> None:
     widths: list[int] = []
     env = LocalEnvironment("embeds")
-    options = ServiceOptions(host=host, concurrency=None)
+    options = ServiceOptions(host=host, concurrency=AT_ONCE)
     settings: dict[str, Any] = {"base_url": f"{server}/v1", "api_key": KEY, "batch_max": 2, "options": options}
     embeddings = env.register_service("embeddings", OpenAIEmbeddings, "embed", **settings)
 
@@ -166,3 +169,33 @@ def test_a_record_without_an_answer_is_skipped_and_counted(server: str, host: An
     report = env.submit(autostop=True).wait()
     assert sorted(answers) == [f"You said: question {number}" for number in range(2)]
     assert report.operator("ask").failed == 6
+
+
+# --- a batch of which the server does not take one text -------------------------------------------------------------
+
+
+@hosts
+@pytest.mark.parametrize("model", ["embed", "angry/1"])  # a server may say of a text that is too long 400 or 500
+@pytest.mark.parametrize("cache_entries_max", [0, 1000])
+def test_of_a_batch_the_text_that_is_refused_fails_alone(
+    server: str, host: Any, model: str, cache_entries_max: int
+) -> None:
+    env = LocalEnvironment("indexes")
+    settings: dict[str, Any] = {"base_url": f"{server}/v1", "api_key": KEY, "cache_entries_max": cache_entries_max}
+    options = ServiceOptions(host=host)
+    embeddings = env.register_service("embeddings", OpenAIEmbeddings, model, dimension=8, options=options, **settings)
+    vectors = env.register_service("vectors", NumpyStore, 8)
+    passages = [Passage(str(number), f"text {number}" * (1500 if number == 5 else 1), "d") for number in range(8)]
+    failed: list[DeadLetter] = []
+    stored: list[str] = []
+    dead = env.dead_letters()
+    dead.sink(failed.append)
+    index = env.from_batch(passages).map_batches(
+        Index, vectors=vectors, embeddings=embeddings, max_records=8, on_error=dead
+    )
+    index.map(lambda passage: passage.id).sink(stored.append)
+    env.submit(autostop=True)
+    assert stored == ["0", "1", "2", "3", "4", "6", "7"]
+    (letter,) = failed
+    assert isinstance(letter.error.__cause__ or letter.error, RefusedError)
+    assert "maximum context length is 256 tokens" in str(letter.error)

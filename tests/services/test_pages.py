@@ -1,18 +1,16 @@
-"""The code blocks of the pages on ready-made services."""
+"""The code blocks of the pages that take extras to run."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
-from pages import PAGES_WITH_CODE, check_blocks
+from support.docs_pages import PAGES_WITH_EXTRAS, check_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES_WITH_CODE if page.parent.name == "ready-made"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES_WITH_EXTRAS, ids=lambda page: page.name)
 def test_the_code_blocks_run(page: Path, tmp_path: Path) -> None:
     check_blocks(page, tmp_path)

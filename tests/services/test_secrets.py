@@ -19,13 +19,13 @@ from services.kept import left_clean, notes_of
 
 from sage import JobError, JobErrorGroup, LocalEnvironment
 from sage.errors import ServiceError
-from sage.services.address import apart, checked_url, shown
-from sage.services.chroma import ChromaStore
-from sage.services.endpoint import EndpointOptions
-from sage.services.milvus import MilvusStore
-from sage.services.openai import OpenAIEmbeddings, OpenAILLM
-from sage.services.redis import RedisKeyValue
-from sage.services.secret import Secret
+from sage.services._shared.address import checked_url, redact_url, split_credentials
+from sage.services._shared.secret import Secret
+from sage.services.models.endpoint import EndpointOptions
+from sage.services.models.openai import OpenAIEmbeddings, OpenAILLM
+from sage.services.stores.redis import RedisKeyValue
+from sage.services.vectors.chroma import ChromaStore
+from sage.services.vectors.milvus import MilvusStore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,7 +165,7 @@ def test_what_a_server_repeats_is_not_shown(way: str) -> None:
     ],
 )
 def test_two_keys_for_one_server_are_refused(made: Any, settings: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"has a name and a password, and there is a key besides") as caught:
+    with pytest.raises(ValueError, match=r"has a name and a password, and a key is given too") as caught:
         made(**settings)
     assert "sekrit" not in str(caught.value)
 
@@ -193,7 +193,7 @@ def test_two_keys_for_one_server_are_refused(made: Any, settings: dict[str, str]
     ],
 )
 def test_what_is_shown_of_an_address(url: str, text: str) -> None:
-    assert shown(url) == text
+    assert redact_url(url) == text
 
 
 UNSENDABLE = ["sek\nrit", "sek\r\nrit", "sek\x00rit", "sek\trit", "sek\x7frit", "\u201csekrit\u201d", "s\u00e9krit"]
@@ -321,8 +321,8 @@ def test_a_password_that_is_no_string(settings: dict[str, Any]) -> None:
 
 
 def test_name_and_password_are_taken_apart() -> None:
-    assert apart("url", "http://me:a%40b@host:1/x?y=1") == ("http://host:1/x?y=1", "me:a@b")
-    assert apart("url", "http://host") == ("http://host", "")
+    assert split_credentials("url", "http://me:a%40b@host:1/x?y=1") == ("http://host:1/x?y=1", "me:a@b")
+    assert split_credentials("url", "http://host") == ("http://host", "")
     for url in ("http://me:sek/rit@host", "http://[", "ftp://me:sekrit@host", "me:sekrit@host:1", "http://"):
         with pytest.raises(ValueError, match=r"url is '.*', no http address") as caught:
             checked_url("url", url)

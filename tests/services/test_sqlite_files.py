@@ -14,11 +14,11 @@ from services.kept import Words, at_once, killed_after, left_clean, notes_of, ou
 from sage import LocalEnvironment
 from sage.errors import JobError, ServiceError
 from sage.rag.keywords import KeywordIndex
-from sage.services.graph import GraphStore
-from sage.services.key_value import SqliteKeyValue
-from sage.services.memory import Memory
-from sage.services.sqlite_file import SqliteFile
-from sage.services.sqlite_store import SqliteStore
+from sage.services._shared.sqlite_file import OLD_MARK, SqliteFile
+from sage.services.memory.memory import Memory
+from sage.services.stores.graph import GraphStore
+from sage.services.stores.key_value import SqliteKeyValue
+from sage.services.vectors.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,9 +29,9 @@ KINDS = ["key_value", "graph", "memory", "keywords"]
 MADE = """
 from sage.errors import ServiceError
 from sage.rag.keywords import KeywordIndex
-from sage.services.graph import GraphStore
-from sage.services.key_value import SqliteKeyValue
-from sage.services.memory import Memory
+from sage.services.stores.graph import GraphStore
+from sage.services.stores.key_value import SqliteKeyValue
+from sage.services.memory.memory import Memory
 from services.kept import Words
 
 def made(kind, path):
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_database(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "file.db"
     path.write_text("A letter.\n" * 1000)
     error = problem(kind, path)
-    assert f'file "{path}" is no SQLite database' in str(error)
+    assert f'file "{path}" is not an SQLite database' in str(error)
     assert "Name another file" in notes_of(error)
     assert path.read_text() == "A letter.\n" * 1000
     assert os.listdir(tmp_path) == ["file.db"]
@@ -132,7 +132,7 @@ def test_what_is_wrong_with_a_file_of_vectors(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE t (x)")
     connection.close()
     for name, text, note in [
-        ("junk", "is no SQLite database", "Name another file"),
+        ("junk", "is not an SQLite database", "Name another file"),
         ("other", "is a database of another program", "Name another file"),
         (".", "cannot be opened", "folder must be there"),
         ("nowhere/file.db", "cannot be opened", "folder must be there"),
@@ -141,6 +141,20 @@ def test_what_is_wrong_with_a_file_of_vectors(tmp_path: Path) -> None:
         assert f'file "{(tmp_path / name).absolute()}" {text}' in str(error)
         assert note in notes_of(error)
     assert sorted(os.listdir(tmp_path)) == ["junk", "other"]
+
+
+def test_a_file_of_vectors_with_the_mark_of_older_ones(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "file.db")
+    store.setup()
+    store.add(["a"], [[1.0, 0.0]])
+    store.cleanup()
+    connection = sqlite3.connect(tmp_path / "file.db")
+    connection.execute("DROP TABLE sage_kinds")
+    connection.execute(f"PRAGMA application_id = {OLD_MARK}")
+    connection.close()
+    store.setup()
+    assert store.ids() == ["a"]
+    store.cleanup()
 
 
 @pytest.mark.parametrize("place", ["nowhere/file.db", "."])

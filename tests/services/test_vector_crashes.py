@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from services.kept import killed_after, output_of, program
-from stores import KEPT, Place, ids_of, vectors_of
+from support.vector_stores import KEPT, Place, ids_of, vectors_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,10 +21,10 @@ MADE = """
 import json, logging, os, resource, signal, sys
 from sage import LocalEnvironment
 from sage.errors import ServiceError
-from sage.services.chroma import ChromaStore
-from sage.services.milvus import MilvusStore
-from sage.services.sqlite_store import SqliteStore
-from stores import vectors_of
+from sage.services.vectors.chroma import ChromaStore
+from sage.services.vectors.milvus import MilvusStore
+from sage.services.vectors.sqlite import SqliteStore
+from support.vector_stores import vectors_of
 
 kind, path = sys.argv[1:3]
 made = {"sqlite": SqliteStore, "chroma": ChromaStore, "milvus": MilvusStore}[kind]
@@ -48,10 +48,12 @@ store = env.register_service("store", made, path)
 different = int(sys.argv[3])
 
 def ingest(numbers):
-    return [write(store, number % different) for number in numbers]
+    written = [write(store, number % different) for number in numbers]
+    print(*written, sep="\\n", flush=True)  # here, as results may go on together
+    return written
 
 numbers = env.from_batch(itertools.count())
-numbers.map_batches(ingest, max_records=1).sink(lambda number: print(number, flush=True))
+numbers.map_batches(ingest, max_records=1).sink(lambda number: None)
 env.submit(autostop=True)
 """
 )
@@ -130,9 +132,9 @@ def test_a_program_that_has_it_open_is_not_taken_for_one_that_was_killed(
     with place.opened() as first:
         first.upsert(ids_of(3), vectors_of(3))
         second = place.store()
-        second.setup()  # type: ignore[attr-defined]
+        second.setup()
         assert second.count() == 3
-        second.cleanup()  # type: ignore[attr-defined]
+        second.cleanup()
     assert caplog.messages == []
 
 

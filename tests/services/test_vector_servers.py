@@ -14,18 +14,18 @@ from urllib.parse import quote
 
 import pytest
 from services.token_gate import TOKEN
-from stores import MILVUS_SERVER, Servers, ids_of, vectors_of
+from support.vector_stores import MILVUS_SERVER, Servers, ids_of, vectors_of
 
 from sage import JobError, LocalEnvironment, Port, ServiceOptions
 from sage.errors import ServiceError, ServiceUnavailableError
-from sage.services.chroma import ChromaStore, chroma_command
-from sage.services.milvus import MilvusStore
+from sage.services.vectors.chroma import ChromaStore, chroma_command
+from sage.services.vectors.milvus import MilvusStore
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sage.services.vector_store import VectorStore
+    from sage.services.vectors.contract import VectorStore
 
 KINDS = ["chroma", "milvus"]
 GATE = str(Path(__file__).with_name("token_gate.py"))
@@ -82,9 +82,9 @@ def refused(store: VectorStore, error: type[ServiceError], match: str) -> Iterat
     """See that a store cannot be opened, and that nothing is left of the try."""
     with assert_clean(ignore=ELSEWHERE):
         with pytest.raises(error, match=match) as caught:
-            store.setup()  # type: ignore[attr-defined]
+            store.setup()
         yield
-        store.cleanup()  # type: ignore[attr-defined]
+        store.cleanup()
         assert store.health() is False
     assert TOKEN not in f"{caught.value!r} {caught.value.__cause__!r} {store.describe()} {store!r}"
 
@@ -92,13 +92,13 @@ def refused(store: VectorStore, error: type[ServiceError], match: str) -> Iterat
 def test_the_right_token_opens(kind: str, guarded: str) -> None:
     store = client(kind, guarded, token=TOKEN, collection=f"{kind}guarded")
     with assert_clean(ignore=ELSEWHERE):
-        store.setup()  # type: ignore[attr-defined]
+        store.setup()
         store.upsert(ids_of(5), vectors_of(5))
         assert [hit.id for hit in store.search(vectors_of(5)[2], 1)] == ["id2"]
         assert store.health() is True
         assert TOKEN not in f"{store.describe()} {store!r}"
         store.drop(f"{kind}guarded")
-        store.cleanup()  # type: ignore[attr-defined]
+        store.cleanup()
 
 
 @pytest.mark.parametrize("token", [None, "root:wrong"])
@@ -112,9 +112,9 @@ def test_a_wrong_token_is_refused(kind: str, guarded: str, token: str | None) ->
 def test_a_name_and_a_password_in_the_address_are_a_token(kind: str, guarded: str) -> None:
     store = client(kind, guarded.replace("//", f"//{quote(TOKEN, safe=':')}@"), collection="by_address")
     with assert_clean(ignore=ELSEWHERE):
-        store.setup()  # type: ignore[attr-defined]
+        store.setup()
         assert store.count() == 0
-        store.cleanup()  # type: ignore[attr-defined]
+        store.cleanup()
     place = guarded.replace("//", "//***@")
     with refused(client(kind, guarded.replace("//", "//root:wrong@")), ServiceError, re.escape(place)):
         pass
@@ -162,7 +162,7 @@ def test_a_server_that_ends_meanwhile(kind: str, tmp_path: Path) -> None:
         env = LocalEnvironment("ends")
         with running(env, register_server(env, kind, folder)) as (url,):
             store = client(kind, url, timeout_s=2.0)
-            store.setup()  # type: ignore[attr-defined]
+            store.setup()
             store.upsert(ids_of(20), vectors_of(20))
         for call in (
             lambda: store.upsert(ids_of(1), vectors_of(1)),
@@ -173,21 +173,21 @@ def test_a_server_that_ends_meanwhile(kind: str, tmp_path: Path) -> None:
             with pytest.raises(ServiceUnavailableError, match=f"{url} does not answer"):
                 call()
         assert store.health() is False
-        store.cleanup()  # type: ignore[attr-defined]
+        store.cleanup()
         env = LocalEnvironment("again")
         with running(env, register_server(env, kind, folder)) as (url,):
             store = client(kind, url)
-            store.setup()  # type: ignore[attr-defined]
+            store.setup()
             assert store.count() == 20
             assert [hit.id for hit in store.search(vectors_of(20)[7], 1)] == ["id7"]
-            store.cleanup()  # type: ignore[attr-defined]
+            store.cleanup()
 
 
 def test_a_collection_that_another_program_removes_is_named(kind: str, servers: Servers) -> None:
     """Whatever it is called: the authors of this one are no matter of the token."""
     stores = [client(kind, servers.url(f"{kind} server"), collection="authors") for _ in range(2)]
     for store in stores:
-        store.setup()  # type: ignore[attr-defined]
+        store.setup()
     first, second = stores
     first.upsert(ids_of(3), vectors_of(3))
     assert first.count() == 3
@@ -200,7 +200,7 @@ def test_a_collection_that_another_program_removes_is_named(kind: str, servers: 
     assert second.count() == 2
     assert second.drop("authors")
     for store in stores:
-        store.cleanup()  # type: ignore[attr-defined]
+        store.cleanup()
 
 
 @pytest.mark.parametrize("host", ["inline", "process"])

@@ -10,7 +10,7 @@ from simulation.scenario import RETRIES_MAX
 from simulation.world import CLASSES, World, plain, service_class, source_values
 
 from sage import JobError, LocalEnvironment, Retry, ServiceOptions
-from sage._runtime.states import JobState, Way
+from sage._runtime.states import JobState, StopMode
 from sage.errors import InternalError
 from sage.testing import StepBackend
 
@@ -36,7 +36,7 @@ class Schedule(StepBackend):
         super().__init__(seed)
         self.job: Job
         self.turns = 0
-        self.taken: list[Way] = []
+        self.taken: list[StopMode] = []
         self._requests = [request for request in requests if not request.place]
 
     def turn(self, supervisor: Supervisor) -> None:
@@ -45,8 +45,8 @@ class Schedule(StepBackend):
         for request in self._requests:
             if request.at == self.turns:
                 if supervisor.state.job in (JobState.STARTING, JobState.RUNNING) and not self.pending:
-                    self.taken.append(Way[request.way])
-                self.job.request(Way[request.way], f"asked for at turn {self.turns}")
+                    self.taken.append(StopMode[request.way])
+                self.job._request(StopMode[request.way], f"asked for at turn {self.turns}")
         if self.turns > TURNS_MAX:
             raise InternalError(f"the job is {supervisor.state.job} after {self.turns} turns")
         super().turn(supervisor)
@@ -67,7 +67,7 @@ class Run:
     report: JobReport
     error: BaseException | None
     events: tuple[Event, ...]
-    taken: list[Way] = field(default_factory=list)
+    taken: list[StopMode] = field(default_factory=list)
     turns: int = 0
 
 

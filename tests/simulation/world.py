@@ -26,7 +26,7 @@ from sage import (
     SourceFunction,
     StopSignal,
 )
-from sage._runtime.states import Way
+from sage._runtime.states import StopMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -166,7 +166,7 @@ class World:
         count = self._counts[place]
         request = self._requests.get(place)
         if request is not None and count == request.at and self.job is not None:
-            self.job.request(Way[request.way], f"asked for by {place}")
+            self.job._request(StopMode[request.way], f"asked for by {place}")
         fault = self._faults.get(place)
         if fault is not None and fault.at <= count < fault.at + fault.times:
             kind: type[BaseException] = getattr(builtins, fault.error)
@@ -361,7 +361,7 @@ class Sink(Function, SinkFunction):
         self.worked(getattr(data, "value", data))
 
 
-CLASSES: dict[str, type[Function]] = {
+CLASSES: dict[str, Any] = {
     "batch": Batch,
     "stream": Stream,
     "map": Map,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import (
     BaseFunction,
@@ -34,7 +34,7 @@ from sage.testing import StepBackend, assert_clean, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
     from sage._runtime.backend import Backend
     from sage.stream import DataStream
@@ -137,6 +137,7 @@ def test_none_of_a_plain_coroutine_function_is_data(backend: Backends) -> None:
     assert run([1, 2], lambda stream: stream.map_async(nothing), backend=backend) == [None, None]
 
 
+@pytest.mark.in_one_process
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_result_goes_on_as_soon_as_it_is_there(backend: Backends, ordered: bool) -> None:
     """The second record ends when the first has arrived at the sink, so that waiting for both would never end."""
@@ -195,6 +196,7 @@ def test_a_source_that_waits_keeps_no_result_from_going_on() -> None:
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_one_process
 @pytest.mark.parametrize("ordered", [True, False])
 def test_as_many_coroutines_run_as_the_limit_allows(backend: Backends, ordered: bool) -> None:
     crowd = Crowd()
@@ -243,6 +245,7 @@ def test_a_slow_record_holds_up_a_bounded_number_of_others(backend: Backends) ->
     assert arrived == list(range(200))
 
 
+@pytest.mark.in_one_process
 def test_coroutines_do_not_see_the_variables_of_other_records(backend: Backends) -> None:
     name: contextvars.ContextVar[int | None] = contextvars.ContextVar("name", default=None)
 
@@ -421,6 +424,7 @@ def test_a_record_is_tried_again_after_a_pause(backend: Backends, how: str) -> N
         assert third - second >= 0.03
 
 
+@pytest.mark.in_one_process
 def test_the_last_attempt_is_followed_by_the_policy(backend: Backends) -> None:
     letters: list[DeadLetter] = []
     arrived: list[int] = []
@@ -439,6 +443,7 @@ def test_an_error_after_several_attempts_says_so(backend: Backends) -> None:
         run([3], lambda stream: stream.map_async(not_three, retry=Retry(2, (0.0, 0.0))), backend=backend)
 
 
+@pytest.mark.in_one_process
 def test_an_attempt_that_takes_too_long_fails(backend: Backends) -> None:
     ended: list[int] = []
     tries: Counter[int] = Counter()
@@ -497,6 +502,7 @@ class Endless(BaseFunction):
         self.notes.append("close")
 
 
+@pytest.mark.in_one_process
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_cancel_ends_what_is_in_flight_before_the_function_is_closed(backend: Backends, ordered: bool) -> None:
     notes: list[str] = []
@@ -510,6 +516,7 @@ def test_a_cancel_ends_what_is_in_flight_before_the_function_is_closed(backend: 
     assert report.undelivered == report.operators[0].records_out
 
 
+@pytest.mark.in_one_process
 def test_a_failure_ends_what_is_in_flight_too(backend: Backends) -> None:
     notes: list[str] = []
     env = LocalEnvironment("failed", backend=backend)
@@ -530,6 +537,7 @@ def test_a_failure_ends_what_is_in_flight_too(backend: Backends) -> None:
     assert report.undelivered == 7
 
 
+@pytest.mark.in_one_process
 def test_a_failure_elsewhere_ends_what_is_in_flight(backend: Backends) -> None:
     notes: list[str] = []
     env = LocalEnvironment("failed", backend=backend)
@@ -547,7 +555,8 @@ def test_a_failure_elsewhere_ends_what_is_in_flight(backend: Backends) -> None:
     assert sorted(notes) == [*(f"cancelled {number}" for number in range(8)), "close"]
 
 
-def test_a_stop_waits_for_what_is_in_flight(backend: Backends) -> None:
+@pytest.mark.in_one_process
+def test_a_stop_that_drains_processes_what_is_in_flight(backend: Backends) -> None:
     env = LocalEnvironment("stopped", backend=backend)
     begun: list[int] = []
     arrived: list[int] = []
@@ -556,7 +565,7 @@ def test_a_stop_waits_for_what_is_in_flight(backend: Backends) -> None:
     async def slow(number: int) -> int:
         begun.append(number)
         if len(begun) == 5:
-            env.stop()
+            env.stop(drain=True)
         await asyncio.sleep(0.05)
         return number
 
@@ -568,6 +577,7 @@ def test_a_stop_waits_for_what_is_in_flight(backend: Backends) -> None:
     assert report.undelivered == 0
 
 
+@pytest.mark.in_one_process
 def test_a_stop_that_takes_too_long_cancels_what_is_in_flight(backend: Backends) -> None:
     notes: list[str] = []
     env = LocalEnvironment("stopped", backend=backend, drain_timeout_s=0.2)
@@ -680,8 +690,8 @@ async def none_taken() -> None:
 @pytest.mark.parametrize(
     ("function", "options", "text", "note"),
     [
-        (lambda x: x, {}, r"map_async\(<lambda>\): <lambda> is no coroutine function", "Write async def"),
-        (Plain, {}, r"map_async\(Plain\): Plain.execute is no coroutine function", "Write async def"),
+        (lambda x: x, {}, r"map_async\(<lambda>\): <lambda> is not a coroutine function", "Write async def"),
+        (Plain, {}, r"map_async\(Plain\): Plain.execute is not a coroutine function", "Write async def"),
         (none_taken, {}, "wrong arity", "map_async calls it with one record"),
         (double, {"concurrency": 0}, "concurrency is 0, which is not a positive number", None),
         (double, {"concurrency": 2.5}, "concurrency is 2.5", None),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import (
     DeadLetter,
@@ -29,12 +29,13 @@ from sage import (
     StopSignal,
 )
 from sage._backends.threads import ThreadsBackend
+from sage._operators.batched import RUN_S
 from sage.testing import StepBackend, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fair_clock import FairClock
+    from support.fair_clock import FairClock
 
     from sage._runtime.backend import Backend
     from sage.stream import DataStream
@@ -61,6 +62,7 @@ def test_results_keep_the_order_of_their_records(backend: Backends, max_records:
     assert arrived == [number * 2 for number in range(300)]
 
 
+@pytest.mark.in_one_process
 def test_no_batch_is_larger_than_it_may_be(backend: Backends) -> None:
     sizes: list[int] = []
 
@@ -84,6 +86,7 @@ def test_batches_that_may_wait_are_full_until_the_stream_ends(backend: Backends)
     assert arrived == [30] * 90 + [10] * 10
 
 
+@pytest.mark.in_one_process
 def test_a_record_waits_no_longer_than_it_may(backend: Backends) -> None:
     """The second record comes when the first has arrived, so that a batch of two would never be full."""
     has_arrived = threading.Event()
@@ -325,6 +328,7 @@ def test_a_record_that_fails_alone_keeps_the_keys_of_the_others(backend: Backend
     assert {0 + 2 + 4 + 6 + 8 + 10, 1 + 5 + 7 + 9 + 11} <= set(arrived)
 
 
+@pytest.mark.in_one_process
 def test_a_record_that_fails_alone_fails_the_job_after_those_before_it(backend: Backends) -> None:
     arrived: list[int] = []
     env = LocalEnvironment("fails", backend=backend)
@@ -339,6 +343,7 @@ def test_a_record_that_fails_alone_fails_the_job_after_those_before_it(backend: 
     assert (counts.records_in, counts.records_out, counts.failed, report.undelivered) == (3, 3, 1, 6)
 
 
+@pytest.mark.in_one_process
 def test_all_that_came_before_a_record_that_fails_alone_arrives_also_at_the_end_of_the_stream(
     backend: Backends,
 ) -> None:
@@ -402,6 +407,7 @@ def test_requests_that_fail_alone_are_answered_with_their_errors(backend: Backen
     assert Counter(answers) == Counter([0, 1, 2, "a three", 4, 5, 6, 7])
 
 
+@pytest.mark.in_one_process
 def test_a_batch_in_which_a_record_failed_is_tried_again_as_it_was(backend: Backends) -> None:
     seen: list[list[int]] = []
 
@@ -436,6 +442,7 @@ def test_an_error_after_several_attempts_says_so(backend: Backends) -> None:
         run([3], lambda stream: stream.map_batches(without_threes, on_error=Retry(2, (0.001, 0.001))), backend=backend)
 
 
+@pytest.mark.in_one_process
 def test_what_came_before_a_batch_that_fails_has_arrived(backend: Backends) -> None:
     arrived: list[int] = []
     env = LocalEnvironment("fails", backend=backend)
@@ -448,6 +455,7 @@ def test_what_came_before_a_batch_that_fails_has_arrived(backend: Backends) -> N
     assert report.operator("numbers").records_out == 3 + 1 + report.undelivered
 
 
+@pytest.mark.in_one_process
 def test_a_cancel_drops_and_counts_what_waits(backend: Backends) -> None:
     env = LocalEnvironment("cancelled", backend=backend)
     left = iter(range(5))
@@ -503,6 +511,135 @@ def test_a_stop_processes_what_waits(backend: Backends) -> None:
 def test_what_cannot_work_is_refused_at_once(function: Any, options: dict[str, Any], text: str) -> None:
     with pytest.raises(GraphError, match=text):
         LocalEnvironment().from_batch([1]).map_batches(function, **options)
+
+
+# --- many calls in one step -------------------------------------------------------------------------------------------
+
+
+def firsts_of(records: int, size: int) -> list[int]:
+    return [*range(0, records, size)]
+
+
+@pytest.mark.in_one_process
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+@pytest.mark.parametrize("source", [[*range(250)], range(250)], ids=["list", "range"])
+def test_every_call_gets_a_list_of_its_own(backend: Backends, size: int, source: Any) -> None:
+    """A function may change its argument: neither the source nor the next call sees it."""
+    firsts: list[int] = []
+
+    def change(batch: list[int]) -> list[int]:
+        firsts.append(batch[0])
+        results = [*batch]
+        batch.clear()
+        return results
+
+    def build(stream: DataStream[int]) -> DataStream[int]:
+        return stream.map_batches(change, max_records=size, max_wait_s=3600.0)
+
+    assert run(source, build, backend=backend) == [*range(250)]
+    assert firsts == firsts_of(250, size)
+    assert [*source] == [*range(250)]
+
+
+@pytest.mark.in_one_process
+@pytest.mark.parametrize("way", ["raises", "gives an error", "gives too few"])
+def test_a_batch_in_the_middle_is_tried_again_before_the_next_one(backend: Backends, way: str) -> None:
+    calls: list[int] = []
+
+    def flaky(batch: list[int]) -> list[Any]:
+        calls.append(batch[0])
+        if batch[0] in (0, 60, 63) and calls.count(batch[0]) < 3:
+            if way == "raises":
+                raise ConnectionError("once more")
+            return [ConnectionError("once more"), *batch[1:]] if way == "gives an error" else batch[1:]
+        return batch
+
+    def build(stream: DataStream[int]) -> DataStream[int]:
+        return stream.map_batches(flaky, max_records=3, max_wait_s=3600.0, on_error=Retry(3, (0.001, 0.001)))
+
+    assert run(range(100), build, backend=backend) == [*range(100)]
+    expected = [first for first in firsts_of(100, 3) for _ in range(3 if first in (0, 60, 63) else 1)]
+    assert calls == expected
+
+
+def test_results_before_and_after_batches_that_fail_keep_their_keys(backend: Backends) -> None:
+    letters: list[DeadLetter] = []
+    env = LocalEnvironment("keys", backend=backend)
+    dead = env.dead_letters()
+    dead.sink(letters.append)
+    checked_batches = (
+        env.from_batch(range(200))
+        .keyby(lambda number: number % 7)
+        .map_batches(without_threes, max_records=4, max_wait_s=3600.0, on_error=dead)
+    )
+    sums: dict[int, int] = {}
+    checked_batches.reduce(lambda left, right: left + right, emit="last").sink(
+        lambda total: sums.update({total: sums.get(total, 0) + 1})
+    )
+    env.submit(autostop=True)
+    lost = [
+        number
+        for first in firsts_of(200, 4)
+        for number in range(first, first + 4)
+        if any(other % 10 == 3 for other in range(first, first + 4))
+    ]
+    kept = [number for number in range(200) if number not in lost]
+    assert [letter.value for letter in letters] == lost
+    totals = [sum(number for number in kept if number % 7 == key) for key in range(7)]
+    assert sums == Counter(totals)
+
+
+@pytest.mark.in_one_process
+def test_a_failure_in_the_middle_lets_the_results_before_it_arrive(backend: Backends) -> None:
+    arrived: list[int] = []
+    calls: list[int] = []
+
+    def fails_late(batch: list[int]) -> list[int]:
+        calls.append(batch[0])
+        if batch[0] == 90:
+            raise ValueError("late")
+        return batch
+
+    env = LocalEnvironment("late", backend=backend)
+    env.from_batch(range(200)).map_batches(fails_late, max_records=2, max_wait_s=3600.0, name="f").sink(arrived.append)
+    with pytest.raises(FunctionError, match='operator "f" failed on 2 records from 90 on: ValueError: late'):
+        env.submit(autostop=True)
+    assert arrived == [*range(90)]
+    assert calls == firsts_of(92, 2)
+
+
+def test_a_cancel_ends_the_calls_of_a_fast_function() -> None:
+    """The cancel arrives while a call runs; although more batches wait, that call is the last one."""
+    calls: list[int] = []
+    env = LocalEnvironment("cancelled")
+
+    class Cancelling(MapFunction):
+        def execute(self, data: list[int]) -> list[int]:
+            calls.append(data[0])
+            if data[0] == 40:
+                env.jobmanager.jobs[env.env_uuid].cancel()
+                assert not self.ctx.wait(20)
+            return data
+
+    env.from_batch(range(2000)).map_batches(Cancelling, max_records=1, max_wait_s=3600.0).sink(lambda _: None)
+    assert env.submit().wait().state is Outcome.CANCELLED
+    assert calls == [*range(41)]
+
+
+def test_results_do_not_wait_for_many_calls_that_take_long() -> None:
+    """Each call of a few milliseconds lets its results go on before the next one begins."""
+    arrived: list[int] = []
+    seen: list[int] = []
+
+    def sleepy(batch: list[int]) -> list[int]:
+        seen.append(len(arrived))
+        time.sleep(RUN_S * 2)
+        return batch
+
+    env = LocalEnvironment("sleepy")
+    env.from_batch(range(20)).map_batches(sleepy, max_records=1, max_wait_s=3600.0).sink(arrived.append)
+    env.submit(autostop=True)
+    assert seen == [*range(20)]
 
 
 # --- properties -------------------------------------------------------------------------------------------------------

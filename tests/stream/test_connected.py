@@ -174,7 +174,7 @@ def test_a_join_of_three_streams_is_refused() -> None:
     env = LocalEnvironment("test")
     a, b, c = (env.from_batch([1]).keyby(lambda x: x) for _ in range(3))
     with pytest.raises(GraphError, match="join: 3 streams are connected, but it takes exactly 2"):
-        a.connect(b).connect(c).join(Pairs)
+        a.connect(b).connect(c).join(Pairs)  # type: ignore[misc]
 
 
 def test_a_comap_that_lacks_a_method_is_refused() -> None:
@@ -200,5 +200,5 @@ def test_streams_of_two_environments_cannot_meet() -> None:
     for meet in (stream.union, stream.connect):
         with pytest.raises(GraphError, match="the streams belong to two environments"):
             meet(two.from_batch([2]))
-    with pytest.raises(GraphError, match="union: list is no stream"):
+    with pytest.raises(GraphError, match="union: list is not a stream"):
         stream.union([1, 2])  # type: ignore[arg-type]

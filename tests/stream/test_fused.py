@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import JobError, LocalEnvironment, MapFunction, Retry
 from sage._backends.threads import ThreadsBackend
+from sage._operators.fused import _compiled
 from sage.testing import StepBackend
 
 if TYPE_CHECKING:
@@ -168,28 +169,28 @@ def test_a_chain_does_what_a_loop_does_however_it_is_cut(values: list[int], chai
 
 @pytest.mark.parametrize("place", range(4))
 def test_the_error_names_the_operator_and_the_record_as_it_came_there(place: int) -> None:
-    """Acceptance 22: also among many records, and what came before the record has arrived."""
+    """Also among many records, and what came before the record has arrived."""
 
     def at(here: int) -> Callable[[int], int]:
         def function(value: int) -> int:
-            if here == place and value == 900 + here:
+            if here == place and value == 3000 + here:
                 raise ValueError("this one")
             return value + 1
 
         return function
 
     env = LocalEnvironment("chain")
-    stream = env.from_batch(range(1000))
+    stream = env.from_batch(range(5000))
     arrived: list[int] = []
     for number in range(4):
         stream = stream.map(at(number), name=f"step{number}")
     stream.sink(arrived.append)
-    with pytest.raises(JobError, match=f'operator "step{place}" failed on record {900 + place}: ValueError: this one'):
+    with pytest.raises(JobError, match=f'operator "step{place}" failed on record {3000 + place}: ValueError: this one'):
         env.submit(autostop=True)
-    assert arrived == list(range(4, 904))
+    assert arrived == list(range(4, 3004))
     report = report_of(env)
     assert [report.operator(f"step{number}").records_in for number in range(4)] == [
-        901 if number < place else 900 for number in range(4)
+        3001 if number < place else 3000 for number in range(4)
     ]
 
 
@@ -214,3 +215,34 @@ def test_names_need_not_be_fit_for_files() -> None:
     env.from_batch(range(100)).map(abs, name='"{call0}" \\').map(abs, name="ünï'").sink(arrived.append)
     env.submit(autostop=True)
     assert arrived == list(range(100))
+
+
+def test_branches_with_the_same_operators_are_compiled_once() -> None:
+    _compiled.cache_clear()
+    env = LocalEnvironment("branches")
+    stream = env.from_batch(range(100))
+    arrived: list[list[int]] = [[] for _ in range(30)]
+    for number, out in enumerate(arrived):
+        stream.map(number.__add__).sink(out.append)
+    env.submit(autostop=True)
+    assert arrived == [[value + number for value in range(100)] for number in range(30)]
+    assert _compiled.cache_info().misses == 1
+
+
+class Closed(MapFunction):
+    """Has a `close`."""
+
+    def execute(self, data: int) -> int:
+        """Return the record."""
+        return data
+
+
+@pytest.mark.parametrize(("function", "closings"), [(abs, 0), (Closed, 1)])
+def test_only_what_has_something_to_close_is_closing(function: Any, closings: int) -> None:
+    env = LocalEnvironment("closing")
+    env.from_batch([1, 2]).union(env.from_batch([3])).map(function, name="work").sink(lambda _: None)
+    job = env.submit()
+    job.wait()
+    after = [event.after for event in job.events() if "work" in event.name]
+    assert after.count("closing") == closings
+    assert after[-1] == "done"

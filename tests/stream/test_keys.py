@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,8 +122,9 @@ def test_a_parallel_reduce_has_each_key_once(backend: Backends) -> None:
 
 
 def test_reduce_knows_falsy_values_and_keys(backend: Backends) -> None:
+    numbers: list[Any] = [0, None, 0, None]
     arrived = run(
-        [0, None, 0, None],
+        numbers,
         lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: [a, b], emit="last"),
         backend=backend,
     )
@@ -127,14 +132,16 @@ def test_reduce_knows_falsy_values_and_keys(backend: Backends) -> None:
 
 
 def test_a_record_that_fails_in_reduce_is_left_out(backend: Backends) -> None:
+    records: list[Any] = [1, "x", 2]
     arrived = run(
-        [1, "x", 2],
+        records,
         lambda stream: stream.keyby(lambda x: 0).reduce(lambda a, b: a + b, emit="last", on_error="skip"),
         backend=backend,
     )
     assert arrived == [3]
 
 
+@pytest.mark.in_one_process
 def test_a_retried_record_of_reduce_keeps_its_key(backend: Backends) -> None:
     failed: set[tuple[int, int]] = set()
 
@@ -167,3 +174,74 @@ def test_a_key_that_has_no_stable_hash_is_refused(backend: Backends) -> None:
     with pytest.raises(FunctionError) as caught:
         run([1, 2], lambda stream: stream.keyby(lambda x: Opaque()).map(Where, parallelism=2), backend=backend)
     assert "Opaque" in str(caught.value)
+
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Place:
+    x: float
+    note: float = field(default=0.0, compare=False)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [NAN, (1, NAN), (("a", NAN), 1), frozenset([NAN]), Decimal("nan"), Decimal("snan"), complex(NAN, 1), Place(NAN)],
+)
+@pytest.mark.parametrize("parallelism", [1, 2])
+def test_a_key_that_is_not_equal_to_itself_fails_by_policy(backend: Backends, key: Any, parallelism: int) -> None:
+    def counted(stream: Any, on_error: str) -> Any:
+        keyed = stream.keyby(lambda x: key if x == 2 else "a", on_error=on_error, name="keys")
+        return keyed.map(lambda x: 1, parallelism=parallelism).reduce(lambda one, other: one + other, emit="last")
+
+    assert run(range(40), lambda stream: counted(stream, "skip"), backend=backend) == [39]
+    with pytest.raises(FunctionError, match=r'operator "keys" failed on record 2.* is not equal to itself') as caught:
+        run(range(40), lambda stream: counted(stream, "fail"), backend=backend)
+    cause = caught.value.__cause__
+    assert cause is not None
+    assert "Give None" in cause.__notes__[0]
+
+
+SAME = [
+    [1, 1.0, True, Decimal(1), Fraction(1), 1 + 0j],
+    [0, 0.0, -0.0, False, Decimal("-0")],
+    [(1, 0.0), (True, -0.0), (Decimal(1), False)],
+    [frozenset([1, 2]), frozenset([2.0, True])],
+    [Place(1.0, 2.0), Place(1, NAN)],
+    [datetime.time(12, tzinfo=datetime.UTC), datetime.time(13, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))],
+]
+
+
+@pytest.mark.parametrize("keys", SAME)
+@pytest.mark.parametrize("parallelism", [1, 3])
+def test_keys_that_are_equal_are_one_group(backend: Backends, keys: list[Any], parallelism: int) -> None:
+    assert len(set(keys)) == 1
+    counts = run(
+        range(len(keys) * 10),
+        lambda stream: (
+            stream.keyby(lambda x: keys[x % len(keys)])
+            .map(lambda x: 1, parallelism=parallelism)
+            .reduce(lambda one, other: one + other, parallelism=parallelism, emit="last")
+        ),
+        backend=backend,
+    )
+    assert counts == [len(keys) * 10]
+
+
+def test_scalars_of_numpy_are_keys_like_the_numbers_that_they_equal(backend: Backends) -> None:
+    numpy = pytest.importorskip("numpy")
+    keys = [1, numpy.int64(1), numpy.float32(1), numpy.bool_(True), numpy.uint8(1), (1,), (numpy.int8(1),), "a"]
+    keys += [numpy.str_("a"), ("a", numpy.bool_(False)), ("a", 0)]
+    counts = run(
+        range(len(keys)),
+        lambda stream: (
+            stream.keyby(lambda x: keys[x])
+            .map(lambda x: 1, parallelism=3)
+            .reduce(lambda one, other: one + other, parallelism=3, emit="last")
+        ),
+        backend=backend,
+    )
+    assert sorted(counts) == [2, 2, 2, 5]
+    wrong = [numpy.float64("nan"), numpy.datetime64("NaT"), (1, numpy.float32("nan"))]
+    assert run(range(3), lambda stream: stream.keyby(lambda x: wrong[x], on_error="skip"), backend=backend) == []

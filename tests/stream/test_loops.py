@@ -92,6 +92,7 @@ def test_an_empty_loop_ends(backend: Backends) -> None:
     assert arrived == []
 
 
+@pytest.mark.in_one_process
 def test_an_endless_loop_ends_by_stop(backend: Backends) -> None:
     turns = 0
     env = LocalEnvironment("test", backend=backend, drain_timeout_s=0.1)
@@ -154,7 +155,7 @@ def test_a_future_that_is_filled_twice_is_refused() -> None:
     stream.fill_future(loop)
     with pytest.raises(GraphError, match='future "later" is filled twice'):
         stream.fill_future(loop)
-    with pytest.raises(GraphError, match="it is no future"):
+    with pytest.raises(GraphError, match="it is not a future"):
         stream.fill_future(stream)
 
 

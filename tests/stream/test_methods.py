@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pytest
 
 from sage import (
+    BaseCoMapFunction,
+    BatchFunction,
     FilterFunction,
     FlatMapFunction,
     FunctionError,
+    GraphError,
     KeyByFunction,
     LocalEnvironment,
     MapFunction,
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend
 
     Backends = Callable[[], Backend]
+
+
+T = TypeVar("T")
 
 
 class Times(MapFunction):
@@ -102,7 +108,7 @@ def test_flatmap_takes_lists_tuples_generators_and_none(backend: Backends) -> No
 
 
 def test_a_string_is_no_list_of_records(backend: Backends) -> None:
-    with pytest.raises(FunctionError, match="a str is one record and no list of records"):
+    with pytest.raises(FunctionError, match="a str is one record and not a list of records"):
         run(["ab"], lambda stream: stream.flatmap(lambda text: text), backend=backend)
 
 
@@ -191,6 +197,7 @@ def test_a_drain_takes_its_whole_bound_of_virtual_time() -> None:
     assert 20.0 <= backend.now() - stopped_at_s[0] < 20.0 + 100 * STEP_S
 
 
+@pytest.mark.in_one_process
 def test_a_generator_function_is_a_source_that_ends_with_it(backend: Backends) -> None:
     """None is nothing now, as for other functions of `from_source`, and a `StopSignal` the end."""
     closed: list[str] = []
@@ -381,6 +388,7 @@ class Life(MapFunction):
         self._happened.append("close")
 
 
+@pytest.mark.in_one_process
 def test_a_function_is_opened_before_and_closed_after_its_records(backend: Backends) -> None:
     happened: list[Any] = []
     run([1, 2], lambda stream: stream.map(Life, happened, name="life"), backend=backend)
@@ -512,6 +520,7 @@ def test_an_error_of_a_coroutine_names_the_record(backend: Backends) -> None:
         run([1], lambda stream: stream.map(fail), backend=backend)
 
 
+@pytest.mark.in_one_process
 def test_records_are_never_changed(backend: Backends) -> None:
     records = [{"a": 1}, [1, 2], object()]
     arrived = run(records, lambda stream: stream.map(lambda x: x).keyby(id).filter(lambda x: True), backend=backend)
@@ -527,7 +536,8 @@ def test_a_plain_class_with_execute_is_a_function(backend: Backends) -> None:
         def execute(self, data: int) -> int:
             return data + self._plus
 
-    assert run([1, 2], lambda stream: stream.map(Plain, 5), backend=backend) == [6, 7]
+    plain: Any = Plain
+    assert run([1, 2], lambda stream: stream.map(plain, 5), backend=backend) == [6, 7]
 
 
 def test_a_constructor_need_not_call_super(backend: Backends) -> None:
@@ -539,3 +549,51 @@ def test_a_constructor_need_not_call_super(backend: Backends) -> None:
             return data % self.modulus
 
     assert run(range(4), lambda stream: stream.keyby(Key, 2).reduce(max), backend=backend) == [0, 1, 2, 3]
+
+
+def test_a_class_with_type_arguments_is_the_class(backend: Backends) -> None:
+    """What stands in brackets is for type checkers, wherever a class may stand."""
+
+    class Tagged(MapFunction[T, tuple[str, T]], Generic[T]):
+        def __init__(self, tag: str = "") -> None:
+            self.tag = tag
+
+        def execute(self, data: T) -> tuple[str, T]:
+            return (self.tag, data)
+
+    class Count(BatchFunction[T], Generic[T]):
+        count = 0
+
+        def execute(self) -> Any:
+            self.count += 1
+            return self.count if self.count < 3 else None
+
+    class Asked(MapFunction[T, T], Generic[T]):
+        async def execute(self, data: T) -> T:
+            return data
+
+    class Added(BaseCoMapFunction, Generic[T]):
+        def map0(self, data: T) -> T:
+            return data
+
+        map1 = map0
+
+    class Plus(Generic[T]):
+        def __init__(self, other: int) -> None:
+            self.other = other
+
+        def process(self, number: int) -> int:
+            return number + self.other
+
+    env = LocalEnvironment("test", backend=backend)
+    plus = env.register_service("plus", Plus[int], 10)
+    arrived: list[Any] = []
+    numbers = env.from_batch(Count[int]).map_async(Asked[int]).map(plus.process)
+    numbers.map(Tagged[int], "x", name="tagged").sink(arrived.append)
+    numbers.connect(numbers).comap(Added[int]).sink(arrived.append)
+    env.submit(autostop=True)
+    assert sorted(map(str, arrived)) == ["('x', 11)", "('x', 12)", "11", "11", "12", "12"]
+    with pytest.raises(GraphError, match="Tagged is a function of a stream, not a service"):
+        env.register_service("tagged", Tagged[int])
+    with pytest.raises(GraphError, match="Tagged is a MapFunction"):
+        env.from_batch([1]).filter(Tagged[int])  # type: ignore[arg-type]

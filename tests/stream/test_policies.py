@@ -12,7 +12,7 @@ from re import escape
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from recorded import report_of
+from support.recording_services import report_of
 
 from sage import (
     BaseCoMapFunction,
@@ -77,6 +77,7 @@ def test_dead_letters_that_nobody_sends_end_with_the_job(backend: Backends) -> N
     assert {task.state for task in report.tasks} == {"done"}
 
 
+@pytest.mark.in_one_process
 def test_what_one_record_gave_arrives_before_another_one_fails_the_job(backend: Backends) -> None:
     """Also where it is more than one step takes, so that a part of it waits when the error is known."""
     arrived: list[int] = []
@@ -103,7 +104,7 @@ def test_a_failure_that_waits_is_told_when_the_job_is_cancelled() -> None:
         def cancel(_: int, env: LocalEnvironment = env) -> None:
             env.jobmanager.jobs[env.env_uuid].cancel()
 
-        env.from_batch([[1, 2, 3, 4, 5], []]).flatmap(lambda numbers: numbers or not_three(3)).sink(cancel)
+        env.from_batch([[1, 2, 3, 4, 5], []]).flatmap(lambda numbers: numbers or [not_three(3)]).sink(cancel)
         job = env.submit()
         with suppress(FunctionError):
             job.wait()
@@ -264,6 +265,7 @@ class Flaky:
         return number
 
 
+@pytest.mark.in_one_process
 def test_a_record_is_tried_again_until_it_succeeds(backend: Backends) -> None:
     flaky = Flaky(2)
     retry = Retry(attempts_max=3, backoff_s=QUICK)
@@ -271,6 +273,7 @@ def test_a_record_is_tried_again_until_it_succeeds(backend: Backends) -> None:
     assert set(flaky.calls.values()) == {3}
 
 
+@pytest.mark.in_one_process
 def test_the_attempts_of_each_record_are_counted_alone(backend: Backends) -> None:
     calls: Counter[int] = Counter()
 
@@ -285,6 +288,7 @@ def test_the_attempts_of_each_record_are_counted_alone(backend: Backends) -> Non
     assert calls == {number: 3 if number % 3 == 0 else 1 for number in range(30)}
 
 
+@pytest.mark.in_one_process
 def test_the_last_attempt_fails_the_job_with_their_number(backend: Backends) -> None:
     flaky = Flaky(100)
     with pytest.raises(FunctionError) as caught:
@@ -293,6 +297,7 @@ def test_the_last_attempt_fails_the_job_with_their_number(backend: Backends) -> 
     assert flaky.calls == {7: 4}
 
 
+@pytest.mark.in_one_process
 def test_after_the_last_attempt_a_record_is_skipped_or_a_dead_letter(backend: Backends) -> None:
     calls: Counter[int] = Counter()
 
@@ -429,3 +434,18 @@ def test_a_retry_that_cannot_work_is_refused() -> None:
         assert caught.value.__notes__
     with pytest.raises(GraphError, match="another Retry"):
         Retry(then=Retry())
+
+
+def test_an_error_that_is_its_own_cause_ends_the_job_as_any_other(backend: Callable[[], Backend]) -> None:
+    """Libraries raise such errors."""
+    looped = ValueError("around")
+    looped.__cause__ = KeyError("and around")
+    looped.__cause__.__cause__ = looped
+
+    def fail(record: int) -> int:
+        raise looped
+
+    env = LocalEnvironment("around", backend=backend)
+    env.from_batch([1]).map(fail).sink(lambda record: None)
+    with pytest.raises(FunctionError, match="around"):
+        env.submit(autostop=True)

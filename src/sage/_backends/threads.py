@@ -6,30 +6,42 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from sage._backends.pool import Pool
+from sage._current_job import inside
+from sage._logs import log_of
+from sage._processes import zombies_of_init
 from sage._runtime.backend import Backend
 from sage._runtime.channel import CHANNEL_RECORDS_MAX
-from sage._runtime.inside import inside
-from sage._runtime.task import Step, TimedPace
-from sage.records import Span
+from sage._runtime.lifecycle import CannotBegin, TaskEvent, TaskEvents
+from sage._runtime.pace import TimedPace
+from sage.errors import ServiceError
+from sage.records import BatchReading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from threading import Condition
 
-    from sage._runtime.inside import Inside
+    from sage._current_job import Inside
+    from sage._processes import Process
+    from sage._runtime.pace import Pace
     from sage._runtime.supervisor import Supervisor
-    from sage._runtime.task import Pace, Task
+    from sage._runtime.task import Task
 
 BOOTSTRAP = frozenset({"_bootstrap", "_bootstrap_inner", "run"})
+
+log = log_of("sage.dispatcher")
 
 WATCH_S = 0.02
 """How often the watch looks whether a batch takes long, while a job runs."""
 
 
 class ThreadsBackend(Backend):
-    """Runs each task on a thread, and the supervisor on one of its own.
+    """Runs tasks on threads (`Pool`), and the supervisor on one of its own.
 
     All threads are daemons: one that hangs in user code cannot be ended in Python, and must not keep the interpreter
     from its exit. Everything else is joined before a job is sealed.
@@ -37,58 +49,87 @@ class ThreadsBackend(Backend):
 
     def __init__(self, capacity_records: int = CHANNEL_RECORDS_MAX) -> None:
         self.capacity_records = capacity_records
-        self._threads: dict[Task, threading.Thread] = {}
-        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._pool: Pool | None = None
+        self._queue: SimpleQueue[tuple[Any, float]] = SimpleQueue()
+        self._behind: tuple[Any, float] | None = None  # taken from the queue already
         self._supervisor_thread: threading.Thread | None = None
         self._sealed = threading.Event()
         self.supervisor: Inside | None = None
+        self._zombies_before: set[Process] = set()
 
-    def now(self) -> float:
-        """Return the monotonic time."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
 
     def pace(self) -> Pace:
         """Return a pace that follows the measured time."""
         return TimedPace()
 
-    def span(self) -> Span:
+    def span(self) -> BatchReading:
         """Return a span that the watch may cut."""
-        return Span()
+        return BatchReading()
 
-    def lane(self, name: str) -> ThreadLane:
+    def lane(self, name: str, *, must_start: bool = True) -> ThreadLane:
         """Return a thread for the hooks of one service."""
-        return ThreadLane(name, self)
+        return ThreadLane(name, self, must_start=must_start)
 
     def start(self, supervisor: Supervisor) -> None:
         """Start the supervisor's thread."""
         self.supervisor = supervisor
+        self._zombies_before = zombies_of_init()
         thread = threading.Thread(target=self._supervise, args=(supervisor,), name="sage-supervisor", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self.post(supervisor, CannotBegin(error))
+            self._supervise(supervisor)  # services that the job has taken over must not be left, so it ends here
+            return
         self._supervisor_thread = thread
-        thread.start()
 
     def post(self, supervisor: Supervisor, event: Any) -> None:  # noqa: ARG002
         """Put an event into the supervisor's queue."""
-        self._queue.put(event)
+        self._queue.put((event, time.monotonic()))
 
     def start_task(self, supervisor: Inside, task: Task) -> None:
-        """Start a task's thread."""
-        doorbell = Doorbell()
-        task.wake = doorbell.ring
-        thread = threading.Thread(
-            target=self._run_task, args=(supervisor, task, doorbell), name=f"sage-{task.name}", daemon=True
-        )
-        self._threads[task] = thread
-        thread.start()
+        """Begin to step a task, on a thread of its own or on one that it shares."""
+        if self._pool is None:
+            self._pool = Pool(supervisor)
+        self._pool.add(task)
+
+    def relieve(self) -> None:
+        """Give tasks that wait for a turn another thread, if the step that they wait for takes long."""
+        if self._pool is not None:
+            self._pool.relieve()
+
+    def wait_for(
+        self, supervisor: Supervisor, condition: Condition, is_over: Callable[[], bool], timeout_s: float | None
+    ) -> bool:
+        """Wait inside a function or a hook for other tasks of its job."""
+        if self._pool is not None:
+            self._pool.give_way()
+        return super().wait_for(supervisor, condition, is_over, timeout_s)
+
+    def loop_going_on(self) -> AbstractContextManager[None]:
+        """Let other tasks go on while this thread waits for the event loop."""
+        if self._pool is not None:
+            self._pool.give_way()
+        return super().loop_going_on()
 
     def where(self, task: Task) -> str:
-        """Return the stack of a task's thread."""
-        return stack_of(self._threads.get(task))
+        """Return the stack of the thread that a task is on."""
+        return stack_of(None if self._pool is None else self._pool.thread_of(task))
 
     def join_tasks(self, tasks: list[Task]) -> None:
         """Join the threads of tasks that have ended."""
-        for task in tasks:
-            if task in self._threads:
-                self._threads.pop(task).join()
+        pool, self._pool = self._pool, None  # a job that has ended is remembered with its backend
+        if pool is not None:
+            pool.join(tasks)
+
+    def left_behind(self) -> tuple[str, ...]:
+        """Name the processes that nobody waits for, if this one has to: it is the first of a container."""
+        return tuple(
+            f"process {one.pid} has ended and nobody waited for it; as process 1, this program is the parent of all "
+            "that lose theirs, so start it under an init (docker run --init)"
+            for one in sorted(zombies_of_init() - self._zombies_before)
+        )
 
     def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:
         """Wait for the one event that says that a job is sealed, then for the supervisor's thread."""
@@ -106,6 +147,7 @@ class ThreadsBackend(Backend):
         except BaseException as error:  # a bug of ours, which must not leave anyone waiting
             supervisor.crash(error)
         finally:
+            self._pool = None  # a job that has ended is remembered for long
             self._sealed.set()
 
     def _handle_events(self, supervisor: Supervisor) -> None:
@@ -114,73 +156,73 @@ class ThreadsBackend(Backend):
                 due = supervisor.next_due
                 timeout_s = WATCH_S if due is None else max(0.0, min(WATCH_S, due - time.monotonic()))
                 try:
-                    event = self._queue.get(timeout=timeout_s)
+                    event, happened_at = self._next_event(timeout_s)
                 except Empty:
                     supervisor.watch()
+                    self.relieve()
                     if due is not None and due <= time.monotonic():
                         supervisor.tick()
                 else:
-                    supervisor.handle(event)
+                    supervisor.handle(event, happened_at)
 
-    def _run_task(self, supervisor: Inside, task: Task, doorbell: Doorbell) -> None:
-        with inside(supervisor):
-            while True:
-                came = task.step()
-                if came is Step.DONE:
-                    return
-                if came is not Step.PROGRESSED:
-                    wake_at = task.wake_at
-                    doorbell.wait(None if wake_at is None else wake_at - time.monotonic())
-
-
-class Doorbell:
-    """Wakes one thread. A ring while nobody waits is remembered, so that none is missed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        """Wake the thread, now or when it waits next."""
-        try:
-            self._lock.release()
-        except RuntimeError:
-            return  # It was rung already, and nobody has come yet.
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Wait until it rings or the time is over."""
-        if timeout_s is None:
-            self._lock.acquire()
-        elif timeout_s > 0:
-            self._lock.acquire(timeout=timeout_s)
+    def _next_event(self, timeout_s: float) -> tuple[Any, float]:
+        """Return the next event and when it came; with an event of a task come those of tasks that wait behind it."""
+        event, happened_at = self._behind or self._queue.get(timeout=timeout_s)
+        self._behind = None
+        if isinstance(event, TaskEvent):
+            events = [event]
+            with suppress(Empty):
+                while isinstance((behind := self._queue.get_nowait())[0], TaskEvent):
+                    events.append(behind[0])
+                self._behind = behind
+            event = TaskEvents(tuple(events))
+        return event, happened_at
 
 
 class ThreadLane:
     """Runs the hooks of one service on one thread.
 
     The thread is started when the service is, so that stopping it needs no new thread at a time when there may be none.
+    A service that is there already, whose thread hangs or was given up with an earlier job, is ended on the thread of
+    the supervisor if the system has no other.
     """
 
-    def __init__(self, name: str, backend: ThreadsBackend) -> None:
+    def __init__(self, name: str, backend: ThreadsBackend, *, must_start: bool) -> None:
         self._backend = backend
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._name = name
-        self._thread = threading.Thread(target=self._work, name=f"sage-service-{name}", daemon=True)
-        self._thread.start()
+        self._thread = self._begin(must_start=must_start)
 
     def run(self, function: Callable[[], None]) -> None:
         """Run `function` after those given before."""
-        self._queue.put(function)
+        if self._thread is None:
+            self._thread = self._begin(must_start=False)
+        if self._thread is None:
+            function()
+        else:
+            self._queue.put(function)
 
     def where(self) -> str:
         """Return the stack of the thread."""
         return stack_of(self._thread)
 
     def close(self, *, wait: bool) -> None:
-        """End the thread after what it runs now."""
+        """End the thread after its current function."""
         self._queue.put(None)
-        if wait and self._thread is not threading.current_thread():
+        if wait and self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _begin(self, *, must_start: bool) -> threading.Thread | None:
+        thread = threading.Thread(target=self._work, name=f"sage-service-{self._name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if must_start:
+                text = f'service "{self._name}" cannot have a thread of its own: {error}'
+                raise ServiceError(text, service=self._name, fault="external") from error
+            log.warning("no thread for the hooks of service=%r error=%s", self._name, error)
+            return None
+        return thread
 
     def _work(self) -> None:
         while (function := self._queue.get()) is not None:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 import click
 
 from sage._control import doctor as health
-from sage._control import timeline
-from sage._control.clusters import Facts, facts, start_warm_ray
+from sage._control import plan_drawing, timeline
+from sage._control.clusters import Facts, facts, start_kept_cluster
 from sage._control.explanation import explaining
 from sage._control.program import Program
 from sage._control.projects import make_project
 from sage._control.saved import read
-from sage._hosts.guard import runs_folder
-from sage._hosts.guardian import reap_folder, stale_folders
-from sage._hosts.warm_ray import WARM, end_warm_ray, warm_ray
+from sage._guardian.lease import runs_folder
+from sage._guardian.run_folder import reap_folder, stale_folders
+from sage._ray.kept_cluster import WARM, end_kept_cluster, kept_cluster
+from sage._standard_streams import CUT_OFF_CODE, is_cut_off, let_go
 from sage.environment import Environment
 from sage.errors import GraphError, SageError
 from sage.observability import append_to
@@ -30,8 +31,12 @@ from sage.report import Cleanliness, Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sage._plan.logical import LogicalGraph
     from sage._plan.physical import PhysicalPlan
     from sage.report import JobReport
+
+DISTRIBUTION = "sage-dataflow"
+MACHINE = f"Python {platform.python_version()}, {platform.system()}"
 
 DRAWINGS_PER_S = 5
 DEFAULT_LOG_DIR = ".sage/logs"
@@ -46,94 +51,170 @@ log_dir_option = click.option(
     default=DEFAULT_LOG_DIR,
     envvar="SAGE_LOG_DIR",
     show_default=True,
-    help="Where log files go; SAGE_LOG_DIR says the same.",
+    help="Folder for log files; you can also set SAGE_LOG_DIR.",
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Ends quietly, as a tool does that SIGPIPE ends, when the reader of the command's output has gone."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            if not (is_cut_off(sys.stdout) or is_cut_off(sys.stderr)):
+                raise
+            let_go()
+            ctx.exit(CUT_OFF_CODE)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name=DISTRIBUTION, message=f"%(package)s %(version)s, {MACHINE}")
 def main() -> None:
-    """Run and look at dataflow pipelines."""
+    """Run and inspect dataflow pipelines."""
 
 
-@main.command()
+class OfProgram(click.Command):
+    """A command whose unknown options, and a request for help behind the file, are meant for the program."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of the command line."""
+        place = next((place for place, word in enumerate(args) if word.endswith(".py")), len(args))
+        if not {"-h", "--help"}.isdisjoint(args[place:]) and "--" not in args:
+            args.insert(place + 1, "--")
+        return super().parse_args(ctx, args)
+
+
+PASSED_ON = {"ignore_unknown_options": True}
+
+
+@main.command(cls=OfProgram, context_settings=PASSED_ON)
 @click.argument("file", type=FILE)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @log_dir_option
-@click.option("--progress/--no-progress", default=None, help="Show progress; by default on a terminal only.")
+@click.option("--progress/--no-progress", default=None, help="Show progress; by default only on a terminal.")
 @click.option(
     "--report",
     type=NEW_FILE,
-    help="Write events and reports there, as JSON Lines while they come; SAGE_REPORT_FILE says it without emptying it.",
+    help="Write events and reports to FILE as JSON Lines; SAGE_REPORT_FILE appends to a file instead.",
 )
-def run(file: Path, args: tuple[str, ...], log_dir: Path, progress: bool | None, report: Path | None) -> None:
+@click.option(
+    "--record", type=NEW_FILE, help="Write the calls of all services, and their answers, to the cassette FILE."
+)
+@click.option("--replay", type=FILE, help="Answer the calls of all services from the cassette FILE, and start none.")
+def run(
+    file: Path,
+    args: tuple[str, ...],
+    log_dir: Path,
+    progress: bool | None,
+    report: Path | None,
+    record: Path | None,
+    replay: Path | None,
+) -> None:
     """Run FILE as Python would, show how far its jobs are, and print their reports.
 
-    Arguments of the program follow after --. Jobs that the program leaves running are waited for.
+    Options that are not listed below, and everything after --, are passed to your program. If the program leaves jobs
+    running, the command waits for them.
 
     Exit codes: 0 for success, 1 if the program or a job failed, 2 if the jobs completed but something could not be
-    cleaned up or written to the report file, 130 after Ctrl-C, 143 after SIGTERM; another one if the program chose it.
+    cleaned up or written to the report file, 3 if a job ended because its budget was used up, 130 after Ctrl-C, 141 if
+    the reader of the output has gone, 143 after SIGTERM; otherwise the program's own.
     """
     os.environ["SAGE_LOG_DIR"] = str(log_dir)
     if report is not None:
-        _empty(report)
+        _empty(report, "--report")
         os.environ["SAGE_REPORT_FILE"] = str(report.absolute())
+    if record is not None and replay is not None:
+        raise click.UsageError("--record and --replay exclude each other.")
+    if record is not None:
+        _empty(record, "--record")
+        os.environ["SAGE_RECORD_FILE"] = str(record.absolute())
+    if replay is not None:
+        os.environ["SAGE_REPLAY_FILE"] = str(replay.absolute())
     program = Program(file, args)
     with _live(program) if progress or (progress is None and sys.stderr.isatty()) else nullcontext():
         program.run()
+    if program.exit_code == CUT_OFF_CODE:
+        sys.exit(CUT_OFF_CODE)  # whoever read has had enough
     for ended in program.reports:
         click.secho(str(ended), err=True, fg=_colour(ended))
     click.echo(program.error_text(), err=True, nl=False)
     sys.exit(program.exit_code)
 
 
-@main.command()
+@main.command("exec", options_metavar="[--]")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(command: tuple[str, ...]) -> None:
+    """Run COMMAND, and end everything that it leaves behind.
+
+    No process that COMMAND started stays behind, even if you kill `sage exec` itself. Each gets SIGTERM, and two
+    seconds later SIGKILL. Signals, the terminal and the exit code pass through. Standard error lists the processes that
+    were left. As the first process of a container, `sage exec` also reaps orphans.
+
+    Exit codes: the command's own, or 128 plus the number of the signal that ended it; 125 without a guardian, 126
+    if the command cannot be run, 127 if it is not found.
+    """
+    from sage._control.supervisor import run
+
+    sys.exit(run(command))
+
+
+@main.command(cls=OfProgram, context_settings=PASSED_ON)
 @click.argument("file", type=FILE)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.option("--format", "form", type=click.Choice(["text", "mermaid"]), default="text", show_default=True)
-def explain(file: Path, args: tuple[str, ...], form: str) -> None:
-    """Print the plan of every environment of FILE; its jobs are not run.
+@click.option("--svg", type=NEW_FILE, help="Draw the plans to FILE instead of printing them.")
+def explain(file: Path, args: tuple[str, ...], form: str, svg: Path | None) -> None:
+    """Print the plan of every environment in FILE without running its jobs.
 
-    The program itself runs: each submit shows a plan and returns a job that has completed without a record. What the
-    program prints goes to standard error.
+    Your program itself runs, but each submit only prints a plan and returns a job that has completed without records.
+    The program's own output goes to standard error.
     """
-    output, count = sys.stdout, 0
+    from sage._plan.explanation import explanation
 
-    def show(plan: PhysicalPlan) -> None:
-        nonlocal count
-        count += 1
-        click.echo(plan.text() if form == "text" else plan.mermaid(), file=output)
+    output = sys.stdout
+    plans: list[tuple[LogicalGraph, PhysicalPlan]] = []
+
+    def show(graph: LogicalGraph, plan: PhysicalPlan) -> None:
+        plans.append((graph, plan))
+        if svg is None:
+            click.echo(explanation(graph, plan, form), file=output)
 
     program = Program(file, args)
     with explaining(show) as shown, redirect_stdout(sys.stderr):
         program.run()
-    # What was built on the top level of the file, but not submitted, is shown too.
+    # Environments that the file builds but does not submit are shown too.
     for value in program.names.values():
         if isinstance(value, Environment) and value not in shown:
             shown.add(value)
             try:
-                click.echo(value.explain(form))
+                graph = value._graph()
+                show(graph, value._plan(graph))
             except GraphError as error:
                 program.error = error
                 break
-            count += 1
+    if svg is not None and plans:
+        _write(svg, plan_drawing.svg(plans))
+    count = len(plans)
     sys.exit(_explained(program, count))
 
 
 @main.command()
 @click.argument("file", type=FILE)
-@click.option("--html", type=NEW_FILE, help="Write the tables and timelines there, as one page.")
-@click.option("--svg", type=NEW_FILE, help="Write the timelines there, as a drawing.")
+@click.option("--html", type=NEW_FILE, help="Write the tables and timelines to FILE as one page.")
+@click.option("--svg", type=NEW_FILE, help="Draw the timelines to FILE.")
 def report(file: Path, html: Path | None, svg: Path | None) -> None:
     """Print the reports in FILE, which `sage run --report FILE` or SAGE_REPORT_FILE wrote.
 
-    A file whose program was killed shows what had happened until then.
+    If the program was killed, you see everything up to that moment.
     """
     try:
         saved = read(file)
     except OSError as error:
         raise click.ClickException(f"{file} cannot be read: {error.strerror or error}") from error
     if not saved.jobs:
-        raise click.ClickException(f"{file} tells of no job")
+        raise click.ClickException(f"{file} does not contain a job")
     if html is not None:
         _write(html, timeline.page(saved))
     if svg is not None:
@@ -148,34 +229,48 @@ def report(file: Path, html: Path | None, svg: Path | None) -> None:
 
 @main.group()
 def new() -> None:
-    """Make a new project: a folder with a pipeline, a config and tests that pass."""
+    """Make a new project: a folder with a program, a config and tests that pass."""
 
 
 @new.command()
 @click.argument("folder", metavar="NAME", type=FOLDER)
 def rag(folder: Path) -> None:
-    """Make the project NAME, which answers questions from documents and names the passages.
+    """Make the project NAME, which answers questions from documents and cites its sources.
 
-    NAME is a new folder here, or a path to one.
+    NAME is a new folder, or a path to one.
     """
+    _make("rag", folder, "pipeline.py")
+    click.echo('It runs as it is. PDF and office files: pip install "sage-dataflow[rag]"; models: see config.toml')
+
+
+@new.command()
+@click.argument("folder", metavar="NAME", type=FOLDER)
+def agent(folder: Path) -> None:
+    """Make the project NAME, in which a model answers questions in steps, with tools.
+
+    NAME is a new folder, or a path to one.
+    """
+    _make("agent", folder, "agent.py")
+
+
+def _make(template: str, folder: Path, program: str) -> None:
     with _said_to_a_person():
-        files = make_project("rag", folder)
+        files = make_project(template, folder)
     for file in files:
         click.echo(str(file))
-    click.echo(f"\nNext: cd {folder}, python pipeline.py, python -m pytest")
+    click.echo(f"\nNext: cd {folder}, python {program}, python -m pytest")
 
 
 @main.command()
 def version() -> None:
-    """Print the versions of SAGE and Python."""
-    own = metadata.version("sage-dataflow")
-    click.echo(f"sage-dataflow {own}, Python {platform.python_version()}, {platform.system()}")
+    """Print the versions of SAGE and Python, as --version does."""
+    click.echo(f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}, {MACHINE}")
 
 
 @main.command()
 @log_dir_option
 def doctor(log_dir: Path) -> None:
-    """Look whether this machine has what SAGE needs; exit with 1 if something is wrong."""
+    """Check whether SAGE can run on this machine; exit with 1 if something is wrong."""
     all_good = True
     for check in health.checks(log_dir):
         all_good &= check.is_good
@@ -186,9 +281,9 @@ def doctor(log_dir: Path) -> None:
 
 @main.command()
 def gc() -> None:
-    """End what killed programs left on this machine: processes, files, and what their services declared.
+    """Clean up after killed programs on this machine: processes, files, and things that their services declared.
 
-    That is the matter of a program's guardian; this finds what is left where both were killed.
+    Normally a program's guardian does that. Use this command if both were killed.
     """
     with _said_to_a_person():
         folders = stale_folders(runs_folder())
@@ -203,33 +298,33 @@ def gc() -> None:
 
 @main.group()
 def cluster() -> None:
-    """Keep a Ray on this machine for programs that ask for it by address="warm"."""
+    """Keep a Ray warm on this machine, for programs with address="warm"."""
 
 
 @cluster.command()
 def up() -> None:
-    """Start a Ray that stays until `sage cluster down`, and print its address.
+    """Start a Ray that runs until `sage cluster down`, and print its address.
 
-    If one is kept already, its address is printed.
+    If one is running already, you get its address.
     """
     with _said_to_a_person():
-        warm = warm_ray()
-        address = warm.address if warm is not None else start_warm_ray()
+        warm = kept_cluster()
+        address = warm.address if warm is not None else start_kept_cluster()
     click.echo(address)
     click.echo(f'RemoteEnvironment(address="{WARM}") uses it, and so does this address.', err=True)
 
 
 @cluster.command()
 def down() -> None:
-    """End the Ray that is kept, with everything that runs on it."""
+    """End the warm Ray, with everything that runs on it."""
     with _said_to_a_person():
-        warm = end_warm_ray()
+        warm = end_kept_cluster()
     click.echo("no cluster is kept" if warm is None else f"{warm.address} has ended")
 
 
 @cluster.command()
 def status() -> None:
-    """Say what Ray is kept, and what it has; exit with 1 if there is none."""
+    """Show the warm Ray and its resources; exit with 1 if there is not one."""
     with _said_to_a_person():
         found: Facts | None = facts()
     if found is None:
@@ -254,7 +349,9 @@ def _live(program: Program) -> AbstractContextManager[object]:
     from rich.live import Live
 
     from sage._control.progress import Progress
+    from sage._progress import ProgressLine
 
+    ProgressLine.is_muted = True
     progress = Progress(lambda: program.jobs)
     return Live(
         get_renderable=progress.table,
@@ -266,15 +363,15 @@ def _live(program: Program) -> AbstractContextManager[object]:
     )
 
 
-def _empty(report: Path) -> None:
-    """Begin a report file anew, or say before anything runs why it cannot be written."""
+def _empty(file: Path, option: str) -> None:
+    """Begin a file of an option anew, or say before anything runs why it cannot be written."""
     try:
-        os.close(append_to(report))
-        if report.is_file():
-            os.truncate(report, 0)
+        os.close(append_to(file))
+        if file.is_file():
+            os.truncate(file, 0)
     except OSError as error:
-        text = f"{report} cannot be written: {error.strerror or error}"
-        raise click.BadParameter(text, param_hint="--report") from error
+        text = f"{file} cannot be written: {error.strerror or error}"
+        raise click.BadParameter(text, param_hint=option) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -291,7 +388,9 @@ def _colour(report: JobReport | None) -> str | None:
 
 
 def _explained(program: Program, count: int) -> int:
-    """Return the exit code of `explain`, after saying what went wrong."""
+    """Return the exit code of `explain`, after printing the error."""
+    if isinstance(program.error, BrokenPipeError):
+        raise program.error  # nobody reads the plans any more
     text = program.error_text()
     if isinstance(program.error, SystemExit) and count:
         return 0

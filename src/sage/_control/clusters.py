@@ -1,4 +1,4 @@
-"""What the command `sage cluster` does with the Ray that is kept on this machine."""
+"""The actions of the command `sage cluster` on the warm Ray of this machine."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sage._backends.ray_cluster import cluster
-from sage._hosts.guard import runs_folder
-from sage._hosts.local_ray import check_ray
-from sage._hosts.warm_ray import WARM, warm_ray
-from sage._runtime.journal import make_private
+from sage._extras import load
+from sage._guardian.journal import make_private
+from sage._guardian.lease import runs_folder
+from sage._ray.connection import cluster
+from sage._ray.kept_cluster import WARM, kept_cluster
+from sage._ray.local_cluster import check_ray
 from sage.errors import ControlError, hint
-from sage.services.extras import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sage._hosts.warm_ray import Warm
+    from sage._ray.kept_cluster import KeptCluster
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What runs: the Ray that is kept, its nodes that live, and what it has in all and has to give now."""
+    """The state of the warm Ray: its live nodes, its total and its free resources."""
 
-    warm: Warm
+    warm: KeptCluster
     nodes: tuple[str, ...]
     total: dict[str, float]
     free: dict[str, float]
@@ -47,19 +47,13 @@ class Facts:
         yield "folder", self.warm.folder
 
 
-def start_warm_ray() -> str:
-    """Start the process that keeps a Ray, and return the address as soon as it is up.
-
-    Raises:
-        MissingExtraError: Ray is not installed, or not in a supported version.
-        ControlError: it could not be started.
-        PermissionError: the folder where it would be noted is not safe from others.
-    """
+def start_kept_cluster() -> str:
+    """Start the process that keeps a Ray, and return the address as soon as it is up."""
     check_ray()
     make_private(runs_folder())
     with tempfile.TemporaryFile() as output:
         keeper = subprocess.Popen(
-            [sys.executable, "-m", "sage._hosts.warm_ray"],
+            [sys.executable, "-m", "sage._ray.kept_cluster"],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -71,7 +65,7 @@ def start_warm_ray() -> str:
             with keeper.stdout:
                 line = keeper.stdout.readline()
         except BaseException:
-            keeper.terminate()  # it ends what it has started
+            keeper.terminate()  # it ends the Ray that it has started
             keeper.wait()
             raise
         if not line:
@@ -90,12 +84,8 @@ def start_warm_ray() -> str:
 
 
 def facts() -> Facts | None:
-    """Return what the Ray that is kept says of itself, or None if there is none.
-
-    Raises:
-        ServerUnreachableError: its process is there, but Ray does not answer.
-    """
-    warm = warm_ray()
+    """Return the description of the warm Ray, or None if there is not one."""
+    warm = kept_cluster()
     if warm is None:
         return None
     with cluster(WARM):

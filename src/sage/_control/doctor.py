@@ -1,4 +1,4 @@
-"""Whether this machine has what SAGE needs."""
+"""Checks whether SAGE can run on this machine."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sage._hosts.local_ray import check_ray
+from sage._extras import MissingExtraError
+from sage._ray.local_cluster import check_ray
 from sage.environment import LocalEnvironment
 from sage.errors import SageError, describe
 from sage.report import Cleanliness, Outcome
 from sage.service import BaseService
-from sage.services.extras import MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 PYTHON_MIN = (3, 11)
 THREADS_COUNT = 50
@@ -32,7 +32,7 @@ THREAD_START_SLOW_S = 0.01
 
 SHARED_MEMORY = Path("/dev/shm")
 OBJECT_STORE_SHARE = 0.3
-"""What of the free memory Ray wants for its objects; what does not fit into shared memory goes to the disk."""
+"""The share of free memory that Ray uses for its objects; objects beyond shared memory go to the disk."""
 
 GIB = 2**30
 
@@ -58,6 +58,7 @@ def checks(log_dir: Path) -> Iterator[Check]:
     """Yield one check after the other; none of them raises."""
     running = platform.python_version()
     yield Check("Python", sys.version_info >= PYTHON_MIN, f"{running}, 3.11 or later is needed")
+    yield import_name()
     yield full_text_search()
     yield thread_start()
     yield writeable(log_dir)
@@ -65,6 +66,16 @@ def checks(log_dir: Path) -> Iterator[Check]:
         yield installed(package)
     yield from ray()
     yield pipeline()
+
+
+def import_name(providers: Iterable[str] | None = None) -> Check:
+    """Look for other distributions that install a package named `sage`, as SageMath and the SAGE of 2025 do."""
+    found = packages_distributions().get("sage", ()) if providers is None else providers
+    others = sorted({name for name in found if name != "sage-dataflow"})
+    if not others:
+        return Check("import sage", True, "no other package has this name")
+    listed = ", ".join(others)
+    return Check("import sage", False, f"{listed} installs a package of this name too; use a virtual environment apart")
 
 
 def full_text_search() -> Check:
@@ -122,7 +133,7 @@ def installed(package: str) -> Check:
 
 
 def ray(shared_memory: Path = SHARED_MEMORY) -> Iterator[Check]:
-    """Look for Ray and for what it needs; without it only RemoteEnvironment cannot be used."""
+    """Check Ray and its requirements; without it, only RemoteEnvironment cannot be used."""
     try:
         version("ray")
     except PackageNotFoundError:
@@ -145,11 +156,7 @@ def ray(shared_memory: Path = SHARED_MEMORY) -> Iterator[Check]:
 
 
 def available_memory() -> int:
-    """Return how many bytes of memory programs can have.
-
-    Raises:
-        OSError: this platform does not tell.
-    """
+    """Return how many bytes of memory programs can have."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 
@@ -165,7 +172,7 @@ def pipeline() -> Check:
         report = environment.submit(autostop=True).report
     except SageError as error:
         return Check(name, False, describe(error))
-    if report is None or arrived != [2, 4, 6]:
+    if arrived != [2, 4, 6]:
         return Check(name, False, f"expected [2, 4, 6], got {arrived}")
     is_good = report.state is Outcome.COMPLETED and report.cleanliness is Cleanliness.CLEAN
     return Check(name, is_good, f"{report.state} and {report.cleanliness} after {report.duration_s * 1e3:.0f} ms")

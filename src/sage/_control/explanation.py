@@ -29,7 +29,7 @@ class PlannedJob(Job):
         operators = tuple(
             OperatorReport(node.name, str(node.kind), node.parallelism, 0, 0, 0, 0.0) for node in graph.nodes.values()
         )
-        self.report: JobReport = JobReport(
+        self._report = JobReport(
             id_, graph.name, Outcome.COMPLETED, Cleanliness.CLEAN, "explained, not run", now, now, 0.0, operators
         )
         self.dispatcher: Any = NoDispatcher()
@@ -51,22 +51,18 @@ class PlannedJob(Job):
         """Return the report at once."""
         return self.report
 
-    def finish_up(self, timeout_s: float | None = None) -> None:
+    def _finish_up(self, timeout_s: float | None = None) -> None:
         """Do nothing."""
 
 
 @contextmanager
-def explaining(show: Callable[[PhysicalPlan], None]) -> Iterator[set[Environment]]:
-    """Show the plan of every environment that is submitted, in any thread, instead of running it.
-
-    Yields:
-        The environments that were shown, as they come.
-    """
+def explaining(show: Callable[[LogicalGraph, PhysicalPlan], None]) -> Iterator[set[Environment]]:
+    """Show the plan of every environment that is submitted, in any thread, instead of running it."""
     shown: set[Environment] = set()
 
     def explain(environment: Environment, graph: LogicalGraph, plan: PhysicalPlan) -> Job:
         shown.add(environment)
-        show(plan)
+        show(graph, plan)
         return PlannedJob(environment.env_uuid, graph, plan)
 
     Environment._instead_of_running = explain

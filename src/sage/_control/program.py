@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import signal
 import sys
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from sage import errors
 from sage._assembly import INTERRUPT_TIMEOUT_S
+from sage._runtime.interrupts import SignalsTaken
 from sage._runtime.manager import JobManager
-from sage._runtime.states import Way
+from sage._runtime.states import StopMode
+from sage._standard_streams import CUT_OFF_CODE, has_unread_output, is_of_output, let_go
 from sage.errors import InternalError, JobError, SageError
 from sage.observability import ReportFile
 from sage.report import Cleanliness, Outcome
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_DIRTY = 2
+EXIT_BUDGET = 3
 EXIT_INTERRUPTED = 130
 
 TERMINATING = (signal.SIGTERM, signal.SIGHUP)
@@ -39,13 +41,7 @@ OWN_CODE = str(Path(errors.__file__).parent)
 
 
 class Program:
-    """A file that is run as `__main__`, with its folder first on the path of imports and its own arguments.
-
-    Attributes:
-        file: where it is.
-        error: what it raised, or None.
-        names: its global names after a run that raised nothing.
-    """
+    """A file that is run as `__main__`, with its folder first on the path of imports and its own arguments."""
 
     def __init__(self, file: Path, args: Sequence[str] = ()) -> None:
         self.error: BaseException | None = None
@@ -61,7 +57,13 @@ class Program:
                     self.names = runpy.run_path(str(self.file), run_name="__main__")
                 for job in self._running():
                     job.wait()
+                if has_unread_output():
+                    let_go()
+                    raise SystemExit(CUT_OFF_CODE)
             except BaseException as error:  # Ctrl-C and SystemExit decide about the exit code too
+                if isinstance(error, BrokenPipeError) and is_of_output(error):
+                    let_go()
+                    error = SystemExit(CUT_OFF_CODE)
                 self.error = error
                 self._stop_jobs(error)
 
@@ -73,13 +75,13 @@ class Program:
     @property
     def reports(self) -> tuple[JobReport, ...]:
         """The reports of the jobs that have ended."""
-        return tuple(job.report for job in self.jobs if job.report is not None)
+        return tuple(job.report for job in self.jobs if not job.is_running)
 
     @property
     def exit_code(self) -> int:
-        """The exit code: what the program asked for, else what its jobs came to."""
+        """The exit code: the program's own, or else that of its jobs."""
         codes = [EXIT_DIRTY if ReportFile.problems else 0, *map(_code_of, self.reports)]
-        of_jobs = max(codes, key=(0, EXIT_DIRTY, EXIT_FAILED).index)
+        of_jobs = max(codes, key=(0, EXIT_BUDGET, EXIT_DIRTY, EXIT_FAILED).index)
         match self.error:
             case None:
                 return of_jobs
@@ -109,10 +111,10 @@ class Program:
     def _stop_jobs(self, error: BaseException) -> None:
         for job in self._running():
             if isinstance(error, KeyboardInterrupt):
-                job.interrupt(signal.SIGINT)
+                job._interrupt(signal.SIGINT)
             else:
-                job.request(Way.DRAIN, f"the program ended by {type(error).__name__}", INTERRUPT_TIMEOUT_S)
-            # Its report tells what failed besides, and the first signal has decided about the exit code.
+                job._request(StopMode.STOP, f"the program ended by {type(error).__name__}", INTERRUPT_TIMEOUT_S)
+            # Its report has the other errors, and the first signal has determined the exit code.
             with suppress(SageError, KeyboardInterrupt, SystemExit):
                 job.wait()
 
@@ -128,13 +130,10 @@ class Program:
 
         # One that is ignored, as under nohup, stays ignored.
         changed = [signum for signum in TERMINATING if signal.getsignal(signum) is signal.SIG_DFL]
-        for signum in changed:
-            signal.signal(signum, leave)
-        try:
-            yield
-        finally:
+        with SignalsTaken() as taken:
             for signum in changed:
-                signal.signal(signum, signal.SIG_DFL)
+                taken.take(signum, leave)
+            yield
 
     @contextmanager
     def _as_main(self) -> Iterator[None]:
@@ -154,42 +153,34 @@ def _heard_while_waiting() -> Iterator[None]:
 
     A thread that is to wait, in a call such as `Event.wait`, gives the interpreter's lock to another one first, which
     takes a while on a busy machine. A signal that comes meanwhile interrupts nothing, and the thread then waits without
-    having heard of it. What the interpreter writes to the wake-up descriptor is read by a thread that waits already,
-    and that interrupts the main thread again by a signal that means nothing.
+    having heard of it. A waiting thread reads the bytes that the interpreter writes to the wake-up descriptor, and
+    interrupts the main thread again with a signal that has no effect.
     """
     if signal.getsignal(signal.SIGURG) is not signal.SIG_DFL:
         yield  # the program around has a use for it
         return
     main = threading.get_ident()
     over = threading.Event()
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
 
-    def watch() -> None:
-        while received := os.read(read_end, 64):
-            for pause_s in NUDGES_S if set(received) != {signal.SIGURG} else ():
-                if not over.wait(pause_s):
-                    signal.pthread_kill(main, signal.SIGURG)
+    def nudge(signum: int) -> None:
+        for pause_s in NUDGES_S if signum != signal.SIGURG else ():
+            if not over.wait(pause_s):
+                signal.pthread_kill(main, signal.SIGURG)
 
-    watching = threading.Thread(target=watch, name="sage-nudges", daemon=True)
-    watching.start()
-    signal.signal(signal.SIGURG, lambda *_: None)
-    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        over.set()
-        signal.set_wakeup_fd(before)
-        os.close(write_end)
-        watching.join()
-        os.close(read_end)
-        signal.signal(signal.SIGURG, signal.SIG_DFL)
+    with SignalsTaken(nudge, "sage-nudges") as taken:
+        taken.take(signal.SIGURG, lambda *_: None)
+        try:
+            yield
+        finally:
+            over.set()
 
 
 def _code_of(report: JobReport) -> int:
     if report.state in (Outcome.FAILED, Outcome.LOST):
         return EXIT_FAILED
-    return EXIT_DIRTY if report.cleanliness is Cleanliness.DIRTY else 0
+    if report.cleanliness is Cleanliness.DIRTY:
+        return EXIT_DIRTY
+    return EXIT_BUDGET if report.state is Outcome.STOPPED and report.why.startswith("budget: ") else 0
 
 
 def _leave_out_own_code(shown: traceback.TracebackException, seen: set[int]) -> None:

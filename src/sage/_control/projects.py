@@ -14,22 +14,14 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,98}[A-Za-z0-9]|[A-Za-z]", re.ASCII)
-"""What may be the name of a distribution."""
+"""The pattern of a valid distribution name."""
 
 SUFFIX = ".in"
 HIDDEN = {"gitignore": ".gitignore"}
 
 
 def make_project(template: str, folder: Path) -> list[Path]:
-    """Make a project in a new folder, whose name is the project's, and return its files.
-
-    Args:
-        template: a folder below `templates`.
-        folder: where; it is not there yet, or empty.
-
-    Raises:
-        ControlError: the folder has something in it or cannot be written, or its name is none for a project.
-    """
+    """Make a project in a new folder, whose name is the project's, and return its files."""
     name = folder.absolute().name
     if not NAME.fullmatch(name):
         error = ControlError(f'"{name}" cannot be the name of a project')

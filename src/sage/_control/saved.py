@@ -1,4 +1,4 @@
-"""What a report file says of jobs, also where it was cut short."""
+"""The jobs in a report file, even if the file was cut short."""
 
 from __future__ import annotations
 
@@ -18,17 +18,7 @@ SECONDS_MAX = 1e11
 
 @dataclass
 class SavedJob:
-    """One job of a report file.
-
-    Attributes:
-        id: the job's id.
-        name: the environment's name.
-        events: its changes of state, in the order of the file.
-        hooks: its hooks, in the order in which they ended.
-        report: its report, or None if the file ends before it.
-        began_at: the first moment that the file tells of, in seconds since the epoch.
-        ended_at: the last one.
-    """
+    """One job of a report file."""
 
     id: str
     name: str = ""
@@ -44,13 +34,7 @@ class SavedJob:
         return self.report is not None
 
     def take(self, line: dict[str, Any]) -> None:
-        """Add what one line says.
-
-        Raises:
-            ValueError: it says nothing that is known here.
-            KeyError: something is missing in it.
-            TypeError: something in it is of another kind.
-        """
+        """Add the content of one line."""
         match line.get("type", "report"):
             case "job":
                 self.name = str(line["name"])
@@ -74,7 +58,7 @@ class SavedJob:
                 raise ValueError(f"a line of the unknown type {kind!r}")
 
     def text(self) -> str:
-        """Return the table of the report, or of what is known of a job that did not end."""
+        """Return the report as a table, or the known facts about a job that did not end."""
         if self.report is not None:
             return str(self.report)
         lasted_s = max(0.0, self.ended_at - self.began_at)
@@ -115,9 +99,6 @@ def read(path: Path) -> Saved:
     """Read a report file, or a file with the JSON of one report.
 
     Lines that cannot be read are counted and left out: one is torn when its process is killed.
-
-    Raises:
-        OSError: the file cannot be read.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     jobs: dict[str, SavedJob] = {}
@@ -138,7 +119,7 @@ def read(path: Path) -> Saved:
 def _number(value: Any) -> float:
     number = float(value)
     if not abs(number) < SECONDS_MAX:
-        raise ValueError(f"{value} is no number of seconds")
+        raise ValueError(f"{value} is not a number of seconds")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Jobs as drawings and pages: what was in which state when, as SVG and HTML that need nothing else."""
+"""Jobs as drawings and pages: the states over time, as self-contained SVG and HTML."""
 
 from __future__ import annotations
 
@@ -22,21 +22,14 @@ LETTER_WIDTH = 6.2
 TICKS_COUNT = 8
 
 COLOURS = {
-    "new": "#d9d9d9",
-    "created": "#d9d9d9",
-    "registered": "#d9d9d9",
-    "starting": "#f2c14e",
-    "opening": "#f2c14e",
-    "running": "#4c9f70",
-    "ready": "#4c9f70",
+    **dict.fromkeys(("new", "created", "registered"), "#d9d9d9"),
+    **dict.fromkeys(("starting", "opening"), "#f2c14e"),
+    **dict.fromkeys(("running", "ready"), "#4c9f70"),
     "degraded": "#e07b39",
     "backoff": "#c98bb9",
     "draining": "#7fb7be",
-    "cancelling": "#e07b39",
-    "failing": "#e07b39",
-    "stopping_services": "#5b84b1",
-    "stopping": "#5b84b1",
-    "closing": "#5b84b1",
+    **dict.fromkeys(("cancelling", "failing"), "#e07b39"),
+    **dict.fromkeys(("stopping_services", "stopping", "closing"), "#5b84b1"),
     "cleaning": "#8e7cc3",
 }
 OTHER_COLOUR = "#999999"
@@ -62,7 +55,7 @@ svg { max-width: 100%; height: auto; }
 
 @dataclass
 class Row:
-    """What one task or service went through: the states it was in with their beginnings, and its hooks."""
+    """The history of one task or service: its states with their beginnings, and its hooks."""
 
     label: str
     states: list[tuple[float, str]] = field(default_factory=list)
@@ -271,7 +264,7 @@ def _bad(is_bad: bool) -> str:
 
 
 def _short(text: str, letters_max: int) -> str:
-    """Leave out the middle of a long text: what tells names apart is often their end."""
+    """Leave out the middle of a long text: names often differ only at their end."""
     if len(text) <= letters_max:
         return text
     half = (letters_max - 3) // 2

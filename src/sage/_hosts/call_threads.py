@@ -7,11 +7,14 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from sage._calls import CallFuture
-from sage._runtime.inside import carried
-from sage.errors import ServiceUnavailableError
+from sage._current_job import carried
+from sage._forks import leave_if_forked
+from sage.errors import ServiceError, ServiceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sage._hosts.waits import Wait, Waits
 
 CALL_THREADS_MAX = 32
 
@@ -23,10 +26,11 @@ class CallThreads:
     interpreter from its exit.
     """
 
-    def __init__(self, service: str, threads_max: int | None) -> None:
+    def __init__(self, service: str, threads_max: int | None, waits: Waits | None = None) -> None:
         self._service = service
+        self._waits = waits
         self._threads_max = min(threads_max or CALL_THREADS_MAX, CALL_THREADS_MAX)
-        self._queue: SimpleQueue[tuple[CallFuture, Callable[[], Any]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[CallFuture, Callable[[], object]] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._open = 0  # calls that were taken in and have not ended
         self._load = 0  # those of them that need a thread, or have one
@@ -42,14 +46,28 @@ class CallThreads:
                 raise ServiceUnavailableError(f'service "{self._service}" has stopped', service=self._service)
             self._open += 1
             self._load += 1
+            if self._waits is not None and self._load > self._threads_max:
+                function = _measured(self._waits.begin(), future, function)
             self._queue.put((future, carried(function)))
             # Counted, and not seen by which threads wait: one that is about to take a call waits no more.
             if len(self._threads) < min(self._load, self._threads_max):
                 name = f"{self._service}-call-{len(self._threads)}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._start_thread(name)
         return future
+
+    def _start_thread(self, name: str) -> None:
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if self._threads:
+                return  # they take the call when they are free
+            self._queue.get()
+            self._open -= 1
+            self._load -= 1
+            text = f'service "{self._service}" cannot be called: {error}'
+            raise ServiceError(text, service=self._service, fault="external") from error
+        self._threads.append(thread)
 
     @property
     def is_busy(self) -> bool:
@@ -62,7 +80,7 @@ class CallThreads:
             return self._all_done.wait_for(lambda: self._open == 0, max(timeout_s, 0))
 
     def close(self) -> None:
-        """Cancel what has not begun and end the threads; one that never returns is left behind."""
+        """Cancel waiting calls and end the threads; one that never returns is left behind."""
         with self._lock:
             self._closed = True
             idle = self._open == 0
@@ -75,7 +93,7 @@ class CallThreads:
                 thread.join()
 
     def cancel_waiting(self) -> None:
-        """Cancel what has not begun."""
+        """Cancel waiting calls."""
         while True:
             try:
                 entry = self._queue.get_nowait()
@@ -96,9 +114,11 @@ class CallThreads:
                 try:
                     result = future.make(function)
                 except BaseException as error:  # the caller owns it, through the future
+                    leave_if_forked(error)
                     self._returned()
                     future.set_exception(error)
                 else:
+                    leave_if_forked()
                     self._returned()
                     future.set_result(result)
             self._ended()
@@ -113,3 +133,14 @@ class CallThreads:
             self._open -= 1
             if self._open == 0:
                 self._all_done.notify_all()
+
+
+def _measured(wait: Wait, future: CallFuture, function: Callable[[], object]) -> Callable[[], object]:
+    """Return a call that says when a thread is free for it; it leaves with its future."""
+    future.add_done_callback(lambda _: wait.end())
+
+    def call() -> Any:
+        wait.found()
+        return function()
+
+    return call

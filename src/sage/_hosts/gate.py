@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sage._hosts.waits import Waits
 from sage._runtime.coroutines import is_on_loop
 from sage.service import ABSENT
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import AbstractContextManager
 
-_inside: ContextVar[frozenset[Any]] = ContextVar("inside", default=frozenset())
+    from sage._hosts.waits import Wait
+
+_inside: ContextVar[frozenset[object]] = ContextVar("inside", default=frozenset())
 """The gates that let through the call in which a coroutine runs."""
 
 
@@ -34,40 +38,54 @@ class Gate(Protocol):
     error_count: int
 
     def bind(
-        self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
+        self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
         """Return `method` behind the gate; a call that finds it closed goes to `otherwise`, unless it may pass."""
 
     def close(self) -> None:
         """Let nothing more through."""
 
+    def take_back(self) -> None:
+        """Count a call less that was let through and not made."""
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call runs and return whether that is so."""
 
+    def shut_after_fork(self) -> None:
+        """Let nothing through, and wait for none of the threads that a forked process does not have."""
+
 
 class SerialGate:
-    """One call at a time. A service that calls itself gets through, as the lock is reentrant."""
+    """One call at a time. A service that calls itself gets through, as the lock is reentrant.
 
-    def __init__(self) -> None:
+    Args:
+        waits: takes in how long calls wait; by default nobody reads it.
+    """
+
+    def __init__(self, waits: Waits | None = None) -> None:
         self.is_open = False
         self.call_count = 0
         self.error_count = 0
         self._lock = threading.RLock()
+        self._waits = waits or Waits(time.monotonic, is_serial=True)
 
     def bind(
-        self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
+        self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
         """Return `method` behind the lock."""
         # The hot path of services: one lock, one test and a plain call, about as long as the call itself. Handing on a
-        # tuple and a dictionary would cost as much again, and most calls have one argument.
-        lock = self._lock
+        # tuple and a dictionary would cost as much again, and most calls have one argument. Only calls that have to
+        # wait are measured.
+        acquire, release = self._lock.acquire, self._lock.release
 
         def call(first: Any = ABSENT, /, *args: Any, **kwargs: Any) -> Any:
             if first is ABSENT:
                 return call_with((), kwargs)
             if args or kwargs:
                 return call_with((first, *args), kwargs)
-            with lock:
+            if not acquire(False):
+                return call_with((first,), kwargs)
+            try:
                 if self.is_open or passes_closed:
                     self.call_count += 1
                     try:
@@ -75,10 +93,16 @@ class SerialGate:
                     except BaseException:
                         self.error_count += 1
                         raise
+            finally:
+                release()
             return otherwise(first)
 
-        def call_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with lock:
+        def call_with(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+            wait = None if acquire(False) else self._waits.begin()
+            if wait is not None:
+                acquire()
+                wait.found()
+            try:
                 if self.is_open or passes_closed:
                     self.call_count += 1
                     try:
@@ -86,13 +110,21 @@ class SerialGate:
                     except BaseException:
                         self.error_count += 1
                         raise
+            finally:
+                release()
+                if wait is not None:
+                    wait.end()
             return otherwise(*args, **kwargs)
 
         return call
 
     def close(self) -> None:
-        """Let nothing more through; what waits for the lock finds the gate closed."""
+        """Stop letting calls through; calls that wait for the lock find the gate closed."""
         self.is_open = False
+
+    def take_back(self) -> None:
+        """Count a call less; the caller is let through just now."""
+        self.call_count -= 1
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call runs."""
@@ -101,8 +133,15 @@ class SerialGate:
         self._lock.release()
         return True
 
+    def shut_after_fork(self) -> None:
+        """Let nothing through; another thread of the parent may hold the lock."""
+        self.is_open = False
+        lock: Any = self._lock
+        if not lock._is_owned():
+            lock._at_fork_reinit()
 
-class SharedGate:
+
+class ConcurrentGate:
     """Several calls at a time, up to a limit or without one: of threads, and of coroutines, which do not block.
 
     A plain method that is called on an event loop runs between the awaits of the coroutines there, so it does not wait
@@ -111,10 +150,15 @@ class SharedGate:
     Args:
         calls_max: the limit.
         going_on: keeps the loop of the coroutines going while a thread waits for its place.
+        waits: takes in how long calls wait; by default nobody reads it. Without `calls_max`, calls of a service that
+            makes one at a time wait for each other behind this gate.
     """
 
     def __init__(
-        self, calls_max: int | None, going_on: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        calls_max: int | None,
+        going_on: Callable[[], AbstractContextManager[None]] = nullcontext,
+        waits: Waits | None = None,
     ) -> None:
         self.is_open = False
         self.call_count = 0
@@ -127,9 +171,13 @@ class SharedGate:
         self._waiting = 0
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._waits = waits or Waits(time.monotonic, is_serial=calls_max == 1)
+        self._waits_behind = calls_max is None and self._waits.is_serial
+        self._late: dict[object, Wait] = {}  # of the calls of a serial service that had to wait
+        self._left_at = 0.0
 
     def bind(
-        self, method: Callable[..., Any], otherwise: Callable[..., Any], *, passes_closed: bool = False
+        self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
         """Return `method` behind the limit."""
 
@@ -149,8 +197,8 @@ class SharedGate:
 
     def bind_coroutine(
         self,
-        method: Callable[..., Awaitable[Any]],
-        otherwise: Callable[..., Awaitable[Any]],
+        method: Callable[..., Awaitable[object]],
+        otherwise: Callable[..., Awaitable[object]],
         *,
         passes_closed: bool = False,
     ) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -160,7 +208,7 @@ class SharedGate:
             # Seen by the caller's thread: a service that calls itself needs no second place.
             return enter(self in _inside.get() or threading.get_ident() in self._running, args, kwargs)
 
-        async def enter(is_inside: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        async def enter(is_inside: bool, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             me = object()
             if not await self._enter_awaiting(me, is_inside, passes_closed):
                 return await otherwise(*args, **kwargs)
@@ -177,12 +225,17 @@ class SharedGate:
         return call
 
     def close(self) -> None:
-        """Let nothing more through, and send away what waits."""
+        """Stop letting calls through, and send waiting ones away."""
         with self._lock:
             self.is_open = False
             self._changed.notify_all()
             while self._awaiting:
                 self._wake_one()
+
+    def take_back(self) -> None:
+        """Count a call less that was let through and not made."""
+        with self._lock:
+            self.call_count -= 1
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call runs."""
@@ -193,16 +246,35 @@ class SharedGate:
             finally:
                 self._waiting -= 1
 
+    def shut_after_fork(self) -> None:
+        """Let nothing through; another thread of the parent may hold the lock."""
+        self.is_open = False
+        lock: Any = self._lock
+        lock._at_fork_reinit()
+
     def _enter(self, me: int, passes_closed: bool) -> bool:
         with self._lock:
             if not self._has_to_wait(me, passes_closed):
-                return self._take_place(me, passes_closed)
+                has_place = self._take_place(me, passes_closed)
+                if has_place and self._waits_behind and len(self._running) > 1 and self._running[me] == 1:
+                    self._late[me] = self._waits.begin()
+                return has_place
+        wait = self._waits.begin()
         with self._going_on(), self._lock:
             while self._has_to_wait(me, passes_closed):
                 self._waiting += 1
                 self._changed.wait()
                 self._waiting -= 1
-            return self._take_place(me, passes_closed)
+            return self._waited(me, wait, has_place=self._take_place(me, passes_closed))
+
+    def _waited(self, me: object, wait: Wait, *, has_place: bool) -> bool:
+        """Measure the wait of a call, and return whether the call has its place; the lock is held."""
+        if has_place:
+            wait.found()
+            self._late[me] = wait
+        else:
+            wait.end()
+        return has_place
 
     def _has_to_wait(self, me: int, passes_closed: bool) -> bool:
         # A thread that is inside already, because the service calls itself, needs no place of its own.
@@ -226,21 +298,24 @@ class SharedGate:
     async def _enter_awaiting(self, me: object, is_inside: bool, passes_closed: bool) -> bool:
         import asyncio
 
+        wait: Wait | None = None
         while True:
             with self._lock:
-                if not self.is_open and not passes_closed:
-                    return False
-                if is_inside or self._calls_max is None or len(self._running) < self._calls_max:
-                    self._running[me] = 1
-                    self._coroutines += 1
-                    self.call_count += 1
-                    return True
+                is_away = not self.is_open and not passes_closed
+                if is_away or is_inside or self._calls_max is None or len(self._running) < self._calls_max:
+                    if not is_away:
+                        self._running[me] = 1
+                        self._coroutines += 1
+                        self.call_count += 1
+                    return not is_away if wait is None else self._waited(me, wait, has_place=not is_away)
                 place: Future[None] = asyncio.get_running_loop().create_future()
                 self._awaiting.append(place)
+            wait = wait or self._waits.begin()
             try:
                 await place
             except asyncio.CancelledError:
                 with self._lock:
+                    wait.end()
                     if place in self._awaiting:
                         self._awaiting.remove(place)
                     elif self._awaiting:
@@ -254,11 +329,22 @@ class SharedGate:
                 self._running[me] = depth
                 return
             del self._running[me]
+            if self._late:
+                self._leave_late(me)
             self._coroutines -= is_coroutine
             if self._waiting:
                 self._changed.notify_all()
             if self._awaiting:
                 self._wake_one()
+
+    def _leave_late(self, me: object) -> None:
+        """Measure a call that had to wait. One that waited behind the gate had its turn when the one before it left."""
+        wait, before_at = self._late.pop(me, None), self._left_at
+        self._left_at = self._waits.now()
+        if wait is not None:
+            if self._waits_behind:
+                wait.found(before_at)
+            wait.end()
 
     def _wake_one(self) -> None:
         """Let the coroutine that has waited longest try again; the lock is held."""

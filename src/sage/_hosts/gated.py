@@ -1,4 +1,4 @@
-"""What every host does alike: which calls get through, on which thread hooks run, and what time-outs do."""
+"""The common part of all hosts: which calls get through, the threads of hooks, and time-outs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from sage._calls import not_in_time
+from sage._calls import not_in_time, refuse_on_foreign_loop
+from sage._current_job import wait_for
+from sage._forks import leave_if_forked, refusal, useless_after_fork
+from sage._hosts.bucket import Bucket
 from sage._hosts.call_threads import CallThreads
-from sage._hosts.gate import SerialGate, SharedGate
-from sage._runtime.backend import HostFacts
-from sage._runtime.coroutines import is_on_loop
-from sage.errors import ServiceTimeoutError, ServiceUnavailableError, hint
+from sage._hosts.gate import ConcurrentGate, SerialGate
+from sage._hosts.waits import Waits
+from sage._runtime.backend import CallWaits, HostFacts
+from sage._runtime.coroutines import AIO_HINT, is_on_loop
+from sage.errors import HeldBackError, ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -20,13 +24,15 @@ if TYPE_CHECKING:
     from sage._calls import CallFuture
     from sage._hosts.gate import Gate
     from sage._plan.logical import ServiceSpec
-    from sage._runtime.backend import Backend, Lane
-    from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.backend import HostSurroundings, Lane
     from sage.service import ServiceContext, ServiceOptions
 
 
+LOOK_S = 0.25
+"""How often a coroutine that waits for the rate looks whether the job ends."""
+
 CLOSED = object()
-"""What stands for the answer of a call that found its gate closed."""
+"""Stands for the answer of a call that found its gate closed."""
 
 
 async def _closed(*_: Any, **__: Any) -> object:
@@ -39,33 +45,29 @@ class GatedHost(ABC):
     A host that is derived from it says how an instance is built, how its hooks run and how its attributes are reached.
     """
 
-    def __init__(
-        self,
-        spec: ServiceSpec,
-        context: ServiceContext,
-        backend: Backend,
-        loop: CoroutineLoop,
-        on_died: Callable[[int, str], None],
-    ) -> None:
+    def __init__(self, spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings) -> None:
         self.spec = spec
         self._context = context
         self._incarnation = 0
-        self._on_died = on_died
-        self._backend = backend
-        self._loop = loop
-        self._lane: Lane = backend.lane(spec.name)
+        self._around = surroundings
+        self._lane: Lane = surroundings.backend.lane(spec.name)
         self._threads: CallThreads | None = None
+        self._waits = Waits(lambda: self._around.backend.now(), is_serial=spec.options.concurrency == 1)
+        self._bucket = None if spec.options.rate is None else Bucket(spec.options.rate, self._waits.now)
+        self._is_held_back = False
         self._gate: Gate = self._new_gate()
         self._earlier: list[Gate] = []
         self._is_building = False
         self._is_built = False
         self._held = True  # a call that comes before the service is ready waits for it
         self._refused = False
+        self._is_forked = False
         self._changed = threading.Condition()
+        useless_after_fork(self)
 
     @property
     def options(self) -> ServiceOptions:
-        """What the lifecycle of this job goes by."""
+        """The options that the lifecycle of this job uses."""
         return self.spec.options
 
     @property
@@ -84,6 +86,12 @@ class GatedHost(ABC):
         return sum(gate.error_count for gate in (*self._earlier, self._gate))
 
     @property
+    def waits(self) -> CallWaits:
+        """How long calls of this job waited for their turn, over all instances."""
+        bucket, total = self._bucket, self._waits.total()
+        return total if bucket is None else CallWaits(*total[:3], bucket.waits_count, bucket.waited_s)
+
+    @property
     def is_calling(self) -> bool:
         """Whether a call runs on the service's own threads."""
         return self._threads is not None and self._threads.is_busy
@@ -95,7 +103,7 @@ class GatedHost(ABC):
 
     @property
     def own_hooks(self) -> frozenset[str]:
-        """The names of the hooks that the host has whatever the service is."""
+        """The names of the hooks of the host itself."""
         return frozenset()
 
     @property
@@ -103,21 +111,21 @@ class GatedHost(ABC):
         """The names of the hooks that run in this process although the service has one of its own."""
         return frozenset()
 
-    def adopt(
-        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
-    ) -> None:
+    def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let another job run the hooks of an instance that is kept."""
-        self._backend = backend
-        self._loop = loop
-        self._on_died = on_died
+        self._around = surroundings
+        self._waits.clear()
+        self._is_held_back = False
+        if self._bucket is not None:
+            self._bucket.clear()
         self._incarnation = 1
         self._context.follow(context)
-        self._lane = backend.lane(self.spec.name)
+        self._lane = surroundings.backend.lane(self.spec.name, must_start=False)
 
-    # --- what the supervisor asks for ---
+    # --- requests of the supervisor ---
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
-        """Run a hook on the service's own thread and tell `done` what came of it."""
+        """Run a hook on the service's own thread and pass its outcome to `done`."""
         lane = self._lane
         self._is_building = hook == "build"
         self._is_built = False
@@ -141,9 +149,11 @@ class GatedHost(ABC):
                         self._run_hook(hook, due)
                 else:
                     value = self._run_hook(hook, due)
-            except BaseException as error:  # the lifecycle of a service owns what its hooks raise
+            except BaseException as error:  # the lifecycle of a service owns the errors of its hooks
+                leave_if_forked(error)
                 done(None, error)
             else:
+                leave_if_forked()
                 done(value, None)
 
         self._lane.run(work)
@@ -152,12 +162,23 @@ class GatedHost(ABC):
         """Let the next "build" make this incarnation, where others have counted those before."""
         self._incarnation = incarnation - 1
 
+    @property
+    def incarnation(self) -> int:
+        """Which instance was built last, or is being built; 0 before the first."""
+        return self._incarnation
+
+    def wait_idle(self) -> None:
+        """Wait until no hook runs."""
+        is_idle = threading.Event()
+        self._lane.run(is_idle.set)
+        is_idle.wait()
+
     def hurry(self, due: float) -> None:
         """Move the `due` of an "exit" that runs forward."""
         raise NotImplementedError("a host without a process of its own has no exit")
 
     def facts(self) -> HostFacts:
-        """Return what the report says of the host."""
+        """Return the facts about the host for the report."""
         return HostFacts()
 
     def admit(self) -> None:
@@ -173,6 +194,17 @@ class GatedHost(ABC):
             self._held = True
             self._gate.close()
 
+    def hold_back(self) -> None:
+        """Refuse calls that would have to wait for the rate of the service, as the job ends."""
+        with self._changed:
+            self._is_held_back = True
+            self._changed.notify_all()
+
+    def used(self, tokens: int) -> None:
+        """Count the tokens of an answer towards the rate of the service."""
+        if self._bucket is not None:
+            self._bucket.used(tokens)
+
     def refuse(self) -> None:
         """Let calls fail at once."""
         with self._changed:
@@ -186,7 +218,7 @@ class GatedHost(ABC):
         stack = self._lane.where()
         self._lane.close(wait=False)
         with self._changed:
-            self._lane = self._backend.lane(self.spec.name)
+            self._lane = self._around.backend.lane(self.spec.name, must_start=False)
             came_back = self._is_building and self._is_built
         if came_back:
             # The constructor returned, but too late for anyone to have heard of it.
@@ -203,7 +235,7 @@ class GatedHost(ABC):
             self._threads.close()
         self._lane.close(wait=True)
 
-    # --- what callers ask for ---
+    # --- requests of callers ---
 
     def method(self, name: str) -> Any:
         """Return a method behind the gate, or another attribute as it is."""
@@ -211,7 +243,7 @@ class GatedHost(ABC):
             return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
         if not self._is_there:
             return lambda *args, **kwargs: self._later(name, args, kwargs)
-        attribute = self._attribute(name)
+        attribute = self._permitted(self._attribute(name))
         if not callable(attribute):
             return attribute
         if self.is_coroutine(name):  # which only the instance could tell
@@ -219,7 +251,13 @@ class GatedHost(ABC):
         options = self.spec.options
         if options.call_timeout_s is not None:
             return lambda *args, **kwargs: self.call(name, args, kwargs, options.call_timeout_s)
-        return self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))
+        bound = self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))
+        return bound if self._bucket is None else self._paced(bound)
+
+    def wait_there(self) -> None:
+        """Wait until there is an instance whose attributes can be read, or the service has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_there or self._refused or not self._held)
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method; of a callable's object, once it is there."""
@@ -232,6 +270,7 @@ class GatedHost(ABC):
         """Call a method, with a time-out on the service's own threads."""
         if is_on_loop() and self.is_coroutine(name):
             return self._awaitable(name, args, kwargs, timeout_s)
+        refuse_on_foreign_loop("the answer of a service", AIO_HINT)
         return self.call_async(name, args, kwargs, timeout_s).result()
 
     def call_async(
@@ -244,12 +283,12 @@ class GatedHost(ABC):
             if self._refused:
                 raise self._unavailable()
             if self._threads is None:
-                self._threads = CallThreads(self.spec.name, self.spec.options.concurrency)
+                self._threads = CallThreads(self.spec.name, self.spec.options.concurrency, self._waits)
         if self._is_there:
             self._attribute(name)  # an unknown one is known at once
         return self._threads.submit(name, lambda: self._admitted(name, args, kwargs), timeout_s)
 
-    # --- what a host adds ---
+    # --- the part of each host ---
 
     @property
     @abstractmethod
@@ -261,11 +300,11 @@ class GatedHost(ABC):
         """Return an attribute of the instance; a method is returned as a plain function, coroutine functions too.
 
         Raises:
-            UnknownServiceError: there is none of this name.
+            UnknownServiceError: the method does not exist.
         """
 
     def _coroutine_method(self, name: str) -> Callable[..., Any] | None:  # noqa: ARG002
-        """Return what the job's loop can await for a coroutine method, or None if a thread has to wait for it."""
+        """Return an awaitable call of a coroutine method for the job's loop, or None if a thread has to wait for it."""
         return None
 
     @abstractmethod
@@ -282,8 +321,16 @@ class GatedHost(ABC):
 
     # --- behind it ---
 
+    def _after_fork_in_child(self) -> None:
+        self._is_forked = self._refused = True
+        self._changed = threading.Condition()
+        for gate in (*self._earlier, self._gate):
+            gate.shut_after_fork()
+
     def _run_or_await(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a coroutine method: run it to its end for a thread, and let a coroutine await it."""
+        if self._is_forked:
+            raise self._unavailable()
         timeout_s = self.spec.options.call_timeout_s
         if is_on_loop():
             return self._awaitable(name, args, kwargs, timeout_s)
@@ -291,24 +338,28 @@ class GatedHost(ABC):
             return self.call(name, args, kwargs, timeout_s)
         if not self._is_there:
             return self._later(name, args, kwargs)
+        self._wait_turn()
         gated = self._gated(name)
         if gated is None:
-            attribute = self._attribute(name)
+            attribute = self._permitted(self._attribute(name))
             return self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))(*args, **kwargs)
-        return self._loop.run(gated(*args, **kwargs))
+        return self._around.loop.run(gated(*args, **kwargs))
 
     def _awaitable(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
         gated = self._gated(name)
         if gated is None:
             return self.call_async(name, args, kwargs, timeout_s)
+        if self._bucket is not None:
+            gated = self._paced_coroutine(self._bucket, gated)
         coroutine = gated(*args, **kwargs)
-        return self._loop.answer(coroutine if timeout_s is None else self._in_time(name, coroutine, timeout_s))
+        return self._around.loop.answer(coroutine if timeout_s is None else self._in_time(name, coroutine, timeout_s))
 
     def _gated(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]] | None:
         """Return a coroutine method behind the gate, or None where threads have to call it."""
         method = self._coroutine_method(name)
-        if method is None or not isinstance(self._gate, SharedGate):
+        if method is None or not isinstance(self._gate, ConcurrentGate):
             return None
+        method = self._permitted_coroutine(method)
         return self._gate.bind_coroutine(method, lambda *args, **kwargs: self.call_async(name, args, kwargs, None))
 
     async def _in_time(self, name: str, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
@@ -327,13 +378,15 @@ class GatedHost(ABC):
         """Make a call that was taken in while the service ran; the drain waits for it, so the gate may be closed."""
         if not self._is_there:
             return self._later(name, args, kwargs)
+        self._wait_turn()
         method = self._coroutine_method(name)
-        if method is not None and isinstance(self._gate, SharedGate):
+        if method is not None and isinstance(self._gate, ConcurrentGate):
             # It takes its place on the loop: a thread that kept one meanwhile would keep others from going on there.
+            method = self._permitted_coroutine(method)
             gated = self._gate.bind_coroutine(method, _closed, passes_closed=self._refused)
-            answer = self._loop.run(gated(*args, **kwargs))
+            answer = self._around.loop.run(gated(*args, **kwargs))
             return self._later(name, args, kwargs) if answer is CLOSED else answer
-        attribute = self._attribute(name)
+        attribute = self._permitted(self._attribute(name))
 
         def call() -> Any:
             return attribute(*args, **kwargs)
@@ -344,6 +397,77 @@ class GatedHost(ABC):
             return self._later(name, args, kwargs)
 
         return self._gate.bind(call, late)()
+
+    def _paced(self, bound: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method whose calls wait for the rate before they wait for a place."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._wait_turn()
+            return bound(*args, **kwargs)
+
+        return call
+
+    def _paced_coroutine(
+        self, bucket: Bucket, gated: Callable[..., Coroutine[Any, Any, Any]]
+    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            import asyncio
+
+            with bucket.turn() as turn:
+                while pause_s := bucket.pause_s(turn):
+                    self._check_held_back()
+                    await asyncio.sleep(min(pause_s, LOOK_S))
+            return await gated(*args, **kwargs)
+
+        return call
+
+    def _wait_turn(self) -> None:
+        """Wait on a thread for the rate of the service, if it has one."""
+        if self._bucket is None:
+            return
+        with self._bucket.turn() as turn:
+            while pause_s := self._bucket.pause_s(turn):
+                self._check_held_back()
+                wait_for(self._changed, lambda: self._is_held_back or self._refused, pause_s)
+
+    def _check_held_back(self) -> None:
+        if self._refused:
+            raise self._unavailable()
+        if self._is_held_back:
+            text = f'service "{self.spec.name}" was not called: its rate has no place left before the job ends'
+            raise HeldBackError(text, service=self.spec.name)
+
+    def _permitted(self, attribute: Any) -> Any:
+        """Return a method whose calls begin within the budget of the job; any other attribute as it is."""
+        permit = self._around.permit
+        if permit is None or not callable(attribute):
+            return attribute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._let_begin(permit)
+            return attribute(*args, **kwargs)
+
+        return call
+
+    def _permitted_coroutine(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        permit = self._around.permit
+        if permit is None:
+            return method
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            self._let_begin(permit)
+            return await method(*args, **kwargs)
+
+        return call
+
+    def _let_begin(self, permit: Callable[[], None]) -> None:
+        try:
+            permit()
+        except HeldBackError:
+            # The gate has counted the call, and counts the error next.
+            self._gate.take_back()
+            self._gate.error_count -= 1
+            raise
 
     def _later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that found the gate closed: wait while the service is restarted, or fail."""
@@ -357,6 +481,8 @@ class GatedHost(ABC):
         return self.method(name)(*args, **kwargs)
 
     def _unavailable(self) -> ServiceUnavailableError:
+        if self._is_forked:
+            return refusal(self.spec.name)
         error = ServiceUnavailableError(
             f'service "{self.spec.name}" has stopped and takes no more calls', service=self.spec.name
         )
@@ -364,7 +490,7 @@ class GatedHost(ABC):
 
     def _new_gate(self) -> Gate:
         concurrency = self.spec.options.concurrency
-        return SerialGate() if concurrency == 1 else SharedGate(concurrency)
+        return SerialGate(self._waits) if concurrency == 1 else ConcurrentGate(concurrency, waits=self._waits)
 
     def _drain(self, due: float | None) -> bool:
         threads_done = self._threads is None or self._threads.drain(self._left(due))
@@ -373,4 +499,4 @@ class GatedHost(ABC):
         return self._gate.drain(self._left(due)) and threads_done
 
     def _left(self, due: float | None) -> float:
-        return 0.0 if due is None else max(due - self._backend.now(), 0.0)
+        return 0.0 if due is None else max(due - self._around.backend.now(), 0.0)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sage._hosts.gate import SharedGate
+from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
-from sage._hosts.instance import Instance
+from sage._hosts.instance import Instance, has_coroutine_hooks
 from sage._logs import log_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._plan.logical import ServiceSpec
-    from sage._runtime.backend import Backend
-    from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.backend import HostSurroundings
     from sage.service import ServiceContext
 
 log = log_of("sage.dispatcher")
@@ -23,30 +22,21 @@ log = log_of("sage.dispatcher")
 class InlineHost(GatedHost):
     """Runs one service in this process."""
 
-    def __init__(
-        self,
-        spec: ServiceSpec,
-        context: ServiceContext,
-        backend: Backend,
-        loop: CoroutineLoop,
-        on_died: Callable[[int, str], None],
-    ) -> None:
-        super().__init__(spec, context, backend, loop, on_died)
+    def __init__(self, spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings) -> None:
+        super().__init__(spec, context, surroundings)
         self._instance: Instance | None = None
         # The one whose hooks run: its constructor may have raised after it had deferred something.
-        self._latest = Instance(spec.name, loop)
+        self._latest = Instance(spec.name, surroundings.loop)
 
     @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks that the instance has."""
         return self._latest.hooks
 
-    def adopt(
-        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
-    ) -> None:
+    def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let another job run the hooks of an instance that is kept."""
-        super().adopt(context, backend, loop, on_died)
-        self._latest.loop = loop
+        super().adopt(context, surroundings)
+        self._latest.loop = surroundings.loop
 
     @property
     def _is_there(self) -> bool:
@@ -57,15 +47,18 @@ class InlineHost(GatedHost):
         return self._instance.attribute(name)
 
     def _build(self) -> frozenset[str]:
-        instance = self._latest = Instance(self.spec.name, self._loop)
+        instance = self._latest = Instance(self.spec.name, self._around.loop)
+        if has_coroutine_hooks(self.spec.target):
+            self._around.loop.begin()  # its cleanup could not run if the loop were not to be had later
         instance.build(self.spec.target, self.spec.args, self.spec.kwargs, self._context)
         self._instance = instance
         if instance.has_coroutines:
             # A lock of threads would block the loop.
-            self._gate = SharedGate(self.spec.options.concurrency, lambda: self._loop.going_on())
+            concurrency = self.spec.options.concurrency
+            self._gate = ConcurrentGate(concurrency, lambda: self._around.loop.going_on(), self._waits)
         return instance.hooks
 
-    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+    def _coroutine_method(self, name: str) -> Callable[..., object] | None:
         return None if self._instance is None else self._instance.coroutine_method(name)
 
     def _run_hook(self, hook: str, due: float | None) -> Any:  # noqa: ARG002

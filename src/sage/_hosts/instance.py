@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from sage._cassette import Recorded, Tape
 from sage.errors import UnknownServiceError, hint
-from sage.service import ServiceUser
+from sage.service import BaseService, ServiceUser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 HOOKS = ("setup", "start", "ready", "health", "stop", "cleanup")
 STAND_INS = ("close", "shutdown")
-"""What is called instead of `cleanup` on a class that has none; leaving a context comes last."""
+"""Called instead of `cleanup` on a class without it; leaving a context comes last."""
 
 
 class Instance:
-    """What a user's class or callable gave, in the process in which it was built.
+    """The object of a user's class or callable, in the process in which it was built.
 
     Attributes:
         name: the service's name.
@@ -31,6 +32,7 @@ class Instance:
         self.name = name
         self.loop = loop
         self._target: Any = None
+        self._tape: Tape | None = None
         self._context: ServiceContext | None = None
         self._hooks: dict[str, Callable[[], Any]] = {}
 
@@ -38,13 +40,16 @@ class Instance:
     def hooks(self) -> frozenset[str]:
         """The names of the hooks that it has; with something deferred, that is its cleanup."""
         has_deferred = self._context is not None and self._context.has_deferred
-        return frozenset(self._hooks) | ({"cleanup"} if has_deferred else set())
+        return frozenset(self._hooks) | ({"cleanup"} if has_deferred or self._tape is not None else set())
 
     def build(
         self, make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: ServiceContext
     ) -> None:
-        """Call the constructor, and look for hooks. If it raises, "cleanup" still does what was deferred."""
+        """Call the constructor, and look for hooks. If it raises, "cleanup" still calls the deferred callbacks."""
         self._context = context
+        if isinstance(make, Recorded):
+            self._tape = Tape(make.path, make.service, may_write=True)
+            make = make.target
         if isinstance(make, type) and issubclass(make, ServiceUser):
             # The context is there before the constructor runs, whether or not that calls its base's.
             target: Any = make.__new__(make, *args, **kwargs)
@@ -74,13 +79,13 @@ class Instance:
     def attribute(self, name: str) -> Any:
         """Return an attribute; a method is returned as a plain function, coroutine functions too.
 
-        Only for a caller on the loop, what a coroutine function returns has to be awaited.
+        Only a caller on the loop has to await the result of a coroutine function.
 
         Raises:
-            UnknownServiceError: there is none of this name; the methods are listed.
+            UnknownServiceError: the method does not exist; the others are listed.
         """
         try:
-            attribute = getattr(self._target, name)
+            attribute = self._read(name)
         except AttributeError:
             raise self._unknown(name) from None
         if not inspect.iscoroutinefunction(attribute):
@@ -89,8 +94,14 @@ class Instance:
 
     def coroutine_method(self, name: str) -> Callable[..., Any] | None:
         """Return a coroutine method as it is, or None if this is something else."""
-        attribute = getattr(self._target, name, None)
-        return attribute if inspect.iscoroutinefunction(attribute) else None
+        if not inspect.iscoroutinefunction(getattr(self._target, name, None)):
+            return None
+        method: Callable[..., Any] = self._read(name)
+        return method
+
+    def _read(self, name: str) -> Any:
+        attribute = getattr(self._target, name)
+        return attribute if self._tape is None else self._tape.on(name, attribute)
 
     @property
     def has_coroutines(self) -> bool:
@@ -100,22 +111,24 @@ class Instance:
         return any(inspect.iscoroutinefunction(getattr(attribute, "__func__", attribute)) for attribute in found)
 
     def _clean(self) -> None:
-        """Call the cleanup, at most once, whoever asks for it, and what was deferred."""
+        """Call the cleanup, at most once in all, and the deferred callbacks."""
         errors: list[BaseException] = []
         cleanup = self._hooks.pop("cleanup", None)
         try:
             if cleanup is not None:
                 self._settled(cleanup())
-        except BaseException as error:  # what was deferred is called all the same
+        except BaseException as error:  # the deferred callbacks are still called
             errors.append(error)
         if self._context is not None:
             errors += self._context.run_deferred(self._settled)
+        if self._tape is not None:
+            self._tape.close()
         if len(errors) == 1:
             raise errors[0]
         if errors:
             raise BaseExceptionGroup(f'the cleanup of service "{self.name}" failed in {len(errors)} places', errors)
 
-    def _settled(self, result: Any) -> Any:
+    def _settled(self, result: object) -> object:
         return self.loop.run(result) if inspect.iscoroutine(result) else result
 
     def _unknown(self, name: str) -> UnknownServiceError:
@@ -125,7 +138,7 @@ class Instance:
         return hint(error, f"{type(self._target).__name__} has: {listed or 'no methods'}.")
 
     def _enter_at_setup(self, manager: Any) -> None:
-        """Use what a context manager gives, from `setup` on, and leave it as the cleanup."""
+        """Enter a context manager in `setup`, use its value, and leave it as the cleanup."""
         setup = self._hooks.get("setup")
 
         def enter() -> None:
@@ -140,7 +153,14 @@ class Instance:
         self._hooks["cleanup"] = lambda: None
 
 
-def _has(instance: Any, name: str) -> bool:
+def has_coroutine_hooks(target: object) -> bool:
+    """Return whether a hook of a class, or the substitute for its cleanup, is a coroutine function."""
+    target = target.target if isinstance(target, Recorded) else target
+    names = (*HOOKS, *STAND_INS) if isinstance(target, type) else ()
+    return any(inspect.iscoroutinefunction(inspect.getattr_static(target, name, None)) for name in names)
+
+
+def _has(instance: object, name: str) -> bool:
     # A class that answers to every name, such as a remote proxy, has no hooks because of that.
     return inspect.getattr_static(instance, name, None) is not None
 
@@ -161,18 +181,20 @@ def _drain_of(service: ServiceUser) -> Callable[[], Any] | None:
     return found
 
 
-def _hook(instance: Any, name: str) -> Callable[[], Any] | None:
+def _hook(instance: object, name: str) -> Callable[[], Any] | None:
     if not _has(instance, name):
         return None
     method = getattr(instance, name)
-    if not callable(method):
+    # `BaseService` defines empty hooks, so that a service may call `super()`; they need not run.
+    if not callable(method) or getattr(method, "__func__", method) is getattr(BaseService, name, None):
         return None
     try:
         inspect.signature(method).bind()
     except TypeError:
         if isinstance(instance, ServiceUser):
             raise hint(
-                TypeError(f"{type(instance).__name__}.{name} must take no arguments"), "The engine calls hooks without."
+                TypeError(f"{type(instance).__name__}.{name} must take no arguments"),
+                "Hooks are called without arguments.",
             ) from None
         return None  # A method of the class's own that only happens to have this name.
     except ValueError:

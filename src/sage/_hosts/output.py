@@ -1,18 +1,19 @@
-"""What a process writes, read line by line."""
+"""The output of a process, read line by line."""
 
 from __future__ import annotations
 
 import os
 import select
 import threading
-from typing import IO, TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_BYTES = 65_536
 LAST_READS_MAX = 2
-"""More than a pipe holds, and so all that a process wrote before its end; what it has left may write for ever."""
+"""More than a pipe holds, so all the last output of a process; processes that it has left may write forever."""
 
 LINE_BYTES_MAX = 8_192
 """Longer lines are cut into several."""
@@ -22,21 +23,25 @@ class Output:
     """Reads the output of one process, on a thread of its own.
 
     Args:
-        pipe: the end that is read; it belongs to this from now on.
+        pipe: the descriptor that is read; it belongs to this from now on, and is closed if this cannot begin.
         name: of the thread.
         on_line: is given each line that is not blank, by the thread.
     """
 
-    def __init__(self, pipe: IO[bytes], name: str, on_line: Callable[[str], None]) -> None:
+    def __init__(self, pipe: int, name: str, on_line: Callable[[str], None]) -> None:
         self._pipe = pipe
         self._on_line = on_line
         self._rest = b""
         self._is_closed = False
-        self._asked = os.eventfd(0, os.EFD_CLOEXEC)
         self._caught_up = threading.Event()
-        os.set_blocking(pipe.fileno(), False)
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        with ExitStack() as undo:
+            undo.callback(os.close, pipe)
+            os.set_blocking(pipe, False)
+            self._asked = os.eventfd(0, os.EFD_CLOEXEC)
+            undo.callback(os.close, self._asked)
+            self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     def catch_up(self, timeout_s: float) -> None:
         """Wait until all was read that is written now; `on_line` may take long, but no longer than that is waited."""
@@ -44,16 +49,16 @@ class Output:
         self._caught_up.wait(timeout_s)
 
     def close(self) -> None:
-        """Read what is written now, and nothing more."""
+        """Read the output written so far."""
         self._is_closed = True
         os.eventfd_write(self._asked, 1)
         self._thread.join()
         os.close(self._asked)
-        self._pipe.close()
+        os.close(self._pipe)
 
     def _work(self) -> None:
         poll = select.poll()
-        poll.register(self._pipe.fileno(), select.POLLIN)
+        poll.register(self._pipe, select.POLLIN)
         poll.register(self._asked, select.POLLIN)
         is_open = True
         while not self._is_closed:
@@ -63,17 +68,17 @@ class Output:
                 os.eventfd_read(self._asked)
             if is_open and not self._read(LAST_READS_MAX if was_asked else 1):
                 is_open = False
-                poll.unregister(self._pipe.fileno())
+                poll.unregister(self._pipe)
             if was_asked:
                 self._take(self._rest)
                 self._rest = b""
                 self._caught_up.set()
 
     def _read(self, reads_max: int) -> bool:
-        """Read what is there, and return whether more may come."""
+        """Read the available output, and return whether more may come."""
         for _ in range(reads_max):
             try:
-                data = os.read(self._pipe.fileno(), READ_BYTES)
+                data = os.read(self._pipe, READ_BYTES)
             except BlockingIOError:
                 break
             *lines, self._rest = (self._rest + data).split(b"\n")

@@ -8,13 +8,14 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from sage._processes import described, has_cookie, process
 from sage.command import ADDRESS
 from sage.errors import ServiceError, hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from sage._runtime.processes import Process
+    from sage._processes import Process
     from sage.command import Command
 
 _chosen: set[int] = set()
@@ -25,7 +26,7 @@ LISTEN = "0A"
 """The state of a socket that listens, in /proc/net/tcp."""
 
 
-def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> dict[str, int]:
+def choose_ports(service: str, command: Command, earlier: Mapping[str, int], host: str = ADDRESS) -> dict[str, int]:
     """Return a port for each name; a command that is restarted gets its earlier ones again if they are free.
 
     No other command of this process gets one of them before `let_go`, which the caller has to call.
@@ -39,19 +40,14 @@ def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> 
     try:
         for name in command.ports:
             wanted = command.port if name == "" else None
-            port = _take(wanted or earlier.get(name, 0), held, wanted)
+            port = _take(host, wanted or earlier.get(name, 0), held, wanted)
             if port is None and wanted is not None:
-                error = ServiceError(
-                    f'port {wanted} is in use, but command {command.label} of service "{service}" needs it',
-                    service=service,
-                    fault="external",
-                )
-                raise hint(error, "Stop what uses it, or leave port= out: a free port is chosen then.")
-            chosen = port if port is not None else _take(0, held)
+                raise _taken(wanted, f'command {command.label} of service "{service}"', service)
+            chosen = port if port is not None else _take(host, 0, held)
             assert chosen is not None
             ports[name] = chosen
     except BaseException:
-        let_go(ports)
+        release(ports)
         raise
     finally:
         for one in held:
@@ -59,24 +55,38 @@ def choose_ports(service: str, command: Command, earlier: Mapping[str, int]) -> 
     return ports
 
 
-def let_go(ports: Mapping[str, int]) -> None:
+def _taken(port: int, whose: str, service: str) -> ServiceError:
+    """Return the error for a port that somebody else has, with who that is."""
+    links = {f"socket:[{inode}]" for inode in _listening().get(port, set())}
+    pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()] if links else []
+    holders = [one for pid in pids if links & _open_files(pid) and (one := process(pid)) is not None]
+    text = f"port {port} is in use, but {whose} needs it"
+    if holders:
+        text += f"; {described(holders[0])} listens there"
+    error = ServiceError(text, service=service, fault="external")
+    if holders and has_cookie(holders[0]):
+        hint(error, "A job of SAGE started that process: `sage gc` ends what dead jobs have left.")
+    return hint(error, "Stop what uses it, or leave port= out: a free port is chosen then.")
+
+
+def release(ports: Mapping[str, int]) -> None:
     """Let other commands of this process have ports that their command has opened, or does not want any more."""
     with _lock:
         _chosen.difference_update(ports.values())
 
 
-def taken(ports: Iterable[int]) -> list[int]:
+def in_use(host: str, ports: Iterable[int]) -> list[int]:
     """Return those of the ports that somebody has."""
     found = []
     for port in ports:
         held: list[socket.socket] = []
-        if _bind(port, held) is None:
+        if _bind(host, port, held) is None:
             found.append(port)
         held[0].close()
     return found
 
 
-def of_others(ports: Iterable[int], own: Iterable[Process]) -> list[int]:
+def held_by_others(ports: Iterable[int], own: Iterable[Process]) -> list[int]:
     """Return those of the ports on which another program listens, and none of the `own` processes."""
     listening = _listening()
     sockets = {link for one in own for link in _open_files(one.pid)}
@@ -108,10 +118,10 @@ def _open_files(pid: int) -> set[str]:
     return found
 
 
-def _take(port: int, held: list[socket.socket], fixed: int | None = None) -> int | None:
+def _take(host: str, port: int, held: list[socket.socket], fixed: int | None = None) -> int | None:
     """Choose a port, or any free one for 0, and return it; None if it is in use or was chosen by another command."""
     while True:
-        number = _bind(port, held)
+        number = _bind(host, port, held)
         with _lock:
             if number is None or number not in _chosen or number == fixed:
                 _chosen.update(() if number is None else (number,))
@@ -120,14 +130,14 @@ def _take(port: int, held: list[socket.socket], fixed: int | None = None) -> int
             return None
 
 
-def _bind(port: int, held: list[socket.socket]) -> int | None:
+def _bind(host: str, port: int, held: list[socket.socket]) -> int | None:
     """Bind a port, or any free one for 0, and return it; None if it is in use."""
     one = socket.socket()
     held.append(one)
     # Connections of an earlier server that only wait for their time to pass do not keep the next one out.
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        one.bind((ADDRESS, port))
+        one.bind((host, port))
     except OSError:
         return None
     number: int = one.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Whether a command can be used: by its answer over HTTP, its port, its output, or what a callable says."""
+"""Whether a command can be used: by its answer over HTTP, its port, its output, or a callable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from sage.command import ADDRESS, Http, Line, Port, filled
+from sage.command import Http, Line, Port, filled
 from sage.errors import describe
 
 if TYPE_CHECKING:
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 PORT_TIMEOUT_S = 2.0
 
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
-"""What a callable raises because it is wrong; anything else is what a client says while nobody answers."""
+"""Errors that show a mistake in a callable; clients raise any other while the server does not answer."""
 
 
 def why_not(
-    probe: Any, command: RunningCommand, has_line: bool, timeout_s: float, settle: Callable[[Any], Any]
+    probe: object, command: RunningCommand, has_line: bool, timeout_s: float, settle: Callable[[Any], object]
 ) -> str | None:
     """Return why a command cannot be used yet, in words, or None if it can be.
 
     Args:
-        probe: what tells.
+        probe: the probe.
         command: the command.
         has_line: whether the line was seen that a `Line` waits for.
         timeout_s: bound of the answer, in seconds.
@@ -42,7 +42,7 @@ def why_not(
         case Http():
             return _http(probe, command, timeout_s)
         case Port():
-            return _port(command.ports[probe.name], timeout_s)
+            return _port(command.host, command.ports[probe.name], timeout_s)
         case Line():
             return None if has_line else f"no line of its output matches {probe.pattern!r}"
         case _:
@@ -53,12 +53,12 @@ def _http(probe: Http, command: RunningCommand, timeout_s: float) -> str | None:
     # Only who uses it pays for the import.
     from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
-    url = filled(probe.url, command.ports, command.folder)
+    url = filled(probe.url, command.ports, command.folder, command.host)
     if url.startswith("/"):
-        url = f"http://{ADDRESS}:{command.port}{url}"
+        url = f"http://{command.host}:{command.port}{url}"
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or ADDRESS, parts.port, timeout=max(min(probe.timeout_s, timeout_s), 0.01))
+    connection = kind(parts.hostname or command.host, parts.port, timeout=max(min(probe.timeout_s, timeout_s), 0.01))
     try:
         path = parts.path or "/"
         connection.request("GET", f"{path}?{parts.query}" if parts.query else path)
@@ -71,9 +71,9 @@ def _http(probe: Http, command: RunningCommand, timeout_s: float) -> str | None:
     return None if is_good else f"GET {url} answered {status}"
 
 
-def _port(port: int, timeout_s: float) -> str | None:
+def _port(host: str, port: int, timeout_s: float) -> str | None:
     try:
-        with socket.create_connection((ADDRESS, port), max(min(PORT_TIMEOUT_S, timeout_s), 0.01)) as connection:
+        with socket.create_connection((host, port), max(min(PORT_TIMEOUT_S, timeout_s), 0.01)) as connection:
             # Where nobody listens, the system may choose the same port for this end, which then talks to itself.
             if connection.getsockname() == connection.getpeername():
                 return f"nobody listens on port {port}"

@@ -1,36 +1,43 @@
-"""Services in processes of their own: what hangs or crashes there can be ended, and takes nothing else along."""
+"""Services in their own processes: one that hangs or crashes can be ended without affecting the rest."""
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sage._calls import current_call
+from sage._hosts.child_process import ChildProcess
+from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
-from sage._hosts.link import SILENT, Link, LinkClosedError, NotSentError
-from sage._hosts.own_process import OwnProcess
-from sage._hosts.wire import encode
 from sage._logs import forward, log_of
+from sage._remote.begun import BegunCalls, shared_memory
+from sage._remote.protocol import JobSide, ServiceSide, served
+from sage._remote.rpc import NotSentError, RpcClosedError, SocketPairRpc
+from sage._remote.wire import encode
 from sage._runtime.backend import HostFacts
 from sage.errors import GraphError, ServiceError, ServiceUnavailableError, describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sage._hosts.own_process import ProcessGuard
+    from sage._hosts.gate import Gate
     from sage._plan.logical import ServiceSpec
-    from sage._runtime.backend import Backend
-    from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.backend import HostSurroundings
     from sage._runtime.lifecycle import Exit
     from sage.service import ServiceContext, ServiceHandle, Supervision
 
 log = log_of("sage.dispatcher")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WHERE_BOUND_S = 0.3
 """How long a process may take to say where it hangs; one that holds the interpreter's lock or was stopped cannot."""
@@ -40,23 +47,20 @@ BEGIN_LEAST_S = 0.1
 
 LINK_CLOSE_S = 1.0
 
-BOOT = "import sys; sys.path[:] = {path!r}; from sage._hosts.child import main; main({link}, {guard}, {name!r})"
+BOOT = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from sage._remote.process import main; main({link}, {guard}, {begun}, {name!r})"
+)
 
 
 class ProcessHost(GatedHost):
     """Runs one service in a child process, started anew for each incarnation."""
 
-    def __init__(
-        self,
-        spec: ServiceSpec,
-        context: ServiceContext,
-        backend: Backend,
-        loop: CoroutineLoop,
-        on_died: Callable[[int, str], None],
-    ) -> None:
-        super().__init__(spec, context, backend, loop, on_died)
-        self._process: OwnProcess | None = None
-        self._link: Link | None = None
+    def __init__(self, spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings) -> None:
+        super().__init__(spec, context, surroundings)
+        self._process: ChildProcess | None = None
+        self._link: SocketPairRpc | None = None
+        self._begun: BegunCalls | None = None
         self._cookie = ""
         self._hooks: frozenset[str] = frozenset()
         self._numbers = count(1)  # of calls
@@ -67,15 +71,6 @@ class ProcessHost(GatedHost):
         self._death = ""
         self._given_up = 0  # the last incarnation that must not be started any more
         self._lock = threading.Lock()
-        self._answers: dict[str, Callable[..., Any]] = {
-            "service": self._know,
-            "attribute": self._attribute_of_other,
-            "call": self._call_other,
-            "log": self._log,
-            "claim": lambda entry: self._context._claim(**entry),
-            "deferred": lambda: self._supervision.deferred(self.spec.name, self._incarnation),
-            "extend": lambda seconds: self._supervision.extend(self.spec.name, self._incarnation, seconds),
-        }
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -93,16 +88,14 @@ class ProcessHost(GatedHost):
             return HostFacts("process")
         return HostFacts("process", self._process.pid, self._process.exit_code)
 
-    def adopt(
-        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
-    ) -> None:
+    def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let another job run the hooks of an instance that is kept, or tell it at once that its process is gone."""
         with self._lock:
-            super().adopt(context, backend, loop, on_died)
+            super().adopt(context, surroundings)
             self._is_kept = False
             self._given_up = 0
             if self._death:
-                self._on_died(self._incarnation, self._death)
+                self._around.on_died(self._incarnation, self._death)
 
     def release(self) -> None:
         """Free the thread of a service that is kept; its process stays."""
@@ -123,44 +116,60 @@ class ProcessHost(GatedHost):
     def close(self) -> None:
         """Free the threads and the link."""
         super().close()
-        if self._link is not None:
-            self._link.close(LINK_CLOSE_S)
+        self._close_link()
 
-    # --- what a host adds ---
+    # --- the part of each host ---
 
     @property
     def _is_there(self) -> bool:
         return self._is_built_there
 
-    @property
-    def _guard(self) -> ProcessGuard:
-        # Whoever keeps the journal of a job also watches over its processes.
-        return cast("ProcessGuard", self._context._claims)
-
-    @property
-    def _supervision(self) -> Supervision:
-        supervision = self._context._supervision
-        assert supervision is not None
-        return supervision
-
     def _attribute(self, name: str) -> Any:
         if name not in self._methods:
-            is_method, value = self._ask("attribute", name)
+            is_method, value = self._ask(name, ServiceSide.attribute, name)
             if not is_method:
                 return value
             self._methods[name] = value
-        link = self._link
+        link, begun, is_coroutine = self._link, self._begun, self._methods[name]
+        assert link is not None
+        assert begun is not None
 
         def remote(*args: Any, **kwargs: Any) -> Any:
-            return self._asked(link, "call", name, args, kwargs)
+            number = self._number_of_call(link) if is_coroutine else 0
+            place = begun.take()
+            try:
+                return link.ask(ServiceSide.call, place, name, args, kwargs, number)
+            except (NotSentError, RpcClosedError) as error:
+                return self._call_unanswered(error, begun.has_begun(place), name, args, kwargs)
+            finally:
+                begun.free(place)
 
-        def remote_coroutine(*args: Any, **kwargs: Any) -> Any:
-            call, number = current_call(self.spec.name), next(self._numbers)
-            if call is not None and link is not None:
-                call.when_given_up(lambda: link.post("give up", number))
-            return self._asked(link, "await", name, args, kwargs, number)
+        return remote
 
-        return remote_coroutine if self._methods[name] else remote
+    def _number_of_call(self, link: SocketPairRpc) -> int:
+        """Return the number by which the process gives a call up when its caller does, or 0 where the caller cannot."""
+        call = current_call(self.spec.name)
+        if call is None:
+            return 0
+        number = next(self._numbers)
+        call.when_given_up(lambda: link.post(ServiceSide.give_up, number))
+        return number
+
+    def _new_gate(self) -> Gate:
+        # A process makes one call at a time by itself: to wait there takes no thread here that hands the turn on.
+        concurrency = self.spec.options.concurrency
+        return ConcurrentGate(None if concurrency == 1 else concurrency, waits=self._waits)
+
+    def _call_unanswered(
+        self, error: Exception, has_begun: bool, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Raise why a call has no answer; one that the process had not begun when it ended is made by the next one."""
+        assert self._process is not None
+        gate = self._gate
+        if has_begun or isinstance(error, NotSentError) or not self._process.wait_ended():
+            raise self._unanswered(error, name) from getattr(error, "reason", None)
+        gate.take_back()
+        return self._later(name, args, kwargs)
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method, as far as its class or its process has told."""
@@ -172,7 +181,16 @@ class ProcessHost(GatedHost):
         self._start()
         spec = self.spec
         level = logging.getLogger("sage").getEffectiveLevel()
-        self._hooks = self._ask("build", spec.target, spec.args, dict(spec.kwargs), self._incarnation, level)
+        self._hooks = self._ask(
+            "__init__",
+            ServiceSide.build,
+            spec.target,
+            spec.args,
+            dict(spec.kwargs),
+            self._incarnation,
+            level,
+            spec.options.concurrency == 1,
+        )
         self._is_built_there = True
         return self._hooks
 
@@ -180,65 +198,101 @@ class ProcessHost(GatedHost):
         if hook == "exit":
             return self._exit(due)
         # The clock is that of the machine. Whoever was stopped, and is woken when nobody waits any more, can tell.
-        return self._ask("hook", hook, time.monotonic() + max(self._left(due), BEGIN_LEAST_S))
+        return self._ask(hook, ServiceSide.run_hook, hook, time.monotonic() + max(self._left(due), BEGIN_LEAST_S))
 
     def _clean_late(self) -> None:
-        """Do nothing: the process is ended, with what was built in it."""
+        """Do nothing: the process is ended, with the instance in it."""
+
+    # --- requests of the process ---
+
+    @property
+    def supervision(self) -> Supervision:
+        """The supervision of the present job."""
+        return self._around.supervision
+
+    def handle(self, name: str) -> ServiceHandle[Any]:
+        """Return the handle of another service, and note that this one depends on it.
+
+        Raises:
+            UnknownServiceError: the job has no service of this name.
+        """
+        return self._context.service(name)
 
     # --- the process ---
 
-    def _start(self) -> None:
-        name, incarnation = self.spec.name, self._incarnation
+    def _close_link(self) -> None:
         if self._link is not None:
             self._link.close(LINK_CLOSE_S)
-        self._cookie = self._guard.announce(name, incarnation, "process", self.spec.requires)
+        if self._begun is not None:
+            self._begun.close()
+
+    def _start(self) -> None:
+        name, incarnation = self.spec.name, self._incarnation
+        self._close_link()
+        self._cookie = self._around.process_guard.announce(name, incarnation, "process", self.spec.requires)
         path = [place or "." for place in sys.path]
-        here, there = socket.socketpair()
-        guardians, guarded = socket.socketpair()
+        link: SocketPairRpc | None = None
+        with ExitStack() as undone:
+            here, there = socket.socketpair()
+            undone.callback(here.close)
+            undone.callback(there.close)
+            guardians, guarded = socket.socketpair()
+            undone.callback(guardians.close)
+            undone.callback(guarded.close)
+            begun = shared_memory()
+            undone.pop_all()
         try:
-            boot = BOOT.format(path=path, link=there.fileno(), guard=guarded.fileno(), name=name)
+            boot = BOOT.format(path=path, link=there.fileno(), guard=guarded.fileno(), begun=begun, name=name)
             # An "exit" on another thread, if this start was given up, finds either no process or all of it.
             with self._lock:
                 self._process = None
                 if incarnation <= self._given_up:
                     raise ServiceError(f'service "{name}" was given up before its process was started')
-                process = OwnProcess(
+                # Its handles are found by the name that is pickled for them, in the job that asks.
+                link = SocketPairRpc(
+                    here, served((JobSide, ServiceRequests(self))), self._around.handles, name, lambda: None
+                )
+                link.begin()
+                self._begun = BegunCalls(begun)
+                process = ChildProcess(
                     [sys.executable, "-c", boot],
                     self._cookie,
                     lambda: self._process_ended(process),
                     stdin=subprocess.DEVNULL,
-                    pass_fds=[there.fileno(), guarded.fileno()],
+                    pass_fds=[there.fileno(), guarded.fileno(), begun],
                 )
                 self._is_ending = False
                 self._death = ""
-                self._process = process
-                # Its handles are found by the name that is pickled for them, in the job that asks.
-                self._link = Link(here, self._answer, self._context._services, name, lambda: None)
-                self._link.begin()
+                self._process, self._link = process, link
                 process.watch()
-                self._guard.started(name, incarnation, process.pid, guardians.detach())
+                self._around.process_guard.started(name, incarnation, process.pid, guardians.detach())
         except BaseException:
             if self._process is None:
+                if self._begun is not None:
+                    self._begun.close()
+                if link is not None:
+                    link.close(LINK_CLOSE_S)
                 here.close()
             guardians.close()
             raise
         finally:
             there.close()
             guarded.close()
+            os.close(begun)
 
-    def _process_ended(self, process: OwnProcess) -> None:
+    def _process_ended(self, process: ChildProcess) -> None:
         """Tell of a process that ended without being asked to; called by the thread that waits for it."""
         with self._lock:
             if process is not self._process or self._is_ending:
                 return
             if self._link is not None:
-                self._link.shut()  # what it forked may hold the other ends open, and nobody would answer
+                self._link.shut()  # its forked children may hold the other ends open, and nobody would answer
             if self._is_kept:
                 self._gate.close()  # nobody decides anything before the next job does
             else:
-                self.hold()  # until the lifecycle has decided what becomes of the service
+                self.hold()  # until the lifecycle has decided about the service
             self._death = process.how_it_ended()
-            self._on_died(self._incarnation, self._death)
+            self._around.on_died(self._incarnation, self._death)
 
     def _exit(self, due: float | None) -> Exit | None:
         with self._lock:
@@ -248,77 +302,101 @@ class ProcessHost(GatedHost):
         if process is None or link is None:
             return None  # it could not be started
         try:
-            exit_ = process.end(lambda: self._ask_to_exit(link), self._guard.left_of, self._left(due))
+            exit_ = process.end(
+                lambda: self._ask_to_exit(link), self._around.process_guard.left_of, self._left(due), self._where
+            )
         finally:
             self._is_built_there = False
             link.shut()
-            self._guard.ended(self.spec.name, self._incarnation)
+            self._around.process_guard.ended(self.spec.name, self._incarnation)
         return exit_
 
-    def _ask_to_exit(self, link: Link) -> None:
+    def _ask_to_exit(self, link: SocketPairRpc) -> None:
         try:
-            link.tell("exit")
-        except LinkClosedError:
+            link.tell(ServiceSide.exit)
+        except RpcClosedError:
             log.debug("process is gone already service=%r", self.spec.name)
 
     def _where(self) -> str:
         if self._process is None or self._link is None:
             return ""
         try:
-            stack: str = self._link.ask("where", timeout_s=WHERE_BOUND_S)
-        except (LinkClosedError, TimeoutError):
+            return self._link.ask_within(WHERE_BOUND_S, ServiceSide.where)
+        except (RpcClosedError, TimeoutError):
             return f"process {self._process.pid} does not say where it stands"
-        return stack
 
-    # --- what goes over the link ---
+    # --- requests to the process ---
 
-    def _ask(self, *request: Any) -> Any:
-        return self._asked(self._link, *request)
-
-    def _asked(self, link: Link | None, *request: Any) -> Any:
-        assert link is not None
+    def _ask(self, name: str, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Ask the process, and describe an error by the `name` of the service's method."""
+        assert self._link is not None
         try:
-            return link.ask(*request)
-        except NotSentError as error:
-            text = f'the arguments of "{self.spec.name}".{request[1]} cannot be pickled: {describe(error.reason)}'
-            raise ServiceError(text, service=self.spec.name) from error.reason
-        except LinkClosedError:
-            how = ""
-            if self._process is not None and self._process.wait_ended():
-                how = f": {self._process.how_it_ended()}"
-            text = f'service "{self.spec.name}" has no process any more{how}'
-            raise ServiceUnavailableError(text, service=self.spec.name) from None
+            return self._link.ask(method, *args, **kwargs)
+        except (NotSentError, RpcClosedError) as error:
+            raise self._unanswered(error, name) from getattr(error, "reason", None)
 
-    def _answer(self, kind: str, *request: Any) -> Any:
-        return self._answers[kind](*request)
+    def _unanswered(self, error: Exception, name: str) -> ServiceError:
+        """Return the error for a request that was not sent, or whose process is gone."""
+        service = self.spec.name
+        if isinstance(error, NotSentError):
+            text = f'the arguments of "{service}".{name} cannot be pickled: {describe(error.reason)}'
+            return ServiceError(text, service=service)
+        how = ""
+        if self._process is not None and self._process.wait_ended():
+            how = f": {self._process.how_it_ended()}"
+        return ServiceUnavailableError(f'service "{service}" has no process any more{how}', service=service)
 
-    def _handle(self, name: str) -> ServiceHandle[Any]:
-        return self._context.service(name)
 
-    def _know(self, name: str) -> None:
+class ServiceRequests(JobSide):
+    """Answers the requests of a service's process."""
+
+    def __init__(self, host: ProcessHost) -> None:
+        self._host = host
+
+    def know(self, service: str) -> None:
         """Refuse an unknown service, and note one that this one depends on."""
-        self._handle(name)
+        self._host.handle(service)
 
-    def _attribute_of_other(self, service: str, name: str) -> tuple[bool, Any]:
-        handle = self._handle(service)
+    def attribute(self, service: str, name: str) -> tuple[bool, Any]:
+        """Return whether an attribute of another service is a method, and its value or kind."""
+        handle = self._host.handle(service)
         attribute = getattr(handle, name)
         return (True, handle._require().is_coroutine(name)) if callable(attribute) else (False, attribute)
 
-    def _call_other(
+    def call(
         self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
     ) -> Any:
-        handle = self._handle(service)
+        """Call another service."""
+        handle = self._host.handle(service)
         if timeout_s is None:
             return getattr(handle, name)(*args, **kwargs)
         return handle._require().call(name, args, kwargs, timeout_s)
 
-    def _log(self, values: dict[str, Any]) -> Any:
+    def log(self, values: dict[str, Any]) -> None:
+        """Take in a log record."""
         forward(values)
-        return SILENT
+
+    # A kept service counts its incarnations in its first job, the host in the present one.
+
+    def deferred(self, service: str, incarnation: int) -> None:  # noqa: ARG002
+        """Say that the service has something to clean up."""
+        self._host.supervision.deferred(service, self._host.incarnation)
+
+    def extend(self, service: str, incarnation: int, seconds: float) -> None:  # noqa: ARG002
+        """Give the hook that runs more time."""
+        self._host.supervision.extend(service, self._host.incarnation, seconds)
+
+    def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the tokens of an answer."""
+        self._host.supervision.used(service, prompt_tokens, completion_tokens)
+
+    def claim(self, service: str, entry: dict[str, Any]) -> None:
+        """Record a thing to reap if the service is lost."""
+        self._host.supervision.claim(service, entry)
 
 
 def check_can_be_sent(services: Iterable[ServiceSpec]) -> None:
-    """Refuse what cannot be pickled, before anything is started, by the name of its argument.
+    """Refuse values that cannot be pickled, before anything is started, and name the argument.
 
     Raises:
         GraphError: the class, the function or an argument of one that is to have its own process cannot be sent there.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from sage._hosts.gate import SharedGate
+from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
 from sage._plan.logical import ServiceSpec
 from sage._runtime.backend import HostFacts
 from sage._runtime.lifecycle import EXIT_NET_S, KILL_EXIT_S
-from sage._runtime.states import Way
+from sage._runtime.states import StopMode
 from sage.errors import GraphError, ServiceUnavailableError, describe, hint
 from sage.report import UNCLEAN_STATES, Cleanliness
 from sage.service import ServiceHandle, ServiceOptions
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._hosts.gate import Gate
-    from sage._runtime.backend import Backend, Host
-    from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.backend import Host, HostSurroundings
     from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
     from sage.observability import Event, HookEvent
@@ -40,27 +39,13 @@ OF_EACH = ("replace", "required")
 """The options that each environment decides for itself."""
 
 
-class Supervised(Protocol):
-    """What a host tells the supervision of its job."""
-
-    def failed(self, service: str, incarnation: int, text: str) -> None:
-        """Say that a service that is supervised elsewhere has failed for good, and was cleaned up there."""
-
-
-class Sharing(Protocol):
-    """What a host tells the guardian of an instance that is not its own."""
-
-    def shares(self, service: str, owner: str) -> None:
-        """Write down that the job `owner` runs a service for all who share it."""
-
-
 class SharedInstance:
     """An instance in a job of its own, and the hosts that use it.
 
     The job owns nothing but this service, starts and restarts it by its options, and runs until the last user leaves.
 
     Args:
-        spec: what the first user registered.
+        spec: the registration of the first user.
         make_job: makes a job of one service that runs until it is asked to end.
     """
 
@@ -81,28 +66,30 @@ class SharedInstance:
         self._supervisor = self._job.dispatcher.supervisor
         self.host: Host = self._supervisor.hosts[spec.name]
         self._supervisor.listeners.append(self._note)
-        self._job.when_sealed(self._sealed)
+        self._job._when_sealed(self._sealed)
 
     @classmethod
     def check(cls, spec: ServiceSpec) -> None:
         """Refuse a service that differs from the running one of its name, or belongs to one environment.
 
         Raises:
-            GraphError: what differs is named, without its value, which may be a secret.
+            GraphError: they differ; the difference is named, without its value, which may be a secret.
         """
         if spec.requires:
             others = ", ".join(f'"{other}"' for other in spec.requires)
             error = GraphError(f'service "{spec.name}" is shared, and cannot depend on {others} of one environment')
-            raise hint(error, "What environments share may not end with one of them: build it in the constructor.")
+            raise hint(
+                error, "A shared service must not depend on one environment: build the other object in its constructor."
+            )
         found = cls.by_name.get(spec.name)
         different = None if found is None or found.is_ending else _difference(spec, found._spec)
         if different is not None:
             error = GraphError(f'service "{spec.name}" is shared, and runs already with another {different}')
-            raise hint(error, "Register it alike in all environments, or under another name.")
+            raise hint(error, "Register it with the same settings in all environments, or under another name.")
 
     @classmethod
     def join(cls, user: SharedHost, make_job: MakeJob) -> None:
-        """Let `user` use the instance of its service, which is made if there is none, and wait until it is ready.
+        """Let `user` use the instance of its service, which is made if necessary, and wait until it is ready.
 
         Raises:
             GraphError: it runs already, registered in another way.
@@ -111,14 +98,14 @@ class SharedInstance:
         """
         name = user.spec.name
         with cls.changed:
-            # One that ends may still have what the next one needs, such as a port.
+            # An ending instance may still hold resources that the next one needs, such as a port.
             cls.changed.wait_for(lambda: user.is_given_up or name not in cls.by_name or not cls.by_name[name].is_ending)
             if not user.is_given_up:
                 cls.check(user.spec)
                 found = cls.by_name.get(name)
                 if found is None:
                     found = cls(user.spec, make_job)
-                    found._job.begin(found._job.dispatcher)
+                    found._job._begin()
                     cls.by_name[name] = found
                 found.users.add(user)
                 user.instance = found
@@ -142,17 +129,17 @@ class SharedInstance:
             self.is_ending = not self.users
             return self.is_ending
 
-    def end(self, way: Way, budget_s: float | None = None) -> None:
+    def end(self, way: StopMode, budget_s: float | None = None) -> None:
         """Ask for the end of the instance, within `budget_s` seconds; asked again, only a stronger way counts."""
-        self._job.request(way, "no environment uses it any more", budget_s)
+        self._job._request(way, "no environment uses it any more", budget_s)
 
     def wait(self, timeout_s: float | None) -> None:
         """Wait until the instance has ended and nothing of its job runs."""
         self._supervisor.backend.wait(self._supervisor, timeout_s)
 
     def errors(self) -> tuple[Exception, ...]:
-        """Return what kept an instance that has ended from being clean."""
-        report = self._job.report
+        """Return why an ended instance is not clean."""
+        report = self._job._report
         return () if report is None or report.cleanliness is Cleanliness.CLEAN else report.errors
 
     def _note(self, event: Event | HookEvent) -> None:
@@ -186,17 +173,11 @@ class SharedHost(GatedHost):
     """
 
     def __init__(
-        self,
-        spec: ServiceSpec,
-        context: ServiceContext,
-        backend: Backend,
-        loop: CoroutineLoop,
-        on_died: Callable[[int, str], None],
-        *,
-        make_job: MakeJob,
+        self, spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings, *, make_job: MakeJob
     ) -> None:
         SharedInstance.check(spec)
-        super().__init__(spec, context, backend, loop, on_died)
+        super().__init__(spec, context, surroundings)
+        self._bucket = None  # the host of the instance has one for all
         self.instance: SharedInstance | None = None
         self.is_given_up = False
         self.is_released = False
@@ -218,11 +199,9 @@ class SharedHost(GatedHost):
         """The one that lets the instance go."""
         return frozenset({"cleanup"})
 
-    def adopt(
-        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
-    ) -> None:
+    def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let another job of the environment use the instance that is kept."""
-        super().adopt(context, backend, loop, on_died)
+        super().adopt(context, surroundings)
         if self._failure is not None:
             self.fail(*self._failure)
 
@@ -238,7 +217,7 @@ class SharedHost(GatedHost):
         return stack
 
     def close(self) -> None:
-        """Free the thread, and let go of what no cleanup has let go."""
+        """Free the thread, and release everything that a cleanup has not released."""
         self._give_up()
         if self._is_last and self.instance is not None:
             self.instance.wait(KILL_WAIT_S)
@@ -247,20 +226,14 @@ class SharedHost(GatedHost):
     def fail(self, text: str, is_clean: bool) -> None:
         """Tell the job that the instance has failed for good; called by the supervisor of the instance."""
         self._failure = text, is_clean
-        if is_clean:
-            # Whatever supervises a job also takes in what happened to a service outside of it.
-            supervision: Supervised = cast("Any", self._context._supervision)
-            supervision.failed(self.spec.name, self._incarnation, text)
-        else:
-            self._on_died(self._incarnation, text)
+        tell = self._around.on_failed if is_clean else self._around.on_died
+        tell(self._incarnation, text)
 
     def tie(self, owner: str) -> None:
         """Have it written down which job runs the instance."""
-        # Whoever keeps the journal of a job also knows what it shares.
-        claims: Sharing = cast("Any", self._context._claims)
-        claims.shares(self.spec.name, owner)
+        self._around.process_guard.shares(self.spec.name, owner)
 
-    # --- what a host adds ---
+    # --- the part of each host ---
 
     @property
     def _is_there(self) -> bool:
@@ -287,7 +260,7 @@ class SharedHost(GatedHost):
         return call
 
     def _new_gate(self) -> Gate:
-        return SharedGate(None)
+        return ConcurrentGate(None)
 
     def _build(self) -> frozenset[str]:
         SharedInstance.join(self, self._make_job)
@@ -302,7 +275,7 @@ class SharedHost(GatedHost):
             return
         if self._is_last:
             left_s = self._left(due)
-            instance.end(Way.DRAIN, max(left_s - RETURN_S, left_s / 2))
+            instance.end(StopMode.DRAIN, max(left_s - RETURN_S, left_s / 2))
         instance.wait(None)
         errors = instance.errors() if self._is_last else ()
         if errors and instance.is_lost:
@@ -325,11 +298,11 @@ class SharedHost(GatedHost):
             return
         self._is_last = instance.leave(self) or self._is_last
         if self._is_last:
-            instance.end(Way.KILL)
+            instance.end(StopMode.KILL)
 
 
 def _difference(one: ServiceSpec, other: ServiceSpec) -> str | None:
-    """Return what differs between two services of a name, in words, or None."""
+    """Describe the difference between two services of the same name, or return None."""
     if one.target is not other.target and one.target != other.target:  # a bound method is made anew each time
         return "class or function"
     if one.command != other.command:
@@ -348,7 +321,7 @@ def _difference(one: ServiceSpec, other: ServiceSpec) -> str | None:
     )
 
 
-def _are_equal(one: Any, other: Any) -> bool:
+def _are_equal(one: object, other: object) -> bool:
     if one is other:
         return True
     try:

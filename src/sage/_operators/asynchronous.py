@@ -7,18 +7,22 @@ import sys
 import threading
 import traceback
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from sage._operators.holder import Holder
+from sage._operators.holder import BufferingOperator
 from sage.errors import short
-from sage.functions import MapFunction, TaskContext
+from sage.functions import TaskContext
 from sage.records import Batch
 
 if TYPE_CHECKING:
     import asyncio
 
-    from sage._operators.operator import Surroundings
+    from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
+
+MEASURED_EVERY = 8
+"""One call of so many is measured, after the first ones."""
 
 _key: contextvars.ContextVar[Any] = contextvars.ContextVar("key", default=None)
 
@@ -37,9 +41,21 @@ class CoroutineContext(TaskContext):
 
 
 class Slot:
-    """A record in flight, and what came of it."""
+    """A record in flight, and its outcome; one that is given back got no result, as no further attempt begins."""
 
-    __slots__ = ("attempts", "error", "is_done", "key", "request", "result", "task", "value")
+    __slots__ = (
+        "attempts",
+        "error",
+        "is_done",
+        "is_given_back",
+        "is_measured",
+        "is_pausing",
+        "key",
+        "request",
+        "result",
+        "task",
+        "value",
+    )
 
     def __init__(self, value: Any, key: Any, request: Any) -> None:
         self.value = value
@@ -49,23 +65,31 @@ class Slot:
         self.error: BaseException | None = None
         self.attempts = 0
         self.is_done = False
+        self.is_given_back = False
+        self.is_pausing = False
+        self.is_measured = False
         self.task: asyncio.Task[None] | None = None
 
 
-class MapAsync(Holder):
+class MapAsync(BufferingOperator):
     """One record out for each record in, as coroutines give them.
 
-    Records wait in one queue, from which the loop starts the next call when one ends, without asking the task. Of what
-    both threads see, each list and number is only ever changed at one end by one of them.
+    Records wait in one queue, from which the loop starts the next call when one ends, without asking the task. Both
+    threads share lists and numbers, but only one of them changes each end of a list, and each number.
 
     No more than `concurrency` calls run, and no more results wait to go on.
     """
 
-    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+    is_costly = True
+
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
         given = surroundings.context
-        self.context = CoroutineContext(given.name, given._services, given.parallel_index, given.parallelism)
-        self._concurrency: int = node.settings["concurrency"]
+        about = (given.name, given._services, given.parallel_index, given.parallelism, given._stopping)
+        self.context = CoroutineContext(*about)
+        self.concurrency: int = node.settings["concurrency"]
+        # Some wait here, so that the next call begins without the task, unless the user bounds how many wait.
+        self._room: int = self.concurrency if node.settings.get("capacity") else 2 * self.concurrency
         self._timeout_s: float | None = node.settings["timeout_s"]
         self._is_ordered: bool = node.settings["ordered"]
         self._has_keys = False
@@ -78,18 +102,20 @@ class MapAsync(Holder):
         self._done: deque[Slot] = deque()
         self._running: set[Slot] = set()
         self._started = 0
-        # Flags say what the other side has to be told, or was told already.
+        # Flags tell which wake-ups the other side needs, or has had already.
         self._is_posted = False
         self._is_rung = False
         self._is_full = False
+        self._is_held_back = False
         self._is_dropped = False
         self._is_cancelled = False
         self._thread_id = 0
+        self._full_at: float | None = None  # since when no further call may run, as the loop sees it
 
     def prepare(self) -> None:
-        """Bind the function; a `MapFunction` that returns None drops the record, as for `map`."""
+        """Bind the function; a function class that returns None drops the record, as for `map`."""
         self._call = self.target_of()
-        self._drops_none = isinstance(self._function, MapFunction)
+        self._drops_none = self.is_function_class
         self._around = contextvars.copy_context()
 
     # --- on the thread of the task ---
@@ -97,7 +123,7 @@ class MapAsync(Holder):
     @property
     def has_room(self) -> bool:
         """Whether fewer records are held than the loop may work through before it is asked again."""
-        return self.held < 2 * self._concurrency
+        return self.held < self._room
 
     def take(self, batch: Batch) -> None:
         """Put records into the queue of the loop."""
@@ -135,13 +161,36 @@ class MapAsync(Holder):
         return self._batch_of(done)
 
     def drop(self) -> int:
-        """Forget what waits, and have the coroutines cancelled."""
+        """Forget waiting records, and cancel the coroutines."""
         held, self.held = self.held, 0
         if held:
             self.is_quiet = False
             self._is_dropped = True
             self._surroundings.post(self._cancel)
         return held
+
+    def hold_back(self) -> None:
+        """Begin no further call or attempt from now on."""
+        self._is_held_back = True
+        self._surroundings.post(self._end_pauses)
+
+    def give_back(self) -> int:
+        """Forget the records that wait; each is taken from the queue once, here or by the loop."""
+        given_back = 0
+        with suppress(IndexError):
+            while True:
+                self._waiting.popleft()
+                given_back += 1
+        if self._is_ordered:
+            for _ in range(given_back):
+                self._order.pop()  # they came last
+        self.held -= given_back
+        return given_back
+
+    @property
+    def calls_running(self) -> int:
+        """How many coroutines run."""
+        return len(self._running)
 
     def where(self) -> str:
         """Return where each coroutine waits."""
@@ -151,9 +200,12 @@ class MapAsync(Holder):
         )
 
     def _batch_of(self, done: list[Slot]) -> Batch:
-        """Apply the policy to what failed, and return the other results with their keys and requests."""
+        """Apply the policy to failed records, and return the other results with their keys and requests."""
         kept: list[Slot] = []
         for slot in done:
+            if slot.is_given_back:
+                self.given_back += 1
+                continue
             if slot.error is not None:
                 failed = Batch([slot.value], None, [slot.request])
                 if not self.give_up(failed, 0, slot.error, slot.attempts):
@@ -181,31 +233,50 @@ class MapAsync(Holder):
         import asyncio
 
         running, waiting = self._running, self._waiting
+        if self._full_at is not None:
+            self.metrics.full_s += self._surroundings.now() - self._full_at
+            self._full_at = None
         create_task = asyncio.get_running_loop().create_task
         # A task that is stuck is told of the end, but does not come to drop anything.
-        while waiting and len(running) < self._concurrency and not (self._is_dropped or self.span.cancelled):
+        while waiting and len(running) < self.concurrency and not (self._begins_nothing or self.span.cancelled):
             if self._has_too_many():
                 # Said before it is looked at again, so that the task, which looks the other way round, misses nothing.
                 self._is_full = True
                 if self._has_too_many():
                     return
-            slot = waiting.popleft()
+            try:
+                slot = waiting.popleft()
+            except IndexError:  # the task has just taken it back
+                return
             self._started += 1
+            slot.is_measured = self._started <= self.concurrency or self._started % MEASURED_EVERY == 0
             around = self._around.copy()  # and not that of the record whose end made room
             if self._has_keys:
                 around.run(_key.set, slot.key)
             running.add(slot)
             slot.task = create_task(self._attend(slot), context=around)
+        if len(running) >= self.concurrency:
+            self._full_at = self._surroundings.now()
+
+    @property
+    def _begins_nothing(self) -> bool:
+        return self._is_dropped or self._is_held_back
 
     def _has_too_many(self) -> bool:
-        return self._started - self._handed_on >= 2 * self._concurrency
+        return self._started - self._handed_on >= 2 * self.concurrency
 
     async def _attend(self, slot: Slot) -> None:
         """Call the function until there is a result or no attempt is left."""
+        if slot.is_measured:
+            self.costs.begins()
+        began_at = self._surroundings.now() if slot.is_measured else None
         try:
             await self._try(slot)
         except BaseException as error:  # the policy of the operator decides, on the thread of the task
-            slot.error = error
+            if not slot.is_given_back:
+                slot.error = error
+        if began_at is not None:
+            self.costs.measured(1, self._surroundings.now() - began_at)
         self._running.discard(slot)
         slot.is_done = True
         slot.task = None
@@ -223,6 +294,9 @@ class MapAsync(Holder):
         import asyncio
 
         while True:
+            if self._is_held_back:
+                slot.is_given_back = True
+                return
             slot.attempts += 1
             try:
                 slot.result = await (self._call(slot.value) if self._timeout_s is None else self._in_time(slot.value))
@@ -231,9 +305,19 @@ class MapAsync(Holder):
                 pause_s = self.pause_s(error, slot.attempts)
                 if pause_s is None or self._is_dropped:
                     raise
-            await asyncio.sleep(pause_s)
+            slot.is_pausing = True
+            if not self._is_held_back:
+                await asyncio.sleep(pause_s)
+            slot.is_pausing = False
 
-    async def _in_time(self, value: Any) -> Any:
+    def _end_pauses(self) -> None:
+        """Give back the records that wait for another attempt."""
+        for slot in tuple(self._running):
+            if slot.is_pausing and slot.task is not None:
+                slot.is_given_back = True
+                slot.task.cancel()
+
+    async def _in_time(self, value: object) -> Any:
         import asyncio
 
         assert self._timeout_s is not None

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sage._operators.fused import Inlined
+from sage._operators.fused import InlineCode
 from sage._operators.operator import Operator
 from sage._operators.per_record import NOTHING, FlatMap, drop_requests
-from sage.records import Batch
+from sage.records import BATCH_RECORDS_MAX, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from sage._operators.operator import Surroundings
+    from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
 
 
 class Reduce(Operator):
     """Combines the records of each key, in one dict for each task."""
 
-    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
         self._combined: dict[Any, Any] = {}
         self._emit_each: bool = node.settings["emit_each"]
+        self._last: Iterator[tuple[Any, Any]] = iter(())
 
     def prepare(self) -> None:
         """Bind the function."""
@@ -30,9 +32,9 @@ class Reduce(Operator):
         self._keys: Iterator[Any] = iter(())
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return what was combined so far, after each record."""
+        """Return the combined value so far after each record."""
         self._keys = iter(batch.keys or ())
-        results: list[Any] = []
+        results: list[object] = []
         done = self.apply(batch, self._combine_each if self._emit_each else self._combine_last, self._call, results)
         if self._emit_each:
             return done.replace(results)
@@ -40,15 +42,15 @@ class Reduce(Operator):
             drop_requests(done.requests)
         return NOTHING
 
-    def inlined(self, *, has_key: bool) -> Inlined | None:
+    def inlined(self, *, has_key: bool) -> InlineCode | None:
         """Return the call, if the key is there and the function does not look at it."""
         if not has_key or self._sees_keys:
             return None
         lines = ("if key in {state}:", "    value = {call}({state}[key], value)", "{state}[key] = value")
-        return Inlined(lines, self._call, self._combined, gives=self._emit_each)
+        return InlineCode(lines, self._call, self._combined, gives=self._emit_each)
 
-    def _combine_each(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
-        """Combine, and add what was combined so far after each record."""
+    def _combine_each(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
+        """Combine, and add the combined value so far after each record."""
         combined = self._combined
         for value, key in zip(records, self._keys, strict=False):
             if key in combined:
@@ -56,7 +58,7 @@ class Reduce(Operator):
             combined[key] = value
             out.append(value)
 
-    def _combine_last(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:  # noqa: ARG002
+    def _combine_last(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:  # noqa: ARG002
         """Combine, and add nothing."""
         combined = self._combined
         for value, key in zip(records, self._keys, strict=False):
@@ -65,14 +67,21 @@ class Reduce(Operator):
             combined[key] = value
 
     def finish(self) -> Batch | None:
-        """Return the combined value of each key, in the order in which the keys came, if only the last is wanted."""
+        """Return the combined value of each key, in the order in which the keys came, if only the last is wanted.
+
+        They come in parts, so that the first go on before the last of many have been looked at.
+        """
         if self._emit_each:
             return None
-        return Batch(list(self._combined.values()), list(self._combined))
+        if not self.more:
+            self._last = iter(self._combined.items())
+        part = list(islice(self._last, BATCH_RECORDS_MAX))
+        self.more = len(part) == BATCH_RECORDS_MAX
+        return Batch([value for _, value in part], [key for key, _ in part]) if part else None
 
 
 class Join(FlatMap):
-    """Calls the function with each record, its key and its input; the function keeps what it needs to match."""
+    """Calls the function with each record, its key and its input; the function keeps records for later matches."""
 
     def process(self, batch: Batch, port: int) -> Batch:
         """Return the matches."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from sage.errors import FunctionError, describe, hint, short
+from sage._forks import leave_if_forked
+from sage._operators.costs import Costs
+from sage._standard_streams import is_of_output
+from sage.errors import FunctionError, describe, hint, is_held_back, short
 from sage.failure import DeadLetter
 from sage.functions import BaseFunction, is_coroutine_function
 from sage.observability import OperatorMetrics
@@ -17,41 +20,45 @@ from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
-    from sage._operators.fused import Inlined
+    from sage._operators.fused import InlineCode
     from sage._plan.logical import Node
     from sage.functions import TaskContext
-    from sage.records import Span
+    from sage.records import BatchReading
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What an operator gets of the task and the job around it.
+class OperatorContext:
+    """The surrounding task and job of an operator.
 
     Attributes:
-        context: what the user's function sees as `self.ctx`.
+        context: the `self.ctx` of the user's function.
         span: where the operator says which list it works through.
         now: the monotonic clock of the backend, in seconds.
+        running_s: see `Costs`.
         run_coroutine: runs a coroutine on the job's event loop and returns its result.
+        run_to_end: does the same for one that closes something, and that a cancel of the job does not end.
         post: has the job's event loop call something soon.
         is_alone: whether no other task runs the operator, so that an instance that the user gave serves it as it is.
     """
 
     context: TaskContext
-    span: Span
+    span: BatchReading
     now: Callable[[], float]
+    running_s: Callable[[float], float]
     run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any]
+    run_to_end: Callable[[Coroutine[Any, Any, Any]], Any]
     post: Callable[[Callable[[], None]], None]
     is_alone: bool = False
 
 
 Loop = Callable[[Iterable[Any], Callable[..., Any], list[Any]], None]
-"""Calls a function with records, one after another, and adds what comes of it to a list."""
+"""Calls a function with records, one after another, and adds the results to a list."""
 
 
-def into_list(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+def into_list(records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
     """Add the result for each record."""
-    # CPython 3.11 runs a plain loop with append fastest for Python functions, and unlike a comprehension it keeps what
-    # was done before an exception.
+    # CPython 3.11 runs a plain loop with append fastest for Python functions, and unlike a comprehension it keeps the
+    # results before an exception.
     for value in records:
         out.append(function(value))
 
@@ -60,18 +67,35 @@ class Operator:
     """Runs one node of the graph in one task, on the thread of that task.
 
     The task calls `open`, then `process` with batches, then `finish` if the input ended by itself, then `close`. After
-    each call it takes what these attributes hold.
+    each call it takes the values of these attributes.
 
     Attributes:
         rest: records that were not processed, because the span was cut or the function is to be tried again.
         more: whether `resume` has to be called before anything else is processed, or `finish` once more.
         wake_at: when a record is to be tried again.
         letters: dead letters to be sent.
-        failure: the error that ends the job, once what came before it has gone on.
+        failure: the error that ends the job, once the results before it have gone on.
+        given_back: how many records got no result, as a call that they need was held back; the task sets it to 0.
         metrics: the counts of this operator.
+        keeps_records: whether the records that it emits are those that it gets.
+        held: how many records were taken in and not handed on; see `BufferingOperator`.
+        due: when the first operator of a task has something to do although nobody wakes the task, on the backend's
+            clock, or None.
+        is_quiet: whether nothing of the user's runs for the operator between steps.
+        costs: how long its calls took lately.
+        concurrency: how many records it works on at a time.
+        wake: makes the task step again; any thread may call that of the first operator of a task.
+        now: the monotonic clock of the backend, in seconds.
+        shared_s: its part of the time in loops of several operators, in seconds.
     """
 
-    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+    keeps_records: ClassVar[bool] = False
+    concurrency: int = 1
+    held: int = 0
+    due: float | None = None
+    is_quiet: bool = True
+
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         self.node = node
         self.context = surroundings.context
         self.span = surroundings.span
@@ -80,7 +104,12 @@ class Operator:
         self.wake_at: float | None = None
         self.letters: list[DeadLetter] = []
         self.failure: BaseException | None = None
+        self.given_back = 0
         self.metrics = OperatorMetrics(node.name)
+        self.costs = Costs(surroundings.running_s)
+        self.wake: Callable[[], None] = lambda: None
+        self.now = surroundings.now
+        self.shared_s = 0.0
         self._surroundings = surroundings
         self._attempts = 0
         self._function: Any = None
@@ -94,11 +123,21 @@ class Operator:
                 self._call_now(self._function.open)
         self.prepare()
 
+    @property
+    def is_costly(self) -> bool:
+        """Whether an interrupt keeps the operator from further calls, so that records that wait are not processed."""
+        return self.costs.are_high
+
+    @property
+    def record_s(self) -> float:
+        """How many seconds pass for each record, as many as are worked on at a time; 0 if that is not known."""
+        return (self.costs.typical_s or 0.0) / self.concurrency
+
     def prepare(self) -> None:
-        """Bind what `process` calls; the function is open."""
+        """Bind the callables of `process`; the function is open."""
 
     def process(self, batch: Batch, port: int) -> Batch:
-        """Return what goes on, and leave what was not processed in `rest`.
+        """Return the results, and leave unprocessed records in `rest`.
 
         Args:
             batch: the records; not to be changed.
@@ -106,8 +145,8 @@ class Operator:
         """
         raise NotImplementedError
 
-    def inlined(self, *, has_key: bool) -> Inlined | None:  # noqa: ARG002
-        """Return what the operator does with one record, or None if it needs the batch.
+    def inlined(self, *, has_key: bool) -> InlineCode | None:  # noqa: ARG002
+        """Return the operator's work on one record, or None if it needs the batch.
 
         Args:
             has_key: whether records have got a key in the same loop.
@@ -115,20 +154,44 @@ class Operator:
         return None
 
     def resume(self) -> Batch:
-        """Return more of what the last record gives; called while `more` is set."""
+        """Return more results of the last record; called while `more` is set."""
         raise NotImplementedError
 
     def finish(self) -> Batch | None:
-        """Return what is emitted when all inputs have ended by themselves; called again while `more` is set."""
+        """Return the records to emit when all inputs have ended by themselves; called again while `more` is set."""
         return None
+
+    def drop(self) -> int:
+        """Forget held records, cancel running calls, and return the number of records."""
+        return 0
+
+    def hold_back(self) -> None:
+        """Begin no further call from now on; any thread may call this."""
+
+    def where(self) -> str:
+        """Return where coroutines of the operator stand, for a person."""
+        return ""
+
+    @property
+    def closes(self) -> bool:
+        """Whether `close` has something to do."""
+        return isinstance(self._function, BaseFunction) or type(self).close is not Operator.close
 
     def close(self) -> None:
         """Close the user's function; called once if `open` began."""
         if isinstance(self._function, BaseFunction):
-            self._call_now(self._function.close)
+            close: Callable[[], object] = self._function.close
+            closing = close()
+            if inspect.iscoroutine(closing):
+                self._surroundings.run_to_end(closing)
 
-    def callable_of(self, method: str = "execute") -> Callable[..., Any]:
-        """Return what to call with a record; a coroutine function is called and run to its end."""
+    @property
+    def is_function_class(self) -> bool:
+        """Whether the function is an instance of a class with `execute`, and not a plain callable."""
+        return hasattr(type(self._function), "execute")
+
+    def callable_of(self, method: str = "execute") -> Callable[..., object]:
+        """Return the callable for a record; a coroutine function is called and run to its end."""
         target = self.target_of(method)
         if is_coroutine_function(target):
             run = self._surroundings.run_coroutine
@@ -136,7 +199,7 @@ class Operator:
         return target
 
     def target_of(self, method: str = "execute") -> Callable[..., Any]:
-        """Return what the user wrote to be called with a record: a method of the function, or the function itself."""
+        """Return the user's own callable for a record: a method of the function, or the function itself."""
         function = self._function
         if isinstance(function, ServiceMethod):
             return function.resolve()
@@ -150,20 +213,20 @@ class Operator:
         self,
         batch: Batch,
         loop: Loop,
-        function: Callable[..., Any],
-        out: list[Any],
+        function: Callable[..., object],
+        out: list[object],
     ) -> Batch:
         """Run `loop` over the records and return those that were done.
 
-        It ends early when the span is cut, when a record is to be tried again and when one fails the job; what was not
-        done is in `rest` then, and an error in `failure`. Records that failed and were dropped are not returned.
+        It ends early when the span is cut, when a record is to be tried again and when one fails the job; the remaining
+        records are in `rest` then, and an error in `failure`. Records that failed and were dropped are not returned.
 
         Args:
             batch: the records.
-            loop: calls the function, and adds to `out`. It is called again with what is left after a record that
+            loop: calls the function, and adds to `out`. It is called again with the records after one that
                 failed, for which it must have added nothing.
-            function: what the loop calls.
-            out: what the loop adds to.
+            function: the function that the loop calls.
+            out: the list that the loop adds to.
         """
         values, span = batch.values, self.span
         total = len(values)
@@ -179,6 +242,7 @@ class Operator:
                 done = total - len(span.end())
                 break
             except BaseException as error:  # every failure of a user's function is owned here
+                leave_if_forked(error)
                 # The iterator knows the place of the record that failed, for nothing.
                 done = total - len(span.end()) - 1
                 if not self._goes_on(batch, done, error):
@@ -198,7 +262,7 @@ class Operator:
 
     def _goes_on(self, batch: Batch, place: int, error: BaseException) -> bool:
         """Apply the policy to a failed record and return whether the next one follows at once."""
-        # A record that is tried again is the first of its batch: what was counted before this one was another's.
+        # A record that is tried again is the first of its batch: earlier counts belong to another record.
         self._attempts = 1 if place else self._attempts + 1
         pause_s = self.pause_s(error, self._attempts)
         if pause_s is not None:
@@ -210,24 +274,35 @@ class Operator:
     def pause_s(self, error: BaseException, attempts: int) -> float | None:
         """Return after how many seconds a record that failed so often is tried again, or None if it is not."""
         retry = self.node.on_error.retry
-        if retry is None or attempts >= retry.attempts_max or not isinstance(error, Exception):
+        if retry is None or attempts >= retry.attempts_max or not isinstance(error, Exception) or is_of_output(error):
+            return None
+        if is_held_back(error):
             return None
         return retry.pause_s(attempts)
 
-    def fails_job(self, error: BaseException, request: Any) -> bool:
-        """Return whether a record of this request, or of None, fails the job with this error."""
-        return not isinstance(error, Exception) or (request is None and self.node.on_error.then == "fail")
+    def fails_job(self, error: BaseException, request: object) -> bool:
+        """Return whether a record of this request, or of None, fails the job with this error.
+
+        If the reader of the job's output has gone, the job ends regardless of the policy: each of its records would
+        fail.
+        """
+        if not isinstance(error, Exception) or (isinstance(error, BrokenPipeError) and is_of_output(error)):
+            return True
+        return request is None and self.node.on_error.then == "fail" and not is_held_back(error)
 
     def give_up(self, batch: Batch, place: int, error: BaseException, attempts: int) -> bool:
-        """Do what the policy says of a record that is not tried again.
+        """Apply the policy to a record that is not tried again.
 
         Returns:
             Whether the next record follows; if not, `failure` is set.
         """
         request = batch.requests[place] if batch.requests is not None else None
-        self.metrics.failed += 1
         if request is not None and isinstance(error, Exception):
             request.fail(error)
+        if is_held_back(error):
+            self.given_back += 1
+            return True
+        self.metrics.failed += 1
         if not self.fails_job(error, request):
             if request is None and self.node.on_error.then == "letters":
                 letter = DeadLetter(batch.values[place], error, self.node.name, attempts)
@@ -236,12 +311,41 @@ class Operator:
         self.failure = self.blame(error, batch.values[place], attempts)
         return False
 
-    def passed(self, records: int, out: int) -> None:
-        """Count records that went through a loop of several operators, and what came of them."""
-        self.metrics.records_in += records
-        self.metrics.records_out += out
+    def cannot_send(self, record: Batch, error: Exception) -> FunctionError | None:
+        """Apply the policy to a record that the operator gave and that cannot be sent to another process.
+
+        The function is not called again for it, even with a `Retry`.
+
+        Returns:
+            The error that fails the job, or None if it goes on without the record.
+        """
+        value = record.values[0]
+        text = f'operator "{self.node.name}" gave a record of type {type(value).__name__}, {short(value)}'
+        failed = FunctionError(f"{text}, that cannot be sent: {describe(error)}", operator=self.node.name)
+        failed.record = short(value)
+        failed.__cause__ = error
+        hint(failed, "Objects sent to another process are pickled. Send the data it is made from instead.")
+        request = record.requests[0] if record.requests is not None else None
+        if self.fails_job(failed, request):
+            self.metrics.failed += 1
+            return failed
+        self.give_up(record, 0, failed, 1)
+        return None
+
+    def passed(self, records: int, out: int, elapsed_s: float) -> None:
+        """Count records that went through a loop of several operators, their outcome, and this one's part of the time.
+
+        A part of 0 s is not known.
+        """
+        metrics = self.metrics
+        metrics.records_in += records
+        metrics.records_out += out
+        metrics.busy_s += elapsed_s
+        self.shared_s += elapsed_s
         if records:
             self._attempts = 0
+            if elapsed_s:
+                self.costs.measured(records, elapsed_s)
 
     def fail_alone(self, record: Batch, error: BaseException) -> bool:
         """Apply the policy to the one record that failed in a loop of several operators.
@@ -256,7 +360,7 @@ class Operator:
             self.rest = record
         return goes_on
 
-    def blame(self, error: BaseException, record: Any, attempts: int = 1) -> FunctionError:
+    def blame(self, error: BaseException, record: object, attempts: int = 1) -> FunctionError:
         """Return the error that names this operator and the record, with the original as its cause."""
         times = f" after {attempts} attempts" if attempts > 1 else ""
         blamed = FunctionError(
@@ -267,7 +371,14 @@ class Operator:
         blamed.__cause__ = error
         return blamed
 
-    def _build(self, target: Any) -> Any:
+    def blame_hook(self, what: str, error: BaseException) -> FunctionError:
+        """Return the error that names this operator, for a failure outside of any record."""
+        name = self.node.name
+        blamed = FunctionError(f'operator "{name}" failed to {what}: {describe(error)}', operator=name)
+        blamed.__cause__ = error
+        return blamed
+
+    def _build(self, target: Any) -> object:
         spec = self.node.function
         assert spec is not None
         if spec.is_class:
@@ -278,13 +389,13 @@ class Operator:
             target.ctx = self.context
         return target
 
-    def _call_now(self, method: Callable[[], Any]) -> Any:
+    def _call_now(self, method: Callable[[], object]) -> Any:
         result = method()
         return self._surroundings.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
-def _telling_keys(reading: Iterator[Any], keys: list[Any], context: TaskContext) -> Iterator[Any]:
-    """Yield what is read, with the key of each in the context."""
+def _telling_keys(reading: Iterator[object], keys: list[object], context: TaskContext) -> Iterator[Any]:
+    """Yield the records, with the key of each in the context."""
     for value, context.key in zip(reading, keys, strict=False):
         yield value
 

@@ -6,21 +6,24 @@ from itertools import compress
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
-from sage._operators.fused import Inlined
+from sage._iterables import why_not_records
+from sage._operators.fused import InlineCode
+from sage._operators.keys import NEED_NO_CHECK, into_keys
 from sage._operators.operator import Operator, into_list
-from sage.functions import FlatMapFunction, MapFunction
+from sage.errors import HeldBackError, hint, short
+from sage.functions import FlatMapFunction
 from sage.records import BATCH_RECORDS_MAX, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from sage._operators.operator import Surroundings
+    from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
 
 NOTHING = Batch([])
 
 DROP = ("    {dropped} += 1", "    continue")
-"""What ends an `if` of `Inlined` lines."""
+"""The end of an `if` of `InlineCode` lines."""
 
 
 def drop_requests(requests: Iterable[Any]) -> None:
@@ -30,7 +33,16 @@ def drop_requests(requests: Iterable[Any]) -> None:
             request.drop()
 
 
-def without_none(batch: Batch, results: list[Any]) -> Batch:
+def still_wanted(batch: Batch) -> Batch:
+    """Return the records of requests that nobody gave up; the others end here."""
+    mask = [request is None or not request.is_given_up for request in batch.requests or ()]
+    if all(mask):
+        return batch
+    drop_requests(compress(batch.requests or (), map(not_, mask)))
+    return batch.select(mask)
+
+
+def without_none(batch: Batch, results: list[object]) -> Batch:
     """Return the results that are not None, with the keys and requests of their records."""
     mask = [result is not None for result in results]
     if all(mask):
@@ -43,6 +55,8 @@ def without_none(batch: Batch, results: list[Any]) -> Batch:
 class Pass(Operator):
     """Hands every record on: unions, futures, dead letters, and changes of distribution."""
 
+    keeps_records = True
+
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the batch."""
         self.metrics.records_in += len(batch)
@@ -53,9 +67,9 @@ class Map(Operator):
     """One record out for each record in."""
 
     def prepare(self) -> None:
-        """Bind the function; only a `MapFunction` drops records by returning None, as it always did."""
+        """Bind the function; a function class drops a record by returning None, a plain callable's None is data."""
         self._call = self.callable_of()
-        self._drops_none = isinstance(self._function, MapFunction)
+        self._drops_none = self.is_function_class
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the results."""
@@ -63,22 +77,22 @@ class Map(Operator):
         batch = self.apply(batch, into_list, self._call, results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
 
-    def inlined(self, *, has_key: bool) -> Inlined | None:
+    def inlined(self, *, has_key: bool) -> InlineCode | None:
         """Return the call, and the drop if there is one."""
         if has_key and self._sees_keys:
             return None
         dropping = ("if value is None:", *DROP) if self._drops_none else ()
-        return Inlined(("value = {call}(value)", *dropping), self._call)
+        return InlineCode(("value = {call}(value)", *dropping), self._call)
 
 
-def keeping(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+def keeping(records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
     """Add the records for which the function says so."""
     for value in records:
         if function(value):
             out.append(value)
 
 
-def verdicts(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
+def verdicts(records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
     """Add for each record whether it is kept."""
     for value in records:
         out.append(True if function(value) else False)  # noqa: SIM210  (a name less to look up than bool)
@@ -87,13 +101,15 @@ def verdicts(records: Iterable[Any], function: Callable[..., Any], out: list[Any
 class Filter(Operator):
     """Keeps the records for which the function says so."""
 
+    keeps_records = True
+
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the records that stay."""
-        kept: list[Any] = []
+        kept: list[object] = []
         if batch.keys is None and batch.requests is None:
             self.apply(batch, keeping, self._call, kept)
             return Batch(kept)
@@ -102,21 +118,26 @@ class Filter(Operator):
             drop_requests(compress(batch.requests, map(not_, kept)))
         return batch.select(kept)
 
-    def inlined(self, *, has_key: bool) -> Inlined | None:
+    def inlined(self, *, has_key: bool) -> InlineCode | None:
         """Return the question and the drop."""
         if has_key and self._sees_keys:
             return None
-        return Inlined(("if not {call}(value):", *DROP), self._call)
+        return InlineCode(("if not {call}(value):", *DROP), self._call)
 
 
-def for_effect(records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:  # noqa: ARG001
+def for_effect(records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:  # noqa: ARG001
     """Call the function and add nothing."""
     for value in records:
         function(value)
 
 
 class Sink(Operator):
-    """Hands each record to the function; nothing goes on."""
+    """Hands each record to the function; nothing goes on.
+
+    An interrupt does not keep it from further calls: a record that has come as far as here may have cost a lot.
+    """
+
+    is_costly = False
 
     def prepare(self) -> None:
         """Bind the function."""
@@ -129,20 +150,22 @@ class Sink(Operator):
             drop_requests(batch.requests)
         return NOTHING
 
-    def inlined(self, *, has_key: bool) -> Inlined | None:
+    def inlined(self, *, has_key: bool) -> InlineCode | None:
         """Return the call."""
-        return None if has_key and self._sees_keys else Inlined(("{call}(value)",), self._call, gives=False)
+        return None if has_key and self._sees_keys else InlineCode(("{call}(value)",), self._call, gives=False)
 
 
 class Reply(Operator):
     """Answers each request with the record that came of it."""
+
+    is_costly = False
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return nothing."""
         self.metrics.records_in += len(batch)
         for request, answer in zip(batch.requests or (), batch.values, strict=False):
             if request is not None:
-                request.put(answer)
+                request.answer(answer)
         drop_requests(batch.requests or ())
         return NOTHING
 
@@ -150,21 +173,24 @@ class Reply(Operator):
 class KeyBy(Operator):
     """Gives each record its key."""
 
+    keeps_records = True
+
     def prepare(self) -> None:
         """Bind the function."""
         self._call = self.callable_of()
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the records with their keys."""
-        keys: list[Any] = []
-        batch = self.apply(batch, into_list, self._call, keys)
+        keys: list[object] = []
+        batch = self.apply(batch, into_keys, self._call, keys)
         return Batch(batch.values, keys, batch.requests)
 
-    def inlined(self, *, has_key: bool) -> Inlined | None:
+    def inlined(self, *, has_key: bool) -> InlineCode | None:
         """Return the call."""
         if has_key and self._sees_keys:
             return None
-        return Inlined(("key = {call}(value)",), self._call, sets_key=True)
+        lines = ("key = {call}(value)", "if key.__class__ not in {state}:", "    {state}.check(key)")
+        return InlineCode(lines, self._call, NEED_NO_CHECK, sets_key=True)
 
 
 class CoMap(Operator):
@@ -193,41 +219,52 @@ class CoMap(Operator):
 class FlatMap(Operator):
     """Any number of records out for each record in.
 
-    What the function returns is taken at once if it is a list or a tuple. Anything else is read as far as there is
-    room, so that a generator may be long or endless: the operator cuts its own span, and `resume` reads on. A record
-    that fails gives nothing, but for what went on already of a long generator.
+    A returned list or tuple is taken at once. Anything else is read as far as there is room, so that a generator may be
+    long or endless: the operator cuts its own span, and `resume` reads on. A record that fails gives nothing, except
+    results of a long generator that went on already.
 
-    When there is a batch's worth, what is left of the input waits. A function that makes ten records of one would
+    When a batch is full, the rest of the input waits. A function that makes ten records of one would
     otherwise fill the processor's cache ten times over before anybody reads them, which takes a third of the speed.
     """
 
-    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
         self._reading: Iterator[Any] | None = None
         self._origin = NOTHING
         self._counts: list[int] = []
+        self._most = BATCH_RECORDS_MAX
 
     def prepare(self) -> None:
-        """Bind the function, with what it collects."""
+        """Bind the function and its collector."""
         call = self.callable_of()
         self._call = self._collecting(call) if isinstance(self._function, FlatMapFunction) else call
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return what the records give, as far as it was read."""
+        """Return the results of the records, as far as they were read."""
         return self._flatten(batch, self._call)
 
     def resume(self) -> Batch:
-        """Read on in what the last record gave."""
+        """Continue reading the results of the last record."""
         self.more = False
         reading = self._reading
+        request = None if self._origin.requests is None else self._origin.requests[0]
+        if request is not None and request.is_given_up:
+            close = getattr(reading, "close", None)  # a generator has one
+            if close is not None:
+                close()
+            request.drop()
+            return NOTHING
         self.metrics.records_in -= 1  # the record was counted when its reading began
         return self._flatten(self._origin, lambda _: reading)
 
-    def _flatten(self, batch: Batch, call: Callable[[Any], Any]) -> Batch:
+    def _flatten(self, batch: Batch, call: Callable[[object], object]) -> Batch:
         out: list[Any] = []
         counts: list[int] = []
         self._counts = counts
         self._reading = None
+        # The piece of a streamed answer goes on at once: the next one may take long.
+        is_streamed = any(request is not None and request.is_streamed for request in batch.requests or ())
+        self._most = 1 if is_streamed else BATCH_RECORDS_MAX
         is_plain = batch.keys is None and batch.requests is None
         done = self.apply(batch, self._take_all if is_plain else self._take_counted, call, out)
         if self._reading is not None:
@@ -242,39 +279,39 @@ class FlatMap(Operator):
             drop_requests(done.requests[:-1] if self.more else done.requests)
         return done.expand(out, counts)
 
-    def _take_all(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
-        """Add what each record gives."""
+    def _take_all(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
+        """Add the results of each record."""
         for value in records:
             result = function(value)
             if type(result) is list:
                 out.extend(result)
             else:
                 self._take(result, out)
-            if len(out) >= BATCH_RECORDS_MAX:
+            if len(out) >= self._most:
                 self.span.cut()
 
-    def _take_counted(self, records: Iterable[Any], function: Callable[..., Any], out: list[Any]) -> None:
-        """Add what each record gives, and count it."""
+    def _take_counted(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
+        """Add and count the results of each record."""
         for value in records:
             before = len(out)
             self._take(function(value), out)
             self._counts.append(len(out) - before)
-            if len(out) >= BATCH_RECORDS_MAX:
+            if len(out) >= self._most:
                 self.span.cut()
 
     def _take(self, result: Any, out: list[Any]) -> None:
-        """Add what one record gives to the output, up to a bound."""
+        """Add the results of one record to the output, up to a bound."""
         before = len(out)
         if isinstance(result, list | tuple):
             out.extend(result)
-        elif isinstance(result, str | bytes):
-            raise TypeError(f"a {type(result).__name__} is one record and no list of records")
         elif result is not None:
+            if not hasattr(result, "__next__"):
+                refuse_single(result)
             reading = iter(result)
             try:
                 for value in reading:
                     out.append(value)
-                    if len(out) >= BATCH_RECORDS_MAX or self.span.is_cut:
+                    if len(out) >= self._most or self.span.is_cut:
                         self._reading = reading
                         self.span.cut()
                         break
@@ -285,18 +322,20 @@ class FlatMap(Operator):
     def _collecting(self, call: Callable[..., Any]) -> Callable[..., Any]:
         function = self._function
 
-        def collect(*args: Any) -> Any:
+        def collect(*args: object) -> object:
             function._collected = None
             result = call(*args)
-            if result is not None and not isinstance(result, list | tuple | str | bytes):
+            if result is not None and not isinstance(result, list | tuple):
+                if not hasattr(result, "__next__"):
+                    refuse_single(result)
                 return self._interleaved(iter(result))
             collected, function._collected = function._collected, None
             return [*collected, *(result or ())] if collected else result
 
         return collect
 
-    def _interleaved(self, result: Iterator[Any]) -> Iterator[Any]:
-        """Yield what `result` yields and what was collected meanwhile, in the order in which it was given."""
+    def _interleaved(self, result: Iterator[object]) -> Iterator[object]:
+        """Yield the records of `result` and those collected meanwhile, in the order in which they were given."""
         function = self._function
         for value in result:
             collected, function._collected = function._collected, None
@@ -306,15 +345,30 @@ class FlatMap(Operator):
         yield from collected or ()
 
 
+def refuse_single(result: object) -> None:
+    """Refuse a result of a function that would be taken apart into something other than records.
+
+    Raises:
+        TypeError: it is one.
+    """
+    found = why_not_records(result)
+    if found is not None:
+        what, note = found
+        raise hint(TypeError(f"{what} is one record and not a list of records"), note)
+    if not hasattr(result, "__iter__") and not hasattr(result, "__getitem__"):
+        error = TypeError(f"{short(result)} is one record and not a list of records")
+        raise hint(error, "Return a list, or yield the records; map() gives one record for each.")
+
+
 class Process(FlatMap):
     """A flat map that may also emit at the end."""
 
-    def __init__(self, node: Node, surroundings: Surroundings) -> None:
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
         self._last: Iterator[Any] = iter(())
 
     def finish(self) -> Batch | None:
-        """Return what the function's `finish` gives, as far as there is room; the rest is read in further calls."""
+        """Return the records of the function's `finish`, as far as there is room; the rest is read in further calls."""
         if not self.more:
             finishing = getattr(self._function, "finish", None)
             result = None if finishing is None else self._collecting(lambda: self._call_now(finishing))()
@@ -323,10 +377,12 @@ class Process(FlatMap):
             self._last = iter(result)
         # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
         turns = self.span.begin([None] * BATCH_RECORDS_MAX)
-        out: list[Any] = []
+        out: list[object] = []
         try:
             for _, value in zip(turns, self._last, strict=False):
                 out.append(value)
+        except HeldBackError:
+            self._last = iter(())  # no further call begins, so the rest is not known
         finally:
             self.span.end()
         self.more = self.span.is_cut or len(out) == BATCH_RECORDS_MAX

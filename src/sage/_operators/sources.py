@@ -1,4 +1,4 @@
-"""What sources read from: sequences, iterables, users' functions, and users' own `Source` objects."""
+"""The inputs of sources: sequences, iterables, users' functions, and users' own `Source` objects."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sage._iterables import why_not_records
+from sage._operators.awaited import AwaitedSource
+from sage._operators.holding_source import HoldingSource
 from sage._operators.operator import Operator
 from sage.connector import Source
-from sage.errors import FunctionError, describe, hint, short
-from sage.functions import StopSignal
+from sage.errors import FunctionError, describe, hint, is_held_back, short
+from sage.functions import StopSignal, is_coroutine_function
 from sage.records import Batch
 from sage.serving import RequestSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from sage.records import Span
+    from sage.records import BatchReading
 
 
 class SequenceSource(Source):
@@ -26,45 +29,17 @@ class SequenceSource(Source):
         self._values = values if step == 1 else values[index::step]
         self._at = 0
 
-    def read(self, records_max: int) -> Sequence[Any] | None:
+    def read(self, records_max: int) -> Sequence[object] | None:
         """Return the next slice."""
         records = self._values[self._at : self._at + records_max]
         self._at += len(records)
         return records or None
 
 
-class HoldingSource(Source):
-    """Hands on the records that it read before an error, and raises that at the next read.
-
-    Attributes:
-        held: the error, until it is raised.
-        generator: what is read, where it is a generator: it cannot go on after an error, and is closed in the end.
-    """
-
-    held: BaseException | None = None
-    generator: Any = None
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more can come, as after an error of a generator."""
-        return self.generator is not None and self.generator.gi_frame is None
-
-    def raise_held(self) -> None:
-        """Raise the error, if there is one."""
-        error, self.held = self.held, None
-        if error is not None:
-            raise error
-
-    def close(self) -> None:
-        """Close a generator, so that its `finally` runs now."""
-        if self.generator is not None:
-            self.generator.close()
-
-
 class IterableSource(HoldingSource):
-    """Any other iterable, read record by record, so that a slow one hands on what it has."""
+    """Any other iterable, read record by record, so that a slow one hands on each record."""
 
-    def __init__(self, values: Any, span: Span) -> None:
+    def __init__(self, values: Any, span: BatchReading) -> None:
         self._values = values
         self._span = span
         self._iterator: Iterator[Any] = iter(())
@@ -72,13 +47,17 @@ class IterableSource(HoldingSource):
     def open(self) -> None:
         """Begin to iterate; a callable is called for its iterable first."""
         values = self._values() if callable(self._values) else self._values
+        found = why_not_records(values)
+        if found is not None:
+            what, note = found
+            raise hint(TypeError(f"it returned {short(values)}, {what} and not a collection of records"), note)
         if not hasattr(values, "__iter__"):
-            error = TypeError(f"it returned {short(values)}, which is no iterable")
+            error = TypeError(f"it returned {short(values)}, which is not iterable")
             raise hint(error, "A BatchFunction class, or from_source, calls a function for one record at a time.")
         self._iterator = iter(values)
         self.generator = self._iterator if inspect.isgenerator(self._iterator) else None
 
-    def read(self, records_max: int) -> list[Any] | None:
+    def read(self, records_max: int) -> list[object] | None:
         """Return records until there are enough or the span is cut."""
         self.raise_held()
         # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
@@ -102,13 +81,13 @@ class IterableSource(HoldingSource):
 class FunctionSource(HoldingSource):
     """A function that is called for each record."""
 
-    def __init__(self, call: Callable[[], Any], span: Span, *, none_ends: bool) -> None:
+    def __init__(self, call: Callable[[], Any], span: BatchReading, *, none_ends: bool) -> None:
         self._call = call
         self._span = span
         self._none_ends = none_ends
         self._ended = False
 
-    def read(self, records_max: int) -> list[Any] | None:
+    def read(self, records_max: int) -> list[object] | None:
         """Return records until there are enough, there is nothing now, or the span is cut."""
         self.raise_held()
         if self._ended:
@@ -135,7 +114,7 @@ class FunctionSource(HoldingSource):
 class GeneratorSource(FunctionSource):
     """A generator that may have nothing now, as a function may; where it ends, the source does."""
 
-    def __init__(self, generator: Any, span: Span) -> None:
+    def __init__(self, generator: Any, span: BatchReading) -> None:
         super().__init__(partial(next, generator, StopSignal()), span, none_ends=False)
         self.generator = generator
 
@@ -146,20 +125,24 @@ class Reader(Operator):
     Attributes:
         ended: whether nothing follows.
         is_told: whether its task is woken when there is something to read.
+        may_wait: whether a read may take long, as that of anything but a sequence.
     """
 
     source: Source
     ended = False
     is_told = False
+    may_wait = True
     delay_s: float | None = None
     bridge: Any = None
 
     def prepare(self) -> None:
-        """Build the source around what the user gave and open it."""
+        """Build the source around the user's argument and open it."""
         self.delay_s = self.node.settings.get("delay_s")
         self.bridge = self.node.settings.get("bridge")
         self.source = self._source()
-        self.is_told = isinstance(self.source, RequestSource)
+        is_awaited = isinstance(self.source, AwaitedSource)
+        self.is_told = is_awaited or isinstance(self.source, RequestSource)
+        self.may_wait = not is_awaited and not isinstance(self.source, SequenceSource)
         self.source.open()
 
     def _source(self) -> Source:
@@ -167,6 +150,15 @@ class Reader(Operator):
         bounded: bool = self.node.settings["bounded"]
         if isinstance(target, Source):
             return target
+        if inspect.isasyncgenfunction(target) or hasattr(target, "__aiter__"):
+            values = aiter(target() if inspect.isasyncgenfunction(target) else target)
+            return self._awaited(values.__anext__, values)
+        if (
+            self.bridge is None
+            and is_coroutine_function(self.target_of())
+            and (not bounded or hasattr(target, "execute"))
+        ):
+            return self._awaited(self.target_of())
         if hasattr(target, "execute"):
             return FunctionSource(self.callable_of(), self.span, none_ends=bounded)
         if not bounded and inspect.isgeneratorfunction(target):
@@ -176,6 +168,19 @@ class Reader(Operator):
         if isinstance(target, list | tuple | range):
             return SequenceSource(target, self.context.parallel_index, self.context.parallelism)
         return IterableSource(self.callable_of() if callable(target) else target, self.span)
+
+    def _awaited(self, give: Callable[[], Any], values: Any = None) -> AwaitedSource:
+        bounded: bool = self.node.settings["bounded"]
+        return AwaitedSource(give, self._surroundings, lambda: self.wake(), none_ends=bounded, values=values)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a read would find nothing, and the task is woken when that changes."""
+        return isinstance(self.source, RequestSource) and self.source.is_idle
+
+    def stop(self) -> bool:
+        """Cancel the source's await, and return whether the source has ended."""
+        return not isinstance(self.source, AwaitedSource) or self.source.stop()
 
     def read(self, records_max: int) -> Batch:
         """Return the next records; none when there is nothing now, when the source ended, or when it is to try again.
@@ -201,6 +206,9 @@ class Reader(Operator):
         return batch
 
     def _failed(self, error: BaseException) -> None:
+        if is_held_back(error):
+            self.ended = True
+            return
         has_ended = isinstance(self.source, HoldingSource) and self.source.has_ended
         retry = None if has_ended else self.node.on_error.retry
         self._attempts += 1
@@ -217,7 +225,7 @@ class Reader(Operator):
         if not isinstance(source, HoldingSource) or source.held is None:
             return None
         held, source.held = source.held, None
-        return self._blamed(held)
+        return None if is_held_back(held) else self._blamed(held)
 
     def _blamed(self, error: BaseException) -> FunctionError:
         self.metrics.failed += 1

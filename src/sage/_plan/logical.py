@@ -1,14 +1,15 @@
-"""The logical graph: what the user wrote, as a value."""
+"""The logical graph: the user's pipeline as a value."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 from sage._arguments import check_count, check_name
-from sage.errors import DuplicateNameError, GraphError, hint
+from sage.errors import DuplicateNameError, FutureError, GraphError, hint
 from sage.failure import FAIL, ErrorPolicy
 from sage.functions import BaseFunction
 from sage.service import ServiceHandle, ServiceMethod
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What a node does with records."""
+    """The kind of a node."""
 
     SOURCE = "source"
     MAP = "map"
@@ -42,7 +43,7 @@ class Kind(StrEnum):
 
 
 HOLDING = frozenset({Kind.MAP_ASYNC, Kind.MAP_BATCHES})
-"""What holds records for longer than a step, so that a task begins with it: nothing before it may keep it waiting."""
+"""The kinds that hold records for longer than a step: a task begins with them, so that they never wait for others."""
 
 
 class Route(StrEnum):
@@ -63,12 +64,14 @@ class FunctionSpec:
         is_class: whether each task builds an instance of its own from the arguments.
         args: the constructor's arguments.
         kwargs: the constructor's keyword arguments.
+        capacity: how many records may wait for it, or None where nobody said.
     """
 
     target: Any
     is_class: bool = False
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    capacity: int | None = None
 
     @property
     def label(self) -> str | None:
@@ -110,15 +113,15 @@ class Node:
     """One operator of the logical graph.
 
     Attributes:
-        id: its place in the graph; inputs have lower ones, but for feedback edges.
-        kind: what it does.
+        id: its place in the graph; inputs have lower ones, except feedback edges.
+        kind: the kind of operator.
         name: its identity in reports and logs; given by the user, or made when the graph is frozen.
         inputs: the nodes it reads from, in the order of its ports.
-        function: the user's function, or None where there is none.
+        function: the user's function, or None without one.
         parallelism: how many tasks run it.
-        on_error: what follows when the function raises.
+        on_error: the policy if the function raises.
         route: how its own output is distributed; None leaves that to the planner.
-        settings: what only this kind of node has, and the `Place` that the user asked for, as "place".
+        settings: the settings of this kind of node, and the `Place` that the user asked for, as "place".
         place: where it runs; set for a job that has more than one process.
     """
 
@@ -144,7 +147,7 @@ class ServiceSpec:
         args: the arguments of `target`.
         kwargs: the keyword arguments of `target`.
         options: see `ServiceOptions`.
-        handle: what user code calls it through.
+        handle: the handle through which user code calls it.
         command: the command that it is, or None for one that is built from `target`.
         requires: names of services it depends on, declared or seen among its arguments.
     """
@@ -175,7 +178,7 @@ class LogicalGraph:
     Attributes:
         name: the environment's name.
         nodes: the operators by id; none at all in an empty graph.
-        feedback: pairs of node and future: what leaves the node enters the future.
+        feedback: pairs of node and future: the node's output enters the future.
         services: the services in the order of their registration.
     """
 
@@ -186,11 +189,21 @@ class LogicalGraph:
 
 
 class GraphBuilder:
-    """Collects nodes while a user writes a pipeline. Nothing runs here."""
+    """Collects nodes while a user writes a pipeline. Nothing runs here.
 
-    def __init__(self) -> None:
+    Several threads may write at once: each takes an id and its names by one step that no other thread can divide.
+
+    Attributes:
+        environment: whom a stream asks to run the graph.
+    """
+
+    def __init__(self, environment: Any = None) -> None:
+        self.environment = environment
         self._nodes: dict[int, tuple[Node, str | None]] = {}
+        self._names: dict[str, int] = {}  # those that the user gave
         self._feedback: list[tuple[int, int]] = []
+        self._filled: dict[int, int] = {}
+        self._ids = count()
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -208,12 +221,20 @@ class GraphBuilder:
             check_name("an operator", name)
         label = name or (function.label if function else None) or str(kind)
         check_count(f'operator "{label}" has parallelism', parallelism)
-        if name is not None and any(name == given for _, given in self._nodes.values()):
+        id_ = next(self._ids)
+        node = Node(id_, kind, label, **attributes)
+        self._take_name(id_, name)
+        self._nodes[id_] = (node, name)
+        return id_
+
+    def _take_name(self, id_: int, name: str | None) -> None:
+        if name is not None and self._names.setdefault(name, id_) != id_:
             error = DuplicateNameError(f'operator "{name}" is defined twice')
             raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")
-        id_ = len(self._nodes)
-        self._nodes[id_] = (Node(id_, kind, label, **attributes), name)
-        return id_
+
+    def remove(self, id_: int) -> None:
+        """Take out a node that nothing reads from."""
+        del self._nodes[id_]
 
     def node(self, id_: int) -> Node:
         """Return a node as it stands."""
@@ -227,37 +248,46 @@ class GraphBuilder:
             GraphError: it cannot be a name.
         """
         check_name("an operator", name)
-        if any(name == given for other, (_, given) in self._nodes.items() if other != id_):
-            error = DuplicateNameError(f'operator "{name}" is defined twice')
-            raise hint(error, "A name is an operator's identity in reports; choose another or leave it out.")
-        self._nodes[id_] = (replace(self._nodes[id_][0], name=name), name)
+        node, given = self._nodes[id_]
+        self._take_name(id_, name)
+        if given is not None and given != name:
+            del self._names[given]
+        self._nodes[id_] = (replace(node, name=name), name)
 
-    def set(self, id_: int, **settings: Any) -> None:
+    def set(self, id_: int, **settings: object) -> None:
         """Add settings to a node."""
         node, name = self._nodes[id_]
         self._nodes[id_] = (replace(node, settings={**node.settings, **settings}), name)
+
+    def spend(self, graph: LogicalGraph) -> None:
+        """Remember which sources of a graph that runs read an iterator, which can be read only once."""
+        for node in graph.nodes.values():
+            target = node.function.target if node.function is not None else None
+            if node.kind is Kind.SOURCE and (hasattr(target, "__next__") or hasattr(target, "__anext__")):
+                self.set(node.id, spent=True)
 
     def fill(self, id_: int, future: int) -> None:
         """Add the feedback edge from a node to a future.
 
         Raises:
-            GraphError: the node is no future, or it is filled already.
+            GraphError: the node is not a future, or it is filled already.
         """
         target = self.node(future)
         if target.kind is not Kind.FUTURE:
-            error = GraphError(f'operator "{target.name}" is filled, but it is no future')
+            error = GraphError(f'operator "{target.name}" is filled, but it is not a future')
             raise hint(error, "Only a stream of env.from_future(name) can be filled.")
-        if any(future == filled for _, filled in self._feedback):
-            raise GraphError(f'future "{target.name}" is filled twice')
+        if future in self._filled or self._filled.setdefault(future, id_) != id_:
+            raise FutureError(f'future "{target.name}" is filled twice')
         self._feedback.append((id_, future))
 
     def freeze(self, name: str, services: tuple[ServiceSpec, ...] = ()) -> LogicalGraph:
         """Return the graph as it stands, every node with a name of its own; generated names are stable."""
-        taken = {given for _, given in self._nodes.values() if given is not None}
-        labels = Counter(node.name for node, given in self._nodes.values() if given is None)
+        written, feedback = dict(sorted(self._nodes.copy().items())), tuple(self._feedback)
+        taken = {given for _, given in written.values() if given is not None}
+        labels = Counter(node.name for node, given in written.values() if given is None)
         nodes: dict[int, Node] = {}
         numbers: Counter[str] = Counter()
-        for id_, (node, given) in self._nodes.items():
+        for id_, (node, given) in written.items():
             if given is not None:
                 nodes[id_] = node
                 continue
@@ -267,4 +297,4 @@ class GraphBuilder:
                 label = f"{node.name}-{numbers[node.name]}"
             taken.add(label)
             nodes[id_] = replace(node, name=label)
-        return LogicalGraph(name, nodes, tuple(self._feedback), services)
+        return LogicalGraph(name, nodes, feedback, services)

@@ -33,6 +33,10 @@ class Edge:
     feedback: bool = False
     letters: bool = False
 
+    def on(self, route: Route) -> Edge:
+        """Return the edge with a route; there are as many as operators, and `replace` takes ten times as long."""
+        return Edge(self.source, self.target, self.port, route, self.feedback, self.letters)
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -72,11 +76,11 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class PhysicalPlan:
-    """What a backend runs.
+    """The input of a backend.
 
     Attributes:
         name: the name of the environment.
-        chains: the chains, sources before what reads from them.
+        chains: the chains, sources before their consumers.
         edges: every edge, also those inside a chain.
         loops: the nodes of each feedback loop.
         serving: the nodes that only answer requests; they end when everything else has ended.
@@ -106,18 +110,20 @@ class PhysicalPlan:
     def text(self) -> str:
         """Return the plan as indented text."""
         lines = [f"physical plan of {self.name}"]
-        owner = {node.id: chain for chain in self.chains for node in chain.nodes}
+        owner = {node.id: number for number, chain in enumerate(self.chains) for node in chain.nodes}
         names = {node.id: node.name for chain in self.chains for node in chain.nodes}
+        leading: dict[int, list[Edge]] = {}
+        for edge in self.between:
+            leading.setdefault(owner[edge.source], []).append(edge)
         for number, chain in enumerate(self.chains):
             tasks = f"{chain.parallelism} task" + ("s" if chain.parallelism > 1 else "")
             lines.append(f"  chain {number}: {chain.name}  ({tasks})")
-            for edge in self.between:
-                if owner[edge.source] is chain:
-                    what = "dead letters of " if edge.letters else ""
-                    loop = ", feedback" if edge.feedback else ""
-                    target = self.chains.index(owner[edge.target])
-                    port = f" input {edge.port}" if edge.port else ""
-                    lines.append(f"    {what}{names[edge.source]} -> chain {target}{port}  ({edge.route}{loop})")
+            for edge in leading.get(number, ()):
+                what = "dead letters of " if edge.letters else ""
+                loop = ", feedback" if edge.feedback else ""
+                port = f" input {edge.port}" if edge.port else ""
+                target = owner[edge.target]
+                lines.append(f"    {what}{names[edge.source]} -> chain {target}{port}  ({edge.route}{loop})")
         return "\n".join(lines)
 
     def mermaid(self) -> str:
@@ -126,7 +132,7 @@ class PhysicalPlan:
         for number, chain in enumerate(self.chains):
             lines.append(f'  subgraph c{number}["{chain.parallelism} x"]')
             for node in chain.nodes:
-                lines.append(f'    n{node.id}["{_quoted(node.name)}"]')
+                lines.append(f'    n{node.id}["{quoted(node.name)}"]')
             lines.append("  end")
         heads = self.heads
         for edge in self.edges:
@@ -136,5 +142,6 @@ class PhysicalPlan:
         return "\n".join(lines)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as it stands in a label of Mermaid."""
     return text.replace("#", "#35;").replace('"', "#quot;")

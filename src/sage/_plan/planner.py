@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sage._plan.logical import Kind, LogicalGraph, Node, ServiceSpec
 from sage._plan.rules import RULES, edges_of, loops_of, lower, ordered
 from sage.connector import Source
-from sage.errors import GraphError, UnknownServiceError, hint
+from sage.errors import FutureError, GraphError, UnknownServiceError, hint
 from sage.functions import BaseFunction, ProcessFunction, is_coroutine_function
 from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod, unknown_service
 
@@ -24,7 +24,7 @@ def plan(graph: LogicalGraph, *, fused: bool = True) -> PhysicalPlan:
     """Return the physical plan of a graph.
 
     Args:
-        graph: what to run.
+        graph: the graph to run.
         fused: whether operators may share a task; without, each has its own, which only tests want.
 
     Raises:
@@ -64,14 +64,14 @@ def _streams(graph: LogicalGraph) -> Iterator[GraphError]:
     edges = edges_of(graph)
     for node in graph.nodes.values():
         if node.kind is Kind.FUTURE and node.id not in filled:
-            error = GraphError(f'future "{node.name}" is never filled')
+            error: GraphError = FutureError(f'future "{node.name}" is never filled')
             yield hint(error, f"Call stream.fill_future({node.name}) with the stream that leads back into it.")
         if node.kind is Kind.SOURCE:
             yield from _source(node)
     if ordered(graph, edges) is None:
         names = ", ".join(f'"{node.name}"' for node in graph.nodes.values() if node.kind is Kind.LETTERS)
         error = GraphError(f"dead letters of {names} are handled by an operator that sends its own there")
-        yield hint(error, "Give the operators behind dead letters another on_error.")
+        yield hint(error, "Give the operators after the dead letters another on_error.")
     for loop in loops_of(edges):
         for node in (graph.nodes[id_] for id_ in sorted(loop)):
             if _emits_at_the_end(node):
@@ -111,23 +111,25 @@ def _services(services: tuple[ServiceSpec, ...]) -> Iterator[GraphError]:
 def _circle(known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
     """Yield an error for the first circle of dependencies, with its path."""
     done: set[str] = set()
-
-    def walk(name: str, path: tuple[str, ...]) -> tuple[str, ...] | None:
-        if name in path:
-            return (*path[path.index(name) :], name)
-        if name in done or name not in known:
-            return None
-        for next_ in known[name].requires:
-            if found := walk(next_, (*path, name)):
-                return found
-        done.add(name)
-        return None
-
-    for name in known:
-        if path := walk(name, ()):
-            error = GraphError(f"services depend on each other in a circle: {' -> '.join(path)}")
-            yield hint(error, "Services start after those they depend on, so one of these has to go without.")
-            return
+    for start in known:
+        path: dict[str, Iterator[str]] = {}  # from where the walk began to where it is, in order
+        here: str | None = start
+        while here is not None:
+            if here in path:
+                names = [*path]
+                text = " -> ".join([*names[names.index(here) :], here])
+                error = GraphError(f"services depend on each other in a cycle: {text}")
+                yield hint(error, "Services start after those they depend on, so remove one of these dependencies.")
+                return
+            if here in known and here not in done:
+                path[here] = iter(known[here].requires)
+            here = None
+            while path and here is None:
+                last = next(reversed(path))
+                here = next(path[last], None)
+                if here is None:
+                    del path[last]
+                    done.add(last)
 
 
 def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
@@ -135,20 +137,7 @@ def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
     if node.function is None:
         return
     target = node.function.target
-    functions: list[Any] = list(target) if isinstance(target, tuple) and node.kind is Kind.COMAP else [target]
-    if node.kind is Kind.SOURCE and isinstance(target, Source | list | tuple | range | str):
-        functions = []
-    used: list[tuple[ServiceHandle[Any], str | None]] = []
-    for argument in (*functions, *node.function.args, *node.function.kwargs.values()):
-        if isinstance(argument, ServiceMethod):
-            used.append((argument.handle, argument.__name__))
-        elif isinstance(argument, ServiceHandle):
-            used.append((argument, None))
-    names: list[str] = []
-    for function in functions:
-        for code_owner in _code_owners(function):
-            used += _handles_in(code_owner)
-            names += _names_in(code_owner.__code__)
+    used, names = used_by(node)
     for name in dict.fromkeys(names):
         if name not in known:
             yield unknown_service(f'operator "{node.name}"', name, known)
@@ -164,6 +153,28 @@ def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
         yield from _awaited(node, target, known)
 
 
+def used_by(node: Node) -> tuple[list[tuple[ServiceHandle[object], str | None]], list[str]]:
+    """Return the services that a function visibly uses: handles, each with a method or None, and names."""
+    if node.function is None:
+        return [], []
+    target = node.function.target
+    functions: list[object] = list(target) if isinstance(target, tuple) and node.kind is Kind.COMAP else [target]
+    if node.kind is Kind.SOURCE and isinstance(target, Source | list | tuple | range | str):
+        functions = []
+    used: list[tuple[ServiceHandle[object], str | None]] = []
+    for argument in (*functions, *node.function.args, *node.function.kwargs.values()):
+        if isinstance(argument, ServiceMethod):
+            used.append((argument.handle, argument.__name__))
+        elif isinstance(argument, ServiceHandle):
+            used.append((argument, None))
+    names: list[str] = []
+    for function in functions:
+        for code_owner in _code_owners(function):
+            used += _handles_in(code_owner)
+            names += _names_in(code_owner.__code__)
+    return used, names
+
+
 def _method(node: Node, service: ServiceSpec, method: str) -> Iterator[GraphError]:
     type_ = service.target
     assert isinstance(type_, type)
@@ -175,7 +186,7 @@ def _method(node: Node, service: ServiceSpec, method: str) -> Iterator[GraphErro
 
 
 def _awaited(
-    node: Node, target: ServiceMethod | ServiceHandle[Any], known: dict[str, ServiceSpec]
+    node: Node, target: ServiceMethod | ServiceHandle[object], known: dict[str, ServiceSpec]
 ) -> Iterator[GraphError]:
     """Yield an error if `map_async` was given a method of a service that cannot be awaited."""
     name, method = (
@@ -185,7 +196,7 @@ def _awaited(
     function = getattr(type_, method, None) if isinstance(type_, type) else None
     if function is not None and not is_coroutine_function(function):
         error = GraphError(
-            f'operator "{node.name}" awaits "{method}" of service "{name}", which is no coroutine method'
+            f'operator "{node.name}" awaits "{method}" of service "{name}", which is not a coroutine method'
         )
         yield hint(error, "Write async def, or use map(...), which calls it for one record at a time.")
 
@@ -201,7 +212,7 @@ def _sets(type_: type, name: str) -> bool:
     )
 
 
-def _code_owners(function: Any) -> Iterable[FunctionType]:
+def _code_owners(function: object) -> Iterable[FunctionType]:
     if isinstance(function, FunctionType):
         return (function,)
     type_ = function if isinstance(function, type) else type(function)
@@ -216,9 +227,9 @@ def _code_owners(function: Any) -> Iterable[FunctionType]:
     )
 
 
-def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[Any], str | None]]:
+def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[object], str | None]]:
     """Return the handles that a function reaches by name, each with the method that it takes of it."""
-    reachable: dict[str, Any] = {
+    reachable: dict[str, object] = {
         name: function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__
     }
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

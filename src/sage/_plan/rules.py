@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,28 @@ def edges_of(graph: LogicalGraph) -> tuple[Edge, ...]:
     return tuple(edges)
 
 
-def reach(start: int, edges: Iterable[Edge], *, backwards: bool = False) -> frozenset[int]:
+Ways = dict[int, list[int]]
+"""Where one step leads from each node."""
+
+
+def ways_of(edges: Iterable[Edge], *, forward: bool = True, backward: bool = False) -> Ways:
+    """Return where edges lead from each node, along them, against them, or both."""
+    ways: Ways = {}
+    for edge in edges:
+        if forward:
+            ways.setdefault(edge.source, []).append(edge.target)
+        if backward:
+            ways.setdefault(edge.target, []).append(edge.source)
+    return ways
+
+
+def reach(start: int, ways: Ways) -> frozenset[int]:
     """Return the nodes that can be reached from `start`, itself included."""
-    edges = tuple(edges)
     found = {start}
     todo = [start]
     while todo:
-        here = todo.pop()
-        for edge in edges:
-            near, far = (edge.target, edge.source) if backwards else (edge.source, edge.target)
-            if near == here and far not in found:
+        for far in ways.get(todo.pop(), ()):
+            if far not in found:
                 found.add(far)
                 todo.append(far)
     return frozenset(found)
@@ -42,9 +55,10 @@ def loops_of(edges: Iterable[Edge]) -> tuple[frozenset[int], ...]:
     """Return the nodes of each feedback loop; loops that share a node are one."""
     edges = tuple(edges)
     loops: list[frozenset[int]] = []
+    onward, back = ways_of(edges), ways_of(edges, forward=False, backward=True)
     for edge in edges:
         if edge.feedback:
-            loop = reach(edge.target, edges) & reach(edge.source, edges, backwards=True)
+            loop = reach(edge.target, onward) & reach(edge.source, back)
             for other in [other for other in loops if other & loop]:
                 loops.remove(other)
                 loop |= other
@@ -58,31 +72,32 @@ def ordered(graph: LogicalGraph, edges: Iterable[Edge]) -> list[Node] | None:
     forward = [edge for edge in edges if not edge.feedback]
     for edge in forward:
         waiting[edge.target] += 1
+    ways = ways_of(forward)
     order: list[Node] = []
-    ready = [id_ for id_, count in waiting.items() if count == 0]
+    ready = deque(id_ for id_, count in waiting.items() if count == 0)
     while ready:
-        here = ready.pop(0)
+        here = ready.popleft()
         order.append(graph.nodes[here])
-        for edge in forward:
-            if edge.source == here:
-                waiting[edge.target] -= 1
-                if waiting[edge.target] == 0:
-                    ready.append(edge.target)
+        for target in ways.get(here, ()):
+            waiting[target] -= 1
+            if waiting[target] == 0:
+                ready.append(target)
     return order if len(order) == len(graph.nodes) else None
 
 
 def serving_nodes(graph: LogicalGraph, edges: Iterable[Edge]) -> frozenset[int]:
     """Return the nodes that only answer requests: everything they are joined with starts at request sources."""
-    edges = tuple(edges)
-    both_ways = (*edges, *(replace(edge, source=edge.target, target=edge.source) for edge in edges))
-    found: set[int] = set()
+    ways = ways_of(edges, backward=True)
+    serving: set[int] = set()
+    seen: set[int] = set()
     for node in graph.nodes.values():
-        if node.settings.get("bridge") is not None and node.id not in found:
-            island = reach(node.id, both_ways)
+        if node.settings.get("bridge") is not None and node.id not in seen:
+            island = reach(node.id, ways)
+            seen |= island
             sources = [graph.nodes[id_] for id_ in island if graph.nodes[id_].kind is Kind.SOURCE]
             if all(source.settings.get("bridge") is not None for source in sources):
-                found |= island
-    return frozenset(found)
+                serving |= island
+    return frozenset(serving)
 
 
 def keyed_nodes(order: Iterable[Node]) -> frozenset[int]:
@@ -122,32 +137,32 @@ def choose_routes(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
             return Route.FORWARD
         return Route.HASH if edge.source in keyed else Route.ROUND_ROBIN
 
-    return replace(plan, edges=tuple(replace(edge, route=route(edge)) for edge in plan.edges))
+    return replace(plan, edges=tuple(edge.on(route(edge)) for edge in plan.edges))
 
 
 def fuse(graph: LogicalGraph, plan: PhysicalPlan) -> PhysicalPlan:
     """Put neighbours into one chain: a forward edge, equal parallelism, one place, no other edge at its ends.
 
-    What holds records begins a chain.
+    An operator that holds records begins a chain, and so does one whose queue the user bounds.
     """
-    chains = {chain.nodes[0].id: chain for chain in plan.chains}
+    chains = {chain.head: list(chain.nodes) for chain in plan.chains}
     head = {id_: id_ for id_ in graph.nodes}
+    outputs = Counter(edge.source for edge in plan.edges if not edge.letters)
+    inputs = Counter(edge.target for edge in plan.edges)
     for edge in sorted(plan.edges, key=lambda edge: edge.target):
-        alone_out = [other for other in plan.edges if other.source == edge.source and not other.letters] == [edge]
-        alone_in = [other for other in plan.edges if other.target == edge.target] == [edge]
+        alone = not edge.letters and outputs[edge.source] == inputs[edge.target] == 1
         source, target = graph.nodes[edge.source], graph.nodes[edge.target]
         same = source.parallelism == target.parallelism and source.place == target.place
-        plain = edge.route is Route.FORWARD and not edge.feedback and not edge.letters
-        plain = plain and target.kind not in HOLDING
-        if plain and same and alone_out and alone_in:
+        plain = edge.route is Route.FORWARD and not edge.feedback and target.kind not in HOLDING
+        if alone and plain and same and not target.settings.get("capacity"):
             first = head[edge.source]
             joined = chains.pop(edge.target)
-            chains[first] = Chain((*chains[first].nodes, *joined.nodes))
-            for node in joined.nodes:
+            chains[first] += joined
+            for node in joined:
                 head[node.id] = first
-    order = [chain.nodes[0].id for chain in plan.chains]
-    return replace(plan, chains=tuple(chains[id_] for id_ in order if id_ in chains))
+    order = [chain.head for chain in plan.chains]
+    return replace(plan, chains=tuple(Chain(tuple(chains[id_])) for id_ in order if id_ in chains))
 
 
 RULES = (choose_routes, fuse)
-"""Applied in this order to what `lower` returns."""
+"""Applied in this order to the result of `lower`."""

@@ -1,19 +1,22 @@
-"""Turns what a user gave as a function into a `FunctionSpec`, or says what is wrong with it."""
+"""Turns a user's function into a `FunctionSpec`, or raises an error that explains the problem."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from sage import functions
+from sage._arguments import check_count
+from sage._iterables import why_not_records
 from sage._plan.logical import FunctionSpec, Kind, Place
 from sage.connector import Source
 from sage.errors import GraphError, hint, short
 from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 # Which function classes an operator takes, and how many records its function is called with.
 ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
@@ -35,17 +38,17 @@ KINDS_OF_FUNCTION = tuple(type_ for types, _ in ACCEPTED.values() for type_ in t
 
 
 def place_of(at: Any, num_cpus: Any = 0.0, num_gpus: Any = 0.0, resources: Mapping[str, Any] | None = None) -> Place:
-    """Check what a user wants of a place and return it.
+    """Check a user's place and return it.
 
     Raises:
-        GraphError: there is no such place, or nothing can be reserved there.
+        GraphError: the place does not exist, or resources cannot be reserved there.
     """
     if at not in ("cluster", "driver"):
         raise hint(GraphError(f"a place is at {at!r}"), 'It is at the "cluster" or at the "driver".')
-    wanted: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, **(resources or {})}
+    wanted: dict[str, object] = {"num_cpus": num_cpus, "num_gpus": num_gpus, **(resources or {})}
     for name, amount in wanted.items():
         if not isinstance(amount, int | float) or isinstance(amount, bool) or amount < 0:
-            raise GraphError(f"a place reserves {name}={short(amount)}, which is no amount")
+            raise GraphError(f"a place reserves {name}={short(amount)}, which is not an amount")
     if at == "driver" and any(wanted.values()):
         reserved = ", ".join(name for name, amount in wanted.items() if amount)
         error = GraphError(f"a place at the driver reserves {reserved}")
@@ -53,13 +56,45 @@ def place_of(at: Any, num_cpus: Any = 0.0, num_gpus: Any = 0.0, resources: Mappi
     return Place(at, num_cpus, num_gpus, tuple((resources or {}).items()))
 
 
-def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionSpec:
-    """Check `target` and return it as a spec.
+def class_of(target: object) -> object:
+    """Return the class where `target` is one with type arguments, such as `Tag[int]`; else `target` itself."""
+    origin = get_origin(target)
+    return origin if isinstance(origin, type) else target
+
+
+def function_spec(kind: Kind, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> FunctionSpec:
+    """Check `target` and return it as a spec, with the operator's `capacity` if that is among the keywords.
 
     Raises:
-        GraphError: it is no function, a function of another kind, or takes another number of records.
+        GraphError: it is not a function, a function of another kind, or takes another number of records.
         TypeError: its constructor does not take these arguments, or it takes none.
     """
+    target = class_of(target)
+    kwargs, capacity = _capacity(kind, target, kwargs)
+    return replace(_function_spec(kind, target, args, kwargs), capacity=capacity)
+
+
+def _capacity(kind: Kind, target: object, kwargs: dict[str, Any]) -> tuple[dict[str, object], int | None]:
+    """Take the operator's `capacity` out of the keywords; a class with an argument of that name gets it itself."""
+    if "capacity" not in kwargs or (
+        isinstance(target, type) and _is_function_class(target) and _takes_capacity(target)
+    ):
+        return kwargs, None
+    if kwargs["capacity"] is not None:
+        check_count(f"{kind}: capacity is", kwargs["capacity"])
+    return {name: value for name, value in kwargs.items() if name != "capacity"}, kwargs["capacity"]
+
+
+def _takes_capacity(target: type) -> bool:
+    try:
+        parameters = inspect.signature(target.__init__).parameters  # type: ignore[misc]
+    except (TypeError, ValueError):
+        return False
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return "capacity" in parameters or (takes_all and target.__init__ is not ServiceUser.__init__)  # type: ignore[misc]
+
+
+def _function_spec(kind: Kind, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> FunctionSpec:
     if isinstance(target, type) and (_is_function_class(target) or issubclass(target, BaseService)):
         _check_kind(kind, target)
         _check_constructor(kind, target, args, kwargs)
@@ -76,7 +111,7 @@ def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[s
         _check_records(kind, target, "execute", bound=True)
         return FunctionSpec(target)
     if isinstance(target, type) and target.__module__ != "builtins":
-        error = GraphError(f"{kind}({target.__name__}): the class {target.__name__} is no function class")
+        error = GraphError(f"{kind}({target.__name__}): the class {target.__name__} is not a function class")
         wanted = " or ".join(type_.__name__ for type_ in ACCEPTED[kind][0]) or "a plain function"
         note = (
             f"Derive it from {wanted} and write execute(), or call it for each record: lambda x: {target.__name__}(x)."
@@ -89,22 +124,23 @@ def function_spec(kind: Kind, target: Any, args: tuple[Any, ...], kwargs: dict[s
     return FunctionSpec(target)
 
 
-def async_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionSpec:
+def async_spec(target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> FunctionSpec:
     """Check a function of `map_async`, which has to be a coroutine function, and return it as a spec.
 
     Raises:
-        GraphError: it is none, or what `function_spec` refuses.
+        GraphError: it is not a function, or `function_spec` refuses it.
         TypeError: its constructor does not take these arguments, or it takes none.
     """
+    target = class_of(target)
     spec = function_spec(Kind.MAP_ASYNC, target, args, kwargs)
     if isinstance(target, ServiceMethod | ServiceHandle):
         return spec  # the class of the service, if there is one, is looked at with the whole graph
     method = getattr(target, "execute", None)
     if not functions.is_coroutine_function(target if method is None else method):
         label = _label(target) if method is None else f"{_label(target)}.execute"
-        error = GraphError(f"map_async({_label(target)}): {label} is no coroutine function")
+        error = GraphError(f"map_async({_label(target)}): {label} is not a coroutine function")
         raise hint(
-            error, "Write async def, also where a lambda returns a coroutine; map(...) takes what does not wait."
+            error, "Write async def instead of a lambda that returns a coroutine; use map(...) for plain functions."
         )
     return spec
 
@@ -113,7 +149,7 @@ def _is_function_class(target: type) -> bool:
     return issubclass(target, functions.BaseFunction) or callable(getattr(target, "execute", None))
 
 
-def _label(target: Any) -> str:
+def _label(target: object) -> str:
     return getattr(target, "__name__", None) or type(target).__name__
 
 
@@ -130,20 +166,20 @@ def _check_kind(kind: Kind, target: type) -> None:
     execute = getattr(target, "execute", None)
     if execute is None or execute in [type_.__dict__.get("execute") for type_ in KINDS_OF_FUNCTION]:
         error = GraphError(f"{kind}({target.__name__}): {target.__name__} does not define execute")
-        raise hint(error, "Write a method execute; the engine calls it.")
+        raise hint(error, "Write a method execute; it is called with the records.")
 
 
 def _constructor(target: Any) -> inspect.Signature:
     """Return the arguments of a class or callable."""
     is_user = isinstance(target, type) and issubclass(target, ServiceUser)
     if is_user and target.__init__ is ServiceUser.__init__:
-        # It takes anything for the sake of constructors that hand their arguments up, and here there is none.
+        # It takes anything for the sake of constructors that hand their arguments up, and here it does not have one.
         following = super(ServiceUser, target).__init__
         return inspect.Signature() if following is object.__init__ else inspect.signature(partial(following, None))
     return inspect.signature(target)
 
 
-def _check_constructor(kind: Kind, target: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_constructor(kind: Kind, target: type, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     try:
         _constructor(target).bind(*args, **kwargs)
     except TypeError as error:
@@ -176,19 +212,21 @@ def _check_records(kind: Kind, target: Any, method: str | None, *, bound: bool) 
         raise hint(mended, f"{kind} calls it with {records}.") from None
 
 
-def _refuse_asynchronous_generator(kind: Kind | str, target: Any, function: Any) -> None:
+def _refuse_asynchronous_generator(kind: Kind | str, target: object, function: object) -> None:
     if inspect.isasyncgenfunction(function):
         error = GraphError(f"{kind}({_label(target)}): {_label(function)} is an asynchronous generator function")
         raise hint(error, "Write a coroutine function that returns a list, or a generator function without async.")
 
 
-def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: int) -> FunctionSpec:
+def comap_spec(target: object, args: tuple[object, ...], kwargs: dict[str, object], inputs: int) -> FunctionSpec:
     """Check a co-map function: a class or instance with `map0` to `map<n>`, or a list of callables.
 
     Raises:
         GraphError: a method is missing, or the number of callables is not that of the inputs.
         TypeError: its constructor does not take these arguments.
     """
+    target = class_of(target)
+    kwargs, capacity = _capacity(Kind.COMAP, target, kwargs)
     if isinstance(target, list | tuple) or (callable(target) and not isinstance(target, type) and args):
         callables = [*target, *args] if isinstance(target, list | tuple) else [target, *args]
         if kwargs:
@@ -197,7 +235,7 @@ def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], input
             raise GraphError(f"comap: {len(callables)} callables for {inputs} inputs")
         for function in callables:
             function_spec(Kind.COMAP, function, (), {})
-        return FunctionSpec(tuple(callables))
+        return FunctionSpec(tuple(callables), capacity=capacity)
     missing = [f"map{port}" for port in range(inputs) if not callable(getattr(target, f"map{port}", None))]
     if missing:
         error = GraphError(f"comap({_label(target)}): {_label(target)} has no {', '.join(missing)}")
@@ -206,12 +244,12 @@ def comap_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], input
         _check_records(Kind.COMAP, target, f"map{port}", bound=not isinstance(target, type))
     if isinstance(target, type):
         _check_constructor(Kind.COMAP, target, args, kwargs)
-        return FunctionSpec(target, True, args, kwargs)
-    return FunctionSpec(target)
+        return FunctionSpec(target, True, args, kwargs, capacity)
+    return FunctionSpec(target, capacity=capacity)
 
 
-def check_service_arguments(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Check that what builds a service takes the arguments it was registered with.
+def check_service_arguments(name: str, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Check that the constructor of a service takes the arguments it was registered with.
 
     Raises:
         TypeError: it does not.
@@ -222,24 +260,25 @@ def check_service_arguments(name: str, target: Any, args: tuple[Any, ...], kwarg
         mended = TypeError(f'service "{name}": {_label(target)}: {error}')
         raise hint(mended, f"What follows {_label(target)} in register_service(...) goes to it.") from None
     except ValueError:
-        return  # What is written in C may not tell its signature.
+        return  # Code written in C may not have a signature.
 
 
-def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, bounded: bool) -> FunctionSpec:
-    """Check what a source reads from: a function class or instance, a `Source`, an iterable, or a callable.
+def source_spec(target: object, args: tuple[object, ...], kwargs: dict[str, object], *, bounded: bool) -> FunctionSpec:
+    """Check the input of a source: a function class or instance, a `Source`, an iterable, or a callable.
 
     Raises:
-        GraphError: it is none of these.
+        GraphError: it is not one of these, or it would be taken apart into something other than records, such as
+            letters.
         TypeError: arguments are given that have no effect.
     """
     method = "from_batch" if bounded else "from_source"
+    target = class_of(target)
     if isinstance(target, functions.BaseFunction) or (isinstance(target, type) and _is_function_class(target)):
         return function_spec(Kind.SOURCE, target, args, kwargs)
     if isinstance(target, type) and issubclass(target, Source):
         _check_constructor(Kind.SOURCE, target, args, kwargs)
         return FunctionSpec(target, True, args, kwargs)
     if callable(target) and not isinstance(target, type):
-        _refuse_asynchronous_generator(method, target, target)
         try:
             inspect.signature(target).bind(*args, **kwargs)
         except TypeError as refused:
@@ -254,12 +293,25 @@ def source_spec(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, b
         raise hint(
             TypeError(f"{method}({_label(target)}, ...): {names} have no effect"), "Only a class takes arguments."
         )
-    if isinstance(target, Source) or (bounded and hasattr(target, "__iter__") and not isinstance(target, type)):
+    found = why_not_records(target) if bounded else None
+    if found is not None:
+        what, note = found
+        raise hint(GraphError(f"{method}({short(target)}): {what} is not a collection of records"), note)
+    is_read = hasattr(target, "__aiter__") or (bounded and hasattr(target, "__iter__"))
+    if isinstance(target, Source) or (is_read and not isinstance(target, type)):
         return FunctionSpec(target)
-    error = GraphError(f"{method}({short(target)}): {type(target).__name__} is no source")
+    error = GraphError(f"{method}({short(target)}): {type(target).__name__} is not a source")
     wanted = (
         "a BatchFunction class, a list or any iterable, a generator function or a Source"
         if bounded
         else "a SourceFunction class, a callable without arguments, a generator function or a Source"
     )
     raise hint(error, f"Give {wanted}.")
+
+
+def builder_of(service: object) -> Callable[..., object]:
+    """Return a class or a function as it is, and for any other object a function that returns it."""
+    if isinstance(service, type | partial) or inspect.isroutine(service):
+        builder: Callable[..., object] = service
+        return builder
+    return lambda: service

@@ -12,37 +12,47 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sage._backends.ray_cluster import within
-from sage._hosts.link import LinkClosedError
+from sage._extras import load
 from sage._logs import log_of
-from sage._ray.actors import MasterActor, actor_name
-from sage._ray.mesh import Peer
-from sage._ray.orders import JobOrder, Part, Pickled, SiteOrder
-from sage._ray.placement import DRIVER, Site, sites_of
+from sage._ray.actors import MasterActor
+from sage._ray.connection import allow_references, is_connected, prepared, starts_own, within
+from sage._ray.kept_cluster import WARM
+from sage._ray.orders import JobLaunch, Pickled, SiteLaunch, SitePayload
+from sage._ray.placement import DRIVER, SitePlan, by_task, service_place, sites_of
+from sage._ray.processes import actor_name, named
+from sage._ray.requests import DriverSide, MasterSide
+from sage._ray.reservations import check_there, nodes_now
 from sage._ray.shipping import outline, pickled_part, pickled_service
-from sage._ray.site import Site as RunningSite
+from sage._ray.site import Site
+from sage._remote.rpc import RpcClosedError
+from sage._remote.tcp import TcpRpcClient
 from sage._runtime.job import Job
 from sage._runtime.lifecycle import Limits, ServiceRecord, StopRequested, begin
-from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, JobState, ServiceState, TaskState, Way
+from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, JobState, ServiceState, StopMode, TaskState
 from sage._runtime.supervisor import Ended
 from sage.errors import JobError, ServiceUnavailableError, UnsupportedPlanError, describe, hint
 from sage.observability import Event
 from sage.report import Cleanliness, JobReport, Outcome
-from sage.services.extras import load
+from sage.serving import bridge_among
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sage._backends.ray_cluster import Connected
     from sage._plan.logical import LogicalGraph
     from sage._plan.physical import PhysicalPlan
-    from sage._ray.master import PackedReport
+    from sage._ray.connection import Connected
+    from sage._remote.protocol import Address
     from sage.observability import HookEvent
     from sage.report import OperatorReport
     from sage.service import ServiceHandle
 
 MASTER_START_S = 60.0
 """How long the master may take to get its place in the cluster."""
+
+MASTER_STOP_S = 5.0
+"""How long it may take when the job is to stop before it has begun."""
+
+LOOK_S = 0.1
 
 NEXT_MASTER_S = 30.0
 """How long the driver waits for the master that follows one that is gone."""
@@ -67,42 +77,51 @@ class RemoteSettings:
 
 
 def check_supported(name: str, graph: LogicalGraph) -> None:
-    """Refuse what cannot run on a cluster.
+    """Refuse pipelines that cannot run on a cluster.
 
     Raises:
         UnsupportedPlanError: a service is to run in a way that a cluster does not have.
     """
     for spec in graph.services:
-        what = ""
-        if spec.command is not None:
-            what = "is a command"
-        elif spec.options.shared:
+        what, instead = "", 'On a cluster a service has its own process, or host="inline", in the driver.'
+        bridge = bridge_among(spec.target, spec.args, dict(spec.kwargs))
+        if spec.options.shared:
             what = "is shared"
-        elif spec.options.host == "process":
-            what = 'has host="process"'
+        elif bridge is not None and bridge.streams:
+            what, instead = "answers piece by piece", "Leave stream=True out, or serve it with a LocalEnvironment."
         if what:
             error = UnsupportedPlanError(f'service "{spec.name}" {what}, which environment "{name}" cannot run')
-            raise hint(error, 'On a cluster a service has host="ray", its own process, or "inline", in the driver.')
+            raise hint(error, instead)
 
 
 class RemoteJob(Job):
     """A job whose master runs in the cluster."""
 
-    remote: DriverSupervisor
+    _remote: DriverSupervisor
 
     def operators(self) -> tuple[OperatorReport, ...]:
         """Return the counts of every operator as they stand; those of a moment ago if the master does not answer."""
-        if self.report is not None:
-            return self.report.operators
-        return self.remote.operators()
+        if self._report is not None:
+            return self._report.operators
+        return self._remote.operators()
 
-    def request(self, way: Way, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None) -> None:
+    def _request(
+        self, way: StopMode, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None
+    ) -> None:
         """Ask for the end without waiting for it; any thread may."""
         if self.is_running:
             self._reason = self._reason or reason
-            self.remote.stop(way, reason, budget_s, hook_cap_s)
+            self._remote.stop(way, reason, budget_s, hook_cap_s)
 
-    def take_sealed(self, report: JobReport, error: Exception | None, ended: Ended) -> None:
+    def _fills(self) -> dict[str, float]:
+        """Return nothing: the queues are elsewhere."""
+        return {}
+
+    def _calls_running(self) -> int:
+        """Return nothing: the calls run elsewhere, and a signal waits for nobody."""
+        return 0
+
+    def _take_sealed(self, report: JobReport, error: Exception | None, ended: Ended) -> None:
         """Have the report that the master made."""
         self._take(replace(report, started_at=self._started[0]), error, ended)
 
@@ -116,15 +135,16 @@ class Seen:
 
 @dataclass
 class SeenJob:
-    """Where the job is, as far as the driver has heard."""
+    """Where the job is, as far as the driver has heard; failures arrive with its end."""
 
     job: JobState = JobState.NEW
+    failures: tuple[()] = ()
     tasks: dict[str, Seen] = field(default_factory=dict)
     services: dict[str, Seen] = field(default_factory=dict)
 
 
 class RemoteDispatcher:
-    """Shows a remote job while it runs, and leads to what stands for its supervisor here."""
+    """Shows a remote job while it runs, and leads to its supervisor's stand-in here."""
 
     def __init__(self, plan: PhysicalPlan, supervisor: DriverSupervisor) -> None:
         self.plan = plan
@@ -152,8 +172,8 @@ class RemoteDispatcher:
         self.plan = self.plan.outline()
 
 
-class DriverSupervisor:
-    """Stands for the supervisor of a remote job in the driver: what is asked of it goes to the master.
+class DriverSupervisor(DriverSide):
+    """Stands for the supervisor of a remote job in the driver: requests to it go to the master.
 
     Attributes:
         state: where everything is, as far as the driver has heard.
@@ -169,32 +189,27 @@ class DriverSupervisor:
         self.listeners: list[Callable[[Event | HookEvent], None]] = []
         self.hosts: dict[str, Any] = {}
         self.backend = self
+        self.runs_while_waited_for = False
         self._job = job
         self._launch = launch
         self._graph = graph
         self._handles: dict[str, ServiceHandle[Any]] = {spec.name: spec.handle for spec in graph.services}
         self._actor: Any = None
-        self._master: Peer | None = None
+        self._master: TcpRpcClient | None = None
         self._over = threading.Event()
-        self._sealed: tuple[PackedReport, dict[str, str]] | None = None
+        self._sealed: tuple[tuple[JobReport, Exception | None], dict[str, str]] | None = None
         self._is_ending = threading.Lock()
-        self._pending: list[tuple[Any, ...]] = []
+        self._pending: list[tuple[StopMode, str, float | None, float | None]] = []
         self._lock = threading.Lock()
-        answers: dict[str, Callable[..., Any]] = {
-            "notice": self._notice,
-            "sealed": self._take_sealed,
-            "attach": self._attach,
-        }
-        options = {spec.name: spec.options for spec in graph.services}
-        self.site = RunningSite(
+        self.site = Site(
             DRIVER,
             launch.secret,
             launch.ip,
-            options,
+            {spec.name: spec.options for spec in graph.services},
             launch.by_task,
             lambda _: launch.driver_part,
             self._master_lost,
-            answers=answers,
+            further=((DriverSide, self),),
             handles=self._handles,
             stands_for=self,
         )
@@ -208,29 +223,35 @@ class DriverSupervisor:
         with condition:
             return condition.wait_for(is_over, timeout_s)
 
-    def ask_to_stop(self) -> None:
-        """Ask for the end of the job, draining what is in flight."""
-        self.stop(Way.DRAIN, "stop() was called", None, None)
+    def ask_to_stop(self, drain: bool | None) -> None:
+        """Ask for the end of the job, as `Job.stop` does."""
+        self.stop(StopMode.of(drain), "stop() was called", None, None)
 
     def begin(self) -> None:
         """Start the master, which starts everything else."""
         try:
-            self._actor = self._launch.start_master(self.site.listener.address)
+            self._actor, beginning = self._launch.start_master(self.site.listener.address)
+            self._launch.wait_for_master(beginning, lambda: bool(self._pending))
         except BaseException as error:
-            self._end_without_report(error)
+            if self._sealed is None:
+                # It is not killed, as it may just have begun: it ends by itself, with everything it has started, when
+                # it finds that nobody listens here any more.
+                self._actor = None
+                self._end_without_report(error)
 
-    def stop(self, way: Way, reason: str, budget_s: float | None, hook_cap_s: float | None) -> None:
-        """Let the master end the job; what it has not heard when it is lost, the next one hears."""
-        request = ("stop", int(way), reason, budget_s, hook_cap_s)
+    def stop(self, way: StopMode, reason: str, budget_s: float | None, hook_cap_s: float | None) -> None:
+        """Let the master end the job; if it is lost before it hears, the next one hears."""
+        request = (way, reason, budget_s, hook_cap_s)
         with self._lock:
             master = self._master
             if master is None:
                 self._pending.append(request)
                 return
         try:
-            master.ask(*request)
-        except LinkClosedError:
+            master.ask(MasterSide.stop, int(way), reason, budget_s, hook_cap_s)
+        except RpcClosedError:
             with self._lock:
+                self._master = None if self._master is master else self._master
                 self._pending.append(request)
 
     def post(self, event: StopRequested) -> None:
@@ -247,25 +268,25 @@ class DriverSupervisor:
         try:
             if master is None:
                 return ()
-            counts: tuple[OperatorReport, ...] = master.ask("operators", timeout_s=COUNTS_BOUND_S)
-        except (LinkClosedError, TimeoutError):
+            return master.ask_within(COUNTS_BOUND_S, MasterSide.operators)
+        except (RpcClosedError, TimeoutError):
             return ()
-        return counts
 
-    # --- what the master tells ---
+    # --- messages of the master ---
 
-    def _attach(self, master: Any, epoch: int, addresses: Mapping[str, Any]) -> None:
+    def attach(self, master: Address, epoch: int, addresses: Mapping[str, Address]) -> None:
+        """Follow this master, and ask it for everything from now on."""
         self.site.attach(master, epoch, addresses)
-        peer = Peer(master, self._launch.secret, {})
         with self._lock:
-            before, self._master = self._master, peer
+            before, self._master = self._master, TcpRpcClient(master, self._launch.secret, {})
             pending, self._pending = self._pending, []
         if before is not None:
             before.close()
         for request in pending:
-            peer.ask(*request)
+            self.stop(*request)
 
-    def _notice(self, event: Event | HookEvent) -> None:
+    def notice(self, event: Event | HookEvent) -> None:
+        """Take in a change of state."""
         if isinstance(event, Event):
             self.events.append(event)
             match event.subject:
@@ -278,10 +299,12 @@ class DriverSupervisor:
         for listener in self.listeners:
             listener(event)
 
-    def _take_sealed(self, sealed: PackedReport, services: dict[str, str]) -> None:
-        self._sealed = (sealed, services)
+    def sealed(self, ended: tuple[JobReport, Exception | None], services: dict[str, str]) -> bool:
+        """Take in how the job ended, and return whether the master is taken away from here."""
+        self._sealed = (ended, services)
         # Not on the thread of the request, whose answer the master waits for.
         threading.Thread(target=self._end, name="sage-remote-end", daemon=True).start()
+        return is_connected()  # the program may have ended the connection
 
     def _master_lost(self) -> None:
         """Wait for the master that follows, within bounds."""
@@ -301,12 +324,12 @@ class DriverSupervisor:
     # --- the end ---
 
     def _end(self) -> None:
-        """Take the master away, close what is here, and make it known that the job is over."""
+        """Take the master away, close the connections here, and make it known that the job is over."""
         assert self._sealed is not None
-        sealed, services = self._sealed
-        report, error = sealed.unpack()
+        (report, error), services = self._sealed
         self._take_away()
-        self._seal(report, error, services)
+        # One that followed another knows only of the services that were left.
+        self._seal(report, error, {**dict.fromkeys(self._handles, "lost"), **services})
 
     def _end_without_report(self, error: BaseException) -> None:
         self._take_away()
@@ -342,7 +365,7 @@ class DriverSupervisor:
         records = {name: ServiceRecord(ServiceState(state)) for name, state in services.items()}
         state = replace(begin((), (), Limits()), services=records)
         try:
-            self._job.take_sealed(report, error, Ended(state, {}, {}))
+            self._job._take_sealed(report, error, Ended(state, {}, {}))
         finally:
             self._over.set()
 
@@ -359,11 +382,11 @@ class Launch:
 
     Args:
         id_: the job's id.
-        graph: what the user wrote, with places.
+        graph: the user's pipeline, with places.
         plan: the physical plan.
         limits: the bounds of the stop that are not the default.
         settings: how the environment runs its jobs.
-        connect: returns what keeps this process connected to a cluster, given an address or None.
+        connect: returns the connection of this process to a cluster, given an address or None.
     """
 
     def __init__(
@@ -392,15 +415,11 @@ class Launch:
         """Let the connection to the cluster go."""
         self._stack.close()
 
-    def start_master(self, driver: tuple[str, int]) -> Any:
-        """Start the master and return its actor when it answers.
-
-        Raises:
-            ServiceUnavailableError: it did not come.
-        """
+    def start_master(self, driver: tuple[str, int]) -> tuple[Any, Any]:
+        """Start the master, and return its actor and a reference to its answer that it has begun."""
         ray = load("ray", "ray")
         ends_itself = self._connected.ends_itself(self.id, self._limits.stop_timeout_s)
-        order = JobOrder(
+        order = JobLaunch(
             job=self.id,
             graph=outline(self._graph),
             plan=self._plan.outline(),
@@ -413,41 +432,55 @@ class Launch:
             continues=self._settings.on_driver_loss == "continue",
             start_timeout_s=self._settings.start_timeout_s,
             level=_level(),
-            runtime_env=self._settings.runtime_env,
+            runtime_env=self._runtime_env,
             ends_itself=ends_itself,
         )
         orders = {name: ray.put(self._site_order(name, part, driver)) for name, part in self._parts.items()}
         name = actor_name(self.id, "master")
-        options = {"name": name, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
-        options["runtime_env"] = self._settings.runtime_env
+        options = named(self.id, "master") | {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        options["runtime_env"] = self._runtime_env
         # Beside the driver, so that the job depends on no machine more; one that follows it is started elsewhere.
         node, strategies = ray.get_runtime_context().get_node_id(), load("ray.util.scheduling_strategies", "ray")
         options["scheduling_strategy"] = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
         actor = ray.remote(MasterActor).options(**options).remote(order, name)
-        exceptions = load("ray.exceptions", "ray")
-        try:
-            ray.get(actor.begin.remote(orders), timeout=MASTER_START_S)
-        except exceptions.RayError as error:
-            self.kill_master(actor)
-            raise ServiceUnavailableError(f"the job master was not started: {describe(error)}") from error
-        return actor
+        return actor, actor.begin.remote(orders)
 
-    def kill_master(self, actor: Any) -> None:
-        """Take the master away; Ray starts no other. A cluster that is lost does not answer, and is not waited for."""
+    def wait_for_master(self, beginning: object, is_stopping: Callable[[], bool]) -> None:
+        """Wait until the master has begun, not for long if the job is to stop anyway.
+
+        Raises:
+            ServiceUnavailableError: it did not come.
+        """
         ray = load("ray", "ray")
-        within(GONE_S, lambda: ray.kill(actor, no_restart=True))
+        due = time.monotonic() + MASTER_START_S
+        while not ray.wait([beginning], timeout=LOOK_S)[0]:
+            if is_stopping():
+                due = min(due, time.monotonic() + MASTER_STOP_S)
+            if time.monotonic() > due:
+                raise ServiceUnavailableError("the job master was not started in time")
+        try:
+            ray.get(beginning)
+        except load("ray.exceptions", "ray").RayError as error:
+            raise ServiceUnavailableError(f"the job master was not started: {describe(error)}") from error
+
+    def kill_master(self, actor: object) -> None:
+        """Take the master away; Ray starts no other. A cluster that is lost does not answer, and is not waited for."""
+        if is_connected():  # or else a new Ray would be started for it
+            within(GONE_S, lambda: load("ray", "ray").kill(actor, no_restart=True))
 
     # --- behind it ---
 
-    def _prepare(self, connect: Callable[[str | None], Any]) -> None:
+    def _prepare(self, connect: Callable[[str | None], object]) -> None:
         settings, services = self._settings, {spec.name: spec for spec in self._graph.services}
         workers_max = settings.workers or os.cpu_count() or 1
-        if settings.address is not None:
+        is_own = starts_own(settings.address)
+        if not is_own:
             self._connect(connect)
+            allow_references()
             if settings.workers is None:
                 workers_max = int(load("ray", "ray").cluster_resources().get("CPU", 1))
-        self._sites: dict[str, Site] = sites_of(self._plan, self._graph.services, workers_max)
-        self.by_task = {task: site.name for site in self._sites.values() for task in site.tasks}
+        self._sites: dict[str, SitePlan] = sites_of(self._plan, self._graph.services, workers_max)
+        self.by_task = by_task(self._sites)
         # Everything is pickled before a cluster of its own is started, which takes seconds.
         self._parts = {
             name: pickled_part(self._plan, site, services) for name, site in self._sites.items() if name != DRIVER
@@ -456,19 +489,27 @@ class Launch:
         self._parts |= {
             f"service {spec.name}": pickled_service(spec) for spec in self._graph.services if spec.name not in beside
         }
-        at_driver = self._sites.get(DRIVER, Site(DRIVER))
-        self.driver_part = Part(self._plan, tuple(services[name] for name in at_driver.services))
-        if settings.address is None:
+        at_driver = self._sites.get(DRIVER, SitePlan(DRIVER))
+        self.driver_part = SitePayload(self._plan, tuple(services[name] for name in at_driver.services))
+        if is_own:
             self._connect(connect)
+        if is_own or settings.address == WARM:  # another one may grow
+            places = {site.name: site.place for site in self._sites.values()}
+            own = {
+                f'service "{spec.name}"': service_place(spec) for spec in services.values() if spec.name not in beside
+            }
+            check_there(places | own, nodes_now())
+        self._runtime_env = prepared(settings.runtime_env)
+        allow_references()
         self.ip: str = load("ray.util", "ray").get_node_ip_address()
 
     def _connect(self, connect: Callable[[str | None], Any]) -> None:
         self._connected: Connected = self._stack.enter_context(connect(self._settings.address))
 
-    def _site_order(self, name: str, part: Pickled, driver: tuple[str, int]) -> SiteOrder:
+    def _site_order(self, name: str, part: Pickled, driver: tuple[str, int]) -> SiteLaunch:
         options = {spec.name: spec.options for spec in self._graph.services}
         path = tuple(os.path.abspath(place) for place in sys.path)
-        return SiteOrder(self.id, name, self.secret, options, self.by_task, part, path, _level(), driver)
+        return SiteLaunch(self.id, name, self.secret, options, self.by_task, part, path, _level(), driver)
 
 
 def _level() -> int:
@@ -481,7 +522,7 @@ def remote_job(
     plan: PhysicalPlan,
     limits: Mapping[str, float],
     settings: RemoteSettings,
-    connect: Callable[[str | None], Any],
+    connect: Callable[[str | None], object],
     interrupt_timeout_s: float,
 ) -> RemoteJob:
     """Return a job that nothing runs of yet but the connection to the cluster.
@@ -491,7 +532,7 @@ def remote_job(
     """
     launch = Launch(id_, graph, plan, limits, settings, connect)
     job = RemoteJob(id_, graph, interrupt_timeout_s)
-    job.remote = DriverSupervisor(job, graph, launch)
-    # A job asks of its dispatcher only what this one has, too.
-    job.dispatcher = RemoteDispatcher(plan, job.remote)  # type: ignore[assignment]
+    job._remote = DriverSupervisor(job, graph, launch)
+    # A job uses only those methods of its dispatcher that this one has, too.
+    job.dispatcher = RemoteDispatcher(plan, job._remote)  # type: ignore[assignment]
     return job

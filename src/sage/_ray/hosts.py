@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sage._ray.calls import RemoteCalls
-from sage._runtime.backend import HostFacts
+from sage._ray.requests import SiteSide
+from sage._remote.calls import RemoteCalls
+from sage._runtime.backend import CallWaits, HostFacts
 from sage._runtime.lifecycle import Exit
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError, hint
 
@@ -15,10 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._plan.logical import ServiceSpec
-    from sage._ray.links import SiteLink
-    from sage._ray.mesh import Address
-    from sage._runtime.backend import Backend
-    from sage._runtime.coroutines import CoroutineLoop
+    from sage._ray.links import SiteClient
+    from sage._remote.protocol import Address
+    from sage._runtime.backend import Backend, HostSurroundings
     from sage.service import ServiceContext, ServiceOptions
 
 WHERE_BOUND_S = 0.5
@@ -26,12 +27,18 @@ WHERE_BOUND_S = 0.5
 
 COUNT_BOUND_S = 1.0
 
+COMMAND_SHARE = 0.8
+"""The share of the time for an exit in which a command has to be gone; the rest is for its site."""
+
+PLACE_MARGIN_S = 1.0
+"""How long before the end of the start a process without a place in the cluster is given up."""
+
 
 class RemoteHost:
     """Runs one service in a process of its own, a new one for each incarnation, or in a site beside tasks.
 
     Args:
-        spec: what was registered, without its code.
+        spec: the registration, without its code.
         backend: gives the thread that waits for hooks.
         on_died: told when the process of an incarnation ended by itself.
         site: where it lives beside tasks, or None.
@@ -43,8 +50,8 @@ class RemoteHost:
         spec: ServiceSpec,
         backend: Backend,
         on_died: Callable[[int, str], None],
-        site: SiteLink | None,
-        start: Callable[[ServiceSpec, int], SiteLink],
+        site: SiteClient | None,
+        start: Callable[[ServiceSpec, int], SiteClient],
     ) -> None:
         self.spec = spec
         self.calls = RemoteCalls(spec.name, spec.options.call_timeout_s, _nowhere)
@@ -52,35 +59,42 @@ class RemoteHost:
         self._on_died = on_died
         self._site = site
         self._start = start
-        self._link: SiteLink | None = site
+        self._link: SiteClient | None = site
         self._lane = backend.lane(spec.name)
         self._incarnation = 0
         self._hooks: frozenset[str] = frozenset()
-        self._counts: dict[int, tuple[int, int]] = {}
+        self._counts: dict[int, tuple[int, int, CallWaits]] = {}
+        self._facts: HostFacts | None = None  # of a command
         self._is_exiting = False
         self._died = 0  # the last incarnation whose process ended by itself
         self._refused = False
         self._changed = threading.Condition()
 
     @property
-    def link(self) -> SiteLink | None:
-        """What leads to the process, or None before there is one."""
+    def link(self) -> SiteClient | None:
+        """The connection to the process, or None before it exists."""
         return self._link
 
     @property
     def options(self) -> ServiceOptions:
-        """What the lifecycle of this job goes by."""
+        """The options that the lifecycle of this job uses."""
         return self.spec.options
 
     @property
     def call_count(self) -> int:
         """How many calls were let through, over all instances whose process could be asked."""
-        return sum(calls for calls, _ in self._counts.values())
+        return sum(calls for calls, _, _ in self._counts.values())
 
     @property
     def error_count(self) -> int:
         """How many calls raised, over all instances whose process could be asked."""
-        return sum(errors for _, errors in self._counts.values())
+        return sum(errors for _, errors, _ in self._counts.values())
+
+    @property
+    def waits(self) -> CallWaits:
+        """How long calls waited for their turn, over all instances whose process could be asked."""
+        each = [waits for _, _, waits in self._counts.values()] or [CallWaits()]
+        return CallWaits(*map(sum, zip(*each, strict=True)))
 
     @property
     def is_calling(self) -> bool:
@@ -102,18 +116,18 @@ class RemoteHost:
         """The names of the hooks of the instance that is there."""
         return self._hooks | self.own_hooks
 
-    def adopt(self, _: ServiceContext, __: Backend, ___: CoroutineLoop, on_died: Callable[[int, str], None]) -> None:
+    def adopt(self, _: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let the master that takes over run the hooks of an instance that another one started."""
-        self._on_died = on_died
+        self._on_died = surroundings.on_died
 
-    def take_over(self, link: SiteLink, incarnation: int, hooks: frozenset[str]) -> None:
+    def take_over(self, link: SiteClient, incarnation: int, hooks: frozenset[str]) -> None:
         """Have the process and the instance that another master started."""
         self._link, self._incarnation, self._hooks = link, incarnation, hooks
 
-    # --- what the supervisor asks for ---
+    # --- requests of the supervisor ---
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
-        """Have a hook run there, and tell `done` what came of it."""
+        """Run a hook there, and pass its outcome to `done`."""
         if hook == "build":
             with self._changed:
                 self._incarnation += 1
@@ -123,7 +137,7 @@ class RemoteHost:
         def work() -> None:
             try:
                 value = self._run(hook, due)
-            except BaseException as error:  # the lifecycle of a service owns what its hooks raise
+            except BaseException as error:  # the lifecycle of a service owns the errors of its hooks
                 done(None, error)
             else:
                 done(value, None)
@@ -134,24 +148,33 @@ class RemoteHost:
         """Move the `due` of an "exit" that runs forward: it ends by force as soon as the process was asked once."""
 
     def facts(self) -> HostFacts:
-        """Return what the report says of the host."""
+        """Return the facts about the host for the report."""
+        if self._facts is not None:
+            return self._facts
         kind = "ray" if self._site is None else "inline"
         return HostFacts(kind, self._link.pid if self._link is not None else None)
 
     def admit(self) -> None:
         """Let calls through."""
-        self._tell_gate("admit")
+        self._tell_gate(SiteSide.admit)
 
     def hold(self) -> None:
         """Let calls wait."""
-        self._tell_gate("hold")
+        self._tell_gate(SiteSide.hold)
+
+    def hold_back(self) -> None:
+        """Refuse calls that would have to wait for the rate of the service."""
+        self._tell_gate(SiteSide.hold_back)
+
+    def used(self, tokens: int) -> None:
+        """Do nothing: the process of the service counts them."""
 
     def refuse(self) -> None:
         """Let calls fail at once."""
         with self._changed:
             self._refused = True
             self._changed.notify_all()
-        self._tell_gate("refuse")
+        self._tell_gate(SiteSide.refuse)
 
     def abandon(self) -> str:
         """Leave the hook that hangs in its process, and say where it stands there."""
@@ -159,13 +182,13 @@ class RemoteHost:
         link = self._link
         if link is not None and not link.is_gone:
             try:
-                stack = link.ask("abandon", self.spec.name, timeout_s=WHERE_BOUND_S)
+                stack = link.ask_within(WHERE_BOUND_S, SiteSide.abandon, self.spec.name)
             except (ServiceUnavailableError, TimeoutError):
                 stack = f"process {link.pid} does not say where it stands"
             except KeyError:
                 stack = f"process {link.pid} has not loaded it"
         self._lane.close(wait=False)
-        self._lane = self._backend.lane(self.spec.name)
+        self._lane = self._backend.lane(self.spec.name, must_start=False)
         return stack
 
     def release(self) -> None:
@@ -176,9 +199,14 @@ class RemoteHost:
         """Free the thread; the site of a service beside tasks is ended with those."""
         self._lane.close(wait=True)
 
-    # --- what others ask for ---
+    # --- requests of others ---
 
-    def died(self, link: SiteLink, text: str) -> None:
+    def command_died(self, incarnation: int, text: str) -> None:
+        """Take in that the command in a site ended by itself."""
+        if incarnation == self._incarnation and self._link is not None:
+            self.died(self._link, text)
+
+    def died(self, link: SiteClient, text: str) -> None:
         """Take in that a process is gone."""
         with self._changed:
             if link is not self._link or self._is_exiting or self._died >= self._incarnation:
@@ -188,7 +216,7 @@ class RemoteHost:
         self._on_died(self._incarnation, text)
 
     def where_is(self, gone: Address | None) -> Address:
-        """Return the address of the process, and wait while there is none because the service is restarted.
+        """Return the address of the process, and wait while the service is being restarted.
 
         Raises:
             ServiceUnavailableError: the service takes no more calls.
@@ -206,8 +234,8 @@ class RemoteHost:
                 raise hint(error, "A service is stopped when what depends on it has ended, or when it failed.")
             return address
 
-    def take_counts(self, counts: tuple[int, int]) -> None:
-        """Take in how many calls there were of this incarnation, and how many of them raised."""
+    def take_counts(self, counts: tuple[int, int, CallWaits]) -> None:
+        """Take in how many calls there were of this incarnation, how many raised, and how long they waited."""
         self._counts[self._incarnation] = counts
 
     # --- behind it ---
@@ -220,17 +248,17 @@ class RemoteHost:
         if hook == "exit":
             return self._exit(due)
         if hook == "build":
-            self._bring_up()
+            self._bring_up(due)
         link = self._link
         if link is None:
             raise ServiceUnavailableError(f'service "{self.spec.name}" has no process')
         left_s = None if due is None else max(due - self._backend.now(), 0.0)
-        value = link.ask("hook", self.spec.name, self._incarnation, hook, left_s)
+        value = link.ask(SiteSide.run_hook, self.spec.name, self._incarnation, hook, left_s)
         if hook == "build":
             self._hooks = value
         return value
 
-    def _bring_up(self) -> None:
+    def _bring_up(self, due: float | None) -> None:
         if self._site is not None:
             self._site.wait_up()
             return
@@ -238,7 +266,9 @@ class RemoteHost:
         with self._changed:
             self._link = link
         try:
-            link.bring_up()
+            left_s = self.spec.options.start_timeout_s if due is None else due - self._backend.now()
+            # Before the lifecycle gives the start up, which does not know why the process waits.
+            link.bring_up(max(left_s - PLACE_MARGIN_S, left_s / 2))
         finally:
             with self._changed:
                 self._changed.notify_all()
@@ -250,23 +280,36 @@ class RemoteHost:
         if link is None:
             return None
         was_killed = False
+        command = Exit(None)
         if not link.is_gone and link.address is not None:
             left_s = COUNT_BOUND_S if due is None else max(due - self._backend.now(), 0.1)
             began_at = time.monotonic()
             try:
-                _, services = link.ask("counts", timeout_s=min(COUNT_BOUND_S, left_s))
-                self.take_counts(services.get(self.spec.name, (0, 0)))
-                link.ask("close", timeout_s=max(left_s - (time.monotonic() - began_at), 0.1))
+                _, services = link.ask_within(min(COUNT_BOUND_S, left_s), SiteSide.counts)
+                self.take_counts(services.get(self.spec.name, (0, 0, CallWaits())))
+                if self.spec.command is not None:
+                    command = self._exit_command(link, left_s - (time.monotonic() - began_at))
+                link.ask_within(max(left_s - (time.monotonic() - began_at), 0.1), SiteSide.close_services)
             except (ServiceUnavailableError, TimeoutError):
                 was_killed = not link.is_gone
         left = link.end()
-        return Exit(None, was_killed, left)
+        return replace(command, was_killed=command.was_killed or was_killed, left=(*command.left, *left))
 
-    def _tell_gate(self, what: str) -> None:
+    def _exit_command(self, link: SiteClient, left_s: float) -> Exit:
+        """End the command in its site, which knows how it went."""
+        hook_s = max(left_s * COMMAND_SHARE, 0.1)
+        name = self.spec.name
+        try:
+            ended = link.ask_within(max(left_s, 0.2), SiteSide.run_hook, name, self._incarnation, "exit", hook_s)
+        finally:
+            self._facts = link.ask_within(COUNT_BOUND_S, SiteSide.facts, name)
+        return ended or Exit(None)
+
+    def _tell_gate(self, request: Callable[[SiteSide, str], None]) -> None:
         link = self._link
         if link is not None and not link.is_gone and link.address is not None:
-            link.tell("gate", self.spec.name, what)
+            link.tell(request, self.spec.name)
 
 
-def _nowhere(service: str, _: Address | None) -> Any:
+def _nowhere(service: str, _: object) -> Any:
     raise ServiceUnavailableError(f'the job master does not call service "{service}"')

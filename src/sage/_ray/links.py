@@ -1,21 +1,25 @@
-"""The sites of a job as its master sees them: processes that it starts, tells what to do, and ends."""
+"""The sites of a job as its master sees them: processes that it starts, directs and ends."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from sage._hosts.link import LinkClosedError
 from sage._logs import log_of
-from sage._ray.mesh import Lease, Peer
+from sage._ray.requests import ActorSide, SiteSide
+from sage._remote.rpc import RpcClosedError
+from sage._remote.tcp import Lease, TcpRpcClient
 from sage.errors import ServiceUnavailableError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sage._backends.threads import ThreadLane
-    from sage._ray.mesh import Address
-    from sage._ray.processes import Began, SiteProcess
+    from sage._ray.processes import ActorProcess, Began
+    from sage._remote.protocol import Address
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KILL_SEEN_S = 5.0
 """How long a killed process may take to be gone."""
@@ -27,13 +31,13 @@ class FollowedError(ServiceUnavailableError):
     """The master that asks was taken for dead, and another one has followed it."""
 
 
-class SiteLink:
+class SiteClient:
     """Leads to one site.
 
     Args:
         name: its name.
-        secret: what the processes of the job prove to each other.
-        lane: does what the site is told, in order.
+        secret: shared by the processes of the job, as proof to each other.
+        lane: runs the requests to the site, in order.
         on_gone: called when its process has ended that should not have, with why.
         on_followed: called when the site follows another master, and does nothing for this one any more.
 
@@ -41,28 +45,27 @@ class SiteLink:
         name: its name.
         pid: its process id, once it is known.
         peer: leads to its process, once that answers.
-        bring_up: starts its process and lets it follow the master.
+        bring_up: starts its process, within some seconds, and lets it follow the master.
     """
 
-    bring_up: Callable[[], None]
+    bring_up: Callable[[float], None]
 
     def __init__(
         self,
         name: str,
         secret: bytes,
         lane: ThreadLane,
-        on_gone: Callable[[SiteLink, str], None],
+        on_gone: Callable[[SiteClient, str], None],
         on_followed: Callable[[], None],
     ) -> None:
         self.name = name
         self.pid: int | None = None
-        self.peer: Peer | None = None
-        self.process: SiteProcess | None = None
+        self.peer: TcpRpcClient | None = None
+        self.process: ActorProcess | None = None
         self._secret = secret
         self._lane = lane
         self._on_gone = on_gone
         self._on_followed = on_followed
-        self._epoch = 0
         self._lease: Lease | None = None
         self._is_up = threading.Event()
         self._is_gone = threading.Event()
@@ -80,16 +83,18 @@ class SiteLink:
         """Whether the process has ended."""
         return self._is_gone.is_set()
 
-    def begin(self, process: SiteProcess, timeout_s: float) -> Began:
+    def begin(self, process: ActorProcess, timeout_s: float) -> Began:
         """Wait until the process answers, watch it from now on, and return where it is.
 
         Raises:
             ServiceUnavailableError: it does not come.
         """
         with self._lock:
-            if self._is_ending:
-                raise ServiceUnavailableError(f"{self.name} was given up before it was there")
             self.process = process
+            is_given_up = self._is_ending
+        if is_given_up:
+            process.kill()  # `end` came too early to do it
+            raise ServiceUnavailableError(f"{self.name} was given up before it was there")
         began = process.began(timeout_s)
         self.pid = began.pid
         self.reach(began.address)
@@ -101,24 +106,31 @@ class SiteLink:
         Raises:
             ServiceUnavailableError: it is not there.
         """
-        peer = Peer(address, self._secret, {})
+        peer = TcpRpcClient(address, self._secret, {})
         try:
             self._lease = Lease(peer, self._lost)
-        except LinkClosedError as error:
+        except RpcClosedError as error:
             raise ServiceUnavailableError(f"{self.name} cannot be reached: {error}") from None
         self.peer = peer
 
     def attach(self, master: Address, epoch: int, addresses: dict[str, Address]) -> None:
-        """Let the site follow this master; from then on it can be told what to do."""
-        self.ask("attach", master, epoch, addresses)
-        self._epoch = epoch
+        """Let the site follow this master; from then on it takes requests."""
+        self.ask(SiteSide.attach, master, epoch, addresses)
+        assert self.peer is not None
+        self.peer.epoch = epoch
         self._is_up.set()
 
     def give_up(self, why: str) -> None:
         """Let everyone who waits for the site know that it does not come."""
         self._lost(why)
 
-    def ask(self, *request: Any, timeout_s: float | None = None) -> Any:
+    def ask(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Ask the site; see `ask_within`."""
+        return self.ask_within(None, method, *args, **kwargs)
+
+    def ask_within(
+        self, timeout_s: float | None, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         """Ask the site.
 
         Raises:
@@ -127,25 +139,25 @@ class SiteLink:
         if self.peer is None:
             raise ServiceUnavailableError(f"{self.name} is not there{self._reason()}")
         try:
-            return self.peer.ask(*request if not self._epoch else ("from", self._epoch, *request), timeout_s=timeout_s)
+            return self.peer.ask_within(timeout_s, method, *args, **kwargs)
         except FollowedError:
             self._on_followed()
             raise
-        except LinkClosedError:
+        except RpcClosedError:
             self._lost()  # whoever follows the site hears of it before the one who asked does
             raise ServiceUnavailableError(f"{self.name} is gone{self._reason()}") from None
 
-    def tell(self, *request: Any) -> None:
-        """Ask the site for something when it is up, after what it was told before; errors are logged."""
+    def tell(self, method: Callable[Concatenate[Any, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Ask the site for something when it is up, after earlier requests; errors are logged."""
 
         def work() -> None:
             self.wait_up()
             try:
-                self.ask(*request)
+                self.ask(method, *args, **kwargs)
             except ServiceUnavailableError:
-                log.debug("nobody to tell site=%r request=%r", self.name, request[:3])
+                log.debug("nobody to tell site=%r request=%s", self.name, method.__name__)
             except Exception as error:
-                log.error("site failed site=%r request=%r", self.name, request[:3], exc_info=error)
+                log.error("site failed site=%r request=%s", self.name, method.__name__, exc_info=error)
 
         self._lane.run(work)
 
@@ -160,7 +172,7 @@ class SiteLink:
         self._is_up.wait()
 
     def end(self) -> tuple[str, ...]:
-        """End the process by force, and return what it had left behind or what does not go, in words.
+        """End the process by force, and describe its leftovers and the processes that do not end.
 
         One that the cluster cannot end, as it takes its node for dead or is lost itself, is asked to end itself.
         """
@@ -178,7 +190,7 @@ class SiteLink:
             unseen = (str(error),)
         if unseen or not self._is_gone.is_set():
             try:
-                left = self.ask("exit", timeout_s=KILL_SEEN_S)
+                left = self.ask_within(KILL_SEEN_S, ActorSide.exit)
             except (ServiceUnavailableError, TimeoutError):
                 left = unseen
         if not self._is_gone.wait(KILL_SEEN_S):
@@ -207,7 +219,7 @@ class SiteLink:
 
 
 def in_parallel(works: Sequence[Callable[[], object]]) -> list[BaseException]:
-    """Run functions side by side and return what they raised."""
+    """Run functions side by side and return their errors."""
     errors: list[BaseException] = []
 
     def run(work: Callable[[], object]) -> None:

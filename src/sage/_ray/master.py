@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sage._backends.threads import ThreadsBackend
 from sage._logs import log_of
-from sage._ray.errors import PackedError, pack, unpack
 from sage._ray.hosts import RemoteHost
-from sage._ray.links import SiteLink, in_parallel
-from sage._ray.mesh import Listener
-from sage._ray.placement import DRIVER, service_place
+from sage._ray.links import SiteClient, in_parallel
+from sage._ray.placement import DRIVER, by_task, service_place
+from sage._ray.requests import DriverSide, MasterSide, SiteSide
+from sage._remote.errors import sendable
+from sage._remote.protocol import served
+from sage._remote.tcp import TcpRpcServer
 from sage._runtime.deployment import task_names
-from sage._runtime.dispatcher import Dispatcher
+from sage._runtime.dispatcher import prepare
 from sage._runtime.lifecycle import StopRequested, TaskEnded, TaskFailed
 from sage._runtime.outcome import operator_reports, seal, to_raise
-from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, TaskState, Way
+from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL, StopMode, TaskState
 from sage.errors import JobError, JobErrorGroup, ServiceUnavailableError, describe, hint
 from sage.observability import Event, HookEvent, OperatorMetrics
-from sage.records import Span
+from sage.records import BatchReading
 from sage.report import Cleanliness, Outcome, TaskReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from sage._plan.logical import Node, ServiceSpec
     from sage._plan.physical import PhysicalPlan
-    from sage._ray.mesh import Address
-    from sage._ray.orders import JobOrder, TaskCounts
-    from sage._ray.placement import Site
-    from sage._ray.processes import Cluster, Memory
-    from sage._runtime.backend import Backend, Host
+    from sage._ray.orders import JobLaunch, TaskCounts
+    from sage._ray.placement import SitePlan
+    from sage._ray.processes import ClusterMemory, RayCluster
+    from sage._remote.protocol import Address
+    from sage._runtime.backend import Host, HostSurroundings
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.supervisor import Ended
     from sage._runtime.task import Task
     from sage.report import JobReport, OperatorReport
+    from sage.service import ServiceContext
 
 WHERE_BOUND_S = 0.5
 COUNTS_BOUND_S = 2.0
+
+LEFT_S = 15.0
+"""How long a constructor that was running when a master was lost may take to end."""
 
 TELL_DRIVER_S = 10.0
 """How long the driver may take to hear that the job is over."""
@@ -63,52 +71,61 @@ class RemoteTask:
 
     inbox = None
 
-    def __init__(self, name: str, nodes: tuple[Node, ...], link: SiteLink) -> None:
+    def __init__(self, name: str, nodes: tuple[Node, ...], link: SiteClient) -> None:
         self.name = name
         self.nodes = nodes
         self.operators = tuple(RemoteOperator(node) for node in nodes)
-        self.span = Span()
+        self.span = BatchReading()
         self.undelivered = 0
+        self.waited_s = 0.0
         self.link = link
 
     def where(self) -> str:
         """Return where its thread stands, for a person."""
         try:
-            stack: str = self.link.ask("where", self.name, timeout_s=WHERE_BOUND_S)
+            return self.link.ask_within(WHERE_BOUND_S, SiteSide.where, self.name)
         except (ServiceUnavailableError, TimeoutError):
             return f"{self.link.name} (process {self.link.pid}) does not say where it stands"
-        return stack
 
     def request_open(self) -> None:
         """Let the task build and open its functions."""
-        self.link.tell("task", self.name, "open")
+        self.link.tell(SiteSide.open_task, self.name)
 
     def request_run(self) -> None:
         """Let records flow."""
-        self.link.tell("task", self.name, "run")
+        self.link.tell(SiteSide.run_task, self.name)
 
     def request_stop(self) -> None:
         """End the source, or a loop that begins here."""
-        self.link.tell("task", self.name, "stop")
+        self.link.tell(SiteSide.stop_task, self.name)
+
+    def request_hold_back(self) -> None:
+        """Begin no further call of a costly function."""
+        self.link.tell(SiteSide.hold_back_task, self.name)
+
+    @property
+    def calls_running(self) -> int:
+        """How many calls of costly functions run there, which is not asked."""
+        return 0
 
     def request_cancel(self) -> None:
         """Drop everything and close."""
-        self.link.tell("task", self.name, "cancel")
+        self.link.tell(SiteSide.cancel_task, self.name)
 
     def take_counts(self, counts: TaskCounts) -> None:
         """Take in the counts of the task."""
-        self.undelivered = counts.undelivered
+        self.undelivered, self.waited_s = counts.undelivered, counts.waited_s
         by_node = {one.node: one for one in counts.operators}
         for operator in self.operators:
             count, metrics = by_node[operator.node.id], operator.metrics
             metrics.records_in, metrics.records_out = count.records_in, count.records_out
-            metrics.failed, metrics.busy_s = count.failed, count.busy_s
+            metrics.failed, metrics.busy_s, metrics.full_s = count.failed, count.busy_s, count.full_s
 
 
 class MasterBackend(ThreadsBackend):
     """Runs the supervisor; its tasks run in other processes."""
 
-    def start_task(self, supervisor: Any, task: Task) -> None:
+    def start_task(self, supervisor: object, task: Task) -> None:
         """Do nothing: the process of the task starts it when it is told to open it."""
 
     def where(self, task: Task) -> str:  # noqa: ARG002
@@ -119,46 +136,24 @@ class MasterBackend(ThreadsBackend):
         """Do nothing: the processes end."""
 
 
-class MasterDispatcher(Dispatcher):
-    """Deploys a job whose tasks and services run in other processes."""
-
-    def __init__(self, links: dict[str, SiteLink], sites: dict[str, str], *args: Any, **kwargs: Any) -> None:
-        self._links = links
-        self._sites = sites
-        super().__init__(*args, **kwargs)
-
-    def note_dependency(self, service: str, other: str) -> None:
-        """Note that a service asked for another; see `Dependencies`."""
-        spec = next(spec for name, spec in self._specs.items() if name == service)
-        self._dependencies.noted_by(spec)(other)
-
-    def _tasks(self, plan: PhysicalPlan, backend: Backend) -> dict[str, Task]:  # noqa: ARG002
-        tasks = {}
-        for chain in plan.chains:
-            for name in task_names(chain):
-                # What the supervisor does with a task it does with one elsewhere, too.
-                tasks[name] = cast("Task", RemoteTask(name, chain.nodes, self._links[self._sites[name]]))
-        return tasks
-
-
-class Master:
-    """Starts the processes of a job, drives its lifecycle, ends everything, and tells the driver what came of it.
+class Master(MasterSide):
+    """Starts the processes of a job, drives its lifecycle, ends everything, and reports the outcome to the driver.
 
     Args:
         order: the job.
         cluster: where processes run.
-        memory: where the master that follows this one finds what this one knows.
+        memory: where the next master finds this one's knowledge.
         ip: the address of this machine.
-        on_over: called when nothing of the job is left but this process, with whether the driver knows.
-        on_followed: called when another master has followed this one, which was taken for dead.
-        known: what the master before this one knew, or None for the first.
+        on_over: called when only this process of the job is left, with whether the driver takes that away.
+        on_followed: called when another master has followed this one, which was considered dead.
+        known: the knowledge of the previous master, or None for the first.
     """
 
     def __init__(
         self,
-        order: JobOrder,
-        cluster: Cluster,
-        memory: Memory,
+        order: JobLaunch,
+        cluster: RayCluster,
+        memory: ClusterMemory,
         ip: str,
         on_over: Callable[[bool], None],
         on_followed: Callable[[], None],
@@ -179,81 +174,128 @@ class Master:
         self._is_driver_there = True
         self.is_cluster_lost = False
         self._has_started = True
-        self._own: dict[str, SiteLink] = {}
+        self._beginning = threading.Lock()
+        self._has_begun = known is not None
+        self._is_given_up = False
+        self._own: dict[str, SiteClient] = {}
         self._backend = MasterBackend()
         names = {*order.sites, DRIVER}
         self._links = {name: self._new_link(name) for name in names}
-        answers: dict[str, Callable[..., Any]] = {
-            "event": self._event,
-            "whereis": lambda service, gone: self._host(service).where_is(gone),
-            "depends": lambda service, other: self._dispatcher.note_dependency(service, other),
-            "deferred": lambda service, number: self._dispatcher.deferred(service, number),
-            "extend": lambda service, number, seconds: self._dispatcher.extend(service, number, seconds),
-            "stop": self._stop,
-            "operators": self._operators,
-        }
-        self._listener = Listener(ip, order.secret, lambda kind, *request: answers[kind](*request), {}, "master")
-        left = None if known is None else known["services"]
-        services = order.services if left is None else left_of(order, left)
-        self._dispatcher = MasterDispatcher(
-            self._links,
-            {task: site.name for site in order.sites.values() for task in site.tasks},
-            order.plan if left is None else None,
-            services,
+        self._is_ready = threading.Event()
+
+        self._listener = TcpRpcServer(
+            ip, order.secret, served((MasterSide, self)), {}, "master", lambda _: self._is_ready.wait()
+        )
+        adopted = {} if known is None else self._adopt(known["services"])
+        self._dispatcher = prepare(
+            order.plan if known is None else None,
+            order.services if known is None else left_of(order.services, adopted),
             self._backend,
             self._host_of,
             order.limits,
             self._sealed,
-            adopted={} if left is None else {spec.name: self._host_left(spec, left[spec.name]) for spec in services},
+            make_tasks=self._tasks_of,
+            adopted=adopted,
         )
         self._dispatcher.supervisor.listeners.append(self._note)
+        self._is_ready.set()
+
+    def _tasks_of(self, plan: PhysicalPlan, *_: object) -> dict[str, Task]:
+        sites = by_task(self._order.sites)
+        # The supervisor treats a task elsewhere like a local one.
+        return {
+            name: cast("Task", RemoteTask(name, chain.nodes, self._links[sites[name]]))
+            for chain in plan.chains
+            for name in task_names(chain)
+        }
 
     @property
     def address(self) -> Address:
         """Where it listens."""
         return self._listener.address
 
-    def begin(self, orders: Mapping[str, Any]) -> None:
-        """Start everything, given the order of each site, or what stands for it in the cluster, by its name."""
+    def wait_for_begin(self) -> None:
+        """Watch the driver from now on; `begin` does nothing, and this process goes, if it is gone before."""
+        try:
+            self._links[DRIVER].reach(self._order.driver)
+        except ServiceUnavailableError as error:
+            self._links[DRIVER].give_up(str(error))
+
+    def begin(self, orders: Mapping[str, object]) -> None:
+        """Start everything, given the order of each site, or its reference in the cluster, by its name.
+
+        Raises:
+            ServiceUnavailableError: the driver is gone.
+        """
+        with self._beginning:
+            if self._is_given_up:
+                raise ServiceUnavailableError("the driver is gone")
+            self._has_begun = True
         self._orders = orders
         self._memory.write(self._known)
         self._cluster.watch(self._cluster_lost)
         self._listener.begin()
-        self._dispatcher.supervisor.begin()
-        threading.Thread(target=self._start_sites, name="sage-start", daemon=True).start()
+        threading.Thread(target=self._start, name="sage-start", daemon=True).start()
 
     def take_over(self) -> None:
-        """End in order what the master before this one has left: the services; the workers have ended with it."""
+        """End in order the services that the previous master has left; the workers have ended with it."""
         assert self._before is not None
         log.error("master lost pid=%s, epoch %d takes over", self._before["pid"], self._epoch)
         self._memory.write({**self._before, "epoch": self._epoch, "pid": os.getpid()})
         self._cluster.watch(self._cluster_lost)
-        self._listener.begin()
-
-        def reach(link: SiteLink, address: Address) -> None:
-            try:
-                link.reach(address)
-                link.attach(self.address, self._epoch, {DRIVER: self._order.driver})
-            except ServiceUnavailableError as error:
-                link.give_up(str(error))
-
-        works: list[Callable[[], None]] = [lambda: reach(self._links[DRIVER], self._order.driver)]
-        services = self._before["services"]
-        for name, left in services.items():
-            link = self._own.get(f"service {name}")
-            if link is not None:
-                works.append(lambda link=link, left=left: reach(link, tuple(left["address"])))  # type: ignore[misc]
-        in_parallel(works)
         self._dispatcher.supervisor.begin()
         for host in (self._host(name) for name in self._dispatcher.supervisor.hosts):
             if host.link is not None and host.link.is_gone:
                 host.died(host.link, "its process has ended")
 
-    # --- what the next master has to know ---
+    def _adopt(self, left: Mapping[str, dict[str, Any]]) -> dict[str, Host]:
+        """Follow the master that was lost: return the hosts of services of which there may be an instance.
+
+        A process that was never told to build one is ended at once.
+        """
+        self._listener.begin()
+        driver = self._links[DRIVER]
+        self._reach(driver, self._order.driver, {DRIVER: self._order.driver})
+        at_driver = self._order.sites[DRIVER].services if DRIVER in self._order.sites else ()
+        adopted: dict[str, Host] = {}
+
+        def adopt(spec: ServiceSpec) -> None:
+            known = left.get(spec.name, {})
+            link = driver
+            if spec.name not in at_driver:
+                process = self._cluster.find(known["site"], known["cookie"])
+                if known["address"] is None:
+                    if process is not None:
+                        process.kill()
+                    return
+                link = self._own[f"service {spec.name}"] = self._new_link(known["site"])
+                link.process, link.pid = process, known["pid"]
+                self._reach(link, tuple(known["address"]), {})
+            incarnation, hooks = known.get("incarnation", 1), frozenset(known.get("hooks", ()))
+            with suppress(ServiceUnavailableError, TimeoutError):  # it is gone, or its constructor hangs
+                incarnation, hooks = link.ask_within(LEFT_S, SiteSide.left, spec.name)
+            if incarnation:
+                host = self._new_host(spec, lambda *_: None)
+                host.take_over(link, incarnation, hooks)
+                adopted[spec.name] = host
+
+        specs = [spec for spec in self._order.services if "site" in left.get(spec.name, ()) or spec.name in at_driver]
+        for error in in_parallel([partial(adopt, spec) for spec in specs]):
+            log.error("service not taken over: %s", describe(error))
+        return adopted
+
+    def _reach(self, link: SiteClient, address: Address, addresses: dict[str, Address]) -> None:
+        try:
+            link.reach(address)
+            link.attach(self.address, self._epoch, addresses)
+        except ServiceUnavailableError as error:
+            link.give_up(str(error))
+
+    # --- the knowledge for the next master ---
 
     def _note(self, event: Event | HookEvent) -> None:
-        """Tell the driver of an event, and keep what the next master would need of it."""
-        self._links[DRIVER].tell("notice", event)
+        """Tell the driver of an event, and store the part that the next master would need."""
+        self._links[DRIVER].tell(DriverSide.notice, event)
         with suppress(ServiceUnavailableError):  # of a cluster that is lost; another master will not come
             if isinstance(event, HookEvent):
                 if event.report.hook == "build" and event.report.outcome == "ok":
@@ -261,9 +303,9 @@ class Master:
             elif event.subject == "service" and event.after in SERVICE_TERMINAL:
                 self._keep(event.name, is_over=True)
 
-    def _keep(self, service: str, *, is_over: bool = False, **facts: Any) -> None:
+    def _keep(self, service: str, *, is_over: bool = False, **facts: object) -> None:
         if self._before is not None or self.is_cluster_lost:
-            return  # what the first one wrote holds for all that follow
+            return  # the first one's entry is valid for all later ones
         with self._writing:
             services = self._known["services"]
             if is_over:
@@ -272,43 +314,41 @@ class Master:
                 services[service] = {**services.get(service, {}), **facts}
             self._memory.write(self._known)
 
-    def _host_left(self, spec: ServiceSpec, left: dict[str, Any]) -> RemoteHost:
-        """Return the host of a service that the master before this one started."""
-        host = cast("RemoteHost", self._host_of(spec, None, self._backend, None, lambda *_: None))
-        link = host.link
-        if link is None:
-            link = self._own[f"service {spec.name}"] = self._new_link(left["site"])
-            link.process = self._cluster.find(left["site"], left["cookie"])
-            link.pid = left["pid"]
-        host.take_over(link, left.get("incarnation", 1), frozenset(left["hooks"]))
-        return host
-
     # --- processes ---
 
-    def _new_link(self, name: str) -> SiteLink:
-        return SiteLink(name, self._order.secret, self._backend.lane(name), self._gone, self._on_followed)
+    def _new_link(self, name: str) -> SiteClient:
+        return SiteClient(name, self._order.secret, self._backend.lane(name), self._gone, self._on_followed)
+
+    def _start(self) -> None:
+        """Let the driver and this process watch each other; not before that is anything started."""
+        errors = in_parallel([lambda: self._links[DRIVER].attach(self.address, self._epoch, {})])
+        self._dispatcher.supervisor.begin()
+        if errors:
+            self._start_failed(errors)
+        else:
+            self._start_sites()
 
     def _start_sites(self) -> None:
         """Start the processes that run tasks, and let them know each other."""
         order = self._order
 
-        def begin(site: Site) -> None:
+        def begin(site: SitePlan) -> None:
             link = self._links[site.name]
             if site.name == DRIVER:
                 return
-            process = self._cluster.start(site.name, self._orders[site.name], site.place, outlives_master=False)
+            process = self._cluster.start(
+                site.name, self._orders[site.name], site.place, secrets.token_hex(8), outlives_master=False
+            )
             link.begin(process, order.start_timeout_s)
 
-        works: list[Callable[[], None]] = [lambda site=site: begin(site) for site in order.sites.values()]  # type: ignore[misc]
-        errors = in_parallel([*works, lambda: self._links[DRIVER].reach(order.driver)])
+        errors = in_parallel([partial(begin, site) for site in order.sites.values()])
         addresses = {name: link.address for name, link in self._links.items() if link.address is not None}
-        links = [link for link in self._links.values() if link.address is not None]
         if not errors:
-            errors = in_parallel(
-                [lambda link=link: link.attach(self.address, self._epoch, addresses) for link in links]  # type: ignore[misc]
-            )
-        elif self._links[DRIVER].address is not None:
-            errors += in_parallel([lambda: self._links[DRIVER].attach(self.address, self._epoch, addresses)])
+            # The driver first: as soon as all others are there, records flow.
+            errors = in_parallel([lambda: self._links[DRIVER].ask(SiteSide.meet, addresses)])
+        if not errors:
+            links = [link for link in self._links.values() if link.name != DRIVER]
+            errors = in_parallel([partial(link.attach, self.address, self._epoch, addresses) for link in links])
         if errors:
             self._start_failed(errors)
 
@@ -323,44 +363,57 @@ class Master:
             if name != DRIVER:
                 link.give_up("it could not be started")
 
-    def _host_of(self, spec: ServiceSpec, _: Any, backend: Backend, __: Any, died: Callable[[int, str], None]) -> Host:
+    def _host_of(self, spec: ServiceSpec, _: ServiceContext, surroundings: HostSurroundings) -> Host:
+        return self._new_host(spec, surroundings.on_died)
+
+    def _new_host(self, spec: ServiceSpec, on_died: Callable[[int, str], None]) -> RemoteHost:
         sites = self._order.sites.values()
         link = next((self._links[site.name] for site in sites if spec.name in site.services), None)
-        return RemoteHost(spec, backend, died, link, self._start_service)
+        return RemoteHost(spec, self._backend, on_died, link, self._start_service)
 
-    def _start_service(self, spec: ServiceSpec, incarnation: int) -> SiteLink:
+    def _start_service(self, spec: ServiceSpec, incarnation: int) -> SiteClient:
         name = f"service {spec.name}" + (f" {incarnation}" if incarnation > 1 else "")
         link = self._own[name] = self._new_link(name)
         order = self._orders[f"service {spec.name}"]
 
-        def bring_up() -> None:
-            process = self._cluster.start(name, order, service_place(spec), outlives_master=True)
-            began = link.begin(process, spec.options.start_timeout_s)
-            where: dict[str, Any] = {"address": began.address, "pid": began.pid, "cookie": process.cookie}
-            self._keep(spec.name, site=name, incarnation=incarnation, hooks=["exit"], **where)
+        def bring_up(timeout_s: float) -> None:
+            # Known before it is made, so that a master that follows finds it whenever this one ends.
+            cookie = secrets.token_hex(8)
+            self._keep(spec.name, site=name, cookie=cookie, incarnation=incarnation, address=None, hooks=[])
+            process = self._cluster.start(name, order, service_place(spec), cookie, outlives_master=True)
+            began = link.begin(process, timeout_s)
+            self._keep(spec.name, address=began.address, pid=began.pid, hooks=["exit"])
             link.attach(self.address, self._epoch, {})
 
         link.bring_up = bring_up
         return link
 
-    def _gone(self, link: SiteLink, why: str) -> None:
+    def _gone(self, link: SiteClient, why: str) -> None:
         """Take in that a process has ended that should not have."""
         log.error("process gone site=%r why=%s", link.name, why)
+        if not self._is_ready.is_set():  # `take_over` sees it
+            self._is_driver_there = self._is_driver_there and link.name != DRIVER
+            return
         supervisor = self._dispatcher.supervisor
         for host in supervisor.hosts.values():
             if isinstance(host, RemoteHost):
                 host.died(link, why)
         if link.name == DRIVER:
             self._is_driver_there = False
+            with self._beginning:
+                self._is_given_up = not self._has_begun
+            if self._is_given_up:
+                threading.Thread(target=self._on_over, args=(False,), name="sage-over", daemon=True).start()
+                return
             if not self._order.continues:
                 self._reason = "the driver is gone"
-                self._post(StopRequested(Way.CANCEL))
+                self._post(StopRequested(StopMode.CANCEL))
         tasks = [task for task in supervisor.tasks.values() if cast("RemoteTask", task).link is link]
         going = [task for task in tasks if supervisor.state.tasks[task.name].state not in TASK_TERMINAL]
         if going and link.name != DRIVER and self._has_started:
             listed = ", ".join(f'"{task.name}"' for task in going)
             error = JobError(f"{link.name} was lost with {listed}: {why}", fault="external")
-            self._post(TaskFailed(going[0].name, hint(error, "What was on its way there is lost with it.")))
+            self._post(TaskFailed(going[0].name, hint(error, "Records on their way there are lost with it.")))
         for task in going:
             self._post(TaskEnded(task.name, TaskState.FAILED))
 
@@ -372,21 +425,44 @@ class Master:
         error = hint(JobError(text, job=self._order.graph.name, fault="external"), "Is its head node up?")
         self._post(TaskFailed(next(iter(self._dispatcher.supervisor.tasks), ""), error))
 
-    # --- what others ask for ---
+    # --- requests of others ---
 
-    def _event(self, event: TaskEvent, error: PackedError | None, counts: TaskCounts | None) -> None:
+    def where_is(self, service: str, gone: Address | None) -> Address:
+        """Return where a service is; see `MasterSide`, also for the other requests."""
+        return self._host(service).where_is(gone)
+
+    def depends(self, service: str, other: str) -> None:
+        """Note that a service asked for another."""
+        self._dispatcher.note_dependency(service, other)
+
+    def service_died(self, service: str, incarnation: int, text: str) -> None:
+        """Take in that a command ended by itself."""
+        self._host(service).command_died(incarnation, text)
+
+    def deferred(self, service: str, incarnation: int) -> None:
+        """Note that an instance has something to clean up."""
+        self._dispatcher.deferred(service, incarnation)
+
+    def extend(self, service: str, incarnation: int, seconds: float) -> None:
+        """Give the hook that runs more time."""
+        self._dispatcher.extend(service, incarnation, seconds)
+
+    def task_event(self, event: TaskEvent, counts: TaskCounts | None) -> None:
+        """Take in a change of a task."""
+        if event.task not in self._dispatcher.supervisor.tasks:
+            return  # of a master before this one
         task = cast("RemoteTask", self._dispatcher.supervisor.tasks[event.task])
         if counts is not None:
             task.take_counts(counts)
-        if isinstance(event, TaskFailed) and error is not None:
-            event = TaskFailed(event.task, unpack(error, task.link.name), event.closing)
         self._post(event)
 
-    def _stop(self, way: int, reason: str, budget_s: float | None, hook_cap_s: float | None) -> None:
+    def stop(self, way: int, reason: str, budget_s: float | None, hook_cap_s: float | None) -> None:
+        """End the job."""
         self._reason = self._reason or reason
-        self._post(StopRequested(Way(way), budget_s, hook_cap_s))
+        self._post(StopRequested(StopMode(way), budget_s, hook_cap_s))
 
-    def _operators(self) -> tuple[OperatorReport, ...]:
+    def operators(self) -> tuple[OperatorReport, ...]:
+        """Return the counts of every operator."""
         self._gather_counts()
         return operator_reports(self._dispatcher, self._order.graph)
 
@@ -397,15 +473,15 @@ class Master:
         self._dispatcher.supervisor.post(event)
 
     def _gather_counts(self) -> None:
-        def gather(link: SiteLink) -> None:
-            tasks, services = link.ask("counts", timeout_s=COUNTS_BOUND_S)
+        def gather(link: SiteClient) -> None:
+            tasks, services = link.ask_within(COUNTS_BOUND_S, SiteSide.counts)
             for name, counts in tasks.items():
                 cast("RemoteTask", self._dispatcher.supervisor.tasks[name]).take_counts(counts)
             for name, calls in services.items():
                 self._host(name).take_counts(calls)
 
         links = [link for link in self._links.values() if link.address is not None and not link.is_gone]
-        in_parallel([lambda link=link: gather(link) for link in links])  # type: ignore[misc]
+        in_parallel([partial(gather, link) for link in links])
 
     # --- the end ---
 
@@ -422,74 +498,37 @@ class Master:
         if not self.is_cluster_lost:
             self._memory.clear()
         states = {name: str(record.state) for name, record in ended.state.services.items()}
-        sealed = pack_report(report, error)
+        sealed = sendable((report, error))
         threading.Thread(target=self._hand_over, args=(sealed, states), name="sage-over", daemon=True).start()
 
-    def _hand_over(self, sealed: PackedReport, states: dict[str, str]) -> None:
+    def _hand_over(self, sealed: tuple[JobReport, Exception | None], states: dict[str, str]) -> None:
         driver = self._links[DRIVER]
-        is_told = False
+        is_taken_away = False
         if self._is_driver_there:
             try:
                 driver.flush()
-                driver.ask("sealed", sealed, states, timeout_s=TELL_DRIVER_S)
-                is_told = True
+                is_taken_away = driver.ask_within(TELL_DRIVER_S, DriverSide.sealed, sealed, states)
             except (ServiceUnavailableError, TimeoutError) as error:
                 log.error("driver not told: %s", describe(error))
-        self._on_over(is_told)
+        self._on_over(is_taken_away)
 
 
-def left_of(order: JobOrder, left: Mapping[str, Any]) -> tuple[ServiceSpec, ...]:
-    """Return the services that outlived their master, depending on each other only: all but those of workers."""
-    at_driver = order.sites[DRIVER].services if DRIVER in order.sites else ()
-    specs = [spec for spec in order.services if "address" in left.get(spec.name, ()) or spec.name in at_driver]
-    names = {spec.name for spec in specs if spec.name in left}
+def left_of(services: tuple[ServiceSpec, ...], names: Collection[str]) -> tuple[ServiceSpec, ...]:
+    """Return the services of these names, depending on each other only."""
     return tuple(
         replace(spec, options=replace(spec.options, depends_on=[name for name in spec.requires if name in names]))
-        for spec in specs
+        for spec in services
         if spec.name in names
     )
 
 
 def after_loss(report: JobReport, pid: int, plan: PhysicalPlan) -> tuple[JobReport, Exception]:
-    """Return the report of a job whose master was lost, from that of its end by the next one, and what to raise."""
+    """Return the report of a job whose master was lost, from the next master's report, and the error to raise."""
     text = f'the master of job "{report.name}" was lost: process {pid} ended by itself'
     lost = JobError(text, job=report.name, fault="external")
-    hint(lost, "Its tasks ended with it, and its services were stopped by the master that came after it.")
+    hint(lost, "Its tasks ended with it, and the next master stopped its services.")
     errors = (lost, *report.errors)
     tasks = tuple(TaskReport(name, "lost") for chain in plan.chains for name in task_names(chain))
-    changes = {"state": Outcome.FAILED, "cleanliness": Cleanliness.DIRTY, "why": text}
-    report = replace(report, **changes, errors=errors, tasks=tasks)  # type: ignore[arg-type]
+    dirty = Cleanliness.DIRTY
+    report = replace(report, state=Outcome.FAILED, cleanliness=dirty, why=text, errors=errors, tasks=tasks)
     return report, lost if len(errors) == 1 else JobErrorGroup(text, errors, job=report.name)
-
-
-class PackedReport:
-    """A report as data, with its errors, and which of them a waiting caller gets."""
-
-    def __init__(self, report: JobReport, errors: tuple[PackedError, ...], text: str, raised: tuple[int, ...]) -> None:
-        self.report = report
-        self.errors = errors
-        self.text = text
-        self.raised = raised
-
-    def unpack(self) -> tuple[JobReport, Exception | None]:
-        """Return the report, and what a waiting caller gets."""
-        errors = tuple(cast("Exception", unpack(error)) for error in self.errors)
-        report = replace(self.report, errors=errors)
-        chosen = [errors[place] for place in self.raised]
-        if not chosen:
-            return report, None
-        if not self.text:
-            return report, chosen[0]
-        return report, JobErrorGroup(self.text, chosen, job=report.name)
-
-
-def pack_report(report: JobReport, error: Exception | None) -> PackedReport:
-    """Return a report and what a waiting caller gets as data."""
-    chosen: tuple[Exception, ...] = ()
-    text = ""
-    if isinstance(error, JobErrorGroup) and error not in report.errors:
-        chosen, text = error.exceptions, error.message
-    elif error is not None:
-        chosen = (error,)
-    raised = tuple(next(place for place, one in enumerate(report.errors) if one is wanted) for wanted in chosen)
-    return PackedReport(replace(report, errors=()), tuple(pack(one) for one in report.errors), text, raised)

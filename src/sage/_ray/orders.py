@@ -1,4 +1,4 @@
-"""What is sent to the processes of a job when they start, and what they tell of their tasks."""
+"""The orders to the processes of a job when they start, and their messages about tasks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from sage._plan.logical import LogicalGraph, ServiceSpec
     from sage._plan.physical import PhysicalPlan
-    from sage._ray.mesh import Address
-    from sage._ray.placement import Site
+    from sage._ray.placement import SitePlan
+    from sage._remote.protocol import Address
     from sage._runtime.lifecycle import Limits
     from sage.service import ServiceOptions
 
@@ -21,7 +21,7 @@ Pickled = tuple[bytes, tuple[bytes, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class SitePayload:
     """The code and data of one process: the only thing in an order that needs the program's own modules.
 
     Attributes:
@@ -34,16 +34,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class SiteOrder:
-    """What a process of a job has to know before it is told to begin.
+class SiteLaunch:
+    """The facts that a process of a job needs before it begins.
 
     Attributes:
         job: the id of the job.
         name: the name of the process.
-        secret: what the processes of the job prove to each other.
+        secret: shared by the processes of the job, as proof to each other.
         options: the options of every service of the job, by name.
         sites: the process of each task, by their names.
-        part: a pickled `Part`.
+        part: a pickled `SitePayload`.
         path: where the driver finds modules.
         level: the level of the driver's log.
         driver: where the driver listens.
@@ -61,24 +61,24 @@ class SiteOrder:
 
 
 @dataclass(frozen=True)
-class JobOrder:
-    """What the job master has to know.
+class JobLaunch:
+    """The facts that the job master needs.
 
     Attributes:
         job: the id of the job.
-        graph: what the user wrote, without functions and arguments.
+        graph: the user's pipeline, without functions and arguments.
         plan: the physical plan, likewise.
         services: the services, likewise.
         limits: the bounds of the stop.
-        secret: what the processes of the job prove to each other.
+        secret: shared by the processes of the job, as proof to each other.
         sites: the processes that run tasks, by name.
         driver: where the driver listens.
         started: when it was submitted, in seconds since the epoch.
         continues: whether the job goes on when the driver is gone.
         start_timeout_s: how long a process may take to get its place in the cluster.
         level: the level of the driver's log.
-        runtime_env: what Ray prepares for each process, or None.
-        ends_itself: a file that the master removes when nothing of the job is left, or None.
+        runtime_env: the environment that Ray prepares for each process, or None.
+        ends_itself: a file that the master removes when the whole job has ended, or None.
     """
 
     job: str
@@ -87,7 +87,7 @@ class JobOrder:
     services: tuple[ServiceSpec, ...]
     limits: Limits
     secret: bytes
-    sites: Mapping[str, Site]
+    sites: Mapping[str, SitePlan]
     driver: Address
     started: float
     continues: bool
@@ -105,10 +105,12 @@ class OperatorCounts(NamedTuple):
     records_out: int
     failed: int
     busy_s: float
+    full_s: float
 
 
 class TaskCounts(NamedTuple):
-    """The counts of one task."""
+    """The counts of one task; `waited_s` is for how long others waited for room in its queue."""
 
     undelivered: int
     operators: tuple[OperatorCounts, ...]
+    waited_s: float

@@ -1,11 +1,11 @@
-"""Which process of a job runs what. Its sites are the driver, workers of the cluster, and a process of each service."""
+"""Places a job on processes. Its sites are the driver, workers of the cluster, and a process of each service."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
 from queue import LifoQueue, PriorityQueue, Queue, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._plan.logical import ANYWHERE, Kind, LogicalGraph, Place
 from sage._runtime.deployment import task_names
@@ -23,18 +23,18 @@ DRIVER = "driver"
 SERVING = "serving"
 
 COLLECTIONS = (list, set, dict, deque, bytearray, Queue, LifoQueue, PriorityQueue, SimpleQueue)
-"""What a sink fills by one of its methods has to be in the driver: nobody would see a copy of it elsewhere."""
+"""An object that a sink fills must be in the driver: a copy elsewhere would not be seen."""
 
 AT_DRIVER = Place("driver")
 
 
 @dataclass
-class Site:
-    """What one process of the job runs.
+class SitePlan:
+    """The part of one process in the job.
 
     Attributes:
         name: its name in errors and logs.
-        place: what it reserves; the driver is at the driver.
+        place: its reservation; the driver is at the driver.
         tasks: the names of its tasks.
         services: the names of the services that live in it beside its tasks.
     """
@@ -46,7 +46,7 @@ class Site:
 
 
 def placed(graph: LogicalGraph) -> LogicalGraph:
-    """Return the graph with a place for each operator: what was asked for, or the driver for what fills its lists."""
+    """Return the graph with a place for each operator: the requested one, or the driver for its own sinks."""
     nodes = {id_: replace(node, place=_place(node)) for id_, node in graph.nodes.items()}
     return replace(graph, nodes=nodes)
 
@@ -62,7 +62,7 @@ def _place(node: Node) -> Place:
     return ANYWHERE
 
 
-def sites_of(plan: PhysicalPlan, services: tuple[ServiceSpec, ...], workers_max: int) -> dict[str, Site]:
+def sites_of(plan: PhysicalPlan, services: tuple[ServiceSpec, ...], workers_max: int) -> dict[str, SitePlan]:
     """Return the sites of a job by name, each task and each inline service in one of them.
 
     Tasks are dealt out in turn to as many workers as the widest operator has tasks, at most `workers_max`. One that
@@ -72,7 +72,7 @@ def sites_of(plan: PhysicalPlan, services: tuple[ServiceSpec, ...], workers_max:
     Raises:
         UnsupportedPlanError: something that has to be together is wanted in several places.
     """
-    sites: dict[str, Site] = {}
+    sites: dict[str, SitePlan] = {}
     groups = _together(plan)
     spread = [chain for chain in plan.chains if chain.place == ANYWHERE and chain.head not in groups]
     count = max(1, min(workers_max, max((chain.parallelism for chain in spread), default=1)))
@@ -90,7 +90,7 @@ def sites_of(plan: PhysicalPlan, services: tuple[ServiceSpec, ...], workers_max:
             else:
                 name, place = f"worker {dealt % count}", ANYWHERE
                 dealt += 1
-            site = sites.setdefault(name, Site(name, place))
+            site = sites.setdefault(name, SitePlan(name, place))
             site.tasks.append(names[index])
     for spec in services:
         site_name = inline_site(spec)
@@ -98,7 +98,7 @@ def sites_of(plan: PhysicalPlan, services: tuple[ServiceSpec, ...], workers_max:
             site_name = next((site for site in groups.values() if site in (SERVING, DRIVER)), SERVING)
         if site_name is not None:
             place = AT_DRIVER if site_name == DRIVER else ANYWHERE
-            sites.setdefault(site_name, Site(site_name, place)).services.append(spec.name)
+            sites.setdefault(site_name, SitePlan(site_name, place)).services.append(spec.name)
     return sites
 
 
@@ -106,11 +106,11 @@ def inline_site(spec: ServiceSpec) -> str | None:
     """Return the site in which a service lives beside tasks, or None for one that has a process to itself."""
     if bridge_among(spec.target, spec.args, dict(spec.kwargs)) is not None:
         return SERVING
-    return DRIVER if spec.options.host == "inline" else None
+    return DRIVER if spec.options.host == "inline" and spec.command is None else None
 
 
 def service_place(spec: ServiceSpec) -> Place:
-    """Return what the process of a service reserves."""
+    """Return the reservation of a service's process."""
     options = spec.options
     return Place("cluster", options.num_cpus, options.num_gpus, tuple(options.resources.items()))
 
@@ -147,18 +147,18 @@ def _has_bridge(chain: Chain) -> bool:
     return any(node.function is not None and _bridge_of(node.function) is not None for node in chain.nodes)
 
 
-def _bridge_of(spec: FunctionSpec) -> Any:
+def _bridge_of(spec: FunctionSpec) -> object:
     target = spec.target if isinstance(spec.target, BaseFunction) else None
     return bridge_among(target, spec.args, dict(spec.kwargs))
 
 
 def own_part(plan: PhysicalPlan, tasks: Iterable[str]) -> PhysicalPlan:
-    """Return the plan with the functions and data of some tasks only, which is what their process gets."""
+    """Return the plan with the functions and data of some tasks only, for their process."""
     wanted = set(tasks)
     chains = tuple(chain if wanted.intersection(task_names(chain)) else chain.outline() for chain in plan.chains)
     return replace(plan, chains=chains)
 
 
-def by_task(sites: Mapping[str, Site]) -> dict[str, str]:
+def by_task(sites: Mapping[str, SitePlan]) -> dict[str, str]:
     """Return the site of each task, by their names."""
     return {task: site.name for site in sites.values() for task in site.tasks}

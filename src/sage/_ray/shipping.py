@@ -1,4 +1,4 @@
-"""What of a program travels to the processes of a job, as pickles; what cannot is named."""
+"""Sends parts of a program to the processes of a job, as pickles, and names those that cannot be sent."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pickle
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sage._hosts.wire import by_value
-from sage._ray.orders import Part, Pickled
+from sage._ray.orders import Pickled, SitePayload
 from sage._ray.placement import own_part
+from sage._remote.wire import by_value
+from sage.command import Command
 from sage.errors import GraphError, describe, hint
 from sage.service import ServiceHandle, resolve_handles
 
@@ -17,19 +18,19 @@ if TYPE_CHECKING:
 
     from sage._plan.logical import FunctionSpec, LogicalGraph, ServiceSpec
     from sage._plan.physical import PhysicalPlan
-    from sage._ray.placement import Site
+    from sage._ray.placement import SitePlan
 
 HINT = 'Make it in open() or setup(), which run where it is used, or keep the operator in the driver: at="driver".'
 
 
-def pickled_part(plan: PhysicalPlan, site: Site, services: Mapping[str, ServiceSpec]) -> Pickled:
+def pickled_part(plan: PhysicalPlan, site: SitePlan, services: Mapping[str, ServiceSpec]) -> Pickled:
     """Return the code and data of a site that runs tasks.
 
     Raises:
         GraphError: something of it cannot be pickled; operator or service and attribute are named.
     """
     own = own_part(plan, site.tasks)
-    part = Part(own, tuple(services[name] for name in site.services))
+    part = SitePayload(own, tuple(services[name] for name in site.services))
     return _pickled(part)
 
 
@@ -39,27 +40,32 @@ def pickled_service(spec: ServiceSpec) -> Pickled:
     Raises:
         GraphError: something of it cannot be pickled; the attribute is named.
     """
-    return _pickled(Part(None, (spec,)))
+    return _pickled(SitePayload(None, (spec,)))
 
 
 def outline(graph: LogicalGraph) -> LogicalGraph:
-    """Return a graph without functions, data and arguments: what the master of a job gets."""
-    nodes = {id_: replace(node, function=None, settings={}) for id_, node in graph.nodes.items()}
+    """Return a graph without functions, data and arguments: the form for the master of a job."""
+    nodes = {}
+    for id_, node in graph.nodes.items():
+        shown = {name: value for name, value in node.settings.items() if name == "concurrency"}  # in the report
+        nodes[id_] = replace(node, function=None, settings=shown)
     return replace(graph, nodes=nodes, services=tuple(map(_outline, graph.services)))
 
 
 def _outline(spec: ServiceSpec) -> ServiceSpec:
     options = replace(spec.options, depends_on=spec.requires)
-    return replace(spec, target=_nothing, args=(), kwargs={}, options=options, handle=ServiceHandle(spec.name, None))
+    command = None if spec.command is None else Command(spec.name, ())
+    handle: ServiceHandle[Any] = ServiceHandle(spec.name, None)
+    return replace(spec, target=_nothing, args=(), kwargs={}, options=options, handle=handle, command=command)
 
 
 def _nothing() -> None:
     """Stand for the class of a service, which only its own process has."""
 
 
-def _pickled(part: Part) -> Pickled:
+def _pickled(part: SitePayload) -> Pickled:
     try:
-        # By value where that is needed: what lies in a module of the program's own may be registered so.
+        # By value where that is needed: modules of the program's own may be registered so.
         data, buffers = by_value(part)
     except Exception as error:
         for named in _named(part):
@@ -68,19 +74,19 @@ def _pickled(part: Part) -> Pickled:
     return data, tuple(bytes(buffer) for buffer in buffers)
 
 
-def unpickled(part: Pickled, handles: Mapping[str, ServiceHandle[Any]]) -> Part:
-    """Return what was pickled for a site, with the handles of this process in it.
+def unpickled(part: Pickled, handles: Mapping[str, ServiceHandle[object]]) -> SitePayload:
+    """Return the objects pickled for a site, with the handles of this process in it.
 
     Raises:
-        Exception: it cannot be unpickled here; what is raised depends on it.
+        Exception: it cannot be unpickled here; the type depends on it.
     """
     resolve_handles(handles)
-    loaded: Part = pickle.loads(part[0], buffers=part[1])
+    loaded: SitePayload = pickle.loads(part[0], buffers=part[1])
     return loaded
 
 
-def _named(part: Part) -> Iterator[GraphError]:
-    """Yield an error for what cannot be pickled, by its operator or service."""
+def _named(part: SitePayload) -> Iterator[GraphError]:
+    """Yield an error for each object that cannot be pickled, by its operator or service."""
     for chain in part.plan.chains if part.plan is not None else ():
         for node in chain.nodes:
             if node.function is not None and _error_of(node.function) is not None:
@@ -90,13 +96,13 @@ def _named(part: Part) -> Iterator[GraphError]:
             yield _refused(f'service "{spec.name}"', _parts(spec))
 
 
-def _parts(spec: FunctionSpec | ServiceSpec) -> dict[str, Any]:
+def _parts(spec: FunctionSpec | ServiceSpec) -> dict[str, object]:
     parts = {"its function": spec.target}
     parts |= {f"argument {place}": value for place, value in enumerate(spec.args)}
     return parts | {f'argument "{name}"': value for name, value in spec.kwargs.items()}
 
 
-def _refused(who: str, parts: dict[str, Any]) -> GraphError:
+def _refused(who: str, parts: dict[str, object]) -> GraphError:
     for part, value in parts.items():
         error = _error_of(value)
         if error is not None:
@@ -126,7 +132,7 @@ def _inside(value: Any) -> str:
     return ""
 
 
-def _error_of(value: Any) -> Exception | None:
+def _error_of(value: object) -> Exception | None:
     try:
         by_value(value)
     except Exception as error:

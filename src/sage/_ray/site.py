@@ -1,4 +1,4 @@
-"""A site: what one process of a remote job does, be it a worker, the process of a service, or the driver."""
+"""A site: one process of a remote job, either a worker, the process of a service, or the driver."""
 
 from __future__ import annotations
 
@@ -6,57 +6,73 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sage._backends.threads import WATCH_S, ThreadsBackend
 from sage._hosts.inline import InlineHost
-from sage._hosts.link import SILENT, LinkClosedError
 from sage._logs import forward, log_of
-from sage._ray.calls import RemoteCalls
-from sage._ray.errors import pack
 from sage._ray.links import FollowedError
-from sage._ray.mesh import Lease, Listener, Peer
 from sage._ray.orders import OperatorCounts, TaskCounts
-from sage._ray.streams import Outlet, take_in
+from sage._ray.requests import MasterSide, SiteSide
+from sage._ray.streams import Outlet, not_taken_in, take_in
+from sage._remote.calls import RemoteCalls
+from sage._remote.errors import sendable
+from sage._remote.process import START_HOOKS
+from sage._remote.protocol import served
+from sage._remote.rpc import RpcClosedError, encode_answer
+from sage._remote.tcp import Lease, TcpRpcClient, TcpRpcServer
+from sage._runtime.backend import HostSurroundings
 from sage._runtime.coroutines import CoroutineLoop
 from sage._runtime.deployment import deploy
 from sage._runtime.lifecycle import TaskEnded, TaskFailed
-from sage._runtime.states import Way
+from sage._runtime.states import StopMode
 from sage._runtime.supervisor import cut_late
 from sage.errors import ServiceUnavailableError
-from sage.service import ServiceContext, ServiceHandle
+from sage.service import ServiceContext, ServiceHandle, no_journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sage._ray.mesh import Address
-    from sage._ray.orders import Part
+    from sage._current_job import Inside
+    from sage._guardian.job_journal import JobJournal
+    from sage._hosts.gated import GatedHost
+    from sage._plan.logical import ServiceSpec
+    from sage._ray.orders import SitePayload
+    from sage._ray.parcels import Parcel
+    from sage._remote.protocol import Address
+    from sage._remote.rpc import RpcClient
+    from sage._runtime.backend import CallWaits, HostFacts
     from sage._runtime.channel import Channel
-    from sage._runtime.inside import Inside
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.task import Task
+    from sage.records import Element
     from sage.service import ServiceOptions
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 JOIN_S = 1.0
 
 log = log_of("sage.dispatcher")
 
 
-class Site:
+class Site(SiteSide):
     """Runs tasks and services of a job in this process, as its master says.
 
     Args:
         name: its name.
-        secret: what the processes of the job prove to each other.
+        secret: shared by the processes of the job, as proof to each other.
         ip: the address of this machine.
         options: the options of every service of the job, by name.
         sites: the process of each task, by their names.
-        load: returns what runs here; called when the master says so, when the handles of services are there.
+        load: returns the parts that run here; called when the master says so, when the handles of services are there.
         on_master_lost: called when the master is gone.
-        answers: what else it is asked for, by name.
+        further: further protocols that it serves, and whoever does.
         handles: the handles of the services that code of this process holds, where it holds some already.
-        stands_for: what the threads of this process belong to; the site itself by default.
+        stands_for: the job that the threads of this process belong to; the site itself by default.
     """
 
     def __init__(
@@ -66,17 +82,17 @@ class Site:
         ip: str,
         options: Mapping[str, ServiceOptions],
         sites: Mapping[str, str],
-        load: Callable[[Mapping[str, ServiceHandle[Any]]], Part],
+        load: Callable[[Mapping[str, ServiceHandle[Any]]], SitePayload],
         on_master_lost: Callable[[], None],
         *,
-        answers: Mapping[str, Callable[..., Any]] | None = None,
+        further: tuple[tuple[type, object], ...] = (),
         handles: Mapping[str, ServiceHandle[Any]] | None = None,
         stands_for: Inside | None = None,
     ) -> None:
         self.name = name
         self.handles: dict[str, ServiceHandle[Any]] = dict(handles or {})
         self.tasks: dict[str, Task] = {}
-        self.hosts: dict[str, InlineHost] = {}
+        self.hosts: dict[str, GatedHost] = {}
         self._secret = secret
         self._options = options
         self._sites = sites
@@ -84,10 +100,12 @@ class Site:
         self._on_master_lost = on_master_lost
         self._inside: Inside = stands_for or self
         self._epoch = 0
-        self._master: Peer | None = None
+        self._ip = ip
+        self._journal: JobJournal | None = None
+        self._master: TcpRpcClient | None = None
         self._lease: Lease | None = None
         self._addresses: dict[str, Address] = {}
-        self._peers: dict[Address, Peer] = {}
+        self._peers: dict[Address, TcpRpcClient] = {}
         self._outlets: dict[str, Outlet] = {}
         self._remote: list[RemoteCalls] = []
         self._once: dict[tuple[str, int, str], Future[Any]] = {}
@@ -98,23 +116,8 @@ class Site:
         self._loop = CoroutineLoop(name)
         self._backend = ThreadsBackend()
         self._backend.supervisor = self._inside
-        self._answers: dict[str, Callable[..., Any]] = {
-            "from": self._answer_master,
-            "attach": self.attach,
-            "task": self._task,
-            "where": lambda task: self._backend.where(self.tasks[task]),
-            "put": lambda task, port, element: take_in(self.tasks[task], port, element),
-            "hook": self._hook,
-            "gate": lambda service, what: getattr(self.hosts[service], what)(),
-            "abandon": lambda service: self.hosts[service].abandon(),
-            "call": self._call,
-            "attribute": self._attribute,
-            "counts": self._counts,
-            "log": self._log,
-            "close": self.close_services,
-            **(answers or {}),
-        }
-        self.listener = Listener(ip, secret, self._answer, self.handles, name)
+        methods = served((SiteSide, self), *further)
+        self.listener = TcpRpcServer(ip, secret, methods, self.handles, name, self._check)
         self.listener.begin()
 
     def handle_of(self, service: str) -> ServiceHandle[Any] | None:
@@ -126,9 +129,9 @@ class Site:
         with condition:
             return condition.wait_for(is_over, timeout_s)
 
-    def ask_to_stop(self) -> None:
-        """Ask for the end of the job, draining what is in flight."""
-        self._ask_master("stop", int(Way.DRAIN), "stop() was called", None, None)
+    def ask_to_stop(self, drain: bool | None) -> None:
+        """Ask for the end of the job, as `Job.stop` does."""
+        self._ask_master(MasterSide.stop, int(StopMode.of(drain)), "stop() was called", None, None)
 
     @property
     def epoch(self) -> int:
@@ -146,18 +149,27 @@ class Site:
             task.request_cancel()
 
     def end_services(self, timeout_s: float) -> None:
-        """Stop and clean up what lives here, when nobody is left who could say so."""
+        """Stop and clean up the services here, when no master is left to request it."""
         due = time.monotonic() + timeout_s
         for name, host in reversed(self.hosts.items()):
             host.refuse()
-            for hook in ("drain", "stop", "cleanup"):
-                if hook == "drain" or hook in host.hooks:
+            for hook in ("drain", "stop", "cleanup", "exit"):
+                if hook == "drain" or (hook in host.hooks and self._is_left(host, hook)):
                     ended: Future[Any] = Future()
                     host.run(hook, due, _set(ended))
                     try:
                         ended.result(max(due - time.monotonic(), 0.0))
                     except Exception as error:
                         log.error("hook failed service=%r hook=%s", name, hook, exc_info=error)
+
+    def _is_left(self, host: GatedHost, hook: str) -> bool:
+        """Return whether a hook is to run that no master asks for: `stop` only after a successful start."""
+        place = host.spec.name, host.incarnation
+        if hook == "stop" and not all(
+            _has_succeeded(self._once.get((*place, one)), one) for one in host.hooks & START_HOOKS
+        ):
+            return False
+        return hook == "exit" or (*place, hook) not in self._once
 
     def let_master_go(self) -> None:
         """Follow the master no longer, which is about to end."""
@@ -167,10 +179,12 @@ class Site:
             lease.end()
 
     def close_services(self) -> None:
-        """End the threads of the services; what hangs in one of them keeps this from returning."""
+        """End the threads of the services; a hook that hangs in one of them keeps this from returning."""
         for host in self.hosts.values():
             host.close()
         self._loop.close()
+        if self._journal is not None:
+            self._journal.sealed()
 
     def close(self) -> None:
         """End every thread that can be ended; nothing of the job runs any more."""
@@ -189,15 +203,12 @@ class Site:
         for peer in (*self._peers.values(), *([self._master] if self._master is not None else ())):
             peer.close()
 
-    # --- what others ask for ---
+    # --- requests of others ---
 
-    def _answer(self, kind: str, *request: Any) -> Any:
-        return self._answers[kind](*request)
-
-    def _answer_master(self, epoch: int, kind: str, *request: Any) -> Any:
-        if epoch < self._epoch:
+    def _check(self, epoch: int | None) -> None:
+        """Refuse a request of a master that another one has followed."""
+        if epoch is not None and epoch < self._epoch:
             raise FollowedError(f'site "{self.name}" follows the master of epoch {self._epoch}')
-        return self._answer(kind, *request)
 
     def attach(self, master: Address, epoch: int, addresses: Mapping[str, Address]) -> None:
         """Do as this master says from now on; one that was taken for dead has an older epoch, and is refused."""
@@ -211,7 +222,7 @@ class Site:
                 before.end()
             if self._master is not None:
                 self._master.close()
-            self._master = Peer(master, self._secret, self.handles)
+            self._master = TcpRpcClient(master, self._secret, self.handles)
             self._lease = Lease(self._master, self._on_master_lost)
             self._addresses = dict(addresses)
             if is_first:
@@ -219,13 +230,67 @@ class Site:
         with self._attached:
             self._attached.notify_all()
 
-    def _task(self, name: str, request: str) -> None:
-        task = self.tasks[name]
-        if request == "open":
-            self._backend.start_task(self._inside, task)
-        getattr(task, f"request_{request}")()
+    def meet(self, addresses: Mapping[str, Address]) -> None:
+        """Take in where the processes of the other tasks are; no record flows before."""
+        self._addresses = dict(addresses)
 
-    def _hook(self, service: str, incarnation: int, hook: str, left_s: float | None) -> Any:
+    def left(self, service: str) -> tuple[int, frozenset[str]]:
+        """Wait for the hook of a service that runs, and return which incarnation is here, or 0, and its hooks."""
+        host = self.hosts[service]
+        host.wait_idle()
+        return host.incarnation, host.hooks
+
+    def open_task(self, task: str) -> None:
+        """Start a task; see `SiteSide`, also for the other requests."""
+        self._backend.start_task(self._inside, self.tasks[task])
+        self.tasks[task].request_open()
+
+    def run_task(self, task: str) -> None:
+        """Let records flow."""
+        self.tasks[task].request_run()
+
+    def stop_task(self, task: str) -> None:
+        """End the source, or a loop that begins here."""
+        self.tasks[task].request_stop()
+
+    def hold_back_task(self, task: str) -> None:
+        """Begin no further call of a costly function."""
+        self.tasks[task].request_hold_back()
+
+    def cancel_task(self, task: str) -> None:
+        """Drop everything and close."""
+        self.tasks[task].request_cancel()
+
+    def where(self, task: str) -> str:
+        """Return where the thread of a task stands."""
+        return self._backend.where(self.tasks[task])
+
+    def put(self, task: str, port: int, element: Element | Parcel) -> int:
+        """Put an element into the inbox of a task."""
+        return take_in(self.tasks[task], port, element)
+
+    def admit(self, service: str) -> None:
+        """Let calls of a service through."""
+        self.hosts[service].admit()
+
+    def hold(self, service: str) -> None:
+        """Let calls of a service wait."""
+        self.hosts[service].hold()
+
+    def hold_back(self, service: str) -> None:
+        """Refuse calls of a service that would have to wait for its rate."""
+        self.hosts[service].hold_back()
+
+    def refuse(self, service: str) -> None:
+        """Let calls of a service fail at once."""
+        self.hosts[service].refuse()
+
+    def abandon(self, service: str) -> str:
+        """Leave the hook of a service that hangs."""
+        return self.hosts[service].abandon()
+
+    def run_hook(self, service: str, incarnation: int, hook: str, left_s: float | None) -> Any:
+        """Run a hook of a service to its end; "stop" and "cleanup" run once, whoever asks."""
         host = self.hosts[service]
         if hook == "build":
             host.begin_at(incarnation)
@@ -236,60 +301,77 @@ class Site:
         if once is None:
             host.run(hook, None if left_s is None else self._backend.now() + left_s, _set(ended))
         value = ended.result()
-        # Hooks may return whatever they like; only these are asked for an answer.
-        return value if hook in ("build", "drain") else None if hook not in ("ready", "health") else _truth(hook, value)
+        # Hooks may return any value; only these have an answer.
+        if hook in ("ready", "health"):
+            return _truth(hook, value)
+        return value if hook in ("build", "drain", "exit") else None
 
-    def _call(
+    def call(
         self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
     ) -> Any:
+        """Call a method of a service that lives here."""
         host = self.hosts[service]
         if timeout_s is not None:
             return host.call(name, args, kwargs, timeout_s)
         return host.method(name)(*args, **kwargs)
 
-    def _attribute(self, service: str, name: str) -> tuple[bool, Any]:
+    def attribute(self, service: str, name: str) -> tuple[bool, Any]:
         """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""
         host = self.hosts[service]
+        host.wait_there()  # a value is not one to call later, as a method is
         attribute = host.method(name)
-        return (True, host.is_coroutine(name)) if callable(attribute) else (False, attribute)
+        if callable(attribute):
+            return True, host.is_coroutine(name)
+        encode_answer(attribute)  # alone, so that an error names its type
+        return False, attribute
 
-    def _counts(self) -> tuple[dict[str, TaskCounts], dict[str, tuple[int, int]]]:
+    def facts(self, service: str) -> HostFacts:
+        """Return the facts about the host of a service."""
+        return self.hosts[service].facts()
+
+    def counts(self) -> tuple[dict[str, TaskCounts], dict[str, tuple[int, int, CallWaits]]]:
+        """Return the counts of the tasks and of the calls."""
         sys.stdout.flush()  # it may be the last that is asked for before the end
         tasks = {name: _counts_of(task) for name, task in self.tasks.items()}
-        return tasks, {name: (host.call_count, host.error_count) for name, host in self.hosts.items()}
+        return tasks, {name: (host.call_count, host.error_count, host.waits) for name, host in self.hosts.items()}
 
-    def _log(self, values: dict[str, Any]) -> Any:
+    def log(self, values: dict[str, Any]) -> None:
+        """Take in a log record of another process."""
         forward(values)
-        return SILENT
 
-    # --- what it asks of its master: `Supervision`, and more ---
+    # --- requests to its master: `Supervision`, and more ---
 
     def deferred(self, service: str, incarnation: int) -> None:
         """Let the lifecycle know that a service has something to clean up."""
-        self._ask_master("deferred", service, incarnation)
+        self._ask_master(MasterSide.deferred, service, incarnation)
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Ask for more time for the hook that runs."""
-        self._ask_master("extend", service, incarnation, seconds)
+        self._ask_master(MasterSide.extend, service, incarnation, seconds)
 
-    def _ask_master(self, *request: Any) -> Any:
+    def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the tokens of an answer towards the rate of its service."""
+        self.hosts[service].used(prompt_tokens + completion_tokens)
+
+    def claim(self, service: str, entry: dict[str, Any]) -> None:
+        """Refuse a claim: nobody keeps a journal."""
+        raise no_journal(service, entry)
+
+    def _ask_master(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         master = self._master
         if master is None:
             raise ServiceUnavailableError(f'site "{self.name}" has no master')
         try:
-            return master.ask(*request)
-        except LinkClosedError:
+            return master.ask(method, *args, **kwargs)
+        except RpcClosedError:
             raise ServiceUnavailableError(f'site "{self.name}" has lost its master') from None
 
     def _tell_events(self) -> None:
-        """Tell the master what becomes of tasks, one after another."""
+        """Report changes of tasks to the master, one after another."""
         while (event := self._events.get()) is not None:
             counts = _counts_of(self.tasks[event.task]) if isinstance(event, TaskEnded) else None
-            error = pack(event.error) if isinstance(event, TaskFailed) else None
-            if isinstance(event, TaskFailed):
-                event = TaskFailed(event.task, None, event.closing)  # type: ignore[arg-type]
             try:
-                self._ask_master("event", event, error, counts)
+                self._ask_master(MasterSide.task_event, sendable(event, self.name), counts)
             except ServiceUnavailableError:
                 log.error("nobody to tell of %r", event)
 
@@ -307,23 +389,40 @@ class Site:
             name = spec.name
             note = self._noted_by(name)
             context = ServiceContext(name, self.handles, note, self)
-            self.hosts[name] = InlineHost(spec, context, self._backend, self._loop, lambda *_: None)
+            self.hosts[name] = self._host_of(spec, context)
             self.handles[name]._connect(self.hosts[name])
         if part.plan is not None:
             self.tasks = deploy(part.plan, self._backend, self._loop, self.handles, self._events.put, self._leading_to)
         for work in (self._tell_events, self._watch):
             threading.Thread(target=work, name=f"sage-{work.__name__.strip('_')}", daemon=True).start()
 
+    def _host_of(self, spec: ServiceSpec, context: ServiceContext) -> GatedHost:
+        surroundings = HostSurroundings(self._backend, self._loop, self.handles, self, _untold, _untold)
+        if spec.command is None:
+            return InlineHost(spec, context, surroundings)
+        from sage._guardian.job_journal import JobJournal
+        from sage._hosts.command import CommandHost
+
+        # A guardian on this machine ends the command if this process is killed.
+        self._journal = JobJournal(self.name, self.name, None, (spec,))
+
+        def died(incarnation: int, text: str) -> None:
+            with suppress(ServiceUnavailableError):  # without a master, nobody decides about it
+                self._ask_master(MasterSide.service_died, spec.name, incarnation, text)
+
+        return CommandHost(spec, context, replace(surroundings, on_died=died, guard=self._journal, address=self._ip))
+
     def _noted_by(self, service: str) -> Callable[[str], None]:
         def note(name: str) -> None:
             if name != service:
-                self._ask_master("depends", service, name)
+                self._ask_master(MasterSide.depends, service, name)
 
         return note
 
     def _watch(self) -> None:
         while self.tasks and not self._over.wait(WATCH_S):
             cut_late(self.tasks.values())
+            self._backend.relieve()
 
     def _leading_to(self, task: str) -> Channel | None:
         site = self._sites[task]
@@ -333,25 +432,32 @@ class Site:
         if outlet is None:
 
             def failed(error: Exception) -> None:
-                # Whichever of the producers it was, none of them can go on.
-                for name, one in self.tasks.items():
-                    if any(outlet in output.channels for outputs in one.outputs.values() for output in outputs):
-                        self._events.put(TaskFailed(name, error))
-                        break
+                # Whichever of the producers it was, none of them can go on, and none has ended.
+                for producer in self.tasks.values():
+                    for place, outlets in producer.outbox.outlets.items():
+                        if any(outlet in one.channels for one in outlets):
+                            failure = not_taken_in(producer.operators[place].node.name, task, error)
+                            self._events.put(TaskFailed(producer.name, failure))
+                            return
 
             outlet = self._outlets[task] = Outlet(
                 task, lambda: self._peer(self._addresses[site]), self._backend.capacity_records, failed
             )
         return outlet
 
-    def _find_service(self, service: str, gone: Address | None) -> Peer:
-        return self._peer(tuple(self._ask_master("whereis", service, gone)))
+    def _find_service(self, service: str, gone: RpcClient | None) -> TcpRpcClient:
+        address = gone.address if isinstance(gone, TcpRpcClient) else None
+        return self._peer(self._ask_master(MasterSide.where_is, service, address))
 
-    def _peer(self, address: Address) -> Peer:
+    def _peer(self, address: Address) -> TcpRpcClient:
         with self._lock:
             if address not in self._peers:
-                self._peers[address] = Peer(address, self._secret, self.handles)
+                self._peers[address] = TcpRpcClient(address, self._secret, self.handles)
             return self._peers[address]
+
+
+def _untold(incarnation: int, text: str) -> None:
+    """Do nothing: a service without a process of its own does not end by itself."""
 
 
 def _set(ended: Future[Any]) -> Callable[[Any, BaseException | None], None]:
@@ -364,6 +470,10 @@ def _set(ended: Future[Any]) -> Callable[[Any, BaseException | None], None]:
     return done
 
 
+def _has_succeeded(run: Future[Any] | None, hook: str) -> bool:
+    return run is not None and run.done() and run.exception() is None and (hook != "ready" or bool(run.result()))
+
+
 def _truth(hook: str, value: Any) -> bool:
     return bool(value) if hook == "ready" else value is not False
 
@@ -373,6 +483,6 @@ def _counts_of(task: Task) -> TaskCounts:
     operators = []
     for operator in task.operators:
         metrics = operator.metrics
-        counts = (metrics.records_in, metrics.records_out, metrics.failed, metrics.busy_s)
+        counts = (metrics.records_in, metrics.records_out, metrics.failed, metrics.busy_s, metrics.full_s)
         operators.append(OperatorCounts(operator.node.id, *counts))
-    return TaskCounts(undelivered, tuple(operators))
+    return TaskCounts(undelivered, tuple(operators), task.waited_s)

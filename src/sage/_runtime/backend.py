@@ -1,23 +1,25 @@
-"""What the runtime needs of the places where tasks and services run."""
+"""The contracts of the places where tasks and services run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from threading import Condition
 
     from sage._plan.logical import ServiceSpec
+    from sage._processes import Process
     from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.pace import Pace
     from sage._runtime.supervisor import Supervisor
-    from sage._runtime.task import Pace, Task
-    from sage.records import Span
-    from sage.service import ServiceCalls, ServiceContext, ServiceOptions
+    from sage._runtime.task import Task
+    from sage.records import BatchReading
+    from sage.service import ServiceCalls, ServiceContext, ServiceHandle, ServiceOptions, Supervision
 
 
 class Lane(Protocol):
@@ -35,10 +37,10 @@ class Lane(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a report says of the place where a service ran.
+    """The facts about a service's host for the report.
 
     Attributes:
-        host: what kind of place: "inline", "process", "command" or "ray".
+        host: the kind of host: "inline", "process", "command" or "ray".
         pid: the process of the last incarnation, or None for one that was never started.
         exit_code: how that process ended; negative for a signal, None while it runs or where it is not known.
         output: the last lines that it wrote.
@@ -54,10 +56,95 @@ class HostFacts:
     released: bool = False
 
 
+class CallWaits(NamedTuple):
+    """How long calls of a service waited for their turn.
+
+    Attributes:
+        calls: how many calls waited.
+        waited_s: for how long, in seconds, all together.
+        busy_s: how long the service kept any of them waiting, in seconds.
+        rate_waits: how many calls waited for the rate of the service.
+        rate_waited_s: for how long, in seconds, all together.
+    """
+
+    calls: int = 0
+    waited_s: float = 0.0
+    busy_s: float = 0.0
+    rate_waits: int = 0
+    rate_waited_s: float = 0.0
+
+
+class ServiceGuard(Protocol):
+    """Watches over the processes and claims of a job's services, so that nothing is left whoever is killed."""
+
+    def claim(self, service: str, entry: dict[str, object]) -> None:
+        """Record a thing to reap; see `Supervision`."""
+
+    def depends(self, service: str, requires: str) -> None:
+        """Note that a service was seen to ask for another."""
+
+    def shares(self, service: str, owner: str) -> None:
+        """Note that the job `owner` runs a service for all who share it."""
+
+    def announce(self, service: str, incarnation: int, host: str, requires: Iterable[str]) -> str:
+        """Write down that a process will be started, and return the cookie that its environment has to carry."""
+
+    def started(
+        self, service: str, incarnation: int, pid: int, descriptor: int | None = None, stop_signal: int | None = None
+    ) -> None:
+        """Write down the process right after it was started."""
+
+    @property
+    def folder(self) -> str:
+        """A folder for temporary files, which is removed in the end, whoever is killed before."""
+
+    def left_of(self, cookie: str, known: Iterable[Process] = ()) -> set[Process]:
+        """Return the processes that carry the cookie or are known to be of it, but for those that were released."""
+
+    def ended(self, service: str, incarnation: int) -> None:
+        """Let go of a process that has ended."""
+
+    def reap(self, service: str) -> list[str]:
+        """Act on the claims of a service that was lost or killed, and return the failures."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSurroundings:
+    """The parts of a job that the host of one of its services works with.
+
+    Attributes:
+        backend: where the tasks of the job run; it gives the threads of hooks.
+        loop: runs the coroutines of the job.
+        handles: the handles of the job's services, by name.
+        supervision: takes in requests of the service to its lifecycle, and its claims.
+        on_died: called with the incarnation and a reason when its process ended by itself.
+        on_failed: called likewise when whoever supervises it elsewhere has given it up and cleaned it up.
+        guard: watches over processes, or None if nobody does.
+        address: where a command listens that asks for its `{host}`.
+        permit: called by each call as it begins, or None; it raises `HeldBackError` for one that may not begin.
+    """
+
+    backend: Backend
+    loop: CoroutineLoop
+    handles: dict[str, ServiceHandle[Any]]
+    supervision: Supervision
+    on_died: Callable[[int, str], None]
+    on_failed: Callable[[int, str], None]
+    guard: ServiceGuard | None = None
+    address: str = "127.0.0.1"
+    permit: Callable[[], None] | None = None
+
+    @property
+    def process_guard(self) -> ServiceGuard:
+        """The guard, for a host that starts a process."""
+        assert self.guard is not None
+        return self.guard
+
+
 class Host(Protocol):
     """Where one service runs.
 
-    It is made as `make_host(spec, context, backend, loop, on_died)`. A host whose service has a process of its own
+    It is made as `make_host(spec, context, surroundings)`. A host whose service has a process of its own
     calls `on_died(incarnation, text)` when that process ended by itself, which is at any time but while "exit" runs,
     and does so before it says how a hook that was cut off by it ended. Incarnations are counted from 1 by each "build",
     and anew in each job: an instance that is adopted is number 1.
@@ -65,11 +152,11 @@ class Host(Protocol):
 
     @property
     def spec(self) -> ServiceSpec:
-        """What was registered."""
+        """The registered service."""
 
     @property
     def options(self) -> ServiceOptions:
-        """What the lifecycle of this job goes by."""
+        """The options that the lifecycle of this job uses."""
 
     @property
     def calls(self) -> ServiceCalls:
@@ -84,12 +171,16 @@ class Host(Protocol):
         """How many of them raised."""
 
     @property
+    def waits(self) -> CallWaits:
+        """How long calls of this job waited for their turn."""
+
+    @property
     def is_calling(self) -> bool:
         """Whether a call runs on a thread of the host, which no backend steps."""
 
     @property
     def own_hooks(self) -> frozenset[str]:
-        """The names of the hooks that the host has whatever the service is: "exit", if it has a process to end."""
+        """The hooks of the host itself: "exit", if it has a process to end."""
 
     @property
     def local_hooks(self) -> frozenset[str]:
@@ -99,22 +190,20 @@ class Host(Protocol):
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
 
-    def adopt(
-        self, context: ServiceContext, backend: Backend, loop: CoroutineLoop, on_died: Callable[[int, str], None]
-    ) -> None:
+    def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let another job run the hooks of an instance that was kept; if it is dead, `on_died` is called now.
 
-        The instance has a context already, which from now on does what `context` does (`ServiceContext.follow`).
+        The instance has a context already, which from now on acts like `context` (`ServiceContext.follow`).
         """
 
     def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
-        """Run a hook apart from the caller and tell `done` what came of it.
+        """Run a hook on another thread and pass its outcome to `done`.
 
         "build" makes an instance and gives the names of its hooks. "drain" waits until no call runs, then calls the
-        service's `drain`, where it has one, and gives whether no call ran by `due`. "cleanup" ends with what the
-        service deferred (`ServiceContext.run_deferred`); the lifecycle also asks for it if the class has none, or its
+        service's `drain`, if it has one, and gives whether no call ran by `due`. "cleanup" ends with the deferred
+        callbacks (`ServiceContext.run_deferred`); the lifecycle also asks for it if the class has none, or its
         constructor raised, once something was deferred. "exit" ends the process, by force if it has not ended by `due`,
-        makes sure that it and what it left are gone, and gives an `Exit`; it is asked for once for each "build",
+        makes sure that it and its leftovers are gone, and gives an `Exit`; it is asked for once for each "build",
         however that ended. The others are methods of the service. No hook but "drain" and "exit" is bounded by the
         host: it runs until it ends, or `abandon` is called.
         """
@@ -123,10 +212,16 @@ class Host(Protocol):
         """Move the `due` of the "exit" that runs forward."""
 
     def facts(self) -> HostFacts:
-        """Return what the report says of the host; also after `close`."""
+        """Return the facts about the host for the report; also after `close`."""
 
     def admit(self) -> None:
         """Let calls through."""
+
+    def hold_back(self) -> None:
+        """Refuse calls that would have to wait for the rate of the service, as the job ends."""
+
+    def used(self, tokens: int) -> None:
+        """Count the tokens of an answer towards the rate of the service."""
 
     def hold(self) -> None:
         """Let calls wait until `admit` or `refuse`."""
@@ -138,20 +233,22 @@ class Host(Protocol):
         """Give up on the hook that runs, and return where it stands."""
 
     def release(self) -> None:
-        """Free what belongs to this job; the instance is kept for another."""
+        """Free the resources of this job; the instance is kept for another."""
 
     def close(self) -> None:
         """Free everything; no hook follows."""
 
 
 class Backend(ABC):
-    """Where tasks run. A backend only calls `Task.step` again and again, and `Supervisor.handle` with what is posted.
+    """Where tasks run. A backend only calls `Task.step` repeatedly, and `Supervisor.handle` with each posted event.
 
     Attributes:
         capacity_records: the bound of each channel.
+        runs_while_waited_for: whether a job goes on only while somebody waits for its end.
     """
 
     capacity_records: int
+    runs_while_waited_for: bool = False
 
     @abstractmethod
     def now(self) -> float:
@@ -159,15 +256,21 @@ class Backend(ABC):
 
     @abstractmethod
     def pace(self) -> Pace:
-        """Return what decides how many records a step of one task takes."""
+        """Return the pace that decides how many records a step of one task takes."""
 
     @abstractmethod
-    def span(self) -> Span:
+    def span(self) -> BatchReading:
         """Return the span of one task."""
 
     @abstractmethod
-    def lane(self, name: str) -> Lane:
-        """Return a new lane."""
+    def lane(self, name: str, *, must_start: bool = True) -> Lane:
+        """Return a new lane.
+
+        Without `must_start` there always is one, as it is for a service that is there and has to be ended.
+
+        Raises:
+            ServiceError: it must start, and the system has no more threads.
+        """
 
     def event_loop(self) -> AbstractEventLoop:
         """Return a new loop for the coroutines of a job, which is run on a thread of its own."""
@@ -182,7 +285,7 @@ class Backend(ABC):
         is_over: Callable[[], bool],
         timeout_s: float | None,
     ) -> bool:
-        """Wait inside a function or a hook for what other tasks of its job do, and return whether it came in time.
+        """Wait inside a function or a hook for other tasks of its job, and return whether it happened in time.
 
         Args:
             supervisor: that of the job.
@@ -194,15 +297,15 @@ class Backend(ABC):
             return condition.wait_for(is_over, timeout_s)
 
     def loop_going_on(self) -> AbstractContextManager[None]:
-        """Return what keeps the loop going while a thread waits for it."""
+        """Return a context that keeps the loop going while a thread waits for it."""
         return nullcontext()
 
     @abstractmethod
     def start(self, supervisor: Supervisor) -> None:
-        """Begin to run a job: handle what is posted until it is sealed."""
+        """Begin to run a job: handle posted events until it is sealed."""
 
     @abstractmethod
-    def post(self, supervisor: Supervisor, event: Any) -> None:
+    def post(self, supervisor: Supervisor, event: object) -> None:
         """Have `supervisor.handle(event)` called; any thread may post."""
 
     @abstractmethod
@@ -216,6 +319,10 @@ class Backend(ABC):
     @abstractmethod
     def join_tasks(self, tasks: list[Task]) -> None:
         """Wait until nothing of these tasks, which have ended, runs any more."""
+
+    def left_behind(self) -> tuple[str, ...]:
+        """Describe the job's leftovers in this process that have no owner."""
+        return ()
 
     @abstractmethod
     def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:

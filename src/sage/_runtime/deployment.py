@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sage._operators.operator import Surroundings
+from sage._current_job import wait_for
+from sage._operators.operator import OperatorContext
 from sage._operators.operators import OPERATORS
 from sage._plan.logical import Kind, Route
 from sage._runtime.channel import Channel, InFlight
 from sage._runtime.lifecycle import TaskPlan
-from sage._runtime.partition import Partitioner
-from sage._runtime.task import Output, Task
-from sage.functions import TaskContext
+from sage._runtime.partition import Outlet, Partitioner
+from sage._runtime.task import Task
+from sage.functions import Stopping, TaskContext
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,7 @@ class Absent:
 
     Attributes:
         name: its name.
-        inbox: what leads to its inbox, or None for a source.
+        inbox: the channel to its inbox, or None for a source.
     """
 
     def __init__(self, name: str, inbox: Channel | None) -> None:
@@ -48,7 +49,7 @@ def deploy(
     plan: PhysicalPlan,
     backend: Backend,
     loop: CoroutineLoop,
-    services: dict[str, ServiceHandle[Any]],
+    services: dict[str, ServiceHandle[object]],
     report: Callable[[TaskEvent], None],
     leading_to: LeadingTo = lambda _: None,
 ) -> dict[str, Task]:
@@ -63,12 +64,15 @@ def deploy(
         for index, name in enumerate(task_names(chain)):
             channel = leading_to(name)
             if channel is not None:
+                channel.resize(chain.nodes[0].settings.get("capacity") or channel.capacity_records)
                 group.append(Absent(name, None if chain.is_source else channel))
             else:
                 group.append(_task(chain, name, index, backend, loop, services, report))
     owner = {node.id: chain for chain in plan.chains for node in chain.nodes}
+    places = {node.id: place for chain in plan.chains for place, node in enumerate(chain.nodes)}
     for edge in plan.between:
-        _connect(edge, owner[edge.source], groups[owner[edge.source].nodes[0].id], groups[edge.target])
+        chain = owner[edge.source]
+        _connect(edge, chain, places[edge.source], groups[chain.head], groups[edge.target])
     _count_loops(plan, owner, groups)
     _count_lockstep(groups)
     return {task.name: task for task in _present(groups)}
@@ -82,15 +86,16 @@ def task_names(chain: Chain) -> tuple[str, ...]:
 
 
 def task_plans(plan: PhysicalPlan) -> tuple[TaskPlan, ...]:
-    """Return what the lifecycle has to know of the tasks of a plan."""
+    """Return the lifecycle's plans for the tasks of a plan."""
     owner = {node.id: chain for chain in plan.chains for node in chain.nodes}
-    downstream: dict[int, set[int]] = {id_: set() for id_ in plan.heads}
+    heads = plan.heads
+    downstream: dict[int, set[int]] = {id_: set() for id_ in heads}
     for edge in plan.between:
         if not edge.feedback:
             downstream[owner[edge.source].nodes[0].id].add(edge.target)
     plans = []
-    for id_, chain in plan.heads.items():
-        after = tuple(name for target in downstream[id_] for name in task_names(plan.heads[target]))
+    for id_, chain in heads.items():
+        after = tuple(name for target in downstream[id_] for name in task_names(heads[target]))
         takes_stop = chain.nodes[0].kind in (Kind.SOURCE, Kind.FUTURE)
         serving = id_ in plan.serving
         plans += [TaskPlan(name, after, takes_stop, serving) for name in task_names(chain)]
@@ -103,37 +108,42 @@ def _task(
     index: int,
     backend: Backend,
     loop: CoroutineLoop,
-    services: dict[str, ServiceHandle[Any]],
+    services: dict[str, ServiceHandle[object]],
     report: Callable[[TaskEvent], None],
 ) -> Task:
-    span = backend.span()
+    span, pace = backend.span(), backend.pace()
     operators = []
+    stopping = Stopping(wait_for)
     for node in chain.nodes:
-        context = TaskContext(node.name, services, index, chain.parallelism)
+        context = TaskContext(node.name, services, index, chain.parallelism, stopping)
         alone = chain.parallelism == 1
-        surroundings = Surroundings(context, span, backend.now, loop.run, loop.post, alone)
+        surroundings = OperatorContext(
+            context, span, backend.now, pace.running_s, loop.run, loop.run_to_end, loop.post, alone
+        )
         operators.append(OPERATORS[node.kind](node, surroundings))
-    task = Task(name, tuple(operators), span, report, backend.now, backend.pace())
+    inbox = None
     if not chain.is_source:
-        task.inbox = Channel(backend.capacity_records)
-        task.inbox.wake_consumer = lambda: task.wake()
-    return task
+        capacity = chain.nodes[0].settings.get("capacity")
+        inbox = Channel(backend.capacity_records if capacity is None else capacity, now=backend.now)
+        inbox.follows_work = capacity is None
+        inbox.follow(operators)
+    return Task(name, tuple(operators), span, report, backend.now, pace, inbox)
 
 
-def _connect(edge: Edge, chain: Chain, sources: Group, targets: Group) -> None:
+def _connect(edge: Edge, chain: Chain, place: int, sources: Group, targets: Group) -> None:
     """Join the tasks of two chains, and let each target know how many producers it has."""
-    place = next(place for place, node in enumerate(chain.nodes) if node.id == edge.source)
     for index, source in enumerate(sources):
         reached = _reached(edge, index, targets)
         if isinstance(source, Task):
             channels = tuple(task.inbox for task in reached if task.inbox is not None)
             partitioner = Partitioner(edge.route, index, len(channels), chain.nodes[place].name)
-            output = Output(partitioner, channels, edge.port, feedback=edge.feedback, letters=edge.letters)
-            source.outputs[place] = (*source.outputs.get(place, ()), output)
+            outlet = Outlet(partitioner, channels, edge.port, feedback=edge.feedback, letters=edge.letters)
+            outlets = source.outbox.outlets
+            outlets[place] = (*outlets.get(place, ()), outlet)
         if not edge.feedback:
             for task in reached:
                 if isinstance(task, Task):
-                    task.producers += 1
+                    task.input.producers += 1
 
 
 def _reached(edge: Edge, index: int, targets: Group) -> Group:
@@ -141,7 +151,7 @@ def _reached(edge: Edge, index: int, targets: Group) -> Group:
 
 
 def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, Group]) -> None:
-    """Give the channels of each loop a counter; what has not ended outside of it counts as on its way."""
+    """Give the channels of each loop a counter; inputs outside it that have not ended count as in flight."""
     for loop in plan.loops:
         heads = {owner[id_].nodes[0].id for id_ in loop}
         inner = _present({id_: groups[id_] for id_ in heads})
@@ -150,11 +160,11 @@ def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, 
         inboxes = {task.inbox for task in inner}
         counter = InFlight()
         for task in _present(groups):
-            for outputs in task.outputs.values():
-                for output in outputs:
-                    entered = [channel for channel in output.channels if channel in inboxes]
+            for outlets in task.outbox.outlets.values():
+                for outlet in outlets:
+                    entered = [channel for channel in outlet.channels if channel in inboxes]
                     if entered and task not in inner:
-                        output.enters = counter
+                        outlet.enters = counter
                         counter.add(len(entered))
         for edge in plan.between:
             _count_absent(edge, groups[owner[edge.source].nodes[0].id], groups[edge.target], inner, counter)
@@ -162,12 +172,12 @@ def _count_loops(plan: PhysicalPlan, owner: dict[int, Chain], groups: dict[int, 
             assert task.inbox is not None
             task.inbox.counters += (counter,)
             if task.nodes[0].kind is Kind.FUTURE:
-                task.loop = counter
-                counter.when_zero(lambda task=task: task.wake())  # type: ignore[misc]
+                task.input.loop = counter
+                counter.when_zero(task.rouse)
 
 
 def _count_absent(edge: Edge, sources: Group, targets: Group, inner: list[Task], counter: InFlight) -> None:
-    """Count what enters a loop from other processes; the inbox counts it off at the end of each producer there."""
+    """Count inputs of a loop from other processes; the inbox counts them off at the end of each producer there."""
     for index, source in enumerate(sources):
         for task in _reached(edge, index, targets) if isinstance(source, Absent) else ():
             if task in inner:
@@ -187,8 +197,8 @@ def _count_lockstep(groups: dict[int, Group]) -> None:
         if task.inbox is not None:
             task.inbox.counters += (counter,)
     for task in stepping:
-        task.lockstep = counter
-        counter.when_zero(lambda task=task: task.wake())  # type: ignore[misc]
+        task.input.lockstep = counter
+        counter.when_zero(task.rouse)
 
 
 def _present(groups: Mapping[int, Group]) -> list[Task]:

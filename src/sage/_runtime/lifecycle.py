@@ -1,15 +1,17 @@
-"""The lifecycle of a job as values: what is known beforehand, where everything is, what happens, and what to do.
+"""The lifecycle of a job as values: plans, states, events and actions.
 
 `transitions.step` leads from one state to the next.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from sage._runtime.states import JobState, ServiceState, TaskState, Way
+from sage._runtime.dues import Dues
+from sage._runtime.states import JobState, ServiceState, StopMode, TaskState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,18 +20,20 @@ if TYPE_CHECKING:
 
 START_HOOKS = ("build", "setup", "start", "ready")
 PAUSES = ("ready-pause", "health-pause", "backoff")
-"""What stands for a hook while a service only waits until it is due."""
+"""Stands for a hook while a service only waits until it is due."""
 
 READY_PAUSE_S = 0.05
 """How long after a `ready()` that said no it is asked again."""
 
 READY_LEAST_S = 0.25
 READY_LEAST_SHARE = 0.1
-"""What a further `ready` has to have left of the start, in seconds or as a share, so that it can end in time."""
+"""The time that must be left for another `ready` at the start, in seconds or as a share, so that it can end in time."""
 
 BEST_GUARD_S = 1.0
 """How much of the budget a service leaves to each that is stopped after it, if there is that much."""
 
+LEAST_SHARE = 0.1
+"""The least share of the remaining budget for a hook, even if many services are stopped after it."""
 
 DRAIN_NET_S = 1.0
 EXIT_NET_S = 3.0
@@ -53,7 +57,7 @@ class Limits:
 
     Attributes:
         stop_timeout_s: budget of the whole stop, from the first request or failure on.
-        drain_timeout_s: how long what is in flight may take to drain, and a task to leave user code.
+        drain_timeout_s: how long records in flight may take to drain, and a task to leave user code.
         close_timeout_s: how long each `close` of a function may take.
         services_share: the part of the budget that is kept for services, so that a slow drain cannot starve cleanups.
         services_reserve_s: the least that is kept for them.
@@ -68,7 +72,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServicePlan:
-    """What the lifecycle knows of a service beforehand.
+    """The fixed facts about a service.
 
     Attributes:
         name: its name.
@@ -76,7 +80,7 @@ class ServicePlan:
         options: its bounds and policies.
         keep: whether it outlives the job.
         adopted: the hooks of an instance that an earlier job kept, or None if it has to be built.
-        own_hooks: the hooks that its host has whatever the service is: "exit", if there is a process to end.
+        own_hooks: the hooks of its host itself: "exit", if there is a process to end.
         local_hooks: the hooks that run on a thread here although there is such a process.
     """
 
@@ -91,7 +95,7 @@ class ServicePlan:
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """What the lifecycle knows of a task beforehand.
+    """The fixed facts about a task.
 
     Attributes:
         name: its name.
@@ -115,7 +119,7 @@ class ServiceRecord:
         incarnation: how many times it was built.
         hooks: the hooks that it has.
         hook: the hook that runs, or None.
-        due: when the hook that runs is late, or what waits is due; None for never.
+        due: when the current hook is late, or the current pause is over; None for never.
         start_due: when the start as a whole is late.
         restarts: when it was restarted.
         again: whether its teardown leads to a restart, unless stopping begins before.
@@ -146,8 +150,10 @@ class TaskRecord:
     opened: bool = False
 
 
-class Trouble(StrEnum):
-    """What kind of failure it was."""
+class FailureKind(StrEnum):
+    """The kind of failure."""
+
+    BEGIN = "begin"
 
     TASK = "task"
     CLOSE = "close"
@@ -163,18 +169,20 @@ class Trouble(StrEnum):
     LATE_HOOK = "late_hook"
     LATE_CALLS = "late_calls"
     LATE_TASK = "late_task"
+    LEFT = "left"
 
 
 FAILS_JOB = frozenset(
     {
-        Trouble.TASK,
-        Trouble.CLOSE,
-        Trouble.START,
-        Trouble.NOT_READY,
-        Trouble.UNHEALTHY,
-        Trouble.LATE_HEALTH,
-        Trouble.DIED,
-        Trouble.FAILED,
+        FailureKind.BEGIN,
+        FailureKind.TASK,
+        FailureKind.CLOSE,
+        FailureKind.START,
+        FailureKind.NOT_READY,
+        FailureKind.UNHEALTHY,
+        FailureKind.LATE_HEALTH,
+        FailureKind.DIED,
+        FailureKind.FAILED,
     }
 )
 
@@ -184,22 +192,78 @@ class Failure:
     """Something that went wrong.
 
     Attributes:
-        trouble: what kind.
+        trouble: the kind.
         name: the task or service.
         hook: the hook or operator, or "".
-        error: what was raised, or None for what took too long.
+        error: the exception, or None if something took too long.
         counts: whether it fails the job; a service that may be absent or restarted does not.
-        text: what else is known of it, in words.
-        caused: what tasks failed with for no other reason.
+        text: further facts, in words.
+        caused: the errors of tasks that failed only because of this.
+        incarnation: of the service, of which later ones may have facts of their own.
     """
 
-    trouble: Trouble
+    trouble: FailureKind
     name: str
     hook: str = ""
     error: BaseException | None = None
     counts: bool = True
     text: str = ""
     caused: tuple[BaseException, ...] = ()
+    incarnation: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The facts that follow from the plans alone, found once so that steps do not search them.
+
+    Attributes:
+        service_places: the place of each service in the order of registration.
+        service_names: the services in that order.
+        task_places: the place of each task.
+        needed_by: the services that declared that they need a service.
+        opened_before: the tasks that open only after a task.
+        side_by_side: whether services stop side by side, because some declared dependencies.
+        serves_only: whether all tasks only answer requests.
+    """
+
+    service_places: Mapping[str, int]
+    service_names: tuple[str, ...]
+    task_places: Mapping[str, int]
+    needed_by: Mapping[str, tuple[str, ...]]
+    opened_before: Mapping[str, tuple[str, ...]]
+    side_by_side: bool
+    serves_only: bool
+
+
+@dataclass(slots=True)
+class Tally:
+    """The counts of a job, so that a step does not look at every task and service; each state has its own.
+
+    Attributes:
+        services_left: how many services have not ended.
+        services_unready: how many are not ready, and cannot be done without.
+        tasks_left: how many tasks have not ended.
+        main_left: how many of these do more than answer requests.
+        tasks_unopened: how many tasks were never open.
+        unmet: for each service, how many of those that it declared are not ready.
+        needed: for each service, how many that need it have not ended.
+        unopened: for each task, how many that have to be open before it are not.
+        seen_by: the services that a service was seen to call.
+        stop_place: services after this place have ended, where they end one after the other.
+        dues: when things are late or due, the first one valid; some may have been put off or dropped meanwhile.
+    """
+
+    services_left: int
+    services_unready: int
+    tasks_left: int
+    main_left: int
+    tasks_unopened: int
+    unmet: dict[str, int]
+    needed: dict[str, int]
+    unopened: dict[str, int]
+    seen_by: dict[str, tuple[str, ...]]
+    stop_place: int
+    dues: Dues = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,18 +273,20 @@ class State:
     Attributes:
         services: where each service is, in the order of registration.
         tasks: where each task is.
-        service_plans: what is known of the services beforehand.
-        task_plans: what is known of the tasks beforehand.
+        service_plans: the fixed facts about the services.
+        task_plans: the fixed facts about the tasks.
         limits: the bounds of the stop.
+        shape: the facts that follow from the plans.
+        tally: the counts.
         until_asked: whether the job, although it has no tasks, goes on until somebody asks for its end.
         early: deaths and failures of services that the job took over, from before it began.
         job: the state of the job.
         way: the strongest way in which an end was asked for.
         ended_by: the way that really ended the job, or None if it ended by itself.
         seen: pairs of services of which the first was seen to call the second.
-        failures: what went wrong, in order.
+        failures: the failures, in order.
         serving_stopped: whether pipelines that only answer requests were told to stop.
-        deadline: when the budget of the stop is used up; set once.
+        deadline: when the budget of the stop is used up; set once, and infinite before, like all bounds here.
         drain_due: when draining turns into cancelling.
         tasks_due: when tasks that still run are abandoned.
         hook_cap_s: bound of every hook after an impatient stop, in seconds.
@@ -231,27 +297,28 @@ class State:
     service_plans: Mapping[str, ServicePlan]
     task_plans: Mapping[str, TaskPlan]
     limits: Limits
+    shape: Shape
+    tally: Tally
     until_asked: bool = False
     early: tuple[ServiceDied | ServiceFailed, ...] = ()
     job: JobState = JobState.NEW
-    way: Way | None = None
-    ended_by: Way | None = None
+    way: StopMode | None = None
+    ended_by: StopMode | None = None
     seen: frozenset[tuple[str, str]] = frozenset()
     failures: tuple[Failure, ...] = ()
     serving_stopped: bool = False
-    deadline: float | None = None
-    drain_due: float | None = None
-    tasks_due: float | None = None
-    hook_cap_s: float | None = None
+    deadline: float = math.inf
+    drain_due: float = math.inf
+    tasks_due: float = math.inf
+    hook_cap_s: float = math.inf
 
     @property
     def next_due(self) -> float | None:
         """When a `Tick` is due next, or None."""
-        dues = [record.due for record in self.services.values() if record.due is not None]
-        dues += [record.due for record in self.tasks.values() if record.due is not None]
-        if self.job is JobState.DRAINING and self.drain_due is not None:
-            dues.append(self.drain_due)
-        return min(dues, default=None)
+        first = self.tally.dues[1][0] if self.tally.dues is not None else None
+        if self.job is JobState.DRAINING:
+            return self.drain_due if first is None else min(first, self.drain_due)
+        return first
 
     @property
     def is_failed(self) -> bool:
@@ -268,6 +335,13 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
+class CannotBegin:
+    """The system cannot run the job beside its caller; services that it took over still have to end, or stay."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -276,7 +350,7 @@ class Tick:
 class StopRequested:
     """Somebody wants the job to end; `budget_s` bounds the whole stop, `hook_cap_s` each hook."""
 
-    way: Way
+    way: StopMode
     budget_s: float | None = None
     hook_cap_s: float | None = None
 
@@ -294,17 +368,21 @@ class HookEnded:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """What the hook "exit" returns.
+    """The result of the hook "exit".
 
     Attributes:
         code: how the process ended; negative for a signal, None where it is not known.
         was_killed: whether it had to be killed.
-        left: what it had left behind that had to be killed, in words, one for each.
+        left: its leftover processes that had to be killed, in words, one for each.
+        unknown: why nobody knows how it ended, in words; "" if its code is known, or it was killed.
+        where: where it stood when it was late, if it could say so.
     """
 
     code: int | None
     was_killed: bool = False
     left: tuple[str, ...] = ()
+    unknown: str = ""
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,18 +460,28 @@ class TaskEnded:
 
 
 TaskEvent = TaskOpened | TaskFailed | TaskClosing | TaskEnded
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvents:
+    """Events of tasks that came one after the other, and are taken in one step."""
+
+    events: tuple[TaskEvent, ...]
+
+
 ServiceEvent = HookEnded | ServiceDied | ServiceFailed | CleanupDeferred | ExtendTimeout | DependencySeen
-LifecycleEvent = Begin | Tick | StopRequested | ServiceEvent | TaskEvent
+LifecycleEvent = Begin | CannotBegin | Tick | StopRequested | ServiceEvent | TaskEvent | TaskEvents
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
 
-class Do(Enum):
-    """What the supervisor is to do; the target is a task, a service, or "" for the job."""
+class ActionKind(Enum):
+    """An action for the supervisor; the target is a task, a service, or "" for the job."""
 
     OPEN_TASK = "open_task"
     RUN_TASK = "run_task"
     STOP_TASK = "stop_task"
+    HOLD_BACK_TASK = "hold_back_task"
     CANCEL_TASK = "cancel_task"
     ABANDON_TASK = "abandon_task"
     RUN_HOOK = "run_hook"
@@ -412,20 +500,22 @@ class Action:
     """One thing to do.
 
     Attributes:
-        do: what.
+        do: the kind of action.
         target: the task or service.
         hook: the hook to run or to abandon.
         incarnation: of the service.
         due: when the hook is late.
+        subject: for a note, whether a job, a task or a service has changed.
         before: for a note, the state that was left.
         after: for a note, the state that was entered.
     """
 
-    do: Do
+    do: ActionKind
     target: str = ""
     hook: str = ""
     incarnation: int = 0
     due: float | None = None
+    subject: str = ""
     before: str = ""
     after: str = ""
 
@@ -434,16 +524,52 @@ def begin(
     services: tuple[ServicePlan, ...], tasks: tuple[TaskPlan, ...], limits: Limits, *, until_asked: bool = False
 ) -> State:
     """Return the state of a job that was not started yet."""
+    records = {
+        plan.name: ServiceRecord()
+        if plan.adopted is None
+        else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted | plan.own_hooks)
+        for plan in services
+    }
+    side_by_side = any(plan.requires for plan in services)
+    # One that was kept may have lost, in an earlier job, a service that it needed.
+    services = tuple(
+        replace(plan, requires=tuple(other for other in plan.requires if other in records)) for plan in services
+    )
+    needed_by: dict[str, list[str]] = {plan.name: [] for plan in services}
+    for plan in services:
+        for other in dict.fromkeys(plan.requires):
+            needed_by[other].append(plan.name)
+    opened_before: dict[str, list[str]] = {task.name: [] for task in tasks}
+    for task in tasks:
+        for after in dict.fromkeys(task.downstream):
+            opened_before[after].append(task.name)
+    adopted = {plan.name for plan in services if plan.adopted is not None}
     return State(
-        services={
-            plan.name: ServiceRecord()
-            if plan.adopted is None
-            else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted | plan.own_hooks)
-            for plan in services
-        },
-        tasks={plan.name: TaskRecord() for plan in tasks},
+        services=records,
+        tasks={task.name: TaskRecord() for task in tasks},
         service_plans={plan.name: plan for plan in services},
-        task_plans={plan.name: plan for plan in tasks},
+        task_plans={task.name: task for task in tasks},
         limits=limits,
+        shape=Shape(
+            service_places={plan.name: place for place, plan in enumerate(services)},
+            service_names=tuple(plan.name for plan in services),
+            task_places={task.name: place for place, task in enumerate(tasks)},
+            needed_by={name: tuple(others) for name, others in needed_by.items()},
+            opened_before={name: tuple(others) for name, others in opened_before.items()},
+            side_by_side=side_by_side,
+            serves_only=all(task.serving for task in tasks),
+        ),
+        tally=Tally(
+            services_left=len(services),
+            services_unready=len(services) - len(adopted),
+            tasks_left=len(tasks),
+            main_left=sum(not task.serving for task in tasks),
+            tasks_unopened=len(tasks),
+            unmet={plan.name: len({*plan.requires} - adopted) for plan in services},
+            needed={name: len(others) for name, others in needed_by.items()},
+            unopened={task.name: len({*task.downstream}) for task in tasks},
+            seen_by={},
+            stop_place=len(services) - 1,
+        ),
         until_asked=until_asked,
     )

@@ -15,25 +15,29 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sage._logs import log_of
-from sage._runtime.states import Way
+from sage._runtime.states import StopMode
 from sage.errors import JobNotFoundError, SageError, describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from sage._runtime.job import Job
+    from sage.report import JobReport
 
-JOBS_MAX = 1_000
+JOBS_MAX = 100
 """How many ended jobs are remembered; the oldest are forgotten first."""
 
 EXIT_GRACE_S = 5.0
 """How much longer than the budget of its stop the interpreter's exit waits for a job, in seconds."""
 
+FINISH_SHARE = 0.6
+"""The fraction of the budget of a stop in which a job with bounded sources may finish at exit, before it is stopped."""
+
 log = log_of("sage.manager")
 
 
 class NoDispatcher:
-    """What a monitor sees of an environment that has not been submitted."""
+    """An environment that has not been submitted, as a monitor sees it."""
 
     tasks: Mapping[str, str] = MappingProxyType({})
     services: Mapping[str, str] = MappingProxyType({})
@@ -99,11 +103,11 @@ class JobManager:
                 self._jobs.pop(id_, None)
         log.info("job registered id=%s name=%r", job.id, job.name)
 
-    def expect(self, id_: str, environment: Any) -> None:
+    def expect(self, id_: str, environment: object) -> None:
         """Know the id that an environment's next job will have, and the environment, to close it at exit."""
         self._environments[id_] = environment
 
-    def hold(self, environment: Any, *, keeps: bool) -> None:
+    def hold(self, environment: object, *, keeps: bool) -> None:
         """Know an environment as long as it keeps services, which have to be cleaned at exit at the latest."""
         if keeps:
             self._keeping.add(environment)
@@ -118,8 +122,9 @@ class JobManager:
         """
         job = self._find(str(id_))
         status = {"job_id": str(id_), "name": getattr(job, "name", ""), "status": str(job.state)}
-        if job.report is not None:
-            status["report"] = job.report.to_dict()
+        report: JobReport | None = getattr(job, "_report", None)
+        if report is not None:
+            status["report"] = report.to_dict()
         return status
 
     def list_jobs(self) -> list[dict[str, Any]]:
@@ -169,21 +174,25 @@ class JobManager:
         )
 
     def _end(self) -> None:
-        """Stop and clean whatever still runs when the interpreter exits."""
+        """End the jobs that still run at exit: bounded ones may finish first, the others are stopped."""
         running = [job for job in self._jobs.values() if job.is_running]
-        for job in running:
-            job.request(Way.DRAIN, "the interpreter exits", job._interrupt_timeout_s)
+        _stop_at_exit(job for job in running if not job._is_bounded)
         _call_all(self._endings(running))
 
     def _endings(self, running: list[Job]) -> Iterator[Callable[[], None]]:
-        """Yield what is left to do at the exit, the environments once their jobs have ended."""
-        yield from (partial(_warn_of, job) for job in running)
-        yield from (partial(_wait_at_exit, job) for job in running)
+        """Yield the steps of the exit in their order: jobs first, then the environments that keep services."""
+        began_at = time.monotonic()
+        bounded = [job for job in running if job._is_bounded]
+        yield from (partial(_let_finish, job, began_at) for job in bounded)
+        stopped = [job for job in running if job.is_running or job not in bounded]
+        _stop_at_exit(job for job in stopped if job in bounded)
+        yield from (partial(_warn_of, job) for job in stopped)
+        yield from (partial(_wait_at_exit, job) for job in stopped)
         yield from (environment._close_at_exit for environment in tuple(self._keeping))
 
 
 def _call_all(actions: Iterable[Callable[[], None]]) -> None:
-    """Call every action, also after one that raised, and raise what was raised."""
+    """Call every action, even if one raises, and raise their errors."""
     errors: list[BaseException] = []
     for action in actions:
         try:
@@ -193,8 +202,23 @@ def _call_all(actions: Iterable[Callable[[], None]]) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        # The interpreter prints the text of what is raised here, and nothing of the errors in a group.
+        # The interpreter prints the text of an exception raised here, and nothing of the errors in a group.
         raise BaseExceptionGroup("; ".join(map(describe, errors)), errors)
+
+
+def _stop_at_exit(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        job._request(StopMode.STOP, "the interpreter exits", job._interrupt_timeout_s)
+
+
+def _let_finish(job: Job, began_at: float) -> None:
+    """Wait for a job whose sources all end by themselves, as a program may end with `env.submit()`."""
+    try:
+        job.wait(max(0.0, began_at + FINISH_SHARE * job._interrupt_timeout_s - time.monotonic()))
+    except TimeoutError:
+        pass  # it is stopped next
+    except SageError as error:
+        log.error("job failed at exit name=%r", job.name, exc_info=error)
 
 
 def _warn_of(job: Job) -> None:

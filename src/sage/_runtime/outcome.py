@@ -1,4 +1,4 @@
-"""From what went wrong to the errors that a user sees, and to the report."""
+"""Turns failures into the errors that a user sees, and into the report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from sage._runtime.lifecycle import FAILS_JOB, Failure, Trouble
-from sage._runtime.states import Way
+from sage._plan.logical import Kind
+from sage._runtime.lifecycle import FAILS_JOB, Failure, FailureKind
+from sage._runtime.states import StopMode
 from sage.errors import (
     CleanupError,
     CleanupTimeoutError,
@@ -22,31 +23,32 @@ from sage.errors import (
 from sage.report import STANDS_HERE, Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from sage._plan.logical import LogicalGraph
-    from sage._runtime.backend import HostFacts
+    from sage._runtime.backend import Host, HostFacts
     from sage._runtime.dispatcher import Dispatcher
     from sage._runtime.lifecycle import State
     from sage._runtime.supervisor import Ended
 
 UNCLEAN = frozenset(
     {
-        Trouble.CLOSE,
-        Trouble.LATE_HEALTH,
-        Trouble.HOOK,
-        Trouble.LATE_HOOK,
-        Trouble.LATE_CALLS,
-        Trouble.LATE_TASK,
-        Trouble.DIED,
-        Trouble.LOST,
-        Trouble.KILLED,
+        FailureKind.CLOSE,
+        FailureKind.LATE_HEALTH,
+        FailureKind.HOOK,
+        FailureKind.LATE_HOOK,
+        FailureKind.LATE_CALLS,
+        FailureKind.LATE_TASK,
+        FailureKind.DIED,
+        FailureKind.LOST,
+        FailureKind.KILLED,
+        FailureKind.LEFT,
     }
 )
 
 LINES_SHOWN_MAX = 20
 
-OF_TASKS = frozenset({Trouble.TASK, Trouble.CLOSE, Trouble.LATE_TASK})
+OF_TASKS = frozenset({FailureKind.BEGIN, FailureKind.TASK, FailureKind.CLOSE, FailureKind.LATE_TASK})
 
 
 def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | None = None) -> Exception:
@@ -55,53 +57,53 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
     text = describe(cause) if cause is not None else failure.text
     error: JobError
     match failure.trouble:
-        case Trouble.TASK | Trouble.CLOSE:
+        case FailureKind.TASK | FailureKind.CLOSE:
             if isinstance(cause, JobError):
                 cause.job = job
                 return cause
             error = JobError(f'task "{name}" failed: {text}', job=job, fault="internal")
-        case Trouble.START:
+        case FailureKind.START:
             what = {"build": "be built", "ready": "get ready"}.get(hook, hook)
             error = ServiceStartError(f'service "{name}" failed to {what}: {text}', job=job, service=name)
-        case Trouble.NOT_READY:
+        case FailureKind.NOT_READY:
             unready = f": {facts.unready}" if facts is not None and facts.unready else ""
             what = f"get ready in time{unready}" if unready else f"end its {hook} in time"
             error = ServiceStartError(f'service "{name}" did not {what}', job=job, service=name)
-            hint(error, "ServiceOptions(start_timeout_s=...) is the bound.")
-        case Trouble.UNHEALTHY:
+            hint(error, "ServiceOptions(start_timeout_s=...) sets the limit.")
+        case FailureKind.UNHEALTHY:
             said = f"its health check raised {text}" if cause is not None else "its health check failed"
             error = ServiceError(f'service "{name}" failed: {said}', job=job, service=name)
-        case Trouble.LATE_HEALTH:
+        case FailureKind.LATE_HEALTH:
             text = f'service "{name}" failed: its health check did not end in time'
             error = ServiceError(text, job=job, service=name)
-        case Trouble.DIED:
+        case FailureKind.DIED:
             error = ServiceError(f'service "{name}" ended by itself: {text}', job=job, service=name)
-            hint(error, "Its stop and cleanup could not run any more.")
+            hint(error, "Its stop and cleanup could not run.")
             if facts is not None and facts.exit_code == -signal.SIGKILL:
-                hint(error, "The system kills processes when memory runs out; its log tells.")
+                hint(error, "The system kills processes when memory runs out; check its log.")
             for caused in failure.caused:
                 hint(error, f"With it failed: {describe(caused)}")
-        case Trouble.FAILED:
+        case FailureKind.FAILED:
             error = ServiceError(f'service "{name}" failed for all who share it: {text}', job=job, service=name)
-        case Trouble.LOST:
+        case FailureKind.LOST:
             text = f'service "{name}" ended by itself before it was cleaned up: {text}'
             error = CleanupError(text, job=job, service=name)
-        case Trouble.KILLED:
+        case FailureKind.KILLED:
             what = f"left behind what had to be killed: {text}" if text else "did not exit in time and was killed"
             error = CleanupTimeoutError(f'service "{name}" {what}', job=job, service=name)
-        case Trouble.HOOK:
+        case FailureKind.HOOK:
             error = CleanupError(f'service "{name}" failed in {hook}: {text}', job=job, service=name)
-        case Trouble.LATE_HOOK:
+        case FailureKind.LATE_HOOK:
             then = text or "was abandoned"
-            error = CleanupTimeoutError(
-                f'service "{name}" did not end its {hook} in time and {then}', job=job, service=name
-            )
-        case Trouble.LATE_CALLS:
-            error = CleanupTimeoutError(
-                f'service "{name}" was stopped while calls of it still ran', job=job, service=name
-            )
-        case Trouble.LATE_TASK:
+            text = f'service "{name}" did not end its {hook} in time and {then}'
+            error = CleanupTimeoutError(text, job=job, service=name)
+        case FailureKind.LATE_CALLS:
+            text = f'service "{name}" was stopped while calls of it still ran'
+            error = CleanupTimeoutError(text, job=job, service=name)
+        case FailureKind.LATE_TASK:
             error = CleanupTimeoutError(f'task "{name}" did not end in time and was abandoned', job=job)
+        case FailureKind.LEFT:
+            error = CleanupError(f'job "{job}" left something behind: {text}', job=job)
     error.__cause__ = cause
     if facts is not None and facts.output:
         lines = "".join(f"\n    {line}" for line in facts.output[-LINES_SHOWN_MAX:])
@@ -117,9 +119,9 @@ def seal(
     """Return the report of a job.
 
     Args:
-        ended: what the supervisor hands over.
-        dispatcher: what ran the job.
-        graph: what the user wrote.
+        ended: the result of the supervisor.
+        dispatcher: the dispatcher that ran the job.
+        graph: the user's pipeline.
         id_: the job's id.
         started: when it was submitted, in seconds since the epoch and by the monotonic clock.
         reason: who asked for its end, or "".
@@ -146,6 +148,7 @@ def seal(
         started_at=started[0],
         ended_at=time.time(),
         duration_s=time.monotonic() - started[1],
+        running_s=ended.running_s,
         operators=operator_reports(dispatcher, graph),
         services=_services(ended, dispatcher),
         tasks=tuple(
@@ -159,30 +162,78 @@ def seal(
     )
 
 
+def so_far(
+    id_: str,
+    name: str,
+    started: tuple[float, float],
+    state: State,
+    operators: tuple[OperatorReport, ...],
+    hosts: Mapping[str, Host],
+) -> JobReport:
+    """Return the report of a job that has not ended, as things stand; a cluster has the hosts elsewhere."""
+    services = []
+    for service, record in tuple(state.services.items()):
+        host = hosts.get(service)
+        calls, errors = (host.call_count, host.error_count) if host is not None else (0, 0)
+        services.append(ServiceReport(service, str(record.state), (), calls, errors, 0))
+    return JobReport(
+        id=id_,
+        name=name,
+        state=Outcome.RUNNING,
+        cleanliness=Cleanliness.CLEAN,
+        why=str(state.job).replace("_", " "),
+        started_at=started[0],
+        ended_at=time.time(),
+        duration_s=time.monotonic() - started[1],
+        operators=operators,
+        services=tuple(services),
+        tasks=tuple(TaskReport(task, str(record.state)) for task, record in tuple(state.tasks.items())),
+    )
+
+
 def _error_of(failure: Failure, ended: Ended, dispatcher: Dispatcher, graph: LogicalGraph) -> Exception:
+    if failure.trouble is FailureKind.BEGIN and failure.error is not None:
+        begin = JobError(f"the job cannot begin: {describe(failure.error)}", job=graph.name, fault="external")
+        begin.__cause__ = failure.error
+        return hint(begin, "Nothing was started. The limits for threads are `ulimit -u` and pids.max of a group.")
     host = dispatcher.supervisor.hosts.get(failure.name) if failure.trouble not in OF_TASKS else None
     stack = ended.stacks.get(failure.name)
-    return error_of(failure, graph.name, stack, host.facts() if host is not None else None)
+    if host is None or ended.state.services[failure.name].incarnation != failure.incarnation:
+        return error_of(failure, graph.name, stack)  # the facts of the host are those of a later process
+    return error_of(failure, graph.name, stack, host.facts())
 
 
 def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[OperatorReport, ...]:
     """Return the counts of every operator as they stand, over all its tasks."""
-    counts = {node.id: [0.0, 0.0, 0.0, 0.0] for node in graph.nodes.values()}
+    counts = {node.id: [0, 0, 0, 0.0, 0.0, 0.0] for node in graph.nodes.values()}
     for task in dispatcher.supervisor.tasks.values():
         for operator in task.operators:
-            metrics, total = operator.metrics, counts[operator.node.id]
-            for place, value in enumerate((metrics.records_in, metrics.records_out, metrics.failed, metrics.busy_s)):
+            one, total = operator.metrics, counts[operator.node.id]
+            values = (one.records_in, one.records_out, one.failed, one.busy_s, one.full_s)
+            for place, value in enumerate(values):
                 total[place] += value
+        # Its producers waited for the slowest of the chain.
+        slowest = max(task.operators, key=lambda operator: operator.metrics.busy_s + operator.metrics.full_s)
+        counts[slowest.node.id][-1] += task.waited_s
     return tuple(
         OperatorReport(
-            node.name, str(node.kind), node.parallelism, int(total[0]), int(total[1]), int(total[2]), total[3]
+            node.name,
+            str(node.kind),
+            node.parallelism,
+            int(total[0]),
+            int(total[1]),
+            int(total[2]),
+            total[3],
+            total[4],
+            total[5],
+            node.settings["concurrency"] if node.kind is Kind.MAP_ASYNC else None,
         )
         for node, total in ((graph.nodes[id_], total) for id_, total in counts.items())
     )
 
 
 def to_raise(report: JobReport, failures: Iterable[Failure]) -> Exception | None:
-    """Return what a waiting caller gets: nothing, the one error of a clean job, or all of them as a group."""
+    """Return the error for a waiting caller: None, the one error of a clean job, or all of them as a group."""
     failures = tuple(failures)
     crashes = report.errors[: len(report.errors) - len(failures)]
     counting = [
@@ -206,7 +257,7 @@ def _outcome(state: State) -> Outcome:
         return Outcome.FAILED
     if state.ended_by is None:
         return Outcome.COMPLETED
-    return Outcome.STOPPED if state.ended_by is Way.DRAIN else Outcome.CANCELLED
+    return Outcome.STOPPED if state.ended_by in (StopMode.DRAIN, StopMode.STOP) else Outcome.CANCELLED
 
 
 def _why(outcome: Outcome, errors: tuple[Exception, ...], reason: str) -> str:
@@ -236,6 +287,8 @@ def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]
                 facts.exit_code,
                 facts.output,
                 facts.released,
+                *host.waits,
+                concurrency=host.options.concurrency,
             )
         )
     return tuple(reports)

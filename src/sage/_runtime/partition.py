@@ -7,40 +7,45 @@ import enum
 import numbers
 import pathlib
 import uuid
-import zlib
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from sage._plan.logical import Route
 from sage.errors import FunctionError, describe, hint, short
+from sage.records import BATCH_RECORDS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sage._runtime.channel import Channel, InFlight
     from sage.records import Batch
 
 KNOWN_KEYS_MAX = 65_536
 """How many keys a partitioner remembers the task of."""
 
 
+MASKS_MAX = 8
+"""For more tasks, one look at each record costs less than one for each task."""
+
 KEYS_HINT = "Use strings, numbers, tuples of them, enums, dates, UUIDs or frozen dataclasses as keys."
 
 
-def stable_hash(key: Any) -> int:
+def stable_hash(key: object) -> int:
     """Return a number that is the same for equal keys in every process and on every run, unlike `hash` of a string.
 
     Raises:
-        TypeError: there is no such number for this type.
+        TypeError: the type does not have such a number.
     """
     if isinstance(key, str):
-        return zlib.crc32(key.encode("utf-8", "surrogatepass"))
+        return crc32(key.encode("utf-8", "surrogatepass"))
     if key is None:
         return 0x9E3779B9
     if isinstance(key, numbers.Number):
         # Python hashes equal numbers of different types alike, and without the seed that it uses for strings.
         return hash(key) if key == key else 0
     if isinstance(key, bytes):
-        return zlib.crc32(key)
+        return crc32(key)
     if isinstance(key, tuple):
         return _combine(map(stable_hash, key))
     if isinstance(key, frozenset):
@@ -51,6 +56,9 @@ def stable_hash(key: Any) -> int:
         return stable_hash(key.int)
     if isinstance(key, datetime.datetime) and key.tzinfo is not None:
         return stable_hash(key.astimezone(datetime.UTC).isoformat())
+    if isinstance(key, datetime.time) and (offset := key.utcoffset()) is not None:
+        since = datetime.timedelta(hours=key.hour, minutes=key.minute, seconds=key.second, microseconds=key.microsecond)
+        return stable_hash(since - offset)
     if isinstance(key, datetime.date | datetime.time):
         return stable_hash(key.isoformat())
     if isinstance(key, datetime.timedelta):
@@ -58,7 +66,11 @@ def stable_hash(key: Any) -> int:
     if isinstance(key, pathlib.PurePath):
         return stable_hash(str(key))
     if is_dataclass(key) and not isinstance(key, type) and type(key).__hash__ is not None:
-        return stable_hash((type(key).__qualname__, *(getattr(key, field.name) for field in fields(key))))
+        return stable_hash(
+            (type(key).__qualname__, *(getattr(key, field.name) for field in fields(key) if field.compare))
+        )
+    if getattr(getattr(key, "dtype", None), "kind", "") == "b" and not getattr(key, "shape", True):
+        return hash(bool(key))  # the truth values of numpy are the only ones of its scalars that are not numbers
     raise hint(
         TypeError(f"key {short(key)} of type {type(key).__name__} has no hash that is the same in every process"),
         KEYS_HINT,
@@ -66,7 +78,7 @@ def stable_hash(key: Any) -> int:
 
 
 def _combine(hashes: Any) -> int:
-    return zlib.crc32(b",".join(b"%d" % (number & 0xFFFFFFFFFFFFFFFF) for number in hashes))
+    return crc32(b",".join(b"%d" % (number & 0xFFFFFFFFFFFFFFFF) for number in hashes))
 
 
 class Partitioner:
@@ -104,19 +116,39 @@ class Partitioner:
         for offset in range(min(self._targets, len(batch))):
             yield (first + offset) % self._targets, batch.stride(offset, self._targets)
 
-    def _by_key(self, batch: Batch, keys: list[Any]) -> Iterator[tuple[int, Batch]]:
-        places: dict[int, list[int]] = {}
-        known = self._known
-        for place, key in enumerate(keys):
-            try:
-                target = known[key]
-            except Exception:  # not known, or without a hash: what its own `__hash__` raises is told below
-                target = self._target(key)
-            places.setdefault(target, []).append(place)
-        for target, picked in places.items():
-            yield target, batch.pick(picked) if len(picked) < len(keys) else batch
+    def _by_key(self, batch: Batch, keys: list[object]) -> Iterator[tuple[int, Batch]]:
+        targets = self._targets_of(keys)
+        present = dict.fromkeys(targets)  # in the order in which they come
+        if len(present) == 1:
+            yield targets[0], batch
+        elif len(present) <= MASKS_MAX:
+            for target in present:
+                yield target, batch.select([one == target for one in targets])
+        else:
+            places: dict[int, list[int]] = {target: [] for target in present}
+            for place, target in enumerate(targets):
+                places[target].append(place)
+            for target, picked in places.items():
+                yield target, batch.pick(picked)
 
-    def _target(self, key: Any) -> int:
+    def _targets_of(self, keys: list[Any]) -> list[int]:
+        """Return the task of each key.
+
+        Strings and whole numbers are hashed about as fast as they are found among known ones.
+        """
+        count, known = self._targets, self._known
+        types = set(map(type, keys))
+        if types == {str}:
+            return [crc32(key.encode("utf-8", "surrogatepass")) % count for key in keys]
+        if types == {int}:
+            return [hash(key) % count for key in keys]
+        try:
+            found = [known.get(key) for key in keys]
+        except Exception:  # `_target` reports an error in the key's own `__hash__`
+            found = [None] * len(keys)
+        return [self._target(key) if target is None else target for key, target in zip(keys, found, strict=True)]
+
+    def _target(self, key: object) -> int:
         try:
             target = stable_hash(key) % self._targets
             if len(self._known) >= KNOWN_KEYS_MAX:
@@ -127,3 +159,40 @@ class Partitioner:
             blamed = FunctionError(text, operator=self._operator)
             raise hint(blamed, KEYS_HINT) from error
         return target
+
+
+class Outlet:
+    """Where the records of one operator go: the channels of one consumer.
+
+    Attributes:
+        partitioner: splits batches over the channels.
+        channels: one for each task of the consumer that can be reached from here.
+        port: the input of the consumer.
+        feedback: whether the channels close a loop, and so take in every record.
+        letters: whether dead letters travel here instead of records.
+        enters: the counter of the loop that is entered here from outside; the end of the stream is counted off it.
+    """
+
+    def __init__(
+        self, partitioner: Partitioner, channels: tuple[Channel, ...], port: int, *, feedback: bool, letters: bool
+    ) -> None:
+        self.partitioner = partitioner
+        self.channels = channels
+        self.port = port
+        self.feedback = feedback
+        self.letters = letters
+        self.enters: InFlight | None = None
+
+    @property
+    def portion(self) -> int:
+        """How many records a batch for the consumer should have at most; feedback has no bound."""
+        return BATCH_RECORDS_MAX if self.feedback else self.channels[0].portion * len(self.channels)
+
+
+def count_copies(batch: Batch, outlets: list[Outlet]) -> None:
+    """Tell the requests of records how many copies of each record travel on from here."""
+    if batch.requests is not None:
+        copies = sum(outlet.partitioner.copies for outlet in outlets)
+        for request in filter(None, batch.requests if copies != 1 else ()):
+            request.add(copies)
+            request.drop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 
 
 class JobState(StrEnum):
@@ -18,12 +18,18 @@ class JobState(StrEnum):
     SEALED = "sealed"
 
 
-class Way(IntEnum):
+class StopMode(IntEnum):
     """How a job is asked to end; a stronger way may follow a weaker one, never the reverse."""
 
-    DRAIN = 1
-    CANCEL = 2
-    KILL = 3
+    DRAIN = 1  # everything in flight is processed
+    STOP = 2  # so are cheap functions' records; no further call of a costly one begins
+    CANCEL = 3
+    KILL = 4
+
+    @classmethod
+    def of(cls, drain: bool | None) -> StopMode:
+        """Return the way that a user's `drain` stands for."""
+        return cls.STOP if drain is None else cls.DRAIN if drain else cls.CANCEL
 
 
 class TaskState(StrEnum):
@@ -38,6 +44,26 @@ class TaskState(StrEnum):
     CANCELLED = "cancelled"
     ABANDONED = "abandoned"
     SKIPPED = "skipped"
+
+
+class Step(Enum):
+    """The outcome of a step."""
+
+    PROGRESSED = "progressed"
+    IDLE = "idle"
+    BLOCKED = "blocked"
+    DONE = "done"
+
+
+class Phase(Enum):
+    """Where a task is in its steps; the lifecycle has its `TaskState`."""
+
+    CREATED = "created"
+    OPENED = "opened"
+    RUNNING = "running"
+    FINISHING = "finishing"
+    CLOSING = "closing"
+    DONE = "done"
 
 
 class ServiceState(StrEnum):
@@ -65,7 +91,7 @@ class ServiceState(StrEnum):
 J, T, S = JobState, TaskState, ServiceState
 
 JOB_NEXT: dict[JobState, frozenset[JobState]] = {
-    J.NEW: frozenset({J.STARTING, J.CANCELLING}),
+    J.NEW: frozenset({J.STARTING, J.CANCELLING, J.FAILING}),
     J.STARTING: frozenset({J.RUNNING, J.CANCELLING, J.FAILING}),
     J.RUNNING: frozenset({J.DRAINING, J.CANCELLING, J.FAILING, J.STOPPING_SERVICES}),
     J.DRAINING: frozenset({J.CANCELLING, J.FAILING, J.STOPPING_SERVICES}),

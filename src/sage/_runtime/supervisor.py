@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._logs import log_of
-from sage._runtime.lifecycle import Begin, DependencySeen, Do, Exit, HookEnded, StopRequested, Tick
-from sage._runtime.states import ServiceState, Way
+from sage._runtime.lifecycle import (
+    ActionKind,
+    Begin,
+    DependencySeen,
+    Exit,
+    Failure,
+    FailureKind,
+    HookEnded,
+    Limits,
+    StopRequested,
+    TaskEnded,
+    TaskFailed,
+    Tick,
+    begin,
+)
+from sage._runtime.states import JobState, ServiceState, StopMode, TaskState
 from sage._runtime.transitions import step
-from sage.errors import describe
+from sage.errors import JobError, describe
 from sage.observability import Event, HookEvent
 from sage.report import HookReport
 
@@ -32,18 +46,26 @@ log = log_of("sage.dispatcher")
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What the supervisor hands over when a job is sealed; `crash` is a bug of its own, or None."""
+    """The result of the supervisor when a job is sealed; `crash` is a bug of its own, or None.
+
+    Records flowed for `running_s` seconds.
+    """
 
     state: State
     hooks: Mapping[str, tuple[HookReport, ...]]
     stacks: Mapping[str, str]
     crash: BaseException | None = None
+    running_s: float = 0.0
+
+
+NOTHING = begin((), (), Limits())
+"""The state of a job without tasks and services, of which those that have ended keep parts."""
 
 
 class Supervisor:
-    """Feeds what happens into the lifecycle and carries out what follows.
+    """Passes events to the lifecycle and carries out its actions.
 
-    `handle` is called by the backend, by one thread at a time, with whatever was posted.
+    `handle` is called by the backend, by one thread at a time, with each posted event.
 
     Attributes:
         state: the lifecycle as it stands.
@@ -74,6 +96,10 @@ class Supervisor:
         self._hook_began: dict[str, tuple[str, int, float]] = {}
         self._stacks: dict[str, str] = {}
         self._abandoned: set[str] = set()
+        self._alarms: list[tuple[float, Callable[[], None]]] = []
+        self._holds_back = False
+        self._ran_from: float | None = None
+        self._ran_until: float | None = None
 
     def begin(self) -> None:
         """Start the job."""
@@ -81,40 +107,50 @@ class Supervisor:
         self.post(Begin())
 
     def post(self, event: LifecycleEvent) -> None:
-        """Say what happened; any thread may."""
+        """Post an event; any thread may."""
         self.backend.post(self, event)
 
     def note_dependency(self, service: str, requires: str) -> None:
         """Say that a service was seen to ask for another, which therefore has to outlive it."""
         self.post(DependencySeen(service, requires))
 
+    def call_at(self, due: float, action: Callable[[], None]) -> None:
+        """Have `action` called at a moment of the backend's clock; the supervisor's thread may call this."""
+        self._alarms.append((due, action))
+
     @property
     def next_due(self) -> float | None:
         """When `tick` is due next, by the backend's clock."""
-        return self.state.next_due
+        dues = [self.state.next_due, *(due for due, _ in self._alarms)]
+        return min((due for due in dues if due is not None), default=None)
 
     def tick(self) -> None:
         """Let time-outs take effect."""
+        now_s = self.backend.now()
+        ringing = [alarm for alarm in self._alarms if alarm[0] <= now_s]
+        for alarm in ringing:
+            self._alarms.remove(alarm)
+            alarm[1]()
         self.handle(Tick())
 
-    def handle(self, event: LifecycleEvent) -> None:
-        """Take one step of the lifecycle and do what follows from it."""
+    def handle(self, event: LifecycleEvent, happened_at: float | None = None) -> None:
+        """Take one step of the lifecycle and carry out its actions; `happened_at` is when a waiting event came."""
         if self.is_sealed:
             return
         if isinstance(event, HookEnded):
             self._hook_ended(event)
-        self.state, actions = step(self.state, event, self.backend.now())
+        self.state, actions = step(self.state, event, self.backend.now(), happened_at)
         for action in actions:
             self._carry_out(action)
 
-    def handle_of(self, service: str) -> ServiceHandle[Any] | None:
+    def handle_of(self, service: str) -> ServiceHandle[object] | None:
         """Return the handle of a service of the job, or None."""
         host = self.hosts.get(service)
         return None if host is None else host.spec.handle
 
-    def ask_to_stop(self) -> None:
-        """Ask for the end of the job, draining what is in flight."""
-        self.post(StopRequested(Way.DRAIN))
+    def ask_to_stop(self, drain: bool | None) -> None:
+        """Ask for the end of the job, as `Job.stop` does."""
+        self.post(StopRequested(StopMode.of(drain)))
 
     def wait_for(self, condition: Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait for a condition as the backend has its threads wait."""
@@ -132,7 +168,7 @@ class Supervisor:
         self._on_sealed(Ended(self.state, hooks, self._stacks, error))
 
     def watch(self) -> None:
-        """Cut short what takes long, so that what is done goes on."""
+        """Interrupt slow batches so that their finished records can move on."""
         cut_late(self.tasks.values())
 
     def forget(self) -> None:
@@ -141,49 +177,82 @@ class Supervisor:
         self.hosts = {}
         self._hooks = {}
         self.listeners = []
-        self.state = replace(self.state, service_plans={}, task_plans={}, failures=())
+        self.state = replace(
+            self.state, service_plans={}, task_plans={}, failures=(), shape=NOTHING.shape, tally=NOTHING.tally
+        )
 
     def _carry_out(self, action: Action) -> None:
         target = action.target
         match action.do:
-            case Do.NOTE:
+            case ActionKind.NOTE:
                 self._note(action)
-            case Do.RUN_HOOK:
+            case ActionKind.RUN_HOOK:
                 self._run_hook(action)
-            case Do.ABANDON_HOOK:
+            case ActionKind.ABANDON_HOOK:
                 self._abandon_hook(action)
-            case Do.LOSE_HOOK:
+            case ActionKind.LOSE_HOOK:
                 self._lose_hook(action)
-            case Do.HURRY_EXIT:
+            case ActionKind.HURRY_EXIT:
                 assert action.due is not None
                 self.hosts[target].hurry(action.due)
-            case Do.ADMIT_CALLS:
+            case ActionKind.ADMIT_CALLS:
                 self.hosts[target].admit()
-            case Do.HOLD_CALLS:
+            case ActionKind.HOLD_CALLS:
                 self.hosts[target].hold()
-            case Do.REFUSE_CALLS:
+            case ActionKind.REFUSE_CALLS:
                 self.hosts[target].refuse()
-            case Do.OPEN_TASK:
-                self.backend.start_task(self, self.tasks[target])
-                self.tasks[target].request_open()
-            case Do.RUN_TASK:
+            case ActionKind.OPEN_TASK:
+                self._open_task(target)
+            case ActionKind.RUN_TASK:
                 self.tasks[target].request_run()
-            case Do.STOP_TASK:
+            case ActionKind.STOP_TASK:
                 self.tasks[target].request_stop()
-            case Do.CANCEL_TASK:
+            case ActionKind.HOLD_BACK_TASK:
+                self.tasks[target].request_hold_back()
+                self._hold_back_calls()
+            case ActionKind.CANCEL_TASK:
                 self.tasks[target].request_cancel()
+                self._hold_back_calls()
                 self._loop.cancel()
-            case Do.ABANDON_TASK:
+            case ActionKind.ABANDON_TASK:
                 self._abandoned.add(target)
                 task = self.tasks[target]
                 self._stacks[target] = task.where() or self.backend.where(task)
                 self.tasks[target].request_cancel()
                 log.error("task abandoned task=%r", target)
-            case Do.SEAL:
+            case ActionKind.SEAL:
                 self._seal()
 
+    def _hold_back_calls(self) -> None:
+        if not self._holds_back:
+            self._holds_back = True
+            for host in self.hosts.values():
+                if host.options.rate is not None:
+                    host.hold_back()
+
+    def _open_task(self, name: str) -> None:
+        try:
+            self.backend.start_task(self, self.tasks[name])
+        except RuntimeError as error:  # the system has no more threads; nothing of the task has run
+            failure = JobError(f'task "{name}" cannot be started: {error}', fault="external")
+            failure.__cause__ = error
+            self.post(TaskFailed(name, failure))
+            self.post(TaskEnded(name, TaskState.FAILED))
+        else:
+            self.tasks[name].request_open()
+
+    @property
+    def running_s(self) -> float:
+        """For how long records have flowed, in seconds."""
+        until = self.backend.now() if self._ran_until is None else self._ran_until
+        return 0.0 if self._ran_from is None else until - self._ran_from
+
     def _note(self, action: Action) -> None:
-        event = Event(time.time(), action.hook, action.target, action.before, action.after)
+        if action.subject == "job" and action.after == JobState.RUNNING:
+            self._ran_from = self.backend.now()
+        elif action.subject == "job" and action.after == JobState.STOPPING_SERVICES:
+            self._ran_until = self.backend.now()
+        event = Event(time.time(), action.subject, action.target, action.before, action.after)
         self.events.append(event)
         for listener in self.listeners:
             listener(event)
@@ -193,7 +262,7 @@ class Supervisor:
         name, hook, incarnation = action.target, action.hook, action.incarnation
         self._hook_began[name] = (hook, incarnation, self.backend.now())
 
-        def done(value: Any, error: BaseException | None) -> None:
+        def done(value: object, error: BaseException | None) -> None:
             self.post(HookEnded(name, incarnation, hook, value, error))
 
         self.hosts[name].run(hook, action.due, done)
@@ -207,8 +276,10 @@ class Supervisor:
         outcome = "error" if event.error is not None else "abandoned" if late else "ok"
         if isinstance(event.value, Exit) and event.value.was_killed:
             outcome = "killed"
+            if event.value.where:
+                self._stacks.setdefault(event.service, event.value.where)  # a hook that was late before says more
         if event.hook in ("health", "ready") and outcome == "ok":
-            return  # Polled: only what they cause is worth a line.
+            return  # Polled: only their consequences are worth a line.
         text = describe(event.error) if event.error is not None else None
         self._add_hook(event.service, event.hook, event.incarnation, began[2], outcome, text)
 
@@ -241,21 +312,27 @@ class Supervisor:
             self._add_hook(action.target, hook, incarnation, began_at, "lost")
 
     def _seal(self) -> None:
-        """Free what is left of threads, and hand over."""
+        """Free the remaining threads, and hand over the result."""
         self.backend.join_tasks([task for name, task in self.tasks.items() if name not in self._abandoned])
         for name, host in self.hosts.items():
             if self.state.services[name].state is ServiceState.KEPT:
                 host.release()
             else:
                 host.close()
-        self._loop.close()
-        ended = Ended(self.state, {name: tuple(hooks) for name, hooks in self._hooks.items()}, self._stacks)
+        left = (*self._loop.close(), *((text, "") for text in self.backend.left_behind()))
+        for number, (text, stack) in enumerate(left):
+            name = f"left {number}"
+            self._stacks[name] = stack
+            failures = (*self.state.failures, Failure(FailureKind.LEFT, name, text=text))
+            self.state = replace(self.state, failures=failures)
+        hooks = {name: tuple(reports) for name, reports in self._hooks.items()}
+        ended = Ended(self.state, hooks, self._stacks, running_s=self.running_s)
         self.is_sealed = True
         self._on_sealed(ended)
 
 
 def cut_late(tasks: Iterable[Task]) -> None:
-    """Cut short what takes long in tasks of this process; the watch calls this again and again."""
+    """Interrupt slow batches in tasks of this process; the watch calls this again and again."""
     now = time.perf_counter()
     for task in tasks:
         started_at = task.span.started_at

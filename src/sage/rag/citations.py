@@ -1,4 +1,4 @@
-"""Citations: which passages an answer names, and whether they say what it says."""
+"""Citations: which passages an answer names, and whether these support it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sage.errors import SageError, hint, short
 from sage.rag.splitters import sentences_of
-from sage.services.embeddings import FREQUENT_WORDS, words_of
+from sage.services.models.embeddings import FREQUENT_WORDS, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,14 +26,7 @@ class CitationError(SageError):
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A passage that a sentence of an answer names.
-
-    Attributes:
-        number: the number in brackets.
-        passage: the id of the passage, or None where the model was given none of that number.
-        sentence: the sentence, without marks.
-        overlap: which part of the sentence's telling words stand in the passage, from 0 to 1.
-    """
+    """A passage that a sentence of an answer names."""
 
     number: int
     passage: str | None
@@ -42,12 +35,7 @@ class Citation:
 
 
 def citations_of(answer: str, passages: Sequence[Passage]) -> tuple[Citation, ...]:
-    """Return the citations of an answer, in their order.
-
-    Args:
-        answer: the text of a model, with marks such as "[1]" or "[2, 3]".
-        passages: what the model was given, in the order of their numbers, which begin with 1.
-    """
+    """Return the citations of an answer, in their order."""
     text = LATE_MARKS.sub(r"\2\1", answer)
     citations = []
     for start, end in sentences_of(text, 0, len(text)):
@@ -70,17 +58,7 @@ def overlap_of(sentence: str, source: str) -> float:
 def check_citations(
     answer: str, citations: Sequence[Citation], *, overlap_min: float = 0.0, may_lack: bool = False
 ) -> None:
-    """Refuse an answer whose citations cannot be right.
-
-    Args:
-        answer: the answer, for the message.
-        citations: those of `citations_of`.
-        overlap_min: which part of a sentence's telling words at least one of its passages must have, from 0 to 1.
-        may_lack: whether an answer without any citation is good.
-
-    Raises:
-        CitationError: it names no passage, one that was not given, or one that does not say what it says.
-    """
+    """Refuse an answer whose citations cannot be right."""
     if not citations and not may_lack:
         raise hint(CitationError(f"the answer {short(answer)} names no passage"), "The prompt has to ask for it.")
     best: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Conversation: questions that follow others, answered with what was said before."""
+"""Conversation: questions that follow others, answered with the previous turns."""
 
 from __future__ import annotations
 
@@ -7,40 +7,23 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from sage.functions import MapFunction
 from sage.rag.retrieval import question_of
-from sage.services.embeddings import FREQUENT_WORDS, words_of
-from sage.services.llm import Message, Role
+from sage.services.models.embeddings import FREQUENT_WORDS, words_of
+from sage.services.models.llm import Message, Role
 
 if TYPE_CHECKING:
     from sage.rag.generation import Answered, Generate
     from sage.rag.retrieval import Question, Retrieve
     from sage.service import ServiceHandle
-    from sage.services.memory import Memory
+    from sage.services.memory.memory import Memory
 
     Remembering: TypeAlias = "ServiceHandle[Memory] | Memory"
 
 TELLING_WORDS_MIN = 3
-"""A question that refers to something and has fewer telling words than this does not say what it is about."""
+"""A question that refers to something and has fewer telling words than this does not name its subject."""
 
-REFERRING_WORDS = frozenset(
-    [
-        "he",
-        "her",
-        "him",
-        "his",
-        "it",
-        "its",
-        "one",
-        "ones",
-        "she",
-        "that",
-        "their",
-        "them",
-        "these",
-        "they",
-        "this",
-        "those",
-    ]
-)
+SPEAKING = ("user", "assistant")
+
+REFERRING_WORDS = frozenset("he her him his it its one ones she that their them these they this those".split())  # noqa: SIM905
 
 
 class Converse(MapFunction):
@@ -76,11 +59,12 @@ class Converse(MapFunction):
         """Answer a question, and remember both.
 
         Raises:
-            ValueError: the question is blank.
-            Exception: what a service raises; nothing is remembered then.
+            ValueError: the question is empty.
+            Exception: a service raised it; the turn is not remembered then.
         """
         turns = self._memory.turns(self._session, turns_max=self._turns_max)
-        history = tuple(Message(cast("Role", turn.role), turn.content) for turn in turns)
+        # The memory may hold turns of other roles too, such as results of tools, without the fields that a model needs.
+        history = tuple(Message(cast("Role", turn.role), turn.content) for turn in turns if turn.role in SPEAKING)
         question = with_history(question_of(data), history)
         answer = self._generate.execute(self._retrieve.execute(question))
         self._memory.add_turn("user", question.text, session=self._session)

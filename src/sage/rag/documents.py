@@ -1,9 +1,9 @@
-"""What flows through a RAG pipeline: documents, the passages they are split into, and errors that name their place."""
+"""The records of a RAG pipeline: documents, the passages they are split into, and errors that name their place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sage.errors import SageError
 
@@ -32,19 +32,40 @@ class DocumentError(SageError):
         return DocumentError, (self.file, self._problem, self.line)
 
 
+class Block(NamedTuple):
+    """A part of a text that belongs together: a heading, a paragraph, a list, a table or a piece of code."""
+
+    start: int
+    end: int
+    level: int = 0
+    is_prose: bool = True
+
+
+class Outline(NamedTuple):
+    """The blocks of a text, as the loader of its format found them; they hold for that text only."""
+
+    text: str
+    blocks: tuple[Block, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A text with a name.
 
     Attributes:
         id: names it among all documents of an index, the same on every run.
-        text: the whole text; headings are those of Markdown.
-        metadata: what is known of it: "file", "format", and "title", "page" or "line" where there is one.
+        text: the whole text; without an outline, headings are those of Markdown.
+        metadata: its own fields, and those of `origin` whose names are free.
+        origin: where it comes from: "file", "format", and "title", "encoding", "page", "slide", "sheet", "chapter" or
+            "line" where there is one. An index has them under names that begin with "sage:".
+        outline: where its headings and paragraphs are.
     """
 
     id: str
     text: str
     metadata: Mapping[str, Value] = field(default_factory=dict)
+    origin: Mapping[str, Value] = field(default_factory=dict, compare=False)
+    outline: Outline | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +74,13 @@ class Passage:
 
     Attributes:
         id: names it among all passages of an index, the same on every run while the document's headings stay.
-        text: what stands in the document from `start` to `end`, unchanged.
+        text: the document's text from `start` to `end`, unchanged.
         document: the id of the document.
         start: where it begins in the document's text, in characters.
         end: where it ends there, in characters.
-        heading: the headings above it, the outermost first, joined by " > "; empty where there are none.
+        heading: the headings above it, the outermost first, joined by " > "; empty without headings.
         metadata: that of the document.
+        origin: that of the document.
     """
 
     id: str
@@ -68,8 +90,9 @@ class Passage:
     end: int = 0
     heading: str = ""
     metadata: Mapping[str, Value] = field(default_factory=dict)
+    origin: Mapping[str, Value] = field(default_factory=dict, compare=False)
 
     @property
     def searchable(self) -> str:
-        """The text with its headings, as it is indexed: what a passage is about often stands only above it."""
+        """The text with its headings, as it is indexed: the subject of a passage is often named only above it."""
         return f"{self.heading}\n{self.text}" if self.heading else self.text

@@ -11,7 +11,7 @@ from sage.errors import GraphError
 from sage.functions import ProcessFunction
 from sage.rag.citations import MARK
 from sage.rag.generation import Answered
-from sage.services.embeddings import words_of
+from sage.services.models.embeddings import words_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -23,7 +23,7 @@ ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Means over questions; None where no question has what it needs.
+    """Means over questions; None if no question has the data for it.
 
     Attributes:
         questions: how many questions there were.
@@ -43,10 +43,10 @@ class Scores:
 
 
 class Evaluate(ProcessFunction):
-    """Compares what was found and answered with what the questions expect; emits `Scores` at the end.
+    """Compares results and answers with those that the questions expect; emits `Scores` at the end.
 
     Records are `Retrieved` or `Answered`. A question without `expected` does not count for retrieval, and one without
-    `reference` not for the overlap. It must run in one task: each emits scores of what it has seen.
+    `reference` not for the overlap. It must run in one task: each task emits scores of its own records.
 
     Args:
         k: how many passages of each question count.
@@ -93,7 +93,7 @@ def recall(expected: Collection[str], found: Sequence[str]) -> float:
 
 
 def reciprocal_rank(expected: Collection[str], found: Sequence[str]) -> float:
-    """Return 1 divided by the rank of the first expected id, or 0 if there is none."""
+    """Return 1 divided by the rank of the first expected id, or 0 without one."""
     return next((1.0 / rank for rank, id_ in enumerate(found, 1) if id_ in expected), 0.0)
 
 

@@ -12,23 +12,23 @@ from sage.rag.prompts import NO_ANSWER, Prompt
 if TYPE_CHECKING:
     from sage.rag.retrieval import Found, Question, Retrieved
     from sage.service import ServiceHandle
-    from sage.services.llm import Answer, LLMService
+    from sage.services.models.llm import Answer, LLMService
 
     Model: TypeAlias = "ServiceHandle[LLMService] | LLMService"
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An answer with what it came from.
+    """An answer with its sources.
 
     Attributes:
-        question: what was asked.
+        question: the question.
         text: the answer, with its marks.
         citations: the passages that it names.
         found: the passages that the model was given, in the order of their numbers.
         model: the name of the model.
-        prompt_tokens: how many tokens the prompt had; 0 where nobody tells.
-        completion_tokens: how many tokens the answer has.
+        prompt_tokens: how many tokens the prompt had; None if the model's server does not say.
+        completion_tokens: how many tokens the answer has, or None.
     """
 
     question: Question
@@ -36,8 +36,8 @@ class Answered:
     citations: tuple[Citation, ...]
     found: tuple[Found, ...]
     model: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
     @property
     def is_refused(self) -> bool:
@@ -46,7 +46,7 @@ class Answered:
 
 
 class Generate(MapFunction):
-    """Has a language model answer each question from its passages; what it names is in `Answered.citations`.
+    """Asks a language model to answer each question from its passages; `Answered.citations` has those it cites.
 
     Args:
         llm: the language model.
@@ -71,20 +71,20 @@ class Generate(MapFunction):
         """Return the answer.
 
         Raises:
-            Exception: what the language model raises.
+            Exception: the language model's own exception.
         """
         messages, count = self._prompt.fill(data.question, data.found)
         return answered(data, count, self._llm.generate(messages, **self._settings))
 
 
 class GenerateAsync(Generate):
-    """Does what `Generate` does, for many questions at a time: `stream.map_async(GenerateAsync, llm)`."""
+    """Like `Generate`, for many questions at a time: `stream.map_async(GenerateAsync, llm)`."""
 
     async def execute(self, data: Retrieved) -> Answered:  # type: ignore[override]
         """Return the answer.
 
         Raises:
-            Exception: what the language model raises.
+            Exception: the language model's own exception.
         """
         messages, count = self._prompt.fill(data.question, data.found)
         return answered(data, count, await self._llm.agenerate(messages, **self._settings))
@@ -107,7 +107,7 @@ class CheckCitations(MapFunction):
         """Return the answer itself.
 
         Raises:
-            CitationError: it names no passage, one that was not given, or one that does not say what it says.
+            CitationError: it does not cite a passage, or cites one that was not given or does not support it.
         """
         check_citations(data.text, data.citations, overlap_min=self._overlap_min, may_lack=data.is_refused)
         return data

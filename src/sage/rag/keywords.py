@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
-import threading
 from collections.abc import Iterable
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sage.errors import ServiceUnavailableError, hint, short
-from sage.services.embeddings import FREQUENT_WORDS, well_formed
-from sage.services.filters import OneOf, condition_of, predicate
-from sage.services.measures import MeasuredService
-from sage.services.sqlite_file import SqliteFile, checked_path
-from sage.services.values import checked_count
-from sage.services.vector_rows import check_document, checked_ids, checked_metadatas
-from sage.services.vector_store import Hit
+from sage.errors import hint, short
+from sage.services._shared.sqlite_file import FileService, SqliteFile, checked_path
+from sage.services._shared.validation import checked_count, is_number
+from sage.services.models.embeddings import FREQUENT_WORDS, well_formed
+from sage.services.vectors.contract import Hit
+from sage.services.vectors.filters import OneOf, condition_of, predicate
+from sage.services.vectors.rows import check_document, checked_ids, checked_metadatas
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    import sqlite3
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from sage.services.filters import Condition, Metadata, Where
+    from sage.services.vectors.filters import Condition, Metadata, Where
 
 HEADING_WEIGHT_MAX = 1_000_000
 """A heading counts for everything long before; with the largest numbers SQLite has no score any more."""
@@ -31,16 +28,17 @@ HEADING_WEIGHT_MAX = 1_000_000
 IN_MEMORY = "Leave it out, and everything is kept in memory."
 
 QUERY_WORDS_MAX = 64
-"""A longer question is cut: its first words say what it is about, and each word costs a look-up."""
+"""A longer question is cut: its first words name its subject, and each word costs a look-up."""
 
-DOCUMENT = "json_extract(metadata, '$.document')"
+DOCUMENT_FIELD = "sage:document"
+DOCUMENT = f"json_extract(metadata, '$.\"{DOCUMENT_FIELD}\"')"
 
 VERSION = 1
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS keyword_entries (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, document TEXT NOT NULL, metadata TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS keyword_documents ON keyword_entries ({DOCUMENT});
+CREATE INDEX IF NOT EXISTS keyword_passages ON keyword_entries ({DOCUMENT});
 CREATE VIRTUAL TABLE IF NOT EXISTS keyword_words USING fts5(
     heading, body, content='', tokenize='porter unicode61 remove_diacritics 2'
 )
@@ -55,65 +53,12 @@ WHERE keyword_words MATCH ? ORDER BY score DESC, e.number
 """
 
 
-class MemoryDatabase:
-    """A database that is gone when it is closed; one call at a time uses it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-
-    def open(self) -> None:
-        """Make the tables."""
-        self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self._connection.executescript(SCHEMA)
-
-    def close(self) -> None:
-        """Forget everything; a second call does nothing."""
-        with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                connection.close()
-
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection.
-
-        Raises:
-            ServiceUnavailableError: the database is not open.
-        """
-        with self._lock:
-            if self._connection is None:
-                error = ServiceUnavailableError("the keyword index is not open")
-                raise hint(error, "Outside of a job, call setup() before anything else, and nothing after cleanup().")
-            yield self._connection
-
-    @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection for statements that take effect together, or not at all.
-
-        Raises:
-            ServiceUnavailableError: the database is not open.
-        """
-        with self.reading() as connection:
-            connection.execute("BEGIN")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
-
-    def health(self) -> bool:
-        """Return whether the database is open."""
-        return self._connection is not None
-
-
-class KeywordIndex(MeasuredService):
+class KeywordIndex(FileService):
     """Finds texts by their words, the rarest words counting most: BM25 over the full-text tables of SQLite.
 
-    English words are found in any of their forms, others as they are written; letters of languages without spaces
-    count as words. Any number of threads may call it. What a write stored is seen by every search that begins after it
-    has returned, and with a path it is there after the program was killed.
+    English words are found in any of their forms, others as they are written; letters of languages without spaces count
+    as words. Any number of threads may call it. Every search that begins after a write has returned sees its data, and
+    with a path the data survives if the program is killed.
 
     Args:
         path: the file; it is made if it is not there, its folder is not. Without one, everything is in memory.
@@ -128,35 +73,18 @@ class KeywordIndex(MeasuredService):
         heading_weight: float = 2.0,
         frequent_words: Collection[str] = FREQUENT_WORDS,
     ) -> None:
-        super().__init__()
-        _check_weight(heading_weight)
-        self._path = path
+        path = path if path is None else checked_path(path, IN_MEMORY)
+        super().__init__(SqliteFile(path, "keywords", VERSION, SCHEMA, is_in_memory=path is None))
+        if not is_number(heading_weight, 0, HEADING_WEIGHT_MAX):
+            raise ValueError(
+                f"heading_weight is {short(heading_weight)}, not a number from 0 to {HEADING_WEIGHT_MAX:,}"
+            )
         self._heading_weight = heading_weight
         self._frequent_words = frozenset(_listed("frequent_words", frequent_words))
-        self._database: SqliteFile | MemoryDatabase = (
-            MemoryDatabase() if path is None else SqliteFile(checked_path(path, IN_MEMORY), "keywords", VERSION, SCHEMA)
-        )
-
-    def setup(self) -> None:
-        """Open the file.
-
-        Raises:
-            ServiceError: it cannot be opened, or is no database.
-        """
-        self._database.open()
-
-    def cleanup(self) -> None:
-        """Close the file."""
-        self._database.close()
-
-    def health(self) -> bool:
-        """Return whether the index can be read."""
-        return self._database.health()
 
     def describe(self) -> Mapping[str, object]:
         """Return the settings."""
-        where = "memory" if self._path is None else str(self._path)
-        return {**super().describe(), "path": where, "heading_weight": self._heading_weight}
+        return {**super().describe(), "heading_weight": self._heading_weight}
 
     def upsert(
         self, ids: Sequence[str], documents: Sequence[str], *, metadatas: Sequence[Metadata] | None = None
@@ -176,7 +104,7 @@ class KeywordIndex(MeasuredService):
         with self.measured("upsert") as call:
             rows = _rows(ids, documents, metadatas)
             call.items = len(rows)
-            with self._database.writing() as connection:
+            with self._file.writing() as connection:
                 for id_, document, metadata in {row[0]: row for row in rows}.values():
                     self._remove(connection, "id = ?", id_)
                     number = connection.execute(
@@ -204,7 +132,7 @@ class KeywordIndex(MeasuredService):
             call.items = 1 if given is None else len(given)
             condition = condition_of(where)
             holds = predicate(condition)
-            with self._database.writing() as connection:
+            with self._file.writing() as connection:
                 rows = _candidates(connection, given, condition)
                 found = [number for number, metadata in rows if holds(json.loads(metadata))]
                 for number in found:
@@ -217,20 +145,20 @@ class KeywordIndex(MeasuredService):
         Args:
             query: a question or words; signs have no meaning.
             k: how many texts at most.
-            where: a filter, see `sage.services.filters`.
+            where: a filter, see `sage.services.vectors.filters`.
 
         Raises:
-            ValueError: the query is blank, `k` is no whole number from 1 on, or the filter cannot be understood.
+            ValueError: the query is empty, `k` is not a whole number from 1 on, or the filter cannot be understood.
             TypeError: something else has a wrong type.
             ServiceError: the file cannot be read.
         """
         return self.search_batch([query], k, where=where)[0]
 
     def search_batch(self, queries: Sequence[str], k: int = 10, *, where: Where | None = None) -> list[list[Hit]]:
-        """Return for each query what `search` would.
+        """Return the results of `search` for each query.
 
         Raises:
-            ValueError: a query is blank, `k` is no whole number from 1 on, or the filter cannot be understood.
+            ValueError: a query is blank, `k` is not a whole number from 1 on, or the filter cannot be understood.
             TypeError: something else has a wrong type.
             ServiceError: the file cannot be read.
         """
@@ -242,14 +170,14 @@ class KeywordIndex(MeasuredService):
                 if not isinstance(query, str):
                     raise TypeError(f"the query {short(query)} is of type {type(query).__name__}, not a string")
                 if not query.strip():
-                    raise ValueError(f"the query {short(query)} is blank")
+                    raise ValueError(f"the query {short(query)} is empty")
             holds = predicate(condition_of(where))
-            with self._database.reading() as connection:
+            with self._file.reading() as connection:
                 return [self._found(connection, query, k, holds) for query in given]
 
     def count(self) -> int:
         """Return how many texts there are."""
-        with self._database.reading() as connection:
+        with self._file.reading() as connection:
             return int(connection.execute("SELECT COUNT(*) FROM keyword_entries").fetchone()[0])
 
     def process(self, query: str) -> list[Hit]:
@@ -288,21 +216,15 @@ class KeywordIndex(MeasuredService):
         connection.execute("DELETE FROM keyword_entries WHERE number = ?", (number,))
 
 
-def _check_weight(weight: Any) -> None:
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight <= HEADING_WEIGHT_MAX:
-        raise ValueError(f"heading_weight is {short(weight)}, not a number from 0 to {HEADING_WEIGHT_MAX:,}")
-
-
 def _listed(what: str, values: Any) -> list[Any]:
-    """Return a list of what is given, which may come one by one; a text is not taken for its letters."""
+    """Return the arguments as a list, even if they come one by one; a string is not split into letters."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise hint(TypeError(f"{what} is {short(values)}, not a list"), "A single one goes into brackets: [...].")
+        raise hint(TypeError(f"{what} is {short(values)}, not a list"), "Put a single one into brackets: [...].")
     return list(values)
 
 
 def _rows(ids: Any, documents: Any, metadatas: Any) -> list[tuple[str, str, Metadata]]:
-    """Return what is to be stored; the checks are those of vector stores."""
+    """Return the entries to store; the checks are those of vector stores."""
     given, texts = _listed("ids", ids), _listed("documents", documents)
     each = [None] * len(given) if metadatas is None else _listed("metadatas", metadatas)
     if not len(given) == len(texts) == len(each):
@@ -324,15 +246,15 @@ def _candidates(
         return connection.execute(
             f"{query} WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(ids)),)
         ).fetchall()
-    # All passages of some documents are what is removed when these are indexed again.
-    if isinstance(condition, OneOf) and condition.field == "document" and not condition.is_negated:
+    # When documents are indexed again, all of their passages are removed.
+    if isinstance(condition, OneOf) and condition.field == DOCUMENT_FIELD and not condition.is_negated:
         names = json.dumps(condition.values)
         return connection.execute(f"{query} WHERE {DOCUMENT} IN (SELECT value FROM json_each(?))", (names,)).fetchall()
     return connection.execute(query).fetchall()
 
 
 def _indexed(document: str, metadata: Mapping[str, object]) -> tuple[str, str]:
-    heading = metadata.get("heading")
+    heading = metadata.get("sage:heading", metadata.get("heading"))
     return _spaced(heading if isinstance(heading, str) else ""), _spaced(document)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sage.errors import GraphError, hint
 from sage.rag.splitters import token_spans
-from sage.services.llm import Message
+from sage.services.models.llm import Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class Prompt:
     """A template of a prompt.
 
     Args:
-        system: what the model is told first; empty for nothing.
+        system: the system message; empty for none.
         user: the message with the question; it has the fields `{question}` and `{passages}`, and a brace is written
             twice where it is meant.
         tokens_max: how many tokens the passages have together at most; the last ones are left out, and the first one
@@ -83,7 +83,7 @@ class Prompt:
             left -= size
         user = self._user.format(passages="\n\n".join(blocks) or "(none)", question=question.text)
         first = [Message("system", self._system)] if self._system else []
-        return [*first, *question.history, Message("user", user)], len(blocks)
+        return [*first, *in_turn([*question.history, Message("user", user)])], len(blocks)
 
     def _cut(self, text: str, tokens_max: int) -> str:
         """Return the longest beginning of a text that has so many tokens, found by halving."""
@@ -92,6 +92,30 @@ class Prompt:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._count(text[:middle]) <= tokens_max else (low, middle - 1)
         return text[:low]
+
+
+def in_turn(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation in the form that every model takes: user and assistant in turn, the user first.
+
+    The beginning of a conversation may have been cut off: answers without their question are left out, and so are
+    results of tools that nobody asked for. Neighbours of the same role become one message.
+    """
+    found: list[Message] = []
+    asked: set[str | None] = set()
+    for message in messages:
+        has_begun = any(each.role == "user" for each in found)
+        if (message.role == "assistant" and not has_begun) or (
+            message.role == "tool" and message.tool_call_id not in asked
+        ):
+            continue
+        asked.update(call.id for call in message.tool_calls)
+        last = found[-1] if found else None
+        is_plain = isinstance(message.content, str) and not message.tool_calls and message.role in ("user", "assistant")
+        if last is not None and is_plain and last.role == message.role and isinstance(last.content, str):
+            found[-1] = Message(last.role, f"{last.content}\n\n{message.content}", last.tool_calls)
+        else:
+            found.append(message)
+    return found
 
 
 def block_of(number: int, passage: Passage) -> str:

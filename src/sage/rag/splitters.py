@@ -3,49 +3,110 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from bisect import bisect_left
+from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from sage.errors import GraphError
 from sage.functions import FlatMapFunction
 from sage.rag.documents import Document, Passage
+from sage.rag.structure import entries_of, lines_of, markdown_blocks, plain_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from sage.rag.documents import Block
+
     Span = tuple[int, int]
-    Tokens = Callable[[str], Sequence[Span]]
+    SpansOf = Callable[[str], Sequence[Span]]
+    Cut = Callable[[str, int, int], Iterator[Span]]
+
+LETTERS_MAX = 20
+"""No token of a language with spaces is longer; most have four letters."""
 
 TOKENS_MAX = 200
 """Small models of embeddings read 256 tokens of their own, of which a word has 1.2 in the mean."""
 
 # Languages that write without spaces have a token for each letter, and no token is longer than 20 letters.
-UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-TOKEN = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w){{1,20}}|[^\w\s]")
-HEADING = re.compile(r"(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*")
-UNDERLINE = re.compile(r"(=+|-{2,})[ \t]*")
-FENCE = re.compile(r"[ ]{0,3}(`{3,}|~{3,})")
-SENTENCE_END = re.compile(r"""[.!?]+["')\]*_]*\s+|[\u3002\uff01\uff1f]+\s*""")
-# What ends with a full stop and does not end a sentence.
-SHORT_FORM = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|cf|No|Fig|e\.g|i\.e|approx|[A-Z]))\.\s*$")
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+SPACED_TOKEN = re.compile(r"\w{1,20}|[^\w\s]")
+UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]{{1,20}}|[^\w\s]")
+# The vowels of Thai and Lao that are letters, and still stand behind another one; joiners and colours of signs.
+MORE_MARKS = "\u0e30\u0e32\u0e33\u0e45\u0eb0\u0eb2\u0eb3\u200c\u200d\U0001f3fb-\U0001f3ff"
+MARKED_PLANES = [(0x300, 0x20000), (0xE0100, 0xE01F0)]
+SENTENCE_END = re.compile(
+    r"""(?<![.!?\u2026\u061f\u06d4\u0964\u0965])[.!?\u2026\u061f\u06d4\u0964\u0965]++["'\u2019\u201d\u00bb)\]*_]*+\s+"""
+    r"""|[\u3002\uff01\uff1f]++["'\u2019\u201d\u300d\u300f)\uff09]*+\s*"""
+)
+# A full stop ends no sentence behind a short form, and behind the number of an item.
+SHORT_FORM = re.compile(
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|cf|No|Fig|e\.g|i\.e|approx|[A-Z])"
+    r"|(?:^|\n)[ \t]*+(?:\d{1,9}|[a-z]|[ivxlc]{1,6}))\.\Z"
+)
 SLUG_DROPS = re.compile(r"[^\w\- ]")
 
 
 def token_spans(text: str) -> list[Span]:
-    """Return where the tokens of `text` begin and end: words, signs, and letters of languages without spaces."""
-    return [match.span() for match in TOKEN.finditer(text)]
+    """Return where the tokens of `text` begin and end: words, signs, and letters of languages without spaces.
+
+    Marks belong to the letter or sign before them, so that no token begins with the vowel sign of a letter.
+    """
+    return [match.span() for match in pattern_of(text).finditer(text)]
 
 
-class Block(NamedTuple):
-    """A run of lines that belong together: a paragraph, a list, a table or a piece of code."""
+def pattern_of(text: str) -> re.Pattern[str]:
+    """Return the pattern that finds the tokens of a text; the simplest one that does, as it is the fastest."""
+    if text.isascii():
+        return SPACED_TOKEN
+    mark, marked_token = _mark_patterns()
+    if mark.search(text):
+        return marked_token
+    return TOKEN if UNSPACED_LETTER.search(text) else SPACED_TOKEN
 
-    start: int
-    end: int
-    is_prose: bool
+
+@cache
+def _mark_patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return the patterns of a mark and of a token with its marks: signs above, below or behind a letter."""
+    points = [point for first, end in MARKED_PLANES for point in range(first, end)]
+    marks = [point for point in points if unicodedata.category(chr(point)) in ("Mn", "Mc", "Me")]
+    runs = groupby(enumerate(marks), key=lambda pair: pair[1] - pair[0])
+    bounds = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    mark = "".join(f"{chr(first)}-{chr(last)}" for first, last in bounds) + MORE_MARKS
+    sign = rf"[^\w\s](?:[{mark}]|(?<=\u200d)[^\w\s])*+"
+    token = rf"[{UNSPACED}][{mark}]*+|(?:[^\W{UNSPACED}{mark}][{mark}]*+){{1,20}}|{sign}|[{mark}]++"
+    return re.compile(f"[{mark}]"), re.compile(token)
+
+
+class Tokens:
+    """Counts the tokens of parts of one text."""
+
+    def __init__(self, text: str, spans_of: SpansOf) -> None:
+        self._text = text
+        # The project's own tokens are found part by part, which takes a third of the time.
+        self._pattern = pattern_of(text) if spans_of is token_spans else None
+        self._spans: Sequence[Span] = [] if self._pattern is not None else spans_of(text)
+        self._starts = [start for start, _ in self._spans]
+
+    def count(self, start: int, end: int) -> int:
+        """Return how many tokens begin in a part."""
+        if self._pattern is not None:
+            return len(self._pattern.findall(self._text, start, end))
+        return bisect_left(self._starts, end) - bisect_left(self._starts, start)
+
+    def starts(self, start: int, end: int) -> list[int]:
+        """Return where the tokens of a part begin."""
+        if self._pattern is not None:
+            return [match.start() for match in self._pattern.finditer(self._text, start, end)]
+        return self._starts[bisect_left(self._starts, start) : bisect_left(self._starts, end)]
 
 
 class Section(NamedTuple):
-    """What stands under one heading, down to the next one."""
+    """One heading and the blocks under it, down to the next one."""
 
     slug: str
     heading: str
@@ -53,7 +114,7 @@ class Section(NamedTuple):
 
 
 class SplitByTokens(FlatMapFunction):
-    """Cuts documents into windows of tokens that overlap, whatever they contain.
+    """Cuts documents into windows of tokens that overlap, regardless of their content.
 
     Args:
         tokens_max: the size of a window.
@@ -64,7 +125,7 @@ class SplitByTokens(FlatMapFunction):
         GraphError: the overlap is not smaller than the window.
     """
 
-    def __init__(self, tokens_max: int = TOKENS_MAX, *, overlap: int = 40, tokens: Tokens = token_spans) -> None:
+    def __init__(self, tokens_max: int = TOKENS_MAX, *, overlap: int = 40, tokens: SpansOf = token_spans) -> None:
         if not 0 <= overlap < tokens_max:
             raise GraphError(f"SplitByTokens: overlap is {overlap}, not from 0 to below tokens_max={tokens_max}")
         self._tokens_max = tokens_max
@@ -84,11 +145,11 @@ class SplitByTokens(FlatMapFunction):
 
 
 class SplitByStructure(FlatMapFunction):
-    """Cuts documents at their headings, and what is too long under one between paragraphs, then sentences.
+    """Cuts documents at their headings, and long sections between paragraphs, then sentences.
 
-    Headings are those of Markdown. A paragraph, a list, a table and a piece of code stay whole where they fit. The id
-    of a passage is that of the document with the anchor of its heading, as web pages of Markdown have it, and a number
-    from the second on: "guide.md#keys", "guide.md#keys~2".
+    Headings are those of the document's format; in Markdown, those of CommonMark. A paragraph, a list, a table and a
+    piece of code stay whole where they fit. The id of a passage is that of the document with the anchor of its heading,
+    as web pages of Markdown have it, and a number from the second on: "guide.md#keys", "guide.md#keys~2".
 
     Args:
         tokens_max: the size that no passage exceeds.
@@ -98,78 +159,95 @@ class SplitByStructure(FlatMapFunction):
         GraphError: `tokens_max` is below 1.
     """
 
-    def __init__(self, tokens_max: int = TOKENS_MAX, *, tokens: Tokens = token_spans) -> None:
+    def __init__(self, tokens_max: int = TOKENS_MAX, *, tokens: SpansOf = token_spans) -> None:
         if tokens_max < 1:
             raise GraphError(f"SplitByStructure: tokens_max is {tokens_max}, but a passage has at least 1 token")
         self._tokens_max = tokens_max
         self._tokens = tokens
 
     def execute(self, data: Document) -> Iterator[Passage]:
-        """Yield the passages of a document in order; a heading with nothing under it yields none."""
-        starts = [start for start, _ in self._tokens(data.text)]
-        for section in sections_of(data.text):
-            for number, (start, end) in enumerate(self._packed(data.text, section.blocks, starts), 1):
+        """Yield the passages of a document in order; a heading with nothing under it is a passage itself."""
+        tokens = Tokens(data.text, self._tokens)
+        for section in sections_of(data.text, blocks_of(data)):
+            for number, (start, end) in enumerate(self._packed(data.text, section.blocks, tokens), 1):
                 yield passage_of(data, start, end, section.slug, number, section.heading)
 
-    def _packed(self, text: str, blocks: list[Block], starts: list[int]) -> Iterator[Span]:
+    def _packed(self, text: str, blocks: list[Block], tokens: Tokens) -> Iterator[Span]:
         """Yield spans of as many neighbours as fit."""
-        begin = end = None
+        begin, end, held = 0, 0, 0
         for block in blocks:
-            for start, stop in self._pieces(text, block, starts):
-                if begin is not None and end is not None and self._count(starts, begin, stop) > self._tokens_max:
+            cuts = (sentences_of, lines_of) if block.is_prose else (entries_of, sentences_of, lines_of)
+            for start, stop, count in self._pieces(text, block.start, block.end, cuts, tokens):
+                if held and held + count > self._tokens_max:
                     yield begin, end
-                    begin = None
-                begin = start if begin is None else begin
-                end = stop
-        if begin is not None and end is not None:
+                    held = 0
+                begin, end, held = begin if held else start, stop, held + count
+        if held:
             yield begin, end
 
-    def _pieces(self, text: str, block: Block, starts: list[int]) -> Iterator[Span]:
-        """Yield a block whole if it fits, or else its sentences or lines, or else windows of tokens."""
-        if self._count(starts, block.start, block.end) <= self._tokens_max:
-            yield block.start, block.end
-            return
-        cut = sentences_of if block.is_prose else lines_of
-        for start, end in cut(text, block.start, block.end):
-            first, last = bisect_left(starts, start), bisect_left(starts, end)
-            if last - first <= self._tokens_max:
-                yield start, end
-                continue
-            for at in range(first, last, self._tokens_max):
-                following = at + self._tokens_max
-                stop = starts[following] if following < last else end
-                from_ = start if at == first else starts[at]
-                yield from_, from_ + len(text[from_:stop].rstrip())
-
-    @staticmethod
-    def _count(starts: list[int], start: int, end: int) -> int:
-        return bisect_left(starts, end) - bisect_left(starts, start)
+    def _pieces(
+        self, text: str, start: int, end: int, cuts: tuple[Cut, ...], tokens: Tokens
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield a part whole with the number of its tokens if it fits, or else the pieces that the first cut makes."""
+        # A part that is far too long need not be counted to its end.
+        count = tokens.count(start, min(end, start + LETTERS_MAX * (self._tokens_max + 1)))
+        if count <= self._tokens_max:
+            count = tokens.count(start, end)
+        if count <= self._tokens_max:
+            if count:
+                yield start, end, count
+        elif cuts:
+            for begin, stop in cuts[0](text, start, end):
+                yield from self._pieces(text, begin, stop, cuts[1:], tokens)
+        else:
+            starts = [*tokens.starts(start, end), end]
+            for at in range(0, len(starts) - 1, self._tokens_max):
+                after = min(at + self._tokens_max, len(starts) - 1)
+                begin = start if at == 0 else starts[at]
+                yield begin, begin + len(text[begin : starts[after]].rstrip()), after - at
 
 
 def passage_of(document: Document, start: int, end: int, slug: str = "", number: int = 1, heading: str = "") -> Passage:
     """Return a part of a document with the id that its place gives it."""
-    anchor = f"#{slug}" if slug else ""
-    count = f"~{number}" if number > 1 else ""
+    id_ = document.id + (f"#{slug}" if slug else "") + (f"~{number}" if number > 1 else "")
     text = document.text[start:end]
-    return Passage(f"{document.id}{anchor}{count}", text, document.id, start, end, heading, document.metadata)
+    return Passage(id_, text, document.id, start, end, heading, document.metadata, document.origin)
 
 
-def sections_of(text: str) -> Iterator[Section]:
-    """Yield the sections of a Markdown text, the part before the first heading first; those without text too."""
-    path: list[tuple[int, str]] = []
+def blocks_of(document: Document) -> Sequence[Block]:
+    """Return the headings and blocks of a document: those of its outline, or by its format where the text is new."""
+    outline = document.outline
+    if outline is not None and outline.text == document.text:
+        return outline.blocks
+    format_ = (document.origin or document.metadata).get("format", "markdown")
+    return markdown_blocks(document.text) if format_ in ("markdown", "html") else plain_blocks(document.text)
+
+
+def sections_of(text: str, blocks: Sequence[Block]) -> Iterator[Section]:
+    """Yield the sections of a text, the part before the first heading first.
+
+    A heading with no block and no deeper heading under it is the block of its own section, under the ones above it.
+    """
+    path: list[Block] = []
     slugs: dict[str, int] = {}
-    blocks: list[Block] = []
+    found: list[Block] = []
     slug = ""
-    for kind, start, end in _lines_with_kind(text):
-        if isinstance(kind, int):
-            yield Section(slug, " > ".join(name for _, name in path), blocks)
-            blocks = []
-            name = text[start:end]
-            path = [*((level, above) for level, above in path if level < kind), (kind, name)]
-            slug = _slug(name, slugs)
-        elif kind != "blank":
-            blocks.append(Block(start, end, kind == "prose"))
-    yield Section(slug, " > ".join(name for _, name in path), blocks)
+    for block in [*blocks, None]:
+        if block is not None and not block.level:
+            found.append(block)
+            continue
+        if not found and path and (block is None or block.level <= path[-1].level):
+            found = [path.pop()._replace(level=0)]
+        if found:
+            yield Section(slug, " > ".join(_name(text, above) for above in path), found)
+        if block is not None:
+            path = [*(above for above in path if above.level < block.level), block]
+            slug = _slug(_name(text, block), slugs)
+            found = []
+
+
+def _name(text: str, heading: Block) -> str:
+    return " ".join(text[heading.start : heading.end].split())
 
 
 def _slug(name: str, used: dict[str, int]) -> str:
@@ -182,62 +260,13 @@ def _slug(name: str, used: dict[str, int]) -> str:
     return name
 
 
-def _lines_with_kind(text: str) -> Iterator[tuple[str | int, int, int]]:
-    """Yield blocks and headings as kind, start and end; the kind of a heading is its level."""
-    fence = ""
-    begin: int | None = None
-    end = 0
-    is_prose = True
-    for start, stop in [*lines_of(text, 0, len(text), blank=True), (len(text), len(text))]:
-        line = text[start:stop]
-        if fence:
-            end = stop
-            if line.strip().startswith(fence) and not line.strip().strip(fence[0]):
-                fence = ""
-            continue
-        opening, heading = FENCE.match(line), HEADING.fullmatch(line)
-        underline = UNDERLINE.fullmatch(line) if begin is not None and "\n" not in text[begin:end] else None
-        if underline and is_prose and begin is not None and not _is_row(text[begin:end]):
-            yield (1 if line[0] == "=" else 2), begin, end
-            begin = None
-            continue
-        # A fence begins a block of its own, unless it stands right under its paragraph, which introduces it.
-        if begin is not None and (heading or not line.strip()):
-            yield ("prose" if is_prose else "lines"), begin, end
-            begin = None
-        if heading:
-            yield len(heading[1]), start + heading.start(2), start + heading.end(2)
-        elif line.strip():
-            if begin is None:
-                begin, is_prose = start, not _is_row(line)
-            end = stop
-            if opening:
-                fence, is_prose = opening[1], False
-    if begin is not None:
-        yield ("prose" if is_prose else "lines"), begin, end
-
-
-def _is_row(line: str) -> bool:
-    return line.lstrip().startswith(("|", "- ", "* ", "+ ")) or line.startswith("    ")
-
-
-def lines_of(text: str, start: int, end: int, *, blank: bool = False) -> Iterator[Span]:
-    """Yield where the lines of a part of `text` begin and end, without their ends; blank ones only if asked."""
-    while start < end:
-        stop = text.find("\n", start, end)
-        stop = end if stop < 0 else stop
-        if blank or text[start:stop].strip():
-            yield start, stop
-        start = stop + 1
-
-
 def sentences_of(text: str, start: int, end: int) -> Iterator[Span]:
     """Yield where the sentences of a part of `text` begin and end."""
     begin = start
     for match in SENTENCE_END.finditer(text, start, end):
-        if SHORT_FORM.search(text[max(begin, match.start() - 8) : match.end()]) and match.end() < end:
+        if match.end() < end and SHORT_FORM.search(text[max(begin, match.start() - 12) : match.start() + 1]):
             continue
         yield begin, begin + len(text[begin : match.end()].rstrip())
         begin = match.end()
-    if text[begin:end].strip():
+    if begin < end and not text[begin:end].isspace():
         yield begin, begin + len(text[begin:end].rstrip())

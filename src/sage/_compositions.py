@@ -1,0 +1,57 @@
+"""Functions for the stream methods that are made of others."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from sage.functions import FilterFunction, is_coroutine_function
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def passing_on(function: Callable[[Any], Any]) -> Callable[[object], object]:
+    """Return a function that calls `function` with a record and returns the record."""
+    if is_coroutine_function(function):
+
+        async def tap_async(record: object) -> object:
+            await function(record)
+            return record
+
+        return tap_async
+
+    def tap(record: object) -> object:
+        function(record)
+        return record
+
+    return tap
+
+
+class Limit(FilterFunction[Any]):
+    """Lets the first records pass."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def execute(self, data: object, /) -> bool:  # noqa: ARG002
+        """Return whether there were fewer records before."""
+        self.left -= 1
+        return self.left >= 0
+
+
+class Sample(FilterFunction[Any]):
+    """Lets a random part of the records pass; the same part each time if there is a seed."""
+
+    def __init__(self, fraction: float, seed: int | None) -> None:
+        self.fraction = fraction
+        self.seed = seed
+
+    def open(self) -> None:
+        """Begin to draw; parallel tasks draw differently."""
+        seed = None if self.seed is None else f"{self.seed} {self.ctx.parallel_index}"
+        self.random = random.Random(seed).random
+
+    def execute(self, data: object, /) -> bool:  # noqa: ARG002
+        """Draw for one record."""
+        return self.random() < self.fraction

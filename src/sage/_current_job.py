@@ -1,0 +1,79 @@
+"""What the current thread belongs to: a job, whose services it finds by name and which it must not wait for.
+
+This is the only state that follows a thread around without being passed to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+T = TypeVar("T")
+
+
+class Inside(Protocol):
+    """The job as its threads see it: its supervisor, or the supervisor's stand-in in another process."""
+
+    def handle_of(self, service: str) -> object:
+        """Return the handle of a service of the job by its name, or None."""
+
+    def ask_to_stop(self, drain: bool | None) -> None:
+        """Ask for the end of the job, as `Job.stop` does, without waiting for it."""
+
+    def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for a condition as a thread of the job has to, and return whether it came true."""
+
+
+class Here(threading.local):
+    """What the current thread belongs to.
+
+    Attributes:
+        job: its job, or None.
+        loop: the event loop of a job, on the thread of that loop, or None.
+        call: the call of a service that the thread makes for the caller who waits for its future, or None.
+        handles: the meaning of handles that are unpickled on this thread, by name, before that in its job.
+        mask: the signals that were blocked before the fork that the thread is making, or None.
+    """
+
+    job: Inside | None = None
+    loop: object = None
+    call: object = None
+    handles: Mapping[str, object] = MappingProxyType({})
+    mask: Iterable[int] | None = None
+
+
+here = Here()
+
+
+@contextmanager
+def inside(job: Inside | None) -> Iterator[None]:
+    """Mark the current thread as one of the job."""
+    before, here.job = here.job, job
+    try:
+        yield
+    finally:
+        here.job = before
+
+
+def carried(function: Callable[[], T]) -> Callable[[], T]:
+    """Return `function` as one that belongs to the current thread's job on whatever thread it runs."""
+    job = here.job
+
+    def work() -> T:
+        with inside(job):
+            return function()
+
+    return work
+
+
+def wait_for(condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+    """Wait for a condition, as a thread of its job has to if it belongs to one, and return whether it came true."""
+    if here.job is not None:
+        return here.job.wait_for(condition, is_over, timeout_s)
+    with condition:
+        return condition.wait_for(is_over, timeout_s)

@@ -1,0 +1,61 @@
+"""Which calls another process has begun, in memory that both processes share.
+
+When a process dies, each of its callers finds here whether the call was begun, and fails, or can be made by the next
+process. Waiting calls therefore need no place in a queue of the driver, and no thread to hand that place on.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+PLACES_COUNT = 4096
+UNKNOWN = PLACES_COUNT - 1
+"""The place of all calls beyond that number at once, which count as begun."""
+
+
+class BegunCalls:
+    """The calls that wait for an answer, each at a place of its own.
+
+    Args:
+        descriptor: of the shared memory, from `shared_memory`; it stays open.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, PLACES_COUNT)
+        self._marks: mmap.mmap | bytearray = self._memory
+        self._free = list(range(UNKNOWN))
+
+    def take(self) -> int:
+        """Return the place for a call that has not begun; the caller returns it with `free`."""
+        try:
+            place = self._free.pop()
+        except IndexError:
+            return UNKNOWN
+        self._marks[place] = 0
+        return place
+
+    def free(self, place: int) -> None:
+        """Let another call have a place."""
+        if place != UNKNOWN:
+            self._free.append(place)
+
+    def has_begun(self, place: int) -> bool:
+        """Return whether the call was begun."""
+        return place == UNKNOWN or self._marks[place] == 1
+
+    def close(self) -> None:
+        """Free the memory; calls that still wait count as begun."""
+        self._marks = bytearray(b"\1" * PLACES_COUNT)
+        self._memory.close()
+
+    def begin(self, place: int) -> None:
+        """Note that the call begins now; the other process does this."""
+        self._marks[place] = 1
+
+
+def shared_memory() -> int:
+    """Return a descriptor of new memory for `BegunCalls`; the caller closes it."""
+    descriptor = os.memfd_create("sage-begun")
+    os.ftruncate(descriptor, PLACES_COUNT)
+    return descriptor

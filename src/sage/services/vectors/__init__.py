@@ -1,0 +1,1 @@
+"""Vector stores: the contract, and an implementation for each engine."""

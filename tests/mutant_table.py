@@ -1,0 +1,872 @@
+"""Mistakes that a maintainer could make, each with the test that notices it; `mutants.py` makes them.
+
+The text of an edit holds no comment, as those are reworded more often than code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One mistake.
+
+    Attributes:
+        name: what goes wrong.
+        file: the file under `src/sage`.
+        old: text that is in the file exactly once.
+        new: what stands in its place.
+        test: the id of the test that notices it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+CHANNEL = "tests/runtime/test_channel.py::"
+LIFECYCLE = "tests/runtime/test_lifecycle.py::"
+GROWTH = "tests/runtime/test_lifecycle_growth.py::"
+GATES = "tests/hosts/test_gates.py::"
+ORPHANS = "tests/hosts/test_orphans.py::"
+PROCESSES = "tests/hosts/test_process.py::"
+JOURNAL = "tests/hosts/test_journal.py::"
+LINKS = "tests/hosts/test_rpc.py::"
+OWN_PROCESSES = "tests/hosts/test_child_process.py::"
+GUARDIANS = "tests/hosts/test_guardian.py::"
+POOLS = "tests/runtime/test_pool.py::"
+ENDS = "tests/acceptance/test_end_of_stream.py::"
+
+CHANNELS = (
+    Mutant(
+        "a channel takes in one element more than its bound",
+        "_runtime/channel.py",
+        "return fits and self._records < self._capacity_records",
+        "return fits and self._records <= self._capacity_records",
+        CHANNEL + "test_the_end_of_a_stream_waits_behind_its_records",
+    ),
+    Mutant(
+        "a channel has no bound in bytes",
+        "_runtime/channel.py",
+        "return fits and self._records",
+        "return self._records",
+        CHANNEL + "test_takes_in_as_many_bytes_as_the_bound",
+    ),
+    Mutant(
+        "a consumer is woken for the second element and not for the first",
+        "_runtime/channel.py",
+        "was_empty = not self._elements\n            self._elements.append((port, element, size))",
+        "self._elements.append((port, element, size))\n            was_empty = not self._elements",
+        CHANNEL + "test_the_consumer_is_woken_when_the_first_element_arrives",
+    ),
+    Mutant(
+        "a producer that waits is not woken when an element is taken",
+        "_runtime/channel.py",
+        "self._bytes -= size\n            next_one = self._next_waiting()",
+        "self._bytes -= size\n            next_one = None",
+        CHANNEL + "test_a_producer_is_woken_once_there_is_room",
+    ),
+    Mutant(
+        "a producer is woken while the channel is still full",
+        "_runtime/channel.py",
+        "if not self._waiting or not self._has_room(1):",
+        "if not self._waiting:",
+        CHANNEL + "test_a_producer_is_not_woken_while_the_channel_is_still_full",
+    ),
+    Mutant(
+        "a producer that has put does not pass the wake-up on",
+        "_runtime/channel.py",
+        "self._bytes += size\n            next_one = self._next_waiting()",
+        "self._bytes += size\n            next_one = None",
+        CHANNEL + "test_the_one_that_has_put_wakes_the_next_while_there_is_room",
+    ),
+    Mutant(
+        "a producer that gives up does not pass the wake-up on",
+        "_runtime/channel.py",
+        "self._waiting.pop(wake, None)\n            next_one = self._next_waiting()\n        if",
+        "self._waiting.pop(wake, None)\n            next_one = None\n        if",
+        CHANNEL + "test_a_producer_that_gives_up_lets_the_next_one_have_its_room",
+    ),
+    Mutant(
+        "a closed channel forgets to wake the producers that wait",
+        "_runtime/channel.py",
+        "        for wake in waiting:\n            wake()\n        return sum(",
+        "        return sum(",
+        CHANNEL + "test_close_drops_counts_and_wakes",
+    ),
+    Mutant(
+        "a closed channel does not count what comes after it",
+        "_runtime/channel.py",
+        "self.undelivered += len(element)\n                return True",
+        "return True",
+        CHANNEL + "test_a_closed_channel_takes_everything_in_and_counts_it_as_undelivered",
+    ),
+    Mutant(
+        "a closed channel leaves what it drops on the count of its loop",
+        "_runtime/channel.py",
+        "counter.add(-len(dropped))",
+        "counter.add(0)",
+        CHANNEL + "test_close_takes_what_it_drops_off_the_count",
+    ),
+    Mutant(
+        "what found no room is counted as on its way",
+        "_runtime/channel.py",
+        "            self._waiting.pop(wake, None)\n            for counter in self.counters:\n"
+        "                counter.add(1)\n            was_empty",
+        "            self._waiting.pop(wake, None)\n            for counter in self.counters:\n"
+        "                counter.add(2)\n            was_empty",
+        CHANNEL + "test_what_is_in_flight_is_counted_exactly",
+    ),
+    Mutant(
+        "the end of a stream is not recognized",
+        "_runtime/channel.py",
+        "return isinstance(element, EndOfStream)",
+        "return not len(element)",
+        CHANNEL + "test_the_end_of_a_stream_waits_behind_its_records",
+    ),
+)
+
+LIFECYCLES = (
+    Mutant(
+        "a service is started before those that it needs are ready",
+        "_runtime/transitions.py",
+        "is ServiceState.REGISTERED and t.tally.unmet[name] == 0:",
+        "is ServiceState.REGISTERED:",
+        LIFECYCLE + "test_services_start_before_tasks_in_order_of_dependency",
+    ),
+    Mutant(
+        "tasks run before all of them are open",
+        "_runtime/transitions.py",
+        "if t.tally.tasks_unopened == 0:",
+        "if t.tally.tasks_unopened <= 1:",
+        LIFECYCLE + "test_services_start_before_tasks_in_order_of_dependency",
+    ),
+    Mutant(
+        "a task is opened before the tasks behind it",
+        "_runtime/transitions.py",
+        "if t.tally.unopened[name] == 0 and t.tasks",
+        "if t.tasks",
+        LIFECYCLE + "test_services_start_before_tasks_in_order_of_dependency",
+    ),
+    Mutant(
+        "a service is stopped while another still needs it",
+        "_runtime/transition.py",
+        "return self.tally.needed[name] == 0",
+        "return self.tally.needed[name] <= 1",
+        LIFECYCLE + "test_a_dependency_that_was_only_seen_counts_at_the_stop",
+    ),
+    Mutant(
+        "services with no dependencies are stopped side by side",
+        "_runtime/transitions.py",
+        "        if t.services[name].state not in SERVICE_TERMINAL:\n            break\n",
+        "",
+        LIFECYCLE + "test_the_end_of_the_sources_stops_services_in_strict_reverse",
+    ),
+    Mutant(
+        "a circle of services that was seen is waited for",
+        "_runtime/service_transitions.py",
+        "if not t.needs(event.requires, event.service):",
+        "if True:",
+        LIFECYCLE + "test_services_that_call_each_other_do_not_wait_for_each_other",
+    ),
+    Mutant(
+        "a later stop lengthens the deadline",
+        "_runtime/transition.py",
+        "if self.deadline <= deadline:",
+        "if self.deadline > deadline:",
+        LIFECYCLE + "test_the_deadline_only_moves_forward",
+    ),
+    Mutant(
+        "a weaker stop takes the place of a stronger one",
+        "_runtime/transitions.py",
+        "if way is not None and event.way <= way:",
+        "if way is not None and event.way == way:",
+        LIFECYCLE + "test_the_deadline_only_moves_forward",
+    ),
+    Mutant(
+        "the services have no reserve of the budget",
+        "_runtime/transition.py",
+        "tasks_s = budget - reserve if self.services else budget",
+        "tasks_s = budget",
+        LIFECYCLE + "test_services_have_their_reserve_of_the_budget",
+    ),
+    Mutant(
+        "a drain never becomes a cancel",
+        "_runtime/transitions.py",
+        "is JobState.DRAINING and until >= t.drain_due:",
+        "is JobState.DRAINING and until > t.deadline:",
+        LIFECYCLE + "test_a_drain_that_takes_too_long_becomes_a_cancel_and_then_gives_up",
+    ),
+    Mutant(
+        "pipelines that answer requests end with the sources",
+        "_runtime/transitions.py",
+        "t.stop_sources(lambda plan: not plan.serving)",
+        "t.stop_sources(lambda plan: True)",
+        LIFECYCLE + "test_drain_lets_what_is_in_flight_arrive",
+    ),
+    Mutant(
+        "the answer of an earlier incarnation counts",
+        "_runtime/service_transitions.py",
+        "if record.incarnation != event.incarnation or record.state in",
+        "if record.state in",
+        LIFECYCLE + "test_what_an_abandoned_hook_says_later_counts_for_nothing",
+    ),
+    Mutant(
+        "the answer of an abandoned hook counts",
+        "_runtime/service_transitions.py",
+        "            if record.hook == event.hook:\n                _take_hook(t, event)",
+        "            _take_hook(t, event)",
+        LIFECYCLE + "test_what_an_abandoned_hook_says_later_counts_for_nothing",
+    ),
+    Mutant(
+        "a service is restarted once more than the limit",
+        "_runtime/service_transitions.py",
+        "len(_recent_restarts(t, name)) < options.restarts_max",
+        "len(_recent_restarts(t, name)) <= options.restarts_max",
+        LIFECYCLE + "test_a_failing_start_is_tried_again_with_growing_pauses_up_to_the_limit",
+    ),
+    Mutant(
+        "restarts outside the window still count",
+        "_runtime/service_transitions.py",
+        ".restarts if at > since)",
+        ".restarts if at > 0)",
+        LIFECYCLE + "test_restarts_outside_the_window_are_forgotten",
+    ),
+    Mutant(
+        "the pause before a restart does not grow",
+        "_runtime/service_transitions.py",
+        "min(first * 2.0 ** min(len(recent), 64), longest)",
+        "min(first, longest)",
+        LIFECYCLE + "test_a_failing_start_is_tried_again_with_growing_pauses_up_to_the_limit",
+    ),
+    Mutant(
+        "a restart begins after the stop began",
+        "_runtime/service_transitions.py",
+        "        if not t.stopping:\n            start_service(t, name)",
+        "        start_service(t, name)",
+        LIFECYCLE + "test_no_restart_begins_after_stopping_began",
+    ),
+    Mutant(
+        "each hook of a start has the whole bound for itself",
+        "_runtime/service_transitions.py",
+        "_run_hook(t, name, hook, record.start_due)\n\n\ndef _next_try",
+        "_run_hook(t, name, hook, t.now + t.start.service_plans[name].options.start_timeout_s)\n\n\ndef _next_try",
+        LIFECYCLE + "test_a_start_hook_that_hangs_is_abandoned_and_the_service_cleaned",
+    ),
+    Mutant(
+        "a start that failed looks like an orderly end",
+        "_runtime/service_transitions.py",
+        "_worsen(t, name, S.FAILED_START)",
+        "_worsen(t, name, S.STOPPED)",
+        LIFECYCLE + "test_a_failing_start_ends_the_job",
+    ),
+    Mutant(
+        "a hook that raised keeps the next one from running",
+        "_runtime/service_transitions.py",
+        "            _worsen(t, name, S.CLEANUP_FAILED)\n        _next_stop_hook(t, name, event.hook)",
+        "            _worsen(t, name, S.CLEANUP_FAILED)\n            return _end_service(t, name)\n"
+        "        _next_stop_hook(t, name, event.hook)",
+        LIFECYCLE + "test_a_hook_that_raises_keeps_nothing_else_from_being_cleaned",
+    ),
+    Mutant(
+        "a better end takes the place of a worse one",
+        "_runtime/service_transitions.py",
+        "if WORSE.index(goal) > WORSE.index(t.services[name].goal):",
+        "if goal is not t.services[name].goal:",
+        LIFECYCLE + "test_a_death_during_the_start_is_a_failing_start",
+    ),
+    Mutant(
+        "hooks run on a service whose process has died",
+        "_runtime/service_transitions.py",
+        'hook=None, due=None, hooks=record.hooks & {"exit"}, has_died=True)',
+        "hook=None, due=None, has_died=True)",
+        LIFECYCLE + "test_a_death_during_the_start_is_a_failing_start",
+    ),
+    Mutant(
+        "a service that died is drained like one that lives",
+        "_runtime/service_transitions.py",
+        '    if t.services[name].has_died:\n        _next_stop_hook(t, name, "cleanup")\n        return\n',
+        "",
+        LIFECYCLE + "test_a_death_fails_the_job_and_no_hook_but_exit_runs",
+    ),
+    Mutant(
+        "a death that is told twice counts twice",
+        "_runtime/service_transitions.py",
+        'if record.hook != "exit" and not record.has_died:',
+        "if not record.has_died:",
+        LIFECYCLE + "test_a_death_during_the_exit_is_the_exit",
+    ),
+    Mutant(
+        "calls of a service that is restarted are refused",
+        "_runtime/service_transitions.py",
+        "t.do(ActionKind.HOLD_CALLS if again else ActionKind.REFUSE_CALLS, name)",
+        "t.do(ActionKind.REFUSE_CALLS, name)",
+        LIFECYCLE + "test_a_service_that_died_is_restarted_while_its_calls_wait",
+    ),
+    Mutant(
+        "a hook may be extended without a limit",
+        "_runtime/service_transitions.py",
+        "more_s = min(seconds, EXTENSION_MAX_S - record.extended_s)",
+        "more_s = seconds",
+        LIFECYCLE + "test_a_hook_may_take_longer_if_it_asks_up_to_a_limit",
+    ),
+    Mutant(
+        "the extension of one hook does not move the end of the start",
+        "_runtime/service_transitions.py",
+        "due=due, start_due=record.start_due + more_s,",
+        "due=due, start_due=record.start_due,",
+        LIFECYCLE + "test_a_hook_may_take_longer_if_it_asks_up_to_a_limit",
+    ),
+    Mutant(
+        "late hooks leave nothing of the budget to the exit",
+        "_runtime/service_transitions.py",
+        "        after += 1\n    left",
+        "        after += 0\n    left",
+        LIFECYCLE + "test_the_last_service_leaves_its_own_exit_some_time",
+    ),
+    Mutant(
+        "a service in a process is over before its process",
+        "_runtime/service_transitions.py",
+        'elif "exit" in record.hooks:\n        t.move_service',
+        'elif "exit" in record.hooks and last == "":\n        t.move_service',
+        LIFECYCLE + "test_the_process_ends_last",
+    ),
+    Mutant(
+        "the third Ctrl-C leaves processes behind",
+        "_runtime/service_transitions.py",
+        'has_exit = "exit" in record.hooks\n',
+        "has_exit = False\n",
+        LIFECYCLE + "test_kill_ends_processes_at_once_and_waits_for_them",
+    ),
+    Mutant(
+        "an exit that runs is not hurried",
+        "_runtime/transition.py",
+        '        if record.hook == "exit":\n            self.do(ActionKind.HURRY_EXIT',
+        '        if record.hook == "stop":\n            self.do(ActionKind.HURRY_EXIT',
+        LIFECYCLE + "test_an_exit_that_runs_is_hurried_by_a_kill_and_never_by_more_than_the_budget",
+    ),
+    Mutant(
+        "a kept service that failed is handed on",
+        "_runtime/service_transitions.py",
+        "elif record.state is S.READY and _idle(record) and _may_stay(t, name):",
+        "elif record.state in (S.READY, S.DEGRADED) and _idle(record) and t.start.service_plans[name].keep:",
+        LIFECYCLE + "test_an_unhealthy_kept_service_is_cleaned_and_not_kept",
+    ),
+    Mutant(
+        "a job is sealed while a service still ends",
+        "_runtime/transitions.py",
+        "if t.tally.services_left == 0:\n        t.move_job(JobState.SEALED)",
+        "if t.tally.services_left <= 1:\n        t.move_job(JobState.SEALED)",
+        LIFECYCLE + "test_the_end_of_the_sources_stops_services_in_strict_reverse",
+    ),
+    Mutant(
+        "what ended in time is late because the supervisor is",
+        "_runtime/transitions.py",
+        "_expire(t, now if happened_at is None else min(happened_at, now))",
+        "_expire(t, now)",
+        GROWTH + "test_what_ended_in_time_is_not_late_because_the_supervisor_is",
+    ),
+    Mutant(
+        "a deadline that was moved still counts",
+        "_runtime/transition.py",
+        "return (self.tasks[name] if is_task else self.services[name]).due == at",
+        "return (self.tasks[name] if is_task else self.services[name]).due is not None",
+        LIFECYCLE + "test_a_close_that_hangs_is_bounded_each",
+    ),
+)
+
+HOSTS = (
+    Mutant(
+        "the drain of a serial gate does not wait",
+        "_hosts/gate.py",
+        "        if not self._lock.acquire(timeout=max(timeout_s, 0)):\n"
+        "            return False\n"
+        "        self._lock.release()\n"
+        "        return True",
+        "        return True",
+        GATES + "test_a_drain_says_whether_a_call_still_runs",
+    ),
+    Mutant(
+        "a coroutine that is cancelled does not pass its turn on",
+        "_hosts/gate.py",
+        "                    elif self._awaiting:\n                        self._wake_one()",
+        "                    elif not self._awaiting:\n                        self._wake_one()",
+        GATES + "test_one_that_is_cancelled_when_its_turn_has_come_passes_it_on",
+    ),
+    Mutant(
+        "a coroutine that is cancelled stays in the queue",
+        "_hosts/gate.py",
+        "                        self._awaiting.remove(place)\n",
+        "                        pass\n",
+        GATES + "test_one_that_is_cancelled_while_it_waits_takes_no_turn_of_another",
+    ),
+    Mutant(
+        "a gate that closes does not wake the threads that wait",
+        "_hosts/gate.py",
+        "            self.is_open = False\n            self._changed.notify_all()\n",
+        "            self.is_open = False\n",
+        GATES + "test_a_thread_that_waits_for_its_place_gets_it_or_hears_of_the_close",
+    ),
+    Mutant(
+        "a gate that closes does not wake the coroutines that wait",
+        "_hosts/gate.py",
+        "            while self._awaiting:\n                self._wake_one()\n",
+        "",
+        GATES + "test_coroutines_that_wait_are_sent_away_when_the_gate_closes",
+    ),
+    Mutant(
+        "a drain that waits does not hear of the last call",
+        "_hosts/gate.py",
+        "            if self._waiting:\n                self._changed.notify_all()",
+        "            if self._waiting > 1:\n                self._changed.notify_all()",
+        GATES + "test_a_drain_hears_of_the_end_of_the_last_call",
+    ),
+    Mutant(
+        "a gate lets one coroutine more through than its limit",
+        "_hosts/gate.py",
+        "or len(self._running) < self._calls_max:",
+        "or len(self._running) <= self._calls_max:",
+        GATES + "test_coroutines_wait_for_their_place_in_order",
+    ),
+    Mutant(
+        "a gate lets one thread more through than its limit",
+        "_hosts/gate.py",
+        "if len(self._running) < calls_max:",
+        "if len(self._running) <= calls_max:",
+        GATES + "test_a_thread_that_waits_for_its_place_gets_it_or_hears_of_the_close",
+    ),
+    Mutant(
+        "a service that calls itself waits for its own place",
+        "_hosts/gate.py",
+        "if self._calls_max is None or me in self._running:",
+        "if self._calls_max is None:",
+        GATES + "test_a_service_that_calls_itself_gets_through_and_keeps_its_place",
+    ),
+    Mutant(
+        "the return of an inner call frees the place of the outer one",
+        "_hosts/gate.py",
+        "self._running[me] = self._running.get(me, 0) + 1",
+        "self._running[me] = 1",
+        GATES + "test_a_service_that_calls_itself_gets_through_and_keeps_its_place",
+    ),
+    Mutant(
+        "a call that raised keeps its place",
+        "_hosts/gate.py",
+        "            finally:\n                self._leave(me)\n",
+        "            else:\n                self._leave(me)\n",
+        GATES + "test_calls_and_errors_are_counted_and_free_their_place",
+    ),
+    Mutant(
+        "an orphan does not wait for the calls that run",
+        "_remote/process.py",
+        "        if not self._busy.wait_over(max(due - time.monotonic(), 0) / 2):\n"
+        '            errors.append("a call or hook was still running")\n',
+        "",
+        ORPHANS + "test_an_orphan_waits_for_a_call_that_runs_before_its_stop",
+    ),
+    Mutant(
+        "an orphan never hears that its last call has ended",
+        "_remote/process.py",
+        "self._running -= 1\n",
+        "self._running -= 0\n",
+        ORPHANS + "test_the_stop_of_an_orphan_follows_the_end_of_its_last_call",
+    ),
+    Mutant(
+        "an orphan stops although it was never set up",
+        "_remote/process.py",
+        ' and (hook == "cleanup" or self._is_ready_to_stop()):',
+        ":",
+        ORPHANS + "test_an_orphan_that_was_not_set_up_is_cleaned_and_not_stopped",
+    ),
+    Mutant(
+        "an orphan repeats a hook that has begun",
+        "_remote/process.py",
+        "if hook in hooks and hook not in self._begun and",
+        "if hook in hooks and",
+        ORPHANS + "test_an_orphan_repeats_no_hook_that_the_driver_has_begun",
+    ),
+    Mutant(
+        "a site without a master stops a service that was never set up",
+        "_ray/site.py",
+        "            return False\n        return hook ==",
+        "            pass\n        return hook ==",
+        ORPHANS + "test_a_site_that_was_not_set_up_is_cleaned_and_not_stopped",
+    ),
+    Mutant(
+        "a site without a master repeats a hook that has begun",
+        "_ray/site.py",
+        'return hook == "exit" or (*place, hook) not in self._once',
+        "return True",
+        ORPHANS + "test_a_site_repeats_no_hook_that_its_master_has_begun",
+    ),
+    Mutant(
+        "an orphan ends without its stop",
+        "_remote/process.py",
+        "        if not self._is_told:\n            self._be_orphan()\n",
+        "",
+        ORPHANS + "test_an_orphan_stops_by_itself_when_the_guardian_is_gone_too",
+    ),
+    Mutant(
+        "a hook begins that nobody waits for any more",
+        "_remote/process.py",
+        '        if time.monotonic() > due:\n            raise TimeoutError(f"{hook} could not begin in time")\n',
+        "",
+        ORPHANS + "test_no_hook_begins_that_nobody_waits_for_any_more",
+    ),
+    Mutant(
+        "the link stays open when the process of a service ends",
+        "_hosts/process.py",
+        "            if self._link is not None:\n                self._link.shut()",
+        "            if self._link is not None:\n                self._link._free()",
+        PROCESSES + "test_a_required_service_whose_process_died_fails_the_job[fork]",
+    ),
+    Mutant(
+        "calls of a service whose process died are refused at once",
+        "_hosts/process.py",
+        "            else:\n                self.hold()",
+        "            else:\n                self.refuse()",
+        PROCESSES + "test_a_service_whose_process_died_is_restarted[_exit]",
+    ),
+    Mutant(
+        "a start that was given up gets its process",
+        "_hosts/process.py",
+        "if incarnation <= self._given_up:",
+        "if incarnation < self._given_up:",
+        PROCESSES + "test_a_start_that_is_given_up_before_it_has_a_process_gets_none",
+    ),
+    Mutant(
+        "the wake-up descriptor of the program is not put back",
+        "_runtime/interrupts.py",
+        "            signal.set_wakeup_fd(self._wakeup_before)",
+        "            pass",
+        "tests/faults/test_interrupts.py::test_the_programs_own_wakeup_descriptor_hears_of_signals_and_is_put_back",
+    ),
+    Mutant(
+        "the wake-up descriptor of the program hears of no signals",
+        "_runtime/interrupts.py",
+        "if self._wakeup_before != -1:",
+        "if self._wakeup_before == -1:",
+        "tests/faults/test_interrupts.py::test_the_programs_own_wakeup_descriptor_hears_of_signals_and_is_put_back",
+    ),
+    Mutant(
+        "a reused pid is hit",
+        "_processes.py",
+        "    if is_alive(one):\n        return descriptor",
+        "    if process(one.pid) is not None:\n        return descriptor",
+        "tests/hosts/test_guardian.py::test_a_reused_pid_is_never_hit",
+    ),
+)
+
+MORE_RULES = (
+    Mutant(
+        "a counter tells of anything but zero",
+        "_runtime/channel.py",
+        "is_zero = self._count == 0",
+        "is_zero = self._count != 0",
+        CHANNEL + "test_a_counter_tells_of_zero_and_of_nothing_else",
+    ),
+    Mutant(
+        "a producer that has put by force still waits for room",
+        "_runtime/channel.py",
+        "            self._waiting.pop(wake, None)\n            for counter",
+        "            for counter",
+        CHANNEL + "test_one_that_waits_no_more_takes_no_wake_up_of_another",
+    ),
+    Mutant(
+        "a producer that has given up still waits for room",
+        "_runtime/channel.py",
+        "        with self._lock:\n            self._waiting.pop(wake, None)\n            next_one",
+        "        with self._lock:\n            next_one",
+        CHANNEL + "test_one_that_waits_no_more_takes_no_wake_up_of_another",
+    ),
+    Mutant(
+        "a channel that grows wakes nobody",
+        "_runtime/channel.py",
+        "            self.portion = _portion(records)\n            next_one = self._next_waiting()",
+        "            self.portion = _portion(records)\n            next_one = None",
+        CHANNEL + "test_a_channel_that_grows_wakes_the_first_that_waits",
+    ),
+    Mutant(
+        "a batch that is cut loses a record",
+        "_runtime/channel.py",
+        "element.slice(0, fitting), element.slice(fitting)",
+        "element.slice(0, fitting), element.slice(fitting + 1)",
+        CHANNEL + "test_a_batch_is_cut_where_it_is_put_and_the_rest_comes_back",
+    ),
+    Mutant(
+        "feedback is cut, and waits for itself",
+        "_runtime/channel.py",
+        "if isinstance(element, Batch) and not force:",
+        "if isinstance(element, Batch):",
+        CHANNEL + "test_a_batch_is_cut_where_it_is_put_and_the_rest_comes_back",
+    ),
+    Mutant(
+        "a service that fails while it starts is not told of",
+        "_runtime/service_transitions.py",
+        "        _start_failed(t, name, FailureKind.FAILED, text=event.text)\n",
+        '        _next_stop_hook(t, name, "stop")\n',
+        LIFECYCLE + "test_a_service_that_fails_while_it_starts_fails_the_start",
+    ),
+    Mutant(
+        "calls of a service that failed still go to it",
+        "_runtime/service_transitions.py",
+        "if trouble in (FailureKind.DIED, FailureKind.FAILED):",
+        "if trouble is FailureKind.DIED:",
+        LIFECYCLE + "test_calls_of_a_service_that_failed_are_refused_and_those_of_an_unhealthy_one_are_not",
+    ),
+    Mutant(
+        "a failure of a service that ends counts",
+        "_runtime/service_transitions.py",
+        "    elif record.state is S.READY:\n        _service_failed(t, name, FailureKind.FAILED",
+        "    else:\n        _service_failed(t, name, FailureKind.FAILED",
+        LIFECYCLE + "test_a_failure_while_the_service_ends_changes_nothing",
+    ),
+    Mutant(
+        "any failure of a service takes those of its callers along",
+        "_runtime/transitions.py",
+        "is_death = failure.trouble is FailureKind.DIED and failure.counts",
+        "is_death = failure.counts",
+        LIFECYCLE + "test_a_task_that_fails_because_of_an_unhealthy_service_is_a_second_failure",
+    ),
+    Mutant(
+        "a second instance is built beside one that hangs",
+        "_runtime/service_transitions.py",
+        'again = "exit" in record.hooks and _may_restart(t, name)',
+        "again = _may_restart(t, name)",
+        LIFECYCLE + "test_a_start_that_hangs_on_a_thread_is_not_tried_again_and_fails_the_job_at_once",
+    ),
+    Mutant(
+        "a late start fails the job only after its cleanup",
+        "_runtime/service_transitions.py",
+        "        _worsen(t, name, end)\n    if required and not again:\n        t.fail_job()\n",
+        "        _worsen(t, name, end)\n",
+        LIFECYCLE + "test_a_start_that_hangs_on_a_thread_is_not_tried_again_and_fails_the_job_at_once",
+    ),
+    Mutant(
+        "the kill of a late start is told a second time",
+        "_runtime/service_transitions.py",
+        "if end is S.KILLED or not again:",
+        "if not again:",
+        LIFECYCLE + "test_a_process_that_was_ended_for_its_late_start_is_told_once",
+    ),
+    Mutant(
+        "what a process left behind is not told",
+        "_runtime/service_transitions.py",
+        "if event.value.left or record.goal is not S.KILLED:",
+        "if record.goal is not S.KILLED:",
+        LIFECYCLE + "test_what_a_process_left_behind_is_told_beside_the_hook_that_was_late",
+    ),
+    Mutant(
+        "an end that nobody could see counts as a good one",
+        "_runtime/service_transitions.py",
+        "event.value.unknown and not record.has_died:",
+        "event.value.unknown and record.has_died:",
+        LIFECYCLE + "test_an_end_that_nobody_could_see_is_a_failure_of_the_cleanup",
+    ),
+    Mutant(
+        "a service is kept without those that it needs",
+        "_runtime/service_transitions.py",
+        "t.services[other].state is S.READY and t.stays[other] for other in live",
+        "t.services[other].state is S.READY for other in live",
+        LIFECYCLE + "test_a_service_is_kept_only_with_those_that_it_needs",
+    ),
+    Mutant(
+        "a dependency that is seen late makes no room for the caller",
+        "_runtime/transitions.py",
+        " or t.seen is not t.start.seen",
+        "",
+        LIFECYCLE + "test_a_dependency_that_is_seen_while_a_probe_holds_up_the_stop_makes_room_for_the_caller",
+    ),
+    Mutant(
+        "the group of a folder may read the journal",
+        "_guardian/journal.py",
+        "elif found.st_mode & 0o077:",
+        "elif found.st_mode & 0o007:",
+        JOURNAL + "test_a_folder_that_anybody_else_may_enter_is_refused",
+    ),
+    Mutant(
+        "a line is glued to one that was torn",
+        "_guardian/journal.py",
+        'data = (b"\\n" if self._is_torn else b"") + line + b"\\n"',
+        'data = line + b"\\n"',
+        JOURNAL + "test_what_did_not_fit_is_a_line_of_its_own_and_what_follows_is_read",
+    ),
+    Mutant(
+        "a line that was torn counts as written",
+        "_guardian/journal.py",
+        '        if written < len(data):\n            raise OSError(f"{written} of {len(data)} bytes were written")\n',
+        "",
+        JOURNAL + "test_what_did_not_fit_is_a_line_of_its_own_and_what_follows_is_read",
+    ),
+    Mutant(
+        "a journal that was cut is in place",
+        "_guardian/journal.py",
+        " and found.st_size >= self._bytes_count",
+        "",
+        JOURNAL + "test_a_journal_that_was_cut_or_removed_is_not_in_place",
+    ),
+    Mutant(
+        "claims are carried out in the order of their making",
+        "_guardian/journal.py",
+        "for claim in reversed(self.claims) if",
+        "for claim in self.claims if",
+        JOURNAL + "test_the_claims_of_a_service_are_due_in_reverse",
+    ),
+    Mutant(
+        "the journal forgets a job that others share a service with",
+        "_guardian/journal.py",
+        "    over -= {owner for (job, _), owner in run.owners.items() if job not in over}\n",
+        "",
+        JOURNAL + "test_a_job_is_forgotten_when_it_is_sealed_and_keeps_nothing",
+    ),
+    Mutant(
+        "the journal forgets a job whose service is kept",
+        "_guardian/journal.py",
+        'return self.is_sealed and all(service.state != "kept" for service in self.services.values())',
+        "return self.is_sealed",
+        JOURNAL + "test_a_job_is_forgotten_when_it_is_sealed_and_keeps_nothing",
+    ),
+    Mutant(
+        "a late answer is taken for that of the next request",
+        "_remote/rpc.py",
+        "        except TimeoutError:\n            self._drop(connection)\n            raise\n",
+        "        except TimeoutError:\n            self._keep(connection, None)\n            raise\n",
+        LINKS + "test_a_late_answer_is_given_to_nobody",
+    ),
+    Mutant(
+        "a link that is shut leaves its requests waiting",
+        "_remote/rpc.py",
+        "            self._closed = True\n"
+        "            for connection in self._all:\n"
+        "                connection.shut()\n",
+        "            self._closed = True\n",
+        LINKS + "test_a_request_that_waits_hears_that_the_link_was_shut",
+    ),
+    Mutant(
+        "nobody hears that the other side of a link has gone",
+        "_remote/rpc.py",
+        "            self._socket.close()\n        self._on_closed()\n",
+        "            self._socket.close()\n",
+        LINKS + "test_a_request_that_waits_hears_that_the_link_was_shut",
+    ),
+    Mutant(
+        "a request that has no answer is answered",
+        "_remote/rpc.py",
+        "        leave_if_forked()\n        if not is_asked:\n            return None\n",
+        "",
+        LINKS + "test_what_has_no_answer_takes_none_of_another",
+    ),
+    Mutant(
+        "more connections are kept than the limit",
+        "_remote/rpc.py",
+        " and len(self._idle) < IDLE_MAX:",
+        ":",
+        LINKS + "test_no_more_connections_are_kept_than_the_limit",
+    ),
+)
+
+TASKS = (
+    Mutant(
+        "a process has ended before its host was told",
+        "_hosts/child_process.py",
+        "        self._on_end()\n        self._ended.set()\n",
+        "        self._ended.set()\n        self._on_end()\n",
+        OWN_PROCESSES + "test_whoever_waits_for_the_end_goes_on_when_it_was_told",
+    ),
+    Mutant(
+        "a process that has ended is asked to end",
+        "_hosts/child_process.py",
+        "        if not ended_before:\n            ask()",
+        "        ask()\n        if not ended_before:",
+        OWN_PROCESSES + "test_a_process_that_has_ended_is_not_asked",
+    ),
+    Mutant(
+        "a process that ended by itself counts as killed",
+        "_hosts/child_process.py",
+        "was_killed=not by_itself,",
+        "was_killed=by_itself,",
+        OWN_PROCESSES + "test_a_process_that_ends_when_it_is_asked_is_not_killed",
+    ),
+    Mutant(
+        "a later word delays an end that was hurried",
+        "_hosts/child_process.py",
+        "self._due = min(self._due, time.monotonic() + seconds)",
+        "self._due = time.monotonic() + seconds",
+        OWN_PROCESSES + "test_an_end_that_runs_can_be_hurried_and_not_delayed",
+    ),
+    Mutant(
+        "an end that is hurried sleeps on",
+        "_hosts/child_process.py",
+        "                self._grace.shorten(self._due - seconds * KILL_SHARE)\n"
+        "            self._hurried.notify_all()\n",
+        "                self._grace.shorten(self._due - seconds * KILL_SHARE)\n",
+        OWN_PROCESSES + "test_an_end_that_runs_can_be_hurried_and_not_delayed",
+    ),
+    Mutant(
+        "a task ends with the first of its producers",
+        "_runtime/input.py",
+        "            if self.producers == 0:\n                self.has_ended = True",
+        "            if self.producers >= 0:\n                self.has_ended = True",
+        ENDS + "test_a_comap_of_uneven_inputs_ends_with_the_longer_one",
+    ),
+    Mutant(
+        "the end of a stream is not counted",
+        "_runtime/input.py",
+        "            self.producers -= 1\n",
+        "",
+        ENDS + "test_a_comap_of_uneven_inputs_ends_with_the_longer_one",
+    ),
+    Mutant(
+        "a loop is over before its records are",
+        "_runtime/input.py",
+        "        if self.inbox.counters:\n            self.unsettled += 1\n",
+        "",
+        "tests/stream/test_loops.py::test_a_loop_ends_when_its_data_die_out",
+    ),
+    Mutant(
+        "a loop never hears that a record is done with",
+        "_runtime/input.py",
+        "                counter.add(-count)",
+        "                counter.add(count)",
+        "tests/stream/test_loops.py::test_a_loop_ends_when_its_data_die_out",
+    ),
+    Mutant(
+        "the functions of a failed task are not closed",
+        "_runtime/task.py",
+        "            if self.phase is not Phase.CLOSING:\n"
+        "                self._drop()\n"
+        "                self.phase = Phase.CLOSING\n"
+        "            return Step.PROGRESSED",
+        "            if self.phase is not Phase.CLOSING:\n"
+        "                self._drop()\n"
+        "                self._closed = len(self.operators)\n"
+        "                self.phase = Phase.CLOSING\n"
+        "            return Step.PROGRESSED",
+        ENDS + "test_a_sink_is_closed_after_a_failure_of_its_own",
+    ),
+    Mutant(
+        "a parked thread is not woken",
+        "_backends/pool.py",
+        "            self._is_parked = False\n            self._doorbell.ring()\n            return 0",
+        "            self._is_parked = False\n            return 0",
+        POOLS + "test_a_branch_that_waits_keeps_no_other_branch_from_going_on",
+    ),
+    Mutant(
+        "a guard ends with the first job that releases it",
+        "_guardian/lease.py",
+        "                cls._current._users_count += 1\n",
+        "                pass\n",
+        GUARDIANS + "test_a_guard_is_counted",
+    ),
+    Mutant(
+        "what a service released is ended with it",
+        "_guardian/job_journal.py",
+        "return found - with_descendants(guard.released(), found)",
+        "return found",
+        GUARDIANS + "test_what_is_left_of_a_service_does_not_count_what_it_released",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS)
