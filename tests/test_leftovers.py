@@ -302,6 +302,40 @@ def test_shared_memory_is_named(after: ExitStack) -> None:
     assert f"shared memory {path}, 5 bytes" in left_by(lambda: path.write_bytes(b"12345"), ignore=())
 
 
+MAPS = """
+import mmap, os, sys
+if os.fork():
+    sys.exit()
+with open(sys.argv[1], "r+b") as file:
+    memory = mmap.mmap(file.fileno(), 0)
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("holder", ["another program", "a child"])
+def test_shared_memory_of_another_program_is_not_left(holder: str, after: ExitStack) -> None:
+    path = Path("/dev/shm", f"sage-test-{uuid.uuid4().hex}")
+    after.callback(path.unlink)
+    program = MAPS if holder == "another program" else MAPS.replace("os.fork()", "False")
+
+    def block() -> None:
+        path.write_bytes(b"12345")
+        words = [sys.executable, "-c", program, str(path)]
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        after.callback(process.communicate)
+        assert process.stdout is not None
+        process.stdout.readline()
+
+    settings: dict[str, Any] = {"ignore": ["shared memory *sem*", "process *", "file descriptor *"], "within_s": SOON_S}
+    if holder == "another program":
+        with assert_clean(**settings):
+            block()
+    else:
+        assert left_by(block, **settings) == [f"shared memory {path}, 5 bytes"]
+
+
 @needs_proc
 def test_the_process_that_python_keeps_for_shared_memory_is_not_left() -> None:
     """It is started once, with the first shared memory of the program, and ends with the program."""

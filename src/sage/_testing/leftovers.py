@@ -311,6 +311,30 @@ def own_entries(folder: Path) -> Iterator[tuple[str, bool, int]]:
                     yield entry.path, entry.is_dir(follow_symlinks=False), status.st_size
 
 
+def held_elsewhere(paths: Iterable[str], proc: Path) -> set[str]:
+    """Return the files that a process maps which is neither this one nor comes from it.
+
+    Programs of the same user share the folder. A file that no process maps may be anybody's, and is not returned.
+    """
+    found: set[str] = set()
+    if not (wanted := set(paths)):
+        return found
+    below, with_cookie = family(proc, table := process_table(proc))
+    for pid in table.keys() - below - with_cookie - {os.getpid()}:
+        with suppress(OSError):
+            found |= wanted.intersection(mapped(pid, proc))
+    return found
+
+
+def mapped(pid: int, proc: Path) -> Iterator[str]:
+    """Yield the paths of the files in the memory of a process."""
+    with open(f"{proc}/{pid}/maps", errors="replace") as lines:
+        for line in lines:
+            # Addresses, permissions, offset, device and inode come before the path.
+            if len(fields := line.rstrip("\n").split(None, 5)) == 6:
+                yield fields[5]
+
+
 # --- before and after -------------------------------------------------------------------------------------------------
 
 LOOKS: dict[str, Callable[[Path], dict[Hashable, Leftover]]] = {
@@ -413,6 +437,9 @@ class CleanBlock:
             if key not in self._before.found and key[0] not in self._before.unknown
             if not any(thing.matches(pattern) for pattern in self._ignore)
         ]
+        shared = [thing.name for thing in self._left if thing.kind == "shared memory"]
+        others = held_elsewhere(shared, self._proc)
+        self._left = [thing for thing in self._left if thing.kind != "shared memory" or thing.name not in others]
 
     def _close(self) -> None:
         os.environ.pop(BLOCK_VARIABLE, None)
@@ -437,9 +464,10 @@ def assert_clean(within_s: float = 2.0, ignore: str | Iterable[str] = ()) -> Cle
     """Return a context manager that fails if its block leaves anything behind.
 
     It compares before and after: threads, processes below this one and all that carry the cookie of a job, file
-    descriptors, listening sockets, shared memory, temporary files and folders of this user, and the asyncio tasks of
-    a running event loop. The error names everything that is left, one line each. In a coroutine, `async with` lets
-    tasks end while it waits. If the block itself raises, that error is raised, with a note that lists the leftovers.
+    descriptors, listening sockets, shared memory that no other program maps, temporary files and folders of this
+    user, and the asyncio tasks of a running event loop. The error names everything that is left, one line each. In a
+    coroutine, `async with` lets tasks end while it waits. If the block itself raises, that error is raised, with a
+    note that lists the leftovers.
 
     A warning names the kinds that cannot be compared because the platform lacks /proc or /dev/shm.
 
