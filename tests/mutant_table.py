@@ -160,9 +160,23 @@ LIFECYCLES = (
     Mutant(
         "services with no dependencies are stopped side by side",
         "_runtime/transitions.py",
-        "        if t.services[name].state not in SERVICE_TERMINAL:\n            break\n",
+        "            if not front:\n                break\n",
         "",
         LIFECYCLE + "test_the_end_of_the_sources_stops_services_in_strict_reverse",
+    ),
+    Mutant(
+        "replicas are stopped one after the other",
+        "_runtime/transitions.py",
+        "            if not front:\n                break\n",
+        "            break\n",
+        LIFECYCLE + "test_replicas_stop_side_by_side_where_other_services_stop_one_after_the_other",
+    ),
+    Mutant(
+        "a replica that waits for its restart counts as lost",
+        "_runtime/service_transitions.py",
+        "return record.again or record.state in (S.REGISTERED, S.STARTING, S.READY, S.BACKOFF)",
+        "return record.state in (S.REGISTERED, S.READY)",
+        LIFECYCLE + "test_a_job_fails_when_fewer_replicas_are_left_than_it_needs",
     ),
     Mutant(
         "a circle of services that was seen is waited for",

@@ -20,6 +20,7 @@ from sage._runtime.states import StopMode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sage._hosts.gated import GatedHost
     from sage._plan.logical import ServiceSpec
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend, Host, HostSurroundings
@@ -68,15 +69,20 @@ def assemble(
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
     job = Job(id_, graph, interrupt_timeout_s())
-    guard = JobJournal(id_, graph.name, report, graph.services, before=before)
+    services = graph.services
+    if any(spec.options.has_replicas for spec in services):
+        from sage._hosts.replicas import with_replicas
+
+        services = with_replicas(services)
+    guard = JobJournal(id_, graph.name, report, services, before=before)
     counted = None
     if budget is not None:
         counted = Budget(budget, lambda why: job._request(StopMode.STOP, why), job._log.warning)
     job.dispatcher = prepare(
         plan,
-        graph.services,
+        services,
         backend,
-        partial(_host_of, limits),
+        partial(_host_of, limits, {}),
         Limits(**limits),
         job._seal,
         keep=keep,
@@ -95,8 +101,26 @@ def assemble(
 
 
 def _host_of(
-    limits: Mapping[str, float], spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings
+    limits: Mapping[str, float],
+    replicas: dict[str, list[GatedHost]],
+    spec: ServiceSpec,
+    context: ServiceContext,
+    surroundings: HostSurroundings,
 ) -> Host:
+    """Return the host of a service; `replicas` holds those of each front, which comes after them."""
+    if spec.options.has_replicas:
+        from sage._hosts.replicas import ReplicasHost
+
+        return ReplicasHost(spec, context, surroundings, replicas[spec.name])
+    host = _host_of_one(limits, spec, context, surroundings)
+    if spec.front:
+        replicas.setdefault(spec.front, []).append(host)
+    return host
+
+
+def _host_of_one(
+    limits: Mapping[str, float], spec: ServiceSpec, context: ServiceContext, surroundings: HostSurroundings
+) -> GatedHost:
     """Return the host of a service. Each kind is imported by the programs that use it."""
     if spec.options.shared:
         from sage._hosts.shared import SharedHost

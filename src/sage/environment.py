@@ -449,6 +449,10 @@ class Environment:
         with self._alone():
             graph = self._graph()
             keep = self._kept.names(keep_services, self._services)
+            if any(spec.options.has_replicas for spec in graph.services):
+                from sage._hosts.replicas import check_replicas
+
+                check_replicas(graph.services, keep)
             plan = self._plan(graph)
             if autostop and len(plan.serving) == len(graph.nodes):
                 error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')

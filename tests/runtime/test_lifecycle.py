@@ -54,6 +54,14 @@ def process(name: str, *requires: str, adopted: frozenset[str] | None = None, **
     return ServicePlan(name, requires, ServiceOptions(**options), adopted=adopted, own_hooks=frozenset({"exit"}))
 
 
+def replicated(name: str, count: int, *requires: str, least: int = 1, **options: Any) -> tuple[ServicePlan, ...]:
+    """Return the replicas of a service, and their front."""
+    names = [f"{name}[{number}]" for number in range(1, count + 1)]
+    own = ServiceOptions(required=False, **options)
+    front = ServicePlan(name, tuple(names), ServiceOptions(replicas=count, replicas_min=least))
+    return (*(ServicePlan(one, requires, own, front=name) for one in names), front)
+
+
 class Job:
     """A job on a clock of numbers: tells the lifecycle what happens and keeps what it wants done."""
 
@@ -166,6 +174,41 @@ def test_independent_services_start_side_by_side() -> None:
     """Services that do not depend on each other do not wait for each other."""
     job = Job(service("a"), service("b"))
     assert job.post(Begin()) == ["run_hook a build", "run_hook b build"]
+
+
+def test_replicas_start_side_by_side_and_their_front_with_those_that_could_be_had() -> None:
+    job = Job(service("base"), *replicated("a", 3, "base", least=2), service("user", "a"))
+    assert job.post(Begin()) == ["run_hook base build"]
+    assert job.ready("base")[-3:] == [f"run_hook a[{number}] build" for number in (1, 2, 3)]
+    job.ready("a[2]", "a[1]")
+    assert job.end("a[3]", "build", error=OSError("no memory")) == ["run_hook a build"]
+    assert job.ready("a")[-1] == "run_hook user build"
+    assert job.service_states()["a[3]"] == "failed_start"
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_job_fails_when_fewer_replicas_are_left_than_it_needs(is_running: bool) -> None:
+    job = Job(*replicated("a", 2, least=2, restart="on_failure", restarts_max=1))
+    if is_running:
+        job.run()
+    else:
+        job.post(Begin())
+    job.post(ServiceDied("a[1]", 1, "exit code 3"))
+    job.at(1.0)
+    assert not job.state.is_failed  # it is started once more
+    assert ("cancel_task t" in job.post(ServiceDied("a[1]", 2, "exit code 4"))) is is_running
+    [(kind, name, _)] = [failure for failure in job.seen_failures() if failure[0] != "died"]
+    assert (kind, name, job.state.is_failed) == ("failed", "a", True)
+    text = 'as 1 of its 2 replicas are left, and replicas_min is 2; the last one was "a[1]": exit code 4'
+    assert [failure.text for failure in job.state.failures if failure.counts] == [text]
+
+
+def test_the_job_goes_on_without_a_replica_that_it_does_not_need() -> None:
+    job = Job(*replicated("a", 2)).run()
+    job.post(ServiceDied("a[1]", 1, "exit code 3"))
+    assert (job.service_states()["a[1]"], job.state.job, job.state.is_failed) == ("lost", JobState.RUNNING, False)
+    job.post(ServiceDied("a[2]", 1, "exit code 3"))
+    assert (job.state.job, job.state.is_failed) == (JobState.FAILING, True)
 
 
 def test_only_hooks_that_a_service_has_are_run() -> None:
@@ -467,6 +510,16 @@ def test_with_dependencies_declared_services_of_one_level_stop_side_by_side() ->
     job.gone("a")
     assert job.service_states()["base"] == "ready"
     assert job.gone("b")[-1] == "run_hook base drain"
+
+
+def test_replicas_stop_side_by_side_where_other_services_stop_one_after_the_other() -> None:
+    job = Job(service("a"), *replicated("b", 2), service("c")).stopping()
+    assert job.service_states() == {"a": "ready", "b[1]": "ready", "b[2]": "ready", "b": "ready", "c": "draining"}
+    assert job.gone("c")[-1] == "run_hook b drain"
+    assert job.gone("b")[-2:] == ["run_hook b[2] drain", "run_hook b[1] drain"]
+    assert job.gone("b[1]") == ["run_hook b[1] stop", "run_hook b[1] cleanup"]
+    assert job.gone("b[2]")[-1] == "run_hook a drain"
+    assert job.gone("a")[-1] == "seal"
 
 
 def test_a_dependency_that_was_only_seen_counts_at_the_stop() -> None:

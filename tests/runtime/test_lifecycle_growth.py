@@ -112,6 +112,20 @@ def calls_of(work: Callable[[], Any]) -> int:
     return count
 
 
+def test_a_start_and_a_stop_grow_with_the_replicas_of_a_service() -> None:
+    lives = {}
+    for n in (FEW, MANY):
+        names = tuple(f"s[{number}]" for number in range(n))
+        plans = [ServicePlan(name, (), ServiceOptions(required=False), front="s") for name in names]
+        front = ServicePlan("s", names, ServiceOptions(replicas=n))
+        lives[n] = Life(begin((*plans, front), (), Limits()), [])
+    few, many = (calls_of(one.run) for one in lives.values())
+    assert math.log(many / few) / math.log(MANY / FEW) < 1.1, (few, many)
+    for one in lives.values():
+        assert (one.state.job, one.state.failures) == (JobState.SEALED, ())
+        assert len(one.stopped) == len(one.state.services)
+
+
 @pytest.mark.parametrize(
     ("keep", "seen", "shape"),
     [

@@ -6,7 +6,7 @@ Whatever happens in whatever order, the rules hold and the job ends.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -116,12 +116,28 @@ def graphs(draw: st.DrawFn) -> Graph:
         )
         for name in names
     )
+    services = tuple(part for plan in services for part in draw(replicas(plan, hooks)))
     tasks: list[TaskPlan] = []
     for number in range(draw(st.integers(0, 4))):
         others = [task.name for task in tasks]
         downstream = draw(st.lists(st.sampled_from(others), unique=True, max_size=2)) if others else []
         tasks.append(TaskPlan(f"t{number}", tuple(downstream), draw(st.booleans()), draw(st.booleans())))
     return Graph(services, tuple(tasks), hooks)
+
+
+@st.composite
+def replicas(draw: st.DrawFn, plan: ServicePlan, hooks: dict[str, frozenset[str]]) -> tuple[ServicePlan, ...]:
+    """Return the plan, or those of replicas and a front in its place."""
+    count = draw(st.sampled_from([0, 0, 0, 1, 2, 3]))
+    if not count or plan.keep or plan.adopted is not None:
+        return (plan,)
+    names = tuple(f"{plan.name}[{number}]" for number in range(count))
+    hooks |= dict.fromkeys(names, hooks[plan.name])
+    hooks[plan.name] = frozenset()
+    own = replace(plan.options, required=False)
+    several = replace(plan.options, replicas=count, replicas_min=draw(st.integers(1, count)), idempotent=True)
+    front = ServicePlan(plan.name, names, several)
+    return (*(replace(plan, name=name, options=own, front=plan.name) for name in names), front)
 
 
 def _with_all_they_need(names: frozenset[str], requires: dict[str, list[str]]) -> frozenset[str]:
@@ -272,9 +288,12 @@ class LifecycleMachine(RuleBasedStateMachine):
         for other, plan in self.plans.items():
             if name in plan.requires or ((other, name) in self.state.seen and other != name):
                 assert self.noted[other] in SERVICE_TERMINAL, f"{name} is stopped before {other}, which depends on it"
-        if not self.state.seen and not any(plan.requires for plan in self.plans.values()):
+        fronts = {plan.front for plan in self.plans.values()}
+        if not self.state.seen and not any(plan.requires for plan in self.plans.values() if plan.name not in fronts):
             names = list(self.plans)
             for other in names[names.index(name) + 1 :]:
+                if self.plans[name].front and self.plans[other].front == self.plans[name].front:
+                    continue
                 assert self.noted[other] in SERVICE_TERMINAL, f"{name} is stopped before {other}, registered later"
 
     def check_open(self, name: str) -> None:

@@ -35,6 +35,14 @@ CLOSED = object()
 """Stands for the answer of a call that found its gate closed."""
 
 
+class NotMadeError(ServiceUnavailableError):
+    """A call found that its replica takes none, or the replica died before it had begun; another one can make it."""
+
+
+def _nobody() -> None:
+    """Stand for the front of a service that is not a replica."""
+
+
 async def _closed(*_: Any, **__: Any) -> object:
     return CLOSED
 
@@ -63,6 +71,7 @@ class GatedHost(ABC):
         self._refused = False
         self._is_forked = False
         self._changed = threading.Condition()
+        self.on_turned: Callable[[], None] = _nobody  # called when calls are let through from now on, or are not
         useless_after_fork(self)
 
     @property
@@ -187,12 +196,16 @@ class GatedHost(ABC):
             self._gate.is_open = True
             self._held = False
             self._changed.notify_all()
+        if self.spec.front:
+            self.spec.handle._connect(self)  # which forgets the methods of an earlier instance
+        self.on_turned()
 
     def hold(self) -> None:
         """Let calls wait."""
         with self._changed:
             self._held = True
             self._gate.close()
+        self.on_turned()
 
     def hold_back(self) -> None:
         """Refuse calls that would have to wait for the rate of the service, as the job ends."""
@@ -212,6 +225,21 @@ class GatedHost(ABC):
             self._refused = True
             self._gate.close()
             self._changed.notify_all()
+        self.on_turned()
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether calls are let through."""
+        return self._gate.is_open
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether calls fail, and no later ones will be let through."""
+        return self._refused
+
+    def attribute(self, name: str) -> Any:
+        """Return an attribute of the instance, without a gate before it."""
+        return self._attribute(name)
 
     def abandon(self) -> str:
         """Leave the thread that hangs behind, and go on with a new one."""
@@ -279,14 +307,10 @@ class GatedHost(ABC):
         """Start a call on the service's own threads."""
         if timeout_s is None:
             timeout_s = self.spec.options.call_timeout_s
-        with self._changed:
-            if self._refused:
-                raise self._unavailable()
-            if self._threads is None:
-                self._threads = CallThreads(self.spec.name, self.spec.options.concurrency, self._waits)
+        threads = self._own_threads()
         if self._is_there:
             self._attribute(name)  # an unknown one is known at once
-        return self._threads.submit(name, lambda: self._admitted(name, args, kwargs), timeout_s)
+        return threads.submit(name, lambda: self._admitted(name, args, kwargs), timeout_s)
 
     # --- the part of each host ---
 
@@ -320,6 +344,14 @@ class GatedHost(ABC):
         """Clean up an instance whose constructor returned after it had been given up; nobody else will."""
 
     # --- behind it ---
+
+    def _own_threads(self) -> CallThreads:
+        with self._changed:
+            if self._refused:
+                raise self._unavailable()
+            if self._threads is None:
+                self._threads = CallThreads(self.spec.name, self.spec.options.concurrency, self._waits)
+            return self._threads
 
     def _after_fork_in_child(self) -> None:
         self._is_forked = self._refused = True
@@ -472,6 +504,8 @@ class GatedHost(ABC):
     def _later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that found the gate closed: wait while the service is restarted, or fail."""
         timeout_s = self.spec.options.call_timeout_s
+        if self.spec.front and not self._gate.is_open:
+            raise self._unavailable()  # the front knows another one
         with self._changed:
             if not self._changed.wait_for(lambda: self._refused or not self._held, timeout_s):
                 text = f'service "{self.spec.name}" was not back within {timeout_s:g} s'
@@ -483,9 +517,8 @@ class GatedHost(ABC):
     def _unavailable(self) -> ServiceUnavailableError:
         if self._is_forked:
             return refusal(self.spec.name)
-        error = ServiceUnavailableError(
-            f'service "{self.spec.name}" has stopped and takes no more calls', service=self.spec.name
-        )
+        kind = NotMadeError if self.spec.front else ServiceUnavailableError
+        error = kind(f'service "{self.spec.name}" has stopped and takes no more calls', service=self.spec.name)
         return hint(error, "A service is stopped when everything that depends on it has ended, or when it failed.")
 
     def _new_gate(self) -> Gate:

@@ -148,7 +148,7 @@ class ProcessHost(GatedHost):
 
     def _number_of_call(self, link: SocketPairRpc) -> int:
         """Return the number by which the process gives a call up when its caller does, or 0 where the caller cannot."""
-        call = current_call(self.spec.name)
+        call = current_call(self.spec.front or self.spec.name)
         if call is None:
             return 0
         number = next(self._numbers)
@@ -169,6 +169,9 @@ class ProcessHost(GatedHost):
         if has_begun or isinstance(error, NotSentError) or not self._process.wait_ended():
             raise self._unanswered(error, name) from getattr(error, "reason", None)
         gate.take_back()
+        if self.spec.front:
+            gate.error_count -= 1  # the gate has counted the call, and counts the error next
+            raise self._unavailable()
         return self._later(name, args, kwargs)
 
     def is_coroutine(self, name: str) -> bool:

@@ -226,8 +226,10 @@ class SharedHost(GatedHost):
     def fail(self, text: str, is_clean: bool) -> None:
         """Tell the job that the instance has failed for good; called by the supervisor of the instance."""
         self._failure = text, is_clean
-        tell = self._around.on_failed if is_clean else self._around.on_died
-        tell(self._incarnation, text)
+        if is_clean:
+            self._around.on_failed(self._incarnation, f"for all who share it: {text}")
+        else:
+            self._around.on_died(self._incarnation, text)
 
     def tie(self, owner: str) -> None:
         """Have it written down which job runs the instance."""

@@ -56,7 +56,8 @@ def _kind(service: ServiceSpec) -> str:
     host = "command" if service.command is not None else options.host or "inline"
     calls = "any number of calls at once" if options.concurrency is None else f"{options.concurrency} at once"
     calls = "one call at a time" if options.concurrency == 1 else calls
-    return ", ".join([host, *(["shared"] if options.shared else []), calls])
+    many = f"{options.replicas} replicas, each " if options.replicas > 1 else ""
+    return ", ".join([host, *(["shared"] if options.shared else []), many + calls])
 
 
 def _promises(graph: LogicalGraph, plan: PhysicalPlan) -> Iterator[str]:

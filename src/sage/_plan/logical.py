@@ -149,6 +149,7 @@ class ServiceSpec:
         options: see `ServiceOptions`.
         handle: the handle through which user code calls it.
         command: the command that it is, or None for one that is built from `target`.
+        front: the service that it is a replica of, or "".
         requires: names of services it depends on, declared or seen among its arguments.
     """
 
@@ -159,6 +160,7 @@ class ServiceSpec:
     options: ServiceOptions
     handle: ServiceHandle[Any]
     command: Command | None = None
+    front: str = ""
 
     @property
     def requires(self) -> tuple[str, ...]:

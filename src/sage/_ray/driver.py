@@ -87,6 +87,8 @@ def check_supported(name: str, graph: LogicalGraph) -> None:
         bridge = bridge_among(spec.target, spec.args, dict(spec.kwargs))
         if spec.options.shared:
             what = "is shared"
+        elif spec.options.has_replicas:
+            what, instead = "has replicas", "Leave replicas out, or run the job with a LocalEnvironment."
         elif bridge is not None and bridge.streams:
             what, instead = "answers piece by piece", "Leave stream=True out, or serve it with a LocalEnvironment."
         if what:

@@ -99,6 +99,7 @@ def _service_plan(service: ServiceSpec, host: Host, keep: frozenset[str], adopte
         adopted=host.hooks if service.name in adopted else None,
         own_hooks=host.own_hooks,
         local_hooks=host.local_hooks,
+        front=service.front,
     )
 
 
@@ -126,7 +127,9 @@ class Dispatcher:
         self._budget = budget
         self._guard = guard
         self._loop = CoroutineLoop(plan.name if plan is not None else "sage", backend)
-        self._handles: dict[str, ServiceHandle[Any]] = {service.name: service.handle for service in services}
+        self._handles: dict[str, ServiceHandle[Any]] = {
+            service.name: service.handle for service in services if not service.front
+        }
         self._specs = {service.name: service for service in services}
         self._dependencies = Dependencies()
 
@@ -173,6 +176,7 @@ class Dispatcher:
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of an answer; the context of a service calls this."""
+        service = self._specs[service].front or service
         if self._budget is not None:
             self._budget.used(service, prompt_tokens, completion_tokens)
         host = self.supervisor.hosts.get(service)

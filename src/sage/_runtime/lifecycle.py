@@ -82,6 +82,7 @@ class ServicePlan:
         adopted: the hooks of an instance that an earlier job kept, or None if it has to be built.
         own_hooks: the hooks of its host itself: "exit", if there is a process to end.
         local_hooks: the hooks that run on a thread here although there is such a process.
+        front: the service that it is a replica of, or "".
     """
 
     name: str
@@ -91,6 +92,7 @@ class ServicePlan:
     adopted: frozenset[str] | None = None
     own_hooks: frozenset[str] = frozenset()
     local_hooks: frozenset[str] = frozenset()
+    front: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,8 @@ class Shape:
         task_places: the place of each task.
         needed_by: the services that declared that they need a service.
         opened_before: the tasks that open only after a task.
-        side_by_side: whether services stop side by side, because some declared dependencies.
+        side_by_side: whether services stop side by side, because some declared dependencies; replicas of one
+            service always do.
         serves_only: whether all tasks only answer requests.
     """
 
@@ -530,7 +533,8 @@ def begin(
         else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted | plan.own_hooks)
         for plan in services
     }
-    side_by_side = any(plan.requires for plan in services)
+    fronts = {plan.front for plan in services}
+    side_by_side = any(plan.requires for plan in services if plan.name not in fronts)
     # One that was kept may have lost, in an earlier job, a service that it needed.
     services = tuple(
         replace(plan, requires=tuple(other for other in plan.requires if other in records)) for plan in services

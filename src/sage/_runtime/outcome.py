@@ -84,7 +84,7 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
             for caused in failure.caused:
                 hint(error, f"With it failed: {describe(caused)}")
         case FailureKind.FAILED:
-            error = ServiceError(f'service "{name}" failed for all who share it: {text}', job=job, service=name)
+            error = ServiceError(f'service "{name}" failed {text}', job=job, service=name)
         case FailureKind.LOST:
             text = f'service "{name}" ended by itself before it was cleaned up: {text}'
             error = CleanupError(text, job=job, service=name)

@@ -34,6 +34,7 @@ from sage._runtime.lifecycle import (
 )
 from sage._runtime.states import SERVICE_TERMINAL, JobState, ServiceState
 from sage._runtime.transition import Transition
+from sage.errors import describe
 
 S = ServiceState
 
@@ -277,6 +278,35 @@ def _service_failed(
         _worsen(t, name, S.FAILED)
     t.do(ActionKind.HOLD_CALLS if again else ActionKind.REFUSE_CALLS, name)
     _drain_service(t, name)
+
+
+def check_replicas(t: Transition) -> None:
+    """Fail a service of which too few replicas are left, if one of them has changed in this step."""
+    if t.stopping:
+        return
+    plans = t.start.service_plans
+    lost = {plans[name].front for name in t.touched if plans[name].front and not _may_be_had(t.services[name])}
+    ready = {name for name in t.touched if plans[name].options.has_replicas and t.services[name].state is S.READY}
+    for name in lost | ready:
+        options, replicas = plans[name].options, plans[name].requires
+        left = sum(map(_may_be_had, (t.services[other] for other in replicas)))
+        if left >= options.replicas_min or t.stopping:
+            continue
+        text = f"as {left} of its {len(replicas)} replicas are left, and replicas_min is {options.replicas_min}"
+        last = next((failure for failure in reversed(t.failures) if failure.name in replicas), None)
+        if last is not None:
+            why = last.text or (describe(last.error) if last.error else f"{last.hook} {last.trouble}")
+            text += f'; the last one was "{last.name}": {why}'
+        if t.services[name].state is S.READY:
+            _service_failed(t, name, FailureKind.FAILED, text=text)
+        elif options.required:
+            t.fail(FailureKind.FAILED, name, text=text)
+            t.fail_job()
+
+
+def _may_be_had(record: ServiceRecord) -> bool:
+    """Return whether a replica is ready, or may be once more."""
+    return record.again or record.state in (S.REGISTERED, S.STARTING, S.READY, S.BACKOFF)
 
 
 # --- stop ---

@@ -33,6 +33,7 @@ from sage._runtime.lifecycle import (
     Tick,
 )
 from sage._runtime.service_transitions import (
+    check_replicas,
     expire_service,
     kill_service,
     start_service,
@@ -218,6 +219,7 @@ def _expire(t: Transition, until: float) -> None:
 
 def _advance(t: Transition) -> None:
     """Start, run, stop and seal everything that is due, until the state is stable."""
+    check_replicas(t)
     if t.job is JobState.STARTING:
         _advance_start(t)
     job = t.job
@@ -302,13 +304,21 @@ def _stop_in_turn(t: Transition) -> bool:
         place -= 1
     t.tally.stop_place = place
     has_changed = False
+    front = ""  # of the replicas that end now
+    ends = SERVICE_TERMINAL | STOP_STATES
     for name in (order[at] for at in range(place, -1, -1)):
+        if front and t.start.service_plans[name].front != front:
+            break
+        if front and t.services[name].state in ends:
+            continue
         if not t.dependents_over(name):
             continue
         before = t.services[name]
-        if before.state not in SERVICE_TERMINAL | STOP_STATES:
+        if before.state not in ends:
             stop_service(t, name)
             has_changed |= t.services[name] is not before
         if t.services[name].state not in SERVICE_TERMINAL:
-            break
+            front = t.start.service_plans[name].front
+            if not front:
+                break
     return has_changed

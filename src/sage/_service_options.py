@@ -1,0 +1,130 @@
+"""The options of a service: how it is started, called, watched and stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from sage._arguments import check_backoff, check_count, check_seconds
+from sage.errors import GraphError, hint, short
+from sage.rate import Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping
+
+NO_RESOURCES: Mapping[str, float] = {}
+"""One for all, since the options of every service of every job that is known hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """How a service is started, called, watched and stopped.
+
+    Attributes:
+        depends_on: names of services that must be ready before this one starts and that are stopped after it.
+            A handle among the constructor's arguments is seen without being declared.
+        concurrency: how many calls may run at once; 1 is serial, None is unlimited, for a class that is thread-safe.
+        call_timeout_s: bound of a call that names none, in seconds; None is unbounded, and the only kind of call that
+            runs on the caller's own thread.
+        start_timeout_s: bound of constructor, `setup`, `start` and getting `ready` together, in seconds.
+        drain_timeout_s: how long running calls may take to end before `stop` is called, in seconds.
+        stop_timeout_s: bound of `stop` and of `cleanup`, each, in seconds.
+        restart: whether to restart the service when its start or its `health` fails.
+        restarts_max: how many restarts are allowed within `restart_window_s` seconds.
+        backoff_s: first and longest pause before a restart, in seconds; it doubles each time.
+        required: whether the job fails with the service; if not, calls fail at once and the job goes on.
+        health_interval_s: pause between two calls of `health`, where the service has one, in seconds.
+        replace: whether registering takes the place of an earlier service of the same name; handles that were given out
+            lead to the new one.
+        host: where it runs: "inline" in the process that submits the job, "process" in one of its own, which can be
+            killed, "ray" in one of a cluster. None is "inline" for jobs on one machine and "ray" on a cluster.
+        kill_grace_s: how long a process may take to end after its cleanup before it is killed, in seconds.
+        shared: whether the environments of this process share one instance, which the last of them cleans up.
+        num_cpus: processors that its process reserves in a cluster; 0 reserves nothing.
+        num_gpus: GPUs that its process reserves in a cluster, and sees.
+        resources: other resources of the cluster that its process reserves, by name.
+        rate: how fast its calls may begin; they wait for that in the order in which they came.
+        replicas: how many instances share the calls; each has hooks, health, restarts and `concurrency` of its own.
+        replicas_min: the job fails when fewer replicas than this can be had.
+        affinity: gives a key for the arguments of a call; calls with the same key go to one replica while it lives.
+            Without it, a call goes to the replica with the fewest running calls.
+        idempotent: whether a call may be made again by another replica if its replica dies during it.
+    """
+
+    depends_on: tuple[str, ...] | list[str] = ()
+    concurrency: int | None = 1
+    call_timeout_s: float | None = None
+    start_timeout_s: float = 60.0
+    drain_timeout_s: float = 5.0
+    stop_timeout_s: float = 10.0
+    restart: Literal["never", "on_failure", "always"] = "never"
+    restarts_max: int = 3
+    restart_window_s: float = 60.0
+    backoff_s: tuple[float, float] = (0.1, 10.0)
+    required: bool = True
+    health_interval_s: float = 5.0
+    replace: bool = False
+    host: Literal["inline", "process", "ray"] | None = None
+    kill_grace_s: float = 5.0
+    shared: bool = False
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=lambda: NO_RESOURCES)
+    rate: Rate | None = None
+    replicas: int = 1
+    replicas_min: int = 1
+    affinity: Callable[..., Hashable] | None = None
+    idempotent: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the option."""
+        if isinstance(self.depends_on, str):
+            error = GraphError(f"service option depends_on is the string {self.depends_on!r}, not a list of names")
+            raise hint(error, f"Write depends_on=[{self.depends_on!r}].")
+        names: Any = self.depends_on
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise hint(GraphError(f"service option depends_on is {short(names)}"), "Give a list of names.")
+        if self.restart not in ("never", "on_failure", "always"):
+            error = GraphError(f"service option restart is {self.restart!r}")
+            raise hint(error, 'It is "never", "on_failure" or "always".')
+        if self.host not in (None, "inline", "process", "ray"):
+            raise hint(GraphError(f"service option host is {self.host!r}"), 'It is "inline", "process" or "ray".')
+        if not isinstance(self.rate, Rate | None):
+            raise hint(GraphError(f"service option rate is {short(self.rate)}"), "Give Rate(requests_per_minute=...).")
+        if self.concurrency is not None:
+            check_count("service option concurrency is", self.concurrency)
+        check_count("service option restarts_max is", self.restarts_max, least=0)
+        check_backoff("service option backoff_s is", self.backoff_s)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            is_unbounded = one.name == "call_timeout_s" and value is None
+            if one.name.endswith("_s") and one.name != "backoff_s" and not is_unbounded:
+                check_seconds(f"service option {one.name} is", value)
+        for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
+            if amount < 0:
+                raise GraphError(f"service option {name} is {amount}, which is negative")
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        check_count("service option replicas is", self.replicas)
+        check_count("service option replicas_min is", self.replicas_min)
+        if self.replicas_min > self.replicas:
+            error = GraphError(f"service option replicas_min is {self.replicas_min}, with replicas={self.replicas}")
+            raise hint(error, "The job fails when fewer replicas can be had, so it is at most their number.")
+        if self.affinity is not None and not callable(self.affinity):
+            error = GraphError(f"service option affinity is {short(self.affinity)}, which is not callable")
+            raise hint(error, "Give a function of the arguments of a call: affinity=lambda prompt: prompt[:100].")
+        if self.has_replicas and self.shared:
+            error = GraphError("service options replicas and shared do not go together")
+            raise hint(error, "Leave shared=True out: a replicated service belongs to one environment.")
+        if self.has_replicas and self.host == "ray":
+            error = GraphError('service options replicas and host="ray" do not go together')
+            raise hint(error, 'Replicas run on this machine: give host="process", or leave host out.')
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether a front chooses among replicas for each call."""
+        return self.replicas > 1 or self.idempotent
+
+
+DEFAULT_OPTIONS = ServiceOptions()
