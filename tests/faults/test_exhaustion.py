@@ -37,7 +37,7 @@ SLEEPER = [sys.executable, "-c", "import signal; print('up', flush=True); signal
 
 @pytest.fixture(autouse=True)
 def _half_made_loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Collect the event loops that the standard library could not make, which complain then, in the test they are of."""
+    """Collect the event loops that the standard library could not make: they complain then, and not in a later test."""
     real = sys.unraisablehook
 
     def but_loops(found: Any) -> None:

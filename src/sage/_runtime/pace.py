@@ -73,7 +73,7 @@ class Pace(Protocol):
 
 
 FRESH_S = 0.001
-"""To ask the system for how long a thread has waited costs as much as many cheap calls: it is not asked again sooner."""
+"""To ask the system for how long a thread has waited costs as much as many cheap calls, so it is not asked sooner."""
 
 _waits: dict[int, tuple[float, float]] = {}
 """For how long each thread had waited for a processor when it was asked last, and when that was."""

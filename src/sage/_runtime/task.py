@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._operators.operator import Operator
-    from sage._plan.logical import Node
     from sage._runtime.channel import Channel
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.pace import Pace
