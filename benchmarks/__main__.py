@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 # threads of its own would lose a core to what the other side has left behind.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from benchmarks.answers import answers
+from benchmarks.answers import answers, ingest
 from benchmarks.growth import MEASURED, both_ends, growth, large_records
 from benchmarks.jobs import importing, latency, low_rate, memory, served, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
@@ -52,6 +52,7 @@ CASES = {
     "process-stop": process_stop,
     "stores": stores,
     "answers": answers,
+    "ingest": ingest,
     "peers": peers,
     "growth": growth,
     "ray": jobs_on_ray,
