@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from sage.command import Port as Port
     from sage.command import RunningCommand as RunningCommand
     from sage.connector import Source as Source
+    from sage.connector import TransactionalSink as TransactionalSink
+    from sage.durable import Durable as Durable
     from sage.environment import LocalEnvironment as LocalEnvironment
     from sage.errors import AuthenticationError as AuthenticationError
+    from sage.errors import CheckpointError as CheckpointError
     from sage.errors import CleanupError as CleanupError
     from sage.errors import CleanupTimeoutError as CleanupTimeoutError
+    from sage.errors import ConnectorError as ConnectorError
     from sage.errors import ControlError as ControlError
     from sage.errors import DuplicateNameError as DuplicateNameError
     from sage.errors import FunctionError as FunctionError
@@ -74,9 +78,11 @@ __getattr__ = lazy(
         "_awaited_calls": "aio",
         "_supervised": "supervised",
         "command": "Http Line Port RunningCommand",
-        "connector": "Source",
+        "connector": "Source TransactionalSink",
+        "durable": "Durable",
         "environment": "LocalEnvironment",
-        "errors": "AuthenticationError CleanupError CleanupTimeoutError ControlError DuplicateNameError "
+        "errors": "AuthenticationError CheckpointError CleanupError CleanupTimeoutError ConnectorError ControlError "
+        "DuplicateNameError "
         "FunctionError GraphError HeldBackError InternalError JobError JobErrorGroup JobNotFoundError ReplayError "
         "SageError "
         "ServerUnreachableError ServiceError ServiceStartError ServiceTimeoutError "

@@ -12,6 +12,7 @@ from sage._backends.threads import ThreadsBackend
 from sage._guardian.job_journal import JobJournal
 from sage._plan.logical import LogicalGraph
 from sage._runtime.budget import Budget
+from sage._runtime.deployment import deploy
 from sage._runtime.dispatcher import prepare
 from sage._runtime.job import Job
 from sage._runtime.lifecycle import Limits
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend, Host, HostSurroundings
     from sage._runtime.budget import BudgetLimits
+    from sage._runtime.durable_run import DurableRun
     from sage.service import ServiceContext
 
 INTERRUPT_TIMEOUT_S = 25.0
@@ -51,6 +53,7 @@ def assemble(
     adopted: Mapping[str, Host] = NOTHING_ADOPTED,
     before: JobJournal | None = None,
     budget: BudgetLimits | None = None,
+    durable: DurableRun | None = None,
     until_asked: bool = False,
 ) -> tuple[Job, JobJournal]:
     """Return a job that has not begun, and the object that reports it to the guardian.
@@ -66,6 +69,7 @@ def assemble(
         adopted: hosts that an earlier job left to it.
         before: that job's guard.
         budget: what the job may use, or None.
+        durable: makes its checkpoints, or None; closed with the job.
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
     job = Job(id_, graph, interrupt_timeout_s())
@@ -85,6 +89,7 @@ def assemble(
         partial(_host_of, limits, {}),
         Limits(**limits),
         job._seal,
+        make_tasks=deploy if durable is None else partial(deploy, durable=durable),
         keep=keep,
         adopted=adopted,
         guard=guard,
@@ -94,6 +99,11 @@ def assemble(
     if counted is not None:
         supervisor = job.dispatcher.supervisor
         job._when_begun(lambda: counted.begin(supervisor))
+    if durable is not None:
+        supervisor = job.dispatcher.supervisor
+        job._durable = durable
+        job._when_begun(lambda: durable.begin(supervisor))
+        job._when_sealed(durable.close)
     job.dispatcher.supervisor.listeners.append(guard.note)
     job._when_begun(guard.begin)
     job._when_sealed(lambda _: guard.sealed())

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, cast, overload
 
@@ -17,6 +18,7 @@ from sage._kept import KeptServices
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import builder_of, check_service_arguments, class_of, source_spec
 from sage._runtime.manager import JobManager
+from sage.durable import Durable
 from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
 from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions, unknown_service
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
     Opens: TypeAlias = Bounded[T] | Awaitable[Iterable[T]]
     UnboundedClass: TypeAlias = type[SourceFunction[T]] | type[BatchFunction[T]] | type[Source[T]]
     Unbounded: TypeAlias = SourceFunction[T] | BatchFunction[T] | Source[T]
+
+RESUME_VARIABLE = "SAGE_RESUME"
+"""Set by `sage run --fresh`: how durable jobs begin whose program does not say."""
 
 CONSOLE_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -90,6 +95,8 @@ class Environment:
         self.env_uuid = str(uuid.uuid4())
         self._limits: dict[str, float] = {}
         self._budget: BudgetLimits | None = None
+        self._durable: Durable | None = None
+        self._resume: str = "auto"
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
         self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder(self)
@@ -424,6 +431,7 @@ class Environment:
         keep_services: bool | Iterable[str] = False,
         keep_s: float | None = None,
         progress: bool = False,
+        resume: Literal["auto", "never", "must"] = "auto",
     ) -> Job:
         """Run the pipeline and return its job.
 
@@ -436,9 +444,12 @@ class Environment:
                 An error of such an end is logged.
             progress: whether a line on standard error says how far the job is: records, percent and time left where all
                 sources know their length, rate, fullest queue, failures.
+            resume: how a durable job begins: "auto" goes on from the last checkpoint if there is one, "must" raises if
+                there is none, and "never" deletes the checkpoints and begins anew.
 
         Raises:
             GraphError: the program is wrong; nothing was started.
+            CheckpointError: the job is durable and cannot use its folder or its checkpoint; nothing was started.
             JobError: with `autostop`, the job failed; several errors come as one `JobErrorGroup`.
             KeyboardInterrupt: with `autostop` on the main thread, Ctrl-C; everything has been cleaned up.
         """
@@ -446,7 +457,13 @@ class Environment:
             check_seconds("keep_s is", keep_s, may_be_zero=False)
             if not keep_services:
                 raise hint(GraphError(f"keep_s is {keep_s}, but no service is kept"), "Add keep_services=True.")
+        if resume not in ("auto", "never", "must"):
+            raise hint(GraphError(f"submit: resume is {short(resume)}"), 'It is "auto", "never" or "must".')
+        if resume != "auto" and self._durable is None:
+            error = GraphError(f'environment "{self.name}" is not durable, and resume is {resume!r}')
+            raise hint(error, 'Give it a folder for checkpoints: LocalEnvironment(..., durable="state").')
         with self._alone():
+            self._resume = os.environ.get(RESUME_VARIABLE, "auto") if resume == "auto" else resume
             graph = self._graph()
             keep = self._kept.names(keep_services, self._services)
             if any(spec.options.has_replicas for spec in graph.services):
@@ -594,18 +611,29 @@ class Environment:
         from sage._assembly import assemble
 
         report = os.path.abspath(self.report_file) if self.report_file else None
-        job, guard = assemble(
-            id_,
-            graph,
-            plan,
-            backend,
-            self._limits,
-            report=report,
-            keep=keep,
-            adopted=adopted,
-            before=self._guard,
-            budget=None if plan is None else self._budget,
-        )
+        durable = None
+        if self._durable is not None and plan is not None:
+            from sage._runtime.durable_run import DurableRun
+
+            durable = DurableRun(self._durable, graph, self._resume)
+        try:
+            job, guard = assemble(
+                id_,
+                graph,
+                plan,
+                backend,
+                self._limits,
+                report=report,
+                keep=keep,
+                adopted=adopted,
+                before=self._guard,
+                budget=None if plan is None else self._budget,
+                durable=durable,
+            )
+        except BaseException:
+            if durable is not None:
+                durable.close()
+            raise
 
         def sealed(_: Ended) -> None:
             self._guard = guard
@@ -683,7 +711,8 @@ class Environment:
             raise _registered_twice(spec.name)
 
     def _graph(self) -> LogicalGraph:
-        return self._builder.freeze(self.name, tuple(self._services.values()))
+        graph = self._builder.freeze(self.name, tuple(self._services.values()))
+        return graph if self._durable is None else replace(graph, is_durable=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -732,6 +761,8 @@ class Environment:
             except BaseException:
                 if job is not None:
                     job.dispatcher.discard()
+                    if job._durable is not None:
+                        job._durable.close()
                 self._kept.expire_later()
                 raise
             self._builder.spend(graph)
@@ -805,6 +836,8 @@ class LocalEnvironment(Environment):
         services_share: the part of the budget of a stop that is reserved for services; 0.4 by default.
         services_reserve_s: the least that is reserved for them, in seconds; 5 by default.
         backend: where tasks run; `sage.testing.StepBackend` runs them one step at a time, from a seed.
+        durable: the folder of its checkpoints, or a `Durable`. A job that was killed goes on from the last one when the
+            program runs again.
     """
 
     def __init__(
@@ -820,8 +853,10 @@ class LocalEnvironment(Environment):
         services_share: float | None = None,
         services_reserve_s: float | None = None,
         backend: Callable[[], Backend] | None = None,
+        durable: str | os.PathLike[str] | Durable | None = None,
     ) -> None:
         super().__init__(name, config)
+        self._durable = durable if durable is None or isinstance(durable, Durable) else Durable(durable)
         self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
         if backend is not None and not callable(backend):
             error = TypeError(f'environment "{name}": backend is {short(backend)}')

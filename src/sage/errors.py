@@ -7,6 +7,8 @@
         FunctionError         user code raised; __cause__ is the original
         ServiceError          ServiceStartError, ServiceTimeoutError, ServiceUnavailableError, HeldBackError
         CleanupError          CleanupTimeoutError
+        CheckpointError       checkpoints of a durable job cannot be used, read or written
+        ConnectorError        files or servers behind a source or a sink
         JobErrorGroup         several of them, the first cause first
       ControlError            JobNotFoundError, ServerUnreachableError, AuthenticationError
       InternalError           a bug of ours: says so, asks for a report
@@ -122,6 +124,14 @@ class CleanupError(JobError):
 
 class CleanupTimeoutError(CleanupError, TimeoutError):
     """A task or a hook of a service did not end within its bound and was abandoned; a note shows where it stands."""
+
+
+class CheckpointError(JobError):
+    """The checkpoints of a durable job cannot be used, read or written, or do not fit its graph."""
+
+
+class ConnectorError(JobError):
+    """Files or servers behind a source or a sink cannot be used."""
 
 
 class JobErrorGroup(ExceptionGroup[Exception], JobError):

@@ -128,8 +128,25 @@ class EndOfStream:
 END_OF_STREAM = EndOfStream()
 
 
+class Barrier:
+    """Parts the records that belong to a checkpoint from those that follow.
+
+    Attributes:
+        number: the number of the checkpoint.
+    """
+
+    __slots__ = ("number",)
+    bytes_count = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 0
+
+
 class Element(Protocol):
-    """An element of a channel: a batch, in any of its forms, or the end of a stream."""
+    """An element of a channel: a batch, in any of its forms, a barrier, or the end of a stream."""
 
     @property
     def bytes_count(self) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sage._plan.physical import PhysicalPlan
     from sage._runtime.backend import Backend
     from sage._runtime.job import Job
+    from sage.durable import Durable
 
 
 class EnvironmentInside:
@@ -63,6 +64,7 @@ class RemoteEnvironment(Environment):
         close_timeout_s: how long each `close` of a function may take, in seconds.
         services_share: the part of the budget of a stop that is reserved for services; 0.4 by default.
         services_reserve_s: the least that is reserved for them, in seconds; 5 by default.
+        durable: refused; only a `LocalEnvironment` has checkpoints.
     """
 
     def __init__(
@@ -82,7 +84,11 @@ class RemoteEnvironment(Environment):
         close_timeout_s: float | None = None,
         services_share: float | None = None,
         services_reserve_s: float | None = None,
+        durable: str | os.PathLike[str] | Durable | None = None,
     ) -> None:
+        if durable is not None:
+            error = UnsupportedPlanError(f'environment "{name}" is durable, which jobs on a cluster cannot be yet')
+            raise hint(error, "Leave durable= out, or use LocalEnvironment; nothing was started.")
         super().__init__(name, config)
         self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
         if log_dir is not None:

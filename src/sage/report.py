@@ -180,6 +180,7 @@ class JobReport:
         undelivered: records that were in flight and dropped by a stop, a cancel or a failure.
         errors: everything that went wrong, the first cause first.
         running_s: for how long records flowed, after the start of the services and before their end, in seconds.
+        notes: lines about the checkpoints of a durable job, such as the one that it was resumed from.
     """
 
     id: str
@@ -196,6 +197,7 @@ class JobReport:
     undelivered: int = 0
     errors: tuple[Exception, ...] = ()
     running_s: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def bottleneck(self) -> str | None:
@@ -259,6 +261,7 @@ class JobReport:
         return {
             **plain,
             "bottleneck": self.bottleneck,
+            "notes": list(self.notes),
             "state": str(self.state),
             "cleanliness": str(self.cleanliness),
             "operators": [asdict(operator) for operator in self.operators],
@@ -283,6 +286,7 @@ class JobReport:
                 "services": tuple(_read(ServiceReport, one) for one in saved["services"]),
                 "tasks": tuple(_read(TaskReport, one) for one in saved["tasks"]),
                 "errors": tuple(_error(one) for one in saved["errors"]),
+                "notes": tuple(map(str, saved.get("notes", ()))),
             }
             report = cls(**(plain | parts))
             str(report)  # this finds values that are not numbers
@@ -293,6 +297,7 @@ class JobReport:
     def __str__(self) -> str:
         cleaned = "" if self.state is Outcome.RUNNING else f" and {self.cleanliness.upper()}"
         lines = [f'job "{self.name}": {self.state.upper()}{cleaned} after {self.duration_s:.3f} s ({self.why})']
+        lines += self.notes
         if self.undelivered:
             lines.append(f"{self.undelivered} records were in flight and not delivered")
         lines += table(

@@ -11,6 +11,7 @@ from sage._handover import Handover
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
 from sage._plan.signature import async_spec, comap_spec, function_spec, place_of
 from sage._types import Inputs, K_co, T_co
+from sage.connector import TransactionalSink
 from sage.errors import GraphError, JobError, hint, short
 from sage.failure import FAIL, POLICIES, ErrorPolicy, Retry
 from sage.service import ServiceHandle
@@ -457,7 +458,7 @@ class DataStream(Generic[T_co]):
     @overload
     def sink(
         self,
-        function: OneRecord[T_co, object] | functions.SinkFunction[T_co],
+        function: OneRecord[T_co, object] | functions.SinkFunction[T_co] | TransactionalSink[T_co],
         *,
         at: At | None = None,
         **options: Unpack[OperatorOptions],
@@ -469,6 +470,8 @@ class DataStream(Generic[T_co]):
         of a list, a set, a dict, a deque or a queue, such as `results.append`, is called in the driver, where the
         program can see the result; so is any other function with `at="driver"`.
 
+        A `TransactionalSink` gets batches, and its records appear with the checkpoints of a durable job.
+
         >>> from sage.testing import run
         >>> seen = []
         >>> run([1, 2], lambda stream: stream.sink(seen.append)) == seen
@@ -476,6 +479,9 @@ class DataStream(Generic[T_co]):
         """
         common, kwargs = options_and_arguments(options)
         id_ = self._then(Kind.SINK, function_spec(Kind.SINK, function, args, kwargs), common)
+        if isinstance(function, TransactionalSink) and self._builder.node(id_).on_error != FAIL:
+            error = GraphError(f'sink "{self._builder.node(id_).name}" has transactions and takes no on_error')
+            raise hint(error, "It writes many records at once; retry inside write(), and let real errors fail the job.")
         if at is not None:
             self._builder.set(id_, place=place_of(at))
         return self

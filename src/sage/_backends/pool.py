@@ -21,6 +21,7 @@ from sage._current_job import inside
 from sage._forks import leave_if_forked, useless_after_fork
 from sage._plan.logical import Kind, Node
 from sage._runtime.states import Step
+from sage.connector import TransactionalSink
 from sage.functions import BaseFunction, is_coroutine_function
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def _shares(node: Node) -> bool:
 
 def _is_plain(target: object, *, is_class: bool) -> bool:
     """Return whether a function has no life of its own, and does not wait by its nature."""
+    if isinstance(target, TransactionalSink):
+        return False
     type_ = target if is_class else type(target)
     if is_class or isinstance(target, BaseFunction):
         hooks = ("open", "close", "__init__", "__new__") if is_class else ("open", "close")

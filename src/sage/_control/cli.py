@@ -23,7 +23,7 @@ from sage._guardian.lease import runs_folder
 from sage._guardian.run_folder import reap_folder, stale_folders
 from sage._ray.kept_cluster import WARM, end_kept_cluster, kept_cluster
 from sage._standard_streams import CUT_OFF_CODE, is_cut_off, let_go
-from sage.environment import Environment
+from sage.environment import RESUME_VARIABLE, Environment
 from sage.errors import GraphError, SageError
 from sage.observability import append_to
 from sage.report import Cleanliness, Outcome
@@ -103,6 +103,7 @@ PASSED_ON = {"ignore_unknown_options": True}
     "--record", type=NEW_FILE, help="Write the calls of all services, and their answers, to the cassette FILE."
 )
 @click.option("--replay", type=FILE, help="Answer the calls of all services from the cassette FILE, and start none.")
+@click.option("--fresh", is_flag=True, help="Begin durable jobs anew: delete their checkpoints.")
 def run(
     file: Path,
     args: tuple[str, ...],
@@ -111,6 +112,7 @@ def run(
     report: Path | None,
     record: Path | None,
     replay: Path | None,
+    fresh: bool,
 ) -> None:
     """Run FILE as Python would, show how far its jobs are, and print their reports.
 
@@ -132,6 +134,8 @@ def run(
         os.environ["SAGE_RECORD_FILE"] = str(record.absolute())
     if replay is not None:
         os.environ["SAGE_REPLAY_FILE"] = str(replay.absolute())
+    if fresh:
+        os.environ[RESUME_VARIABLE] = "never"
     program = Program(file, args)
     with _live(program) if progress or (progress is None and sys.stderr.isatty()) else nullcontext():
         program.run()

@@ -97,6 +97,7 @@ class MapAsync(BufferingOperator):
         # The task adds at the end of these, and the loop takes from the front of the first.
         self._waiting: deque[Slot] = deque()
         self._order: deque[Slot] = deque()
+        self._unordered: dict[Slot, None] = {}  # all slots of a durable job whose results go on as they come
         self._handed_on = 0
         # The loop adds at the end, and the task takes from the front.
         self._done: deque[Slot] = deque()
@@ -131,10 +132,16 @@ class MapAsync(BufferingOperator):
         slots = list(map(Slot, batch.values, batch.keys or nothing, batch.requests or nothing))
         self._has_keys = self._has_keys or batch.keys is not None
         self._has_requests = self._has_requests or batch.requests is not None
+        self._add(slots)
+
+    def _add(self, slots: list[Slot]) -> None:
+        """Hold slots; those that are not done wait for a call."""
         self.held += len(slots)
         if self._is_ordered:
             self._order.extend(slots)
-        self._waiting.extend(slots)
+        elif self.left is not None:
+            self._unordered.update(dict.fromkeys(slots))
+        self._waiting.extend([slot for slot in slots if not slot.is_done])
         if not self._is_posted:
             self._is_posted = True
             self._surroundings.post(self._poked)
@@ -155,6 +162,9 @@ class MapAsync(BufferingOperator):
             return None
         self.held -= len(done)
         self._handed_on += len(done)
+        if self._unordered:
+            for slot in done:
+                del self._unordered[slot]
         if self._is_full:
             self._is_full = False
             self._surroundings.post(self._poked)
@@ -176,16 +186,50 @@ class MapAsync(BufferingOperator):
 
     def give_back(self) -> int:
         """Forget the records that wait; each is taken from the queue once, here or by the loop."""
-        given_back = 0
+        given_back: list[Slot] = []
         with suppress(IndexError):
             while True:
-                self._waiting.popleft()
-                given_back += 1
-        if self._is_ordered:
-            for _ in range(given_back):
+                given_back.append(self._waiting.popleft())
+        for slot in given_back:
+            if self._is_ordered:
                 self._order.pop()  # they came last
-        self.held -= given_back
-        return given_back
+            elif self.left is not None:
+                del self._unordered[slot]
+        self.held -= len(given_back)
+        if self.left is None:
+            return len(given_back)
+        self.left += map(self._record, given_back)
+        return 0
+
+    def _record(self, slot: Slot) -> Batch:
+        return Batch([slot.value], [slot.key] if self._has_keys else None, [slot.request] if slot.request else None)
+
+    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+        """Return the records in flight, each as its result if that is there, and else as it came."""
+        held: list[tuple[bool, Any, Any]] = []
+        for slot in self._order if self._is_ordered else self._unordered:
+            has_result = slot.is_done and slot.error is None and not slot.is_given_back
+            held.append((has_result, slot.result if has_result else slot.value, slot.key))
+        waiting = sum(not has_result for has_result, _, _ in held)
+        return (self._has_keys, held) if held else None, -waiting
+
+    def recover(self) -> None:
+        """Hand results on that were there, and call the function for the other records."""
+        assert self.recovery is not None
+        if self.recovery.state is None:
+            return
+        self._has_keys, held = self.recovery.state
+        slots: list[Slot] = []
+        for has_result, value, key in held:
+            slot = Slot(None if has_result else value, key, None)
+            slot.result, slot.is_done = value if has_result else None, has_result
+            slots.append(slot)
+        done = [slot for slot in slots if slot.is_done]
+        self._started += len(done)  # as they are handed on, too
+        self._add(slots)
+        if not self._is_ordered:
+            self._done.extend(done)
+        self._surroundings.post(self._poked)
 
     @property
     def calls_running(self) -> int:
@@ -204,7 +248,7 @@ class MapAsync(BufferingOperator):
         kept: list[Slot] = []
         for slot in done:
             if slot.is_given_back:
-                self.given_back += 1
+                self.leave(self._record(slot))
                 continue
             if slot.error is not None:
                 failed = Batch([slot.value], None, [slot.request])

@@ -150,8 +150,24 @@ class MapBatches(BufferingOperator):
         return held
 
     def give_back(self) -> int:
-        """Forget waiting records; between steps, the function is not running."""
-        return self.drop()
+        """Forget waiting records, or keep them for the next run; between steps, the function is not running."""
+        if self.left is not None:
+            self.left += self._held()
+        dropped = self.drop()
+        return dropped if self.left is None else 0
+
+    def _held(self) -> list[Batch]:
+        return [*filter(None, [self._again]), *self._waiting]
+
+    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+        """Return the records that wait for a call."""
+        return self._held() or None, -self.held
+
+    def recover(self) -> None:
+        """Let the records wait again."""
+        assert self.recovery is not None
+        for batch in self.recovery.state or ():
+            self.take(batch)
 
     def _next(self, *, is_all: bool, has_ended: bool) -> Batch | None:
         """Take the records for the next call, if it is time for one."""

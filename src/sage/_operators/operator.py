@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sage._forks import leave_if_forked
 from sage._operators.costs import Costs
 from sage._standard_streams import is_of_output
+from sage.connector import TransactionalSink
 from sage.errors import FunctionError, describe, hint, is_held_back, short
 from sage.failure import DeadLetter
 from sage.functions import BaseFunction, is_coroutine_function
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from sage._plan.logical import Node
     from sage.functions import TaskContext
     from sage.records import BatchReading
+
+
+Copied = TypeVar("Copied", bound=BaseFunction | TransactionalSink[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,23 @@ class OperatorContext:
     run_to_end: Callable[[Coroutine[Any, Any, Any]], Any]
     post: Callable[[Callable[[], None]], None]
     is_alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """An operator's part of a durable job, as its last checkpoint has it.
+
+    Attributes:
+        part: names the task; the same after a restart, and different for all other tasks and jobs.
+        checkpoint: the number of the checkpoint, or 0 without one.
+        state: the state that `snapshot` returned, or None.
+        left: records that wait for a call that was held back.
+    """
+
+    part: str
+    checkpoint: int = 0
+    state: Any = None
+    left: tuple[Batch, ...] = ()
 
 
 Loop = Callable[[Iterable[Any], Callable[..., Any], list[Any]], None]
@@ -87,6 +108,8 @@ class Operator:
         wake: makes the task step again; any thread may call that of the first operator of a task.
         now: the monotonic clock of the backend, in seconds.
         shared_s: its part of the time in loops of several operators, in seconds.
+        recovery: its part of a durable job, set before `open`; None in any other job.
+        left: in a durable job, records whose call was held back, kept for the next run; None in any other job.
     """
 
     keeps_records: ClassVar[bool] = False
@@ -94,6 +117,8 @@ class Operator:
     held: int = 0
     due: float | None = None
     is_quiet: bool = True
+    recovery: Recovery | None = None
+    left: list[Batch] | None = None
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         self.node = node
@@ -160,6 +185,23 @@ class Operator:
     def finish(self) -> Batch | None:
         """Return the records to emit when all inputs have ended by themselves; called again while `more` is set."""
         return None
+
+    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+        """Return the state for checkpoint `number`, or None, and how many records are done; negative if they wait."""
+        return None, 0
+
+    def recover(self) -> None:
+        """Take in the records of `recovery`; called on the task's thread before the first record flows."""
+
+    def committed(self, number: int) -> None:
+        """Act on the completion of checkpoint `number`."""
+
+    def leave(self, batch: Batch) -> None:
+        """Count records whose call was held back, or keep them for the next run."""
+        if self.left is None:
+            self.given_back += len(batch)
+        else:
+            self.left.append(batch)
 
     def drop(self) -> int:
         """Forget held records, cancel running calls, and return the number of records."""
@@ -300,7 +342,7 @@ class Operator:
         if request is not None and isinstance(error, Exception):
             request.fail(error)
         if is_held_back(error):
-            self.given_back += 1
+            self.leave(batch.slice(place, place + 1))
             return True
         self.metrics.failed += 1
         if not self.fails_job(error, request):
@@ -383,7 +425,7 @@ class Operator:
         assert spec is not None
         if spec.is_class:
             target = target(*spec.args, **spec.kwargs)
-        elif isinstance(target, BaseFunction) and not self._surroundings.is_alone:
+        elif isinstance(target, BaseFunction | TransactionalSink) and not self._surroundings.is_alone:
             target = _copy(target, self.node.name)
         if isinstance(target, BaseFunction):
             target.ctx = self.context
@@ -400,7 +442,7 @@ def _telling_keys(reading: Iterator[object], keys: list[object], context: TaskCo
         yield value
 
 
-def _copy(function: BaseFunction, operator: str) -> BaseFunction:
+def _copy(function: Copied, operator: str) -> Copied:
     from copy import deepcopy
 
     try:

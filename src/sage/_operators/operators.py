@@ -9,10 +9,13 @@ from sage._operators.batched import MapBatches
 from sage._operators.keyed import Join, Reduce
 from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Reply, Sink
 from sage._operators.sources import Reader
+from sage._operators.transactions import TransactionSink
 from sage._plan.logical import Kind
+from sage.connector import TransactionalSink
 
 if TYPE_CHECKING:
     from sage._operators.operator import Operator
+    from sage._plan.logical import Node
 
 OPERATORS: dict[Kind, type[Operator]] = {
     Kind.SOURCE: Reader,
@@ -32,3 +35,10 @@ OPERATORS: dict[Kind, type[Operator]] = {
     Kind.LETTERS: Pass,
     Kind.REPLY: Reply,
 }
+
+
+def operator_class(node: Node) -> type[Operator]:
+    """Return the operator that runs a node."""
+    if node.function is not None and isinstance(node.function.target, TransactionalSink):
+        return TransactionSink
+    return OPERATORS[node.kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sage._iterables import why_not_records
@@ -19,6 +20,7 @@ from sage.serving import RequestSource
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from sage._plan.logical import Node
     from sage.records import BatchReading
 
 
@@ -34,6 +36,10 @@ class SequenceSource(Source):
         records = self._values[self._at : self._at + records_max]
         self._at += len(records)
         return records or None
+
+    def skip(self, count: int) -> None:
+        """Go on after so many records."""
+        self._at = count
 
 
 class IterableSource(HoldingSource):
@@ -77,6 +83,13 @@ class IterableSource(HoldingSource):
             return None
         return records
 
+    def skip(self, count: int) -> None:
+        """Read so many records and drop them."""
+        found = sum(1 for _ in islice(self._iterator, count))
+        if found < count:
+            error = ValueError(f"it gave {found:,} records, and had given {count:,} before the restart")
+            raise hint(error, "A durable job reads an iterable again and drops the records that it had.")
+
 
 class FunctionSource(HoldingSource):
     """A function that is called for each record."""
@@ -118,6 +131,34 @@ class GeneratorSource(FunctionSource):
         super().__init__(partial(next, generator, StopSignal()), span, none_ends=False)
         self.generator = generator
 
+    def skip(self, count: int) -> None:
+        """Read so many records and drop them, and with them each None between them."""
+        while count > 0:
+            record = self._call()
+            if isinstance(record, StopSignal):
+                self._ended = True
+                return
+            count -= record is not None
+
+
+def is_positioned(kind: type) -> bool:
+    """Return whether a class is a source with positions."""
+    return issubclass(kind, Source) and kind.position is not Source.position
+
+
+def goes_on(node: Node) -> bool:
+    """Return whether a source of a durable job goes on where it was, after a restart."""
+    assert node.function is not None
+    target = node.function.target
+    kind = target if node.function.is_class else type(target)
+    if issubclass(kind, Source):
+        return is_positioned(kind)
+    if hasattr(target, "execute") or inspect.isasyncgenfunction(target) or hasattr(target, "__aiter__"):
+        return False
+    if not node.settings["bounded"]:
+        return inspect.isgeneratorfunction(target)
+    return not isinstance(target, set | frozenset)  # the order of a set is another one in each process
+
 
 class Reader(Operator):
     """The operator of a source: it reads instead of processing.
@@ -134,6 +175,7 @@ class Reader(Operator):
     may_wait = True
     delay_s: float | None = None
     bridge: Any = None
+    _read_before = 0
 
     def prepare(self) -> None:
         """Build the source around the user's argument and open it."""
@@ -143,7 +185,23 @@ class Reader(Operator):
         is_awaited = isinstance(self.source, AwaitedSource)
         self.is_told = is_awaited or isinstance(self.source, RequestSource)
         self.may_wait = not is_awaited and not isinstance(self.source, SequenceSource)
-        self.source.open()
+        state = None if self.recovery is None else self.recovery.state
+        if state is None:
+            self.source.open()
+            return
+        self._read_before, position = state
+        if is_positioned(type(self.source)):
+            open_at: Any = self.source.open
+            open_at(position)
+        else:
+            self.source.open()
+            if isinstance(self.source, SequenceSource | IterableSource | GeneratorSource):
+                self.source.skip(self._read_before)
+
+    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+        """Return how many records were read, and the position, if the source has one."""
+        count = self._read_before + self.metrics.records_in
+        return (count, self.source.position() if is_positioned(type(self.source)) else None), count
 
     def _source(self) -> Source:
         target = self._function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sage._plan import durability
 from sage._plan.logical import Kind
 from sage._plan.physical import quoted
 from sage._plan.planner import used_by
@@ -68,7 +69,10 @@ def _promises(graph: LogicalGraph, plan: PhysicalPlan) -> Iterator[str]:
             nodes = [graph.nodes[id_] for id_ in sorted(reach(end.id, back))]
             for number, promise in enumerate(_of_path(graph, nodes, end.kind)):
                 yield f"  {end.name}: {promise}" if number == 0 else f"    {promise}"
-    yield "  after a restart: nothing; sources are read from their beginning"
+    if graph.is_durable:
+        yield from (f"  {line}" for line in durability.promises(graph))
+    else:
+        yield "  after a restart: nothing; sources are read from their beginning"
 
 
 def _of_path(graph: LogicalGraph, nodes: list[Node], end: Kind) -> Iterator[str]:

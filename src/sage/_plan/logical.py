@@ -182,12 +182,14 @@ class LogicalGraph:
         nodes: the operators by id; none at all in an empty graph.
         feedback: pairs of node and future: the node's output enters the future.
         services: the services in the order of their registration.
+        is_durable: whether its jobs go on after a restart.
     """
 
     name: str
     nodes: Mapping[int, Node]
     feedback: tuple[tuple[int, int], ...] = ()
     services: tuple[ServiceSpec, ...] = ()
+    is_durable: bool = False
 
 
 class GraphBuilder:

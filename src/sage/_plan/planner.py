@@ -7,6 +7,7 @@ from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from sage._plan import durability
 from sage._plan.logical import Kind, LogicalGraph, Node, ServiceSpec
 from sage._plan.rules import RULES, edges_of, loops_of, lower, ordered
 from sage.connector import Source
@@ -57,6 +58,8 @@ def validate(graph: LogicalGraph) -> Iterator[GraphError]:
     known = {service.name: service for service in graph.services}
     for node in graph.nodes.values():
         yield from _uses(node, known)
+    if graph.is_durable:
+        yield from durability.problems(graph)
 
 
 def _streams(graph: LogicalGraph) -> Iterator[GraphError]:

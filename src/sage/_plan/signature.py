@@ -11,7 +11,7 @@ from sage import functions
 from sage._arguments import check_count
 from sage._iterables import why_not_records
 from sage._plan.logical import FunctionSpec, Kind, Place
-from sage.connector import Source
+from sage.connector import Source, TransactionalSink
 from sage.errors import GraphError, hint, short
 from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 
@@ -95,6 +95,8 @@ def _takes_capacity(target: type) -> bool:
 
 
 def _function_spec(kind: Kind, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> FunctionSpec:
+    if kind is Kind.SINK and isinstance(target, TransactionalSink) and not (args or kwargs):
+        return FunctionSpec(target)
     if isinstance(target, type) and (_is_function_class(target) or issubclass(target, BaseService)):
         _check_kind(kind, target)
         _check_constructor(kind, target, args, kwargs)

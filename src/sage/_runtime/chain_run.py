@@ -88,7 +88,10 @@ class ChainRun:
         while place < len(self.operators) and (batch is None or batch.values):
             batch = batch if batch is None or batch.requests is None else still_wanted(batch)
             if batch is not None and self.is_held_back(place):
-                self.undelivered += len(batch)
+                operator = self.operators[place]
+                operator.leave(batch)
+                self.undelivered += operator.given_back
+                operator.given_back = 0
                 batch = None
                 break
             if batch is not None and len(batch.values) > limit:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from sage._current_job import wait_for
 from sage._operators.operator import OperatorContext
-from sage._operators.operators import OPERATORS
+from sage._operators.operators import operator_class
 from sage._plan.logical import Kind, Route
+from sage._runtime.aligning_channel import AligningChannel
 from sage._runtime.channel import Channel, InFlight
+from sage._runtime.durable_task import DurableTask
 from sage._runtime.lifecycle import TaskPlan
 from sage._runtime.partition import Outlet, Partitioner
 from sage._runtime.task import Task
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from sage._plan.physical import Chain, Edge, PhysicalPlan
     from sage._runtime.backend import Backend
     from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.durable_run import DurableRun
     from sage._runtime.lifecycle import TaskEvent
     from sage.service import ServiceHandle
 
@@ -52,6 +55,8 @@ def deploy(
     services: dict[str, ServiceHandle[object]],
     report: Callable[[TaskEvent], None],
     leading_to: LeadingTo = lambda _: None,
+    *,
+    durable: DurableRun | None = None,
 ) -> dict[str, Task]:
     """Return the tasks of a plan that this process runs, by name. Nothing runs yet.
 
@@ -67,7 +72,7 @@ def deploy(
                 channel.resize(chain.nodes[0].settings.get("capacity") or channel.capacity_records)
                 group.append(Absent(name, None if chain.is_source else channel))
             else:
-                group.append(_task(chain, name, index, backend, loop, services, report))
+                group.append(_task(chain, name, index, backend, loop, services, report, durable))
     owner = {node.id: chain for chain in plan.chains for node in chain.nodes}
     places = {node.id: place for chain in plan.chains for place, node in enumerate(chain.nodes)}
     for edge in plan.between:
@@ -75,6 +80,9 @@ def deploy(
         _connect(edge, chain, places[edge.source], groups[chain.head], groups[edge.target])
     _count_loops(plan, owner, groups)
     _count_lockstep(groups)
+    for task in _present(groups):
+        if isinstance(task.inbox, AligningChannel):
+            task.inbox.producers = task.input.producers
     return {task.name: task for task in _present(groups)}
 
 
@@ -110,6 +118,7 @@ def _task(
     loop: CoroutineLoop,
     services: dict[str, ServiceHandle[object]],
     report: Callable[[TaskEvent], None],
+    durable: DurableRun | None,
 ) -> Task:
     span, pace = backend.span(), backend.pace()
     operators = []
@@ -120,14 +129,21 @@ def _task(
         surroundings = OperatorContext(
             context, span, backend.now, pace.running_s, loop.run, loop.run_to_end, loop.post, alone
         )
-        operators.append(OPERATORS[node.kind](node, surroundings))
+        operator = operator_class(node)(node, surroundings)
+        if durable is not None:
+            operator.recovery, operator.left = durable.recovery(node, index), []
+        operators.append(operator)
     inbox = None
     if not chain.is_source:
         capacity = chain.nodes[0].settings.get("capacity")
-        inbox = Channel(backend.capacity_records if capacity is None else capacity, now=backend.now)
+        kind = Channel if durable is None else AligningChannel
+        inbox = kind(backend.capacity_records if capacity is None else capacity, now=backend.now)
         inbox.follows_work = capacity is None
         inbox.follow(operators)
-    return Task(name, tuple(operators), span, report, backend.now, pace, inbox)
+    parts = (name, tuple(operators), span, report, backend.now, pace, inbox)
+    if durable is not None:
+        return DurableTask(*parts, tell=durable.tell, number=durable.number)
+    return Task(*parts)
 
 
 def _connect(edge: Edge, chain: Chain, place: int, sources: Group, targets: Group) -> None:

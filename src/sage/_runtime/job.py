@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from sage._runtime.dispatcher import Dispatcher
+    from sage._runtime.durable_run import DurableRun
     from sage._runtime.supervisor import Ended
     from sage.observability import Event, ReportFile
     from sage.report import JobReport, OperatorReport, Outcome
@@ -62,6 +63,7 @@ class Job:
         self._log = log_of("sage.job", {"job": id_})
         self._to_begin: list[Callable[[], None]] = []
         self._to_tell: list[Callable[[Ended], None]] = []
+        self._durable: DurableRun | None = None
 
     def __str__(self) -> str:
         return self.id
@@ -319,7 +321,8 @@ class Job:
 
     def _seal(self, ended: Ended) -> None:
         """Make the report; called by the supervisor, once, as its last act."""
-        report = seal(ended, self.dispatcher, self._graph, self.id, self._started, self._reason)
+        notes = () if self._durable is None else self._durable.notes(self.dispatcher.supervisor.tasks.values())
+        report = seal(ended, self.dispatcher, self._graph, self.id, self._started, self._reason, notes)
         self._take(report, to_raise(report, ended.state.failures), ended)
 
     def _take(self, report: JobReport, error: Exception | None, ended: Ended) -> None:
@@ -335,6 +338,7 @@ class Job:
             action(ended)
         self._to_tell.clear()
         self._report = report
+        self._durable = None
         self.dispatcher.forget()
         self._graph = LogicalGraph(self.name, {})
 

@@ -91,8 +91,12 @@ class Outbox:
         """Queue the end of the stream for every consumer. Does nothing twice."""
         if not self._has_ended:
             self._has_ended = True
-            for outlet in self._all():
-                self.queue.extend((outlet, target, END_OF_STREAM) for target in range(len(outlet.channels)))
+            self.send(END_OF_STREAM)
+
+    def send(self, element: Element) -> None:
+        """Queue an element for every consumer."""
+        for outlet in self._all():
+            self.queue.extend((outlet, target, element) for target in range(len(outlet.channels)))
 
     def is_delivered(self, wake: Callable[[], None]) -> bool:
         """Return whether everything has reached its consumers, so that nothing of this task can be lost any more."""

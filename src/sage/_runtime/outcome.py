@@ -114,7 +114,13 @@ def error_of(failure: Failure, job: str, stack: str | None, facts: HostFacts | N
 
 
 def seal(
-    ended: Ended, dispatcher: Dispatcher, graph: LogicalGraph, id_: str, started: tuple[float, float], reason: str
+    ended: Ended,
+    dispatcher: Dispatcher,
+    graph: LogicalGraph,
+    id_: str,
+    started: tuple[float, float],
+    reason: str,
+    notes: tuple[str, ...] = (),
 ) -> JobReport:
     """Return the report of a job.
 
@@ -125,6 +131,7 @@ def seal(
         id_: the job's id.
         started: when it was submitted, in seconds since the epoch and by the monotonic clock.
         reason: who asked for its end, or "".
+        notes: lines about its checkpoints.
     """
     state = ended.state
     errors = tuple(_error_of(failure, ended, dispatcher, graph) for failure in state.failures)
@@ -159,6 +166,7 @@ def seal(
             for task in dispatcher.supervisor.tasks.values()
         ),
         errors=errors,
+        notes=notes,
     )
 
 

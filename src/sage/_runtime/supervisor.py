@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sage._logs import log_of
+from sage._runtime.checkpoints import CheckpointEvent
 from sage._runtime.lifecycle import (
     ActionKind,
     Begin,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from sage._runtime.backend import Backend, Host
     from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.durable_run import DurableRun
     from sage._runtime.lifecycle import Action, LifecycleEvent, State
     from sage._runtime.task import Task
     from sage.service import ServiceHandle
@@ -72,6 +74,7 @@ class Supervisor:
         events: every change of state so far.
         is_sealed: whether everything has ended and the report is made.
         listeners: called with every event and hook as they come, by the supervisor's thread; they must not raise.
+        durable: makes the checkpoints of the job, or None.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Supervisor:
         self.events: list[Event] = []
         self.is_sealed = False
         self.listeners: list[Callable[[Event | HookEvent], None]] = []
+        self.durable: DurableRun | None = None
         self._loop = loop
         self._on_sealed = on_sealed
         self._hooks: dict[str, list[HookReport]] = {name: [] for name in hosts}
@@ -106,7 +110,7 @@ class Supervisor:
         self.backend.start(self)
         self.post(Begin())
 
-    def post(self, event: LifecycleEvent) -> None:
+    def post(self, event: LifecycleEvent | CheckpointEvent) -> None:
         """Post an event; any thread may."""
         self.backend.post(self, event)
 
@@ -133,9 +137,13 @@ class Supervisor:
             alarm[1]()
         self.handle(Tick())
 
-    def handle(self, event: LifecycleEvent, happened_at: float | None = None) -> None:
+    def handle(self, event: LifecycleEvent | CheckpointEvent, happened_at: float | None = None) -> None:
         """Take one step of the lifecycle and carry out its actions; `happened_at` is when a waiting event came."""
         if self.is_sealed:
+            return
+        if isinstance(event, CheckpointEvent):
+            if self.durable is not None:
+                self.durable.handle(event)
             return
         if isinstance(event, HookEnded):
             self._hook_ended(event)
@@ -177,6 +185,7 @@ class Supervisor:
         self.hosts = {}
         self._hooks = {}
         self.listeners = []
+        self.durable = None
         self.state = replace(
             self.state, service_plans={}, task_plans={}, failures=(), shape=NOTHING.shape, tally=NOTHING.tally
         )

@@ -256,6 +256,10 @@ class Task:
         self.outbox.end()
         if not self._has_flushed() or not self.outbox.is_delivered(self.wake):
             return Step.IDLE
+        return self._conclude()
+
+    def _conclude(self) -> Step:
+        """Begin to close; everything has reached the consumers."""
         self._release_all()
         self.phase = Phase.CLOSING
         return Step.PROGRESSED

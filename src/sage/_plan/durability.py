@@ -1,0 +1,79 @@
+"""Which graphs can be durable, and what such a job promises over a restart."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from sage._compositions import Limit, Sample
+from sage._handover import Handover
+from sage._operators.sources import goes_on
+from sage._plan.logical import Kind
+from sage._plan.rules import edges_of, reach, ways_of
+from sage.connector import TransactionalSink
+from sage.errors import UnsupportedPlanError, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sage._plan.logical import LogicalGraph, Node
+
+COVERED = frozenset(
+    {
+        Kind.SOURCE,
+        Kind.MAP,
+        Kind.MAP_ASYNC,
+        Kind.MAP_BATCHES,
+        Kind.FILTER,
+        Kind.FLATMAP,
+        Kind.KEYBY,
+        Kind.UNION,
+        Kind.LETTERS,
+        Kind.SINK,
+    }
+)
+"""The kinds of operators whose state a checkpoint has. Functions themselves are taken to have none."""
+
+IN_MEMORY = (list, set, dict, deque, Handover)
+
+
+def problems(graph: LogicalGraph) -> Iterator[UnsupportedPlanError]:
+    """Yield an error for each operator that a durable job cannot bring back after a restart."""
+    for node in graph.nodes.values():
+        kind = _uncovered(node)
+        if kind:
+            error = UnsupportedPlanError(f'operator "{node.name}" is {kind}, which a durable job does not cover yet')
+            yield hint(error, "Leave durable= out, or do this part in a second job that reads the output of the first.")
+
+
+def _uncovered(node: Node) -> str:
+    target = node.function.target if node.function is not None else None
+    if node.settings.get("bridge") is not None or node.kind is Kind.REPLY:
+        return "part of a served pipeline"
+    if node.settings.get("lockstep"):
+        return "a source with lockstep"
+    if target in (Limit, Sample) or isinstance(target, Limit | Sample):
+        return "a limit or a sample"
+    return "" if node.kind in COVERED else f"of kind {node.kind}"
+
+
+def promises(graph: LogicalGraph) -> Iterator[str]:
+    """Yield for each sink a line that says how often its records come over restarts."""
+    back = ways_of(edges_of(graph), forward=False, backward=True)
+    for sink in graph.nodes.values():
+        if sink.kind is not Kind.SINK:
+            continue
+        before = [graph.nodes[id_] for id_ in sorted(reach(sink.id, back))]
+        lost = [f'"{node.name}"' for node in before if node.kind is Kind.SOURCE and not goes_on(node)]
+        then = f"; records of {', '.join(lost)} at most once, or again: a source without a position" if lost else ""
+        yield f'over a restart, "{sink.name}" gets {_times(sink)}{then}'
+
+
+def _times(sink: Node) -> str:
+    assert sink.function is not None
+    target = sink.function.target
+    if isinstance(target, TransactionalSink):
+        return "each record exactly once"
+    if isinstance(getattr(target, "__self__", None), IN_MEMORY):
+        return "nothing of earlier runs: its records are in memory"
+    return "each record at least once"

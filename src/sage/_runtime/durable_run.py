@@ -1,0 +1,204 @@
+"""One run of a durable job: loads the last checkpoint, and carries out the actions of `checkpoints.step`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from sage._logs import log_of
+from sage._operators.operator import Recovery
+from sage._plan.durability import promises
+from sage._plan.logical import Kind
+from sage._runtime.checkpoint_store import FRESH_HINT, Checkpoint, CheckpointStore
+from sage._runtime.checkpoints import (
+    ActionKind,
+    CheckpointEvent,
+    Checkpoints,
+    Due,
+    PartGiven,
+    WriteFailed,
+    Written,
+    step,
+)
+from sage._runtime.lifecycle import TaskFailed
+from sage._runtime.states import TASK_TERMINAL
+from sage.errors import CheckpointError, JobError, describe, hint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sage._plan.logical import LogicalGraph, Node
+    from sage._runtime.backend import Lane
+    from sage._runtime.checkpoints import Action, Row
+    from sage._runtime.supervisor import Ended, Supervisor
+    from sage._runtime.task import Task
+    from sage.durable import Durable
+
+log = log_of("sage.checkpoints")
+
+
+class DurableRun:
+    """Makes the checkpoints of a job; `handle` is called by the supervisor's thread.
+
+    Raises:
+        CheckpointError: the folder cannot be used, or its checkpoint does not fit the graph or cannot be read; with
+            `resume="must"`, also if there is none.
+    """
+
+    def __init__(self, settings: Durable, graph: LogicalGraph, resume: str) -> None:
+        folder = os.path.abspath(settings.folder)
+        self._settings = settings
+        self._graph = {node.name: (str(node.kind), node.parallelism) for node in graph.nodes.values()}
+        self._promises = tuple(promises(graph))
+        self._store = CheckpointStore(folder)
+        self._lane: Lane | None = None
+        self._rows: dict[str, tuple[Row, ...]] = {}
+        self._last_rows: dict[str, tuple[Row, ...]] = {}
+        try:
+            if resume == "never":
+                self._store.clear()
+            found = self._store.load()
+            if found is None and resume == "must":
+                error = CheckpointError(f'folder "{folder}" has no checkpoint to resume from', fault="user")
+                raise hint(error, 'resume="auto" begins a job where there is none.')
+            self._resumed = found
+            loaded = found or Checkpoint(0, {}, ())
+            self._check(loaded)
+            self._states = {(row.operator, row.index): _unpickled(row) for row in loaded.rows}
+        except BaseException:
+            self._store.close()
+            raise
+        self.number = loaded.number
+
+    def _check(self, found: Checkpoint) -> None:
+        """Refuse a checkpoint with a state for which the graph has no place."""
+        problems: dict[str, None] = {}
+        for row in found.rows:
+            before, now = found.graph[row.operator], self._graph.get(row.operator)
+            if now is None:
+                problems[f'{before[0]} "{row.operator}" is not there any more'] = None
+            elif now[0] != before[0]:
+                problems[f'"{row.operator}" was a {before[0]} and is a {now[0]}'] = None
+            elif now[1] != before[1]:
+                problems[f'"{row.operator}" had parallelism {before[1]} and has {now[1]}'] = None
+        if problems:
+            lines = "".join(f"\n  - {problem}" for problem in problems)
+            text = f"the graph does not fit checkpoint {found.number}:{lines}"
+            error = CheckpointError(text, fault="user")
+            raise hint(error, f"Operators are found by name: give them back with name=. {FRESH_HINT}")
+
+    def recovery(self, node: Node, index: int) -> Recovery:
+        """Return the part of one operator in one task."""
+        state, left = self._states.pop((node.name, index), (None, ()))
+        return Recovery(f"{self._store.key}-{quote(node.name, safe='')}-{index}", self.number, state, left)
+
+    def tell(self, event: CheckpointEvent) -> None:
+        """Take in the part of a task; any thread may call this."""
+        self._supervisor.post(event)
+
+    def begin(self, supervisor: Supervisor) -> None:
+        """Begin to make checkpoints; the job begins."""
+        self._supervisor = supervisor
+        tasks = supervisor.tasks
+        sources = frozenset(name for name, task in tasks.items() if task.nodes[0].kind is Kind.SOURCE)
+        self._state = Checkpoints(self._settings.interval_s, frozenset(tasks), sources, self.number)
+        self._lane = supervisor.backend.lane("checkpoints")
+        supervisor.durable = self
+        for line in self._promises:
+            log.info("%s", line)
+        for note in self._beginning():
+            log.info("%s", note)
+            _show(note)
+        supervisor.call_at(supervisor.backend.now(), lambda: self.handle(Due()))
+
+    def _beginning(self) -> list[str]:
+        skipped = [f"checkpoint {number} is damaged and was left out" for number in self._store.skipped]
+        if self._resumed is None:
+            return skipped
+        return [*skipped, f"resumed from checkpoint {self.number} ({self._resumed.records:,} records done)"]
+
+    def notes(self, tasks: Iterable[Task]) -> tuple[str, ...]:
+        """Return lines for the report of the job with these tasks."""
+        sources = [task.operators[0] for task in tasks if task.nodes[0].kind is Kind.SOURCE]
+        has_read = any(operator.metrics.records_in for operator in sources)
+        nothing = [] if self._resumed is None or has_read else ["nothing new: the sources have no further records"]
+        left = sum(len(batch) for task in tasks for operator in task.operators for batch in operator.left or ())
+        waiting = [f"{left:,} records wait for the next run"] if left else []
+        return (*self._beginning(), *nothing, *waiting)
+
+    def handle(self, event: CheckpointEvent) -> None:
+        """Take one step, and carry out its actions."""
+        match event:
+            case PartGiven(task, None, rows):
+                self._last_rows[task] = rows
+            case PartGiven(task, _, rows):
+                self._rows[task] = rows
+            case WriteFailed(error):
+                self._fail(error)
+                return
+        self._state, actions = step(self._state, event, self._supervisor.backend.now())
+        for action in actions:
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        tasks: dict[str, Any] = self._supervisor.tasks
+        match action.do:
+            case ActionKind.ASK:
+                for name in action.tasks:
+                    tasks[name].request_part(action.number)
+            case ActionKind.WRITE:
+                parts = self._rows | {name: self._last_rows[name] for name in action.tasks}
+                self._rows = {}
+                rows = [row for name in sorted(parts) for row in parts[name]]
+                assert self._lane is not None
+                self._lane.run(lambda: self._write(action.number, rows))
+            case ActionKind.COMPLETE:
+                log.debug("checkpoint complete number=%d", action.number)
+                for name, task in tasks.items():
+                    task.request_commit(action.number, is_last=name in action.tasks)
+                assert self._state.due is not None
+                self._supervisor.call_at(self._state.due, lambda: self.handle(Due()))
+
+    def _write(self, number: int, rows: list[Row]) -> None:
+        """Write a checkpoint, on a thread that nothing else waits for."""
+        try:
+            self._store.write(number, self._graph, rows, self._settings.keep)
+        except JobError as error:
+            self._supervisor.post(WriteFailed(error))
+        else:
+            self._supervisor.post(Written(number))
+
+    def _fail(self, error: Exception) -> None:
+        """Fail the job. All of its tasks that have not ended depend on the checkpoint, so any of them may say it."""
+        for name, record in self._supervisor.state.tasks.items():
+            if record.state not in TASK_TERMINAL:
+                self._supervisor.handle(TaskFailed(name, error))
+                return
+
+    def close(self, ended: Ended | None = None) -> None:  # noqa: ARG002
+        """Leave the folder; nothing of the job runs any more."""
+        if self._lane is not None:
+            self._lane.close(wait=True)
+        self._store.close()
+
+
+def _unpickled(row: Row) -> Any:
+    try:
+        return pickle.loads(row.body)
+    except Exception as error:
+        text = f'state of operator "{row.operator}" cannot be unpickled: {describe(error)}'
+        failed = CheckpointError(text, operator=row.operator)
+        hint(failed, f"A class of its records may have been moved or renamed. {FRESH_HINT}")
+        raise failed from error
+
+
+def _show(note: str) -> None:
+    """Show a line on a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        with suppress(OSError, ValueError):  # the terminal may be gone
+            sys.stderr.write(f"{note}\n")
+            sys.stderr.flush()

@@ -1,0 +1,119 @@
+"""A task of a durable job: it takes its part in checkpoints, and ends when its last part is in one."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+from sage._runtime.aligning_channel import AligningChannel
+from sage._runtime.checkpoints import CheckpointEvent, PartGiven, Row
+from sage._runtime.states import Step
+from sage._runtime.task import Task
+from sage.errors import FunctionError, describe, hint
+from sage.records import Barrier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sage._operators.operator import Operator
+
+
+class DurableTask(Task):
+    """A task that passes barriers on, gives its part at each, and tells its operators when a checkpoint is complete.
+
+    Args:
+        *args: see `Task`.
+        tell: called with each part.
+        number: the number of the checkpoint that the job goes on from, or 0.
+    """
+
+    def __init__(self, *args: Any, tell: Callable[[CheckpointEvent], None], number: int) -> None:
+        super().__init__(*args)
+        self._tell_part = tell
+        self._number = self._committed = self._complete = number
+        self._asked: int | None = None
+        self._has_recovered = self._has_given_last = self._is_released = False
+
+    def request_part(self, number: int) -> None:
+        """Ask a source for its part of a checkpoint; any thread may call this."""
+        self._asked = number
+        self.wake()
+
+    def request_commit(self, number: int, *, is_last: bool) -> None:
+        """Say that a checkpoint is complete, and whether the last part of the task is in it; any thread may."""
+        self._complete = number
+        self._is_released = self._is_released or is_last
+        self.wake()
+
+    def _run(self) -> Step:
+        if not self._has_recovered:
+            self._recover()
+        if self._complete > self._committed:
+            self._commit()
+        if not (self.chain.stash or self.chain.failures):
+            number = self._next_barrier()
+            if number is not None:
+                self._tell_part(PartGiven(self.name, number, self._rows(number)))
+                self.outbox.send(Barrier(number))
+                return Step.PROGRESSED
+        return super()._run()
+
+    def _conclude(self) -> Step:
+        """Wait until the last part is in a checkpoint that is complete."""
+        if not self._has_given_last:
+            self._has_given_last = True
+            self._tell_part(PartGiven(self.name, None, self._rows(self._number + 1)))
+        if self._complete > self._committed:
+            self._commit()
+        return super()._conclude() if self._is_released else Step.IDLE
+
+    def _next_barrier(self) -> int | None:
+        """Return the number of the checkpoint whose turn it is, or None."""
+        if isinstance(self.inbox, AligningChannel):
+            return self.inbox.take_barrier()
+        number, self._asked = self._asked, None
+        return number
+
+    def _recover(self) -> None:
+        """Take in the records that were in flight at the checkpoint; the deepest are stashed last."""
+        self._has_recovered = True
+        for place, operator in enumerate(self.operators):
+            assert operator.recovery is not None
+            operator.recover()
+            if place == 0 and self.input.holder is not None:
+                for batch in operator.recovery.left:
+                    self.input.holder.take(batch)
+            else:
+                self.chain.stash += [(place, batch, 0) for batch in reversed(operator.recovery.left)]
+
+    def _commit(self) -> None:
+        self._committed = self._complete
+        for operator in self.operators:
+            try:
+                operator.committed(self._committed)
+            except Exception as error:
+                raise operator.blame_hook(f"commit checkpoint {self._committed}", error) from error
+
+    def _rows(self, number: int) -> tuple[Row, ...]:
+        """Return the states of the operators that have one."""
+        self._number = number
+        return tuple(filter(None, [self._row(operator, number) for operator in self.operators]))
+
+    def _row(self, operator: Operator, number: int) -> Row | None:
+        try:
+            state, records = operator.snapshot(number)
+        except Exception as error:
+            raise operator.blame_hook(f"prepare checkpoint {number}", error) from error
+        left = tuple(operator.left or ())
+        if state is None and not left:
+            return None
+        records -= sum(map(len, left))
+        try:
+            # At once: the functions behind this operator may change the records.
+            body = pickle.dumps((state, left), pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            name = operator.node.name
+            failed = FunctionError(f'operator "{name}" holds a record that cannot be pickled: {describe(error)}')
+            hint(failed, "A durable job writes records in flight down. Send the data that the object is made from.")
+            raise failed from error
+        return Row(operator.node.name, operator.context.parallel_index, records, body)

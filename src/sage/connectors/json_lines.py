@@ -1,0 +1,167 @@
+"""JSON Lines: one value a line, in files that are read from where the last run stopped, or appear with checkpoints."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from sage.connector import Source, TransactionalSink
+from sage.errors import ConnectorError, describe, hint, short
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+READ_BYTES = 1 << 20
+
+
+class JsonLines(Source[Any]):
+    """Reads the values in all files of a pattern, file by file in the order of their names.
+
+    It ends after the last file. Its position is the number of bytes read of each file, so that a durable job that runs
+    again reads only lines that are new, at the end of a file or in further files.
+
+    Args:
+        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders.
+    """
+
+    def __init__(self, pattern: str | os.PathLike[str]) -> None:
+        self._pattern = os.fspath(pattern)
+        self._offsets: dict[str, int] = {}
+        self._left: list[str] = []
+        self._file: BinaryIO | None = None
+        self._path = ""
+
+    def open(self, position: dict[str, int] | None = None) -> None:
+        """Find the files.
+
+        Raises:
+            ConnectorError: a file is shorter than it was, or there is none, and there never was.
+        """
+        self._offsets = dict(position or {})
+        self._left = sorted(glob.glob(self._pattern, recursive=True))
+        if not self._left and not self._offsets:
+            error = ConnectorError(f'no file matches "{self._pattern}"', fault="external")
+            raise hint(error, f"The program runs in {os.getcwd()}.")
+        for path in self._left:
+            size, read = os.path.getsize(path), self._offsets.get(path, 0)
+            if size < read:
+                text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
+                error = ConnectorError(text, fault="external")
+                raise hint(error, "Give other contents another name; a durable job reads on where it stopped.")
+
+    def read(self, records_max: int) -> list[Any] | None:
+        """Return the values of the next lines."""
+        records: list[Any] = []
+        while len(records) < records_max:
+            if self._file is None:
+                if not self._left:
+                    break
+                self._path = self._left.pop(0)
+                self._file = open(self._path, "rb", READ_BYTES)  # noqa: SIM115  (closed by `close`)
+                self._file.seek(self._offsets.get(self._path, 0))
+            line = self._file.readline()
+            if not line:
+                self._file.close()
+                self._file = None
+                continue
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except ValueError as error:
+                    if records:
+                        self._file.seek(-len(line), os.SEEK_CUR)  # those before it go on first
+                        break
+                    offset = self._offsets.get(self._path, 0)
+                    text = f'file "{self._path}" has a line that is not JSON at byte {offset:,}: {short(line)}'
+                    raise ConnectorError(text, fault="external") from error
+            self._offsets[self._path] = self._offsets.get(self._path, 0) + len(line)
+        return records or None
+
+    def position(self) -> dict[str, int]:
+        """Return how many bytes of each file were read."""
+        return dict(self._offsets)
+
+    def close(self) -> None:
+        """Close the file that is being read."""
+        if self._file is not None:
+            self._file.close()
+
+
+class JsonLinesFiles(TransactionalSink[Any]):
+    """Writes values into files of a folder, one value a line; a file appears when its checkpoint is complete.
+
+    Until then its name begins with a dot. Nothing changes in a file that has appeared. In the order of their names, the
+    files of one task have its records in order.
+
+    Args:
+        folder: the folder; made if it is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder)
+        self._part = ""
+        self._file: BinaryIO | None = None
+
+    def open(self, part: str, checkpoint: int) -> None:
+        """Make the folder, and remove files of this part that belong to no checkpoint."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f'folder "{self._folder}" cannot be written into: {describe(error)}'
+            raise ConnectorError(text, fault="external") from error
+        self._part = part
+        self._writing.unlink(missing_ok=True)
+        for path in self._folder.iterdir():
+            begin, _, end = path.name.removeprefix(".").rpartition("-")
+            if begin == part and int(end.removesuffix(".jsonl")) > checkpoint:
+                path.unlink()
+
+    @property
+    def _writing(self) -> Path:
+        return self._folder / f".{self._part}.writing"
+
+    def write(self, batch: Sequence[Any]) -> None:
+        """Add a line for each value."""
+        if self._file is None:
+            self._file = self._writing.open("wb")
+        lines = [json.dumps(value, ensure_ascii=False) for value in batch]
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
+
+    def prepare(self, number: int) -> str | None:
+        """Write the file through to the disk, and return the name that it will have."""
+        if self._file is None:
+            return None
+        file, self._file = self._file, None
+        with file:
+            file.flush()
+            os.fsync(file.fileno())
+        name = f"{self._part}-{number:08}.jsonl"
+        self._writing.replace(self._folder / f".{name}")
+        self._sync()
+        return name
+
+    def commit(self, token: str) -> None:
+        """Give the file its name."""
+        # If it is not there any more, it has its name already, or somebody has taken it on from there.
+        with suppress(FileNotFoundError):
+            (self._folder / f".{token}").replace(self._folder / token)
+        self._sync()
+
+    def abort(self) -> None:
+        """Remove the file that was not prepared."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._writing.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        """Write the names of the folder through to the disk."""
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,192 @@
+"""A job that was killed at any step and ran again has written exactly what one undisturbed run would have."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sage import Durable, LocalEnvironment
+from sage.connectors import JsonLines, JsonLinesFiles
+from sage.testing import StepBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sage import DataStream
+    from sage._runtime.supervisor import Supervisor
+
+SHOTS_MAX = 2
+
+
+class Photographer(StepBackend):
+    """Copies the folders of a job before some of its steps: as a kill at that moment would leave them.
+
+    The moments are spread evenly over the run: each later one takes the place of an earlier one less often.
+    """
+
+    def __init__(self, seed: int, folder: Path, shots: dict[int, Path]) -> None:
+        super().__init__(seed)
+        self._folder = folder
+        self._shots = shots
+        self._moments = random.Random(f"moments {seed}")
+        self._count = 0
+
+    def turn(self, supervisor: Supervisor) -> None:
+        place = self._moments.randrange(self._count + 1)
+        self._count += 1
+        if place < SHOTS_MAX:
+            shot = self._folder.with_name(f"{self._folder.name}-{place}")
+            shutil.rmtree(shot, ignore_errors=True)
+            shutil.copytree(self._folder, shot)
+            self._shots[place] = shot
+        super().turn(supervisor)
+
+
+async def plus_one(record: int) -> int:
+    return record + 1
+
+
+async def times_three(record: int) -> int:
+    import asyncio
+
+    await asyncio.sleep(record % 5 * 0.001)
+    return record * 3
+
+
+def numbers(count: int) -> Iterator[int]:
+    yield from range(count)
+
+
+def source(env: LocalEnvironment, rng: random.Random, folder: Path, place: int) -> DataStream[int]:
+    count = rng.randrange(0, 20)
+    match rng.randrange(4):
+        case 0:
+            return env.from_batch([*range(count)], parallelism=rng.choice([1, 1, 3]), name=f"list {place}")
+        case 1:
+            return env.from_batch(range(count), name=f"range {place}")
+        case 2:
+            return env.from_batch(numbers, count, name=f"generator {place}")
+    inputs = folder.parent / f"in-{place}"
+    inputs.mkdir(exist_ok=True)
+    for part in range(2):
+        lines = [f"{number}\n" for number in range(part, count, 2)]
+        (inputs / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return env.from_source(JsonLines(inputs / "*.jsonl"), name=f"lines {place}")
+
+
+def grow(stream: DataStream[int], rng: random.Random) -> DataStream[int]:
+    parallelism = rng.choice([1, 1, 2, 3])
+    match rng.randrange(8):
+        case 0:
+            return stream.map(lambda record: record + 7, parallelism=parallelism)
+        case 1:
+            return stream.filter(lambda record: record % 3 != 1, parallelism=parallelism)
+        case 2:
+            return stream.flatmap(lambda record: [record] * (record % 3), parallelism=parallelism)
+        case 3:
+            return stream.flatmap(lambda record: (record + step for step in range(record % 4)))
+        case 4:
+            return stream.keyby(lambda record: record % 4).map(lambda record: record * 2, parallelism=parallelism)
+        case 5:
+            function = rng.choice([plus_one, times_three])
+            return stream.map_async(
+                function, concurrency=rng.choice([1, 3, 8]), ordered=rng.random() < 0.5, parallelism=parallelism
+            )
+        case 6:
+            return stream.map_batches(
+                lambda records: [record - 1 for record in records],
+                max_records=rng.choice([1, 4, 9]),
+                parallelism=parallelism,
+            )
+    return stream.rebalance()
+
+
+def build(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    """Build the same random graph for the same seed."""
+    rng = random.Random(f"graph {seed}")
+    streams = [source(env, rng, folder, place) for place in range(rng.choice([1, 1, 2, 3]))]
+    for _ in range(rng.randrange(1, 5)):
+        streams = [grow(stream, rng) for stream in streams]
+        if len(streams) > 1 and rng.random() < 0.5:
+            first, *others = streams
+            streams = [first.union(*others)]
+        elif rng.random() < 0.2:
+            streams.append(streams[0])
+    for place, stream in enumerate(streams):
+        stream.sink(JsonLinesFiles(folder / "out" / str(place)), name=f"out {place}", parallelism=rng.choice([1, 1, 2]))
+
+
+def run(seed: int, folder: Path, backend: Callable[[], StepBackend], **options: Any) -> Any:
+    durable = Durable(
+        folder / "state", interval_s=random.Random(f"interval {seed}").choice([0.002, 0.01, 0.03]), keep=2
+    )
+    env = LocalEnvironment("random", backend=backend, durable=durable)
+    build(env, seed, folder)
+    return env.submit(autostop=True, **options).report
+
+
+def written(folder: Path) -> dict[str, Counter[int]]:
+    return {
+        out.name: Counter(
+            json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()
+        )
+        for out in sorted((folder / "out").iterdir())
+    }
+
+
+def expected(seed: int, folder: Path) -> dict[str, Counter[int]]:
+    env = LocalEnvironment("random", backend=lambda: StepBackend(seed))
+    build(env, seed, folder)
+    env.run()
+    return written(folder)
+
+
+def check(seed: int, folder: Path) -> int:
+    """Kill a random graph at random moments, run each again, and return how many were resumed from a checkpoint."""
+    folder.mkdir()
+    wanted = expected(seed, folder / "undisturbed")
+    disturbed = folder / "disturbed"
+    disturbed.mkdir()
+    shots: dict[int, Path] = {}
+    run(seed, disturbed, lambda: Photographer(seed, disturbed, shots))
+    assert written(disturbed) == wanted
+    resumed = 0
+    for shot in shots.values():
+        again: dict[int, Path] = {}
+        report = run(seed, shot, partial(Photographer, seed + 1, shot, again))
+        resumed += any(note.startswith("resumed from checkpoint") for note in report.notes)
+        assert written(shot) == wanted, report
+        twice = again[0]  # killed a second time
+        run(seed, twice, partial(StepBackend, seed + 2))
+        assert written(twice) == wanted
+    return resumed
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Return a folder in memory, if the system has one: a disk would be waited for thousands of times."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize(
+    "first", [*range(0, 100, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(100, 2000, 20))]
+)
+def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
+    resumed = 0
+    for seed in range(first, first + 20):
+        try:
+            resumed += check(seed, folder / str(seed))
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert resumed > 10
