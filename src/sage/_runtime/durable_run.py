@@ -140,7 +140,10 @@ class DurableRun:
             case WriteFailed(error):
                 self._fail(error)
                 return
+        before = self._state.due
         self._state, actions = step(self._state, event, self._supervisor.backend.now())
+        if self._state.due is not None and self._state.due != before:
+            self._supervisor.call_at(self._state.due, lambda: self.handle(Due()))
         for action in actions:
             self._carry_out(action)
 
@@ -160,8 +163,6 @@ class DurableRun:
                 log.debug("checkpoint complete number=%d", action.number)
                 for name, task in tasks.items():
                     task.request_commit(action.number, is_last=name in action.tasks)
-                assert self._state.due is not None
-                self._supervisor.call_at(self._state.due, lambda: self.handle(Due()))
 
     def _write(self, number: int, rows: list[Row]) -> None:
         """Write a checkpoint, on a thread that nothing else waits for."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 READ_BYTES = 1 << 20
 
+PREPARED = ".prepared"
+"""The end of the name of a file that has not appeared, so that patterns for the others do not find it."""
+
 
 class JsonLines(Source[Any]):
     """Reads the values in all files of a pattern, file by file in the order of their names.
@@ -116,13 +119,17 @@ class JsonLinesFiles(TransactionalSink[Any]):
         self._part = part
         self._writing.unlink(missing_ok=True)
         for path in self._folder.iterdir():
-            begin, _, end = path.name.removeprefix(".").rpartition("-")
-            if begin == part and int(end.removesuffix(".jsonl")) > checkpoint:
+            name = path.name.removeprefix(".").removesuffix(PREPARED).removesuffix(".jsonl")
+            begin, _, number = name.rpartition("-")
+            if begin == part and int(number) > checkpoint:
                 path.unlink()
 
     @property
     def _writing(self) -> Path:
         return self._folder / f".{self._part}.writing"
+
+    def _prepared(self, name: str) -> Path:
+        return self._folder / f".{name}{PREPARED}"
 
     def write(self, batch: Sequence[Any]) -> None:
         """Add a line for each value."""
@@ -140,7 +147,7 @@ class JsonLinesFiles(TransactionalSink[Any]):
             file.flush()
             os.fsync(file.fileno())
         name = f"{self._part}-{number:08}.jsonl"
-        self._writing.replace(self._folder / f".{name}")
+        self._writing.replace(self._prepared(name))
         self._sync()
         return name
 
@@ -148,7 +155,7 @@ class JsonLinesFiles(TransactionalSink[Any]):
         """Give the file its name."""
         # If it is not there any more, it has its name already, or somebody has taken it on from there.
         with suppress(FileNotFoundError):
-            (self._folder / f".{token}").replace(self._folder / token)
+            self._prepared(token).replace(self._folder / token)
         self._sync()
 
     def abort(self) -> None:
