@@ -22,6 +22,7 @@ EXPECTED = {
         "PEAR: one pear is 4 coins",
         "prices are closed",
     ],
+    "survive_a_kill.py": ["killed", "ended by itself", "400 lines, 400 different rows"],
     "word_count.py": ["4  the", "3  is", "2  be", "2  to", "1  a"],
 }
 

@@ -96,15 +96,14 @@ def assemble(
         budget=counted,
         until_asked=until_asked,
     )
+    supervisor = job.dispatcher.supervisor
     if counted is not None:
-        supervisor = job.dispatcher.supervisor
-        job._when_begun(lambda: counted.begin(supervisor))
+        job._when_begun(partial(counted.begin, supervisor))
     if durable is not None:
-        supervisor = job.dispatcher.supervisor
         job._durable = durable
-        job._when_begun(lambda: durable.begin(supervisor))
+        job._when_begun(partial(durable.begin, supervisor))
         job._when_sealed(durable.close)
-    job.dispatcher.supervisor.listeners.append(guard.note)
+    supervisor.listeners.append(guard.note)
     job._when_begun(guard.begin)
     job._when_sealed(lambda _: guard.sealed())
     return job, guard

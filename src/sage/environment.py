@@ -445,7 +445,7 @@ class Environment:
             progress: whether a line on standard error says how far the job is: records, percent and time left where all
                 sources know their length, rate, fullest queue, failures.
             resume: how a durable job begins: "auto" goes on from the last checkpoint if there is one, "must" raises if
-                there is none, and "never" deletes the checkpoints and begins anew.
+                not, and "never" deletes the checkpoints and begins anew.
 
         Raises:
             GraphError: the program is wrong; nothing was started.

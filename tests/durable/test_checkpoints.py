@@ -26,7 +26,8 @@ IN = frozenset({"in"})
 
 
 def play(events: Iterable[tuple[float, CheckpointEvent]], last: int = 0) -> tuple[Checkpoints, list[Action]]:
-    state, done = Checkpoints(5.0, TASKS, IN, last), []
+    state = Checkpoints(5.0, TASKS, IN, last)
+    done: list[Action] = []
     for now, event in events:
         state, actions = step(state, event, now)
         done += actions

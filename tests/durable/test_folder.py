@@ -231,9 +231,10 @@ def test_a_failure_keeps_what_was_committed_before(tmp_path: Path) -> None:
 
 
 def test_only_as_many_checkpoints_are_kept(tmp_path: Path) -> None:
+    seen: list[int] = []
     for count in range(1, 6):
         env = LocalEnvironment("job", durable=Durable(tmp_path, keep=2))
-        env.from_batch(range(count), name="in").sink([].append)
+        env.from_batch(range(count), name="in").sink(seen.append)
         env.run()
     with sqlite3.connect(tmp_path / "checkpoints.sqlite") as file:
         assert file.execute("SELECT number FROM checkpoints").fetchall() == [(4,), (5,)]
@@ -270,7 +271,8 @@ def test_the_promise_of_each_sink_is_named(tmp_path: Path) -> None:
     env = LocalEnvironment("job", durable=tmp_path / "state")
     rows = env.from_batch([1], name="rows")
     rows.sink(JsonLinesFiles(tmp_path / "out"), name="files")
-    rows.sink([].append, name="memory")
+    seen: list[int] = []
+    rows.sink(seen.append, name="memory")
     rows.sink(print, name="screen")
     env.from_source(lambda: None, name="bus").sink(print, name="live")
     text = env.explain()

@@ -87,7 +87,7 @@ def kill(folder: Path, what: str, count: int) -> bool:
 def test_each_row_once_whenever_it_is_killed(seed: int, tmp_path: Path) -> None:
     prepare(tmp_path)
     moments = random.Random(seed)
-    kills = kill(tmp_path, "call", moments.randrange(100, 300))
+    kills = int(kill(tmp_path, "call", moments.randrange(100, 300)))
     kills += kill(tmp_path, "file", moments.randrange(1, 200))
     kills += kill(tmp_path, "call", moments.randrange(1, 200))
     output = finish(tmp_path)

@@ -46,7 +46,7 @@ class DurableRun:
 
     Raises:
         CheckpointError: the folder cannot be used, or its checkpoint does not fit the graph or cannot be read; with
-            `resume="must"`, also if there is none.
+            `resume="must"`, also if it has no checkpoint.
     """
 
     def __init__(self, settings: Durable, graph: LogicalGraph, resume: str) -> None:
@@ -64,7 +64,7 @@ class DurableRun:
             found = self._store.load()
             if found is None and resume == "must":
                 error = CheckpointError(f'folder "{folder}" has no checkpoint to resume from', fault="user")
-                raise hint(error, 'resume="auto" begins a job where there is none.')
+                raise hint(error, 'resume="auto" begins anew without one.')
             self._resumed = found
             loaded = found or Checkpoint(0, {}, ())
             self._check(loaded)

@@ -42,7 +42,7 @@ class JsonLines(Source[Any]):
         """Find the files.
 
         Raises:
-            ConnectorError: a file is shorter than it was, or there is none, and there never was.
+            ConnectorError: a file is shorter than it was, or no file matches, and none ever did.
         """
         self._offsets = dict(position or {})
         self._left = sorted(glob.glob(self._pattern, recursive=True))
