@@ -96,9 +96,15 @@ def assemble(
         budget=counted,
         until_asked=until_asked,
     )
+    _join(job, guard, counted, durable)
+    return job, guard
+
+
+def _join(job: Job, guard: JobJournal, budget: Budget | None, durable: DurableRun | None) -> None:
+    """Let the guard, the budget and the checkpoints of a job begin and end with it."""
     supervisor = job.dispatcher.supervisor
-    if counted is not None:
-        job._when_begun(partial(counted.begin, supervisor))
+    if budget is not None:
+        job._when_begun(partial(budget.begin, supervisor))
     if durable is not None:
         job._durable = durable
         job._when_begun(partial(durable.begin, supervisor))
@@ -106,7 +112,6 @@ def assemble(
     supervisor.listeners.append(guard.note)
     job._when_begun(guard.begin)
     job._when_sealed(lambda _: guard.sealed())
-    return job, guard
 
 
 def _host_of(

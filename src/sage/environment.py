@@ -457,13 +457,9 @@ class Environment:
             check_seconds("keep_s is", keep_s, may_be_zero=False)
             if not keep_services:
                 raise hint(GraphError(f"keep_s is {keep_s}, but no service is kept"), "Add keep_services=True.")
-        if resume not in ("auto", "never", "must"):
-            raise hint(GraphError(f"submit: resume is {short(resume)}"), 'It is "auto", "never" or "must".')
-        if resume != "auto" and self._durable is None:
-            error = GraphError(f'environment "{self.name}" is not durable, and resume is {resume!r}')
-            raise hint(error, 'Give it a folder for checkpoints: LocalEnvironment(..., durable="state").')
+        asked = self._checked_resume(resume)
         with self._alone():
-            self._resume = os.environ.get(RESUME_VARIABLE, "auto") if resume == "auto" else resume
+            self._resume = asked
             graph = self._graph()
             keep = self._kept.names(keep_services, self._services)
             if any(spec.options.has_replicas for spec in graph.services):
@@ -686,6 +682,14 @@ class Environment:
         if self._limits.get("services_share", 0.0) > 1:
             error = GraphError(f'environment "{self.name}": services_share is {services_share}')
             raise hint(error, "Give a fraction between 0 and 1.")
+
+    def _checked_resume(self, resume: str) -> str:
+        if resume not in ("auto", "never", "must"):
+            raise hint(GraphError(f"submit: resume is {short(resume)}"), 'It is "auto", "never" or "must".')
+        if resume != "auto" and self._durable is None:
+            error = GraphError(f'environment "{self.name}" is not durable, and resume is {resume!r}')
+            raise hint(error, 'Give it a folder for checkpoints: LocalEnvironment(..., durable="state").')
+        return os.environ.get(RESUME_VARIABLE, "auto") if resume == "auto" else resume
 
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
         check_name("a service", name)
