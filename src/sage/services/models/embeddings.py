@@ -9,7 +9,7 @@ import unicodedata
 import zlib
 from abc import abstractmethod
 from array import array
-from itertools import pairwise
+from operator import and_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sage._extras import load
@@ -384,11 +384,12 @@ class Vocabulary(dict[str, Word]):
         words = [self[word] for word in words_of(text)]
         if not words:
             return array("Q", [coded(f"t {text}", TEXT_CODE)]).tobytes()  # Signs only, or nothing at all.
+        features, befores, afters, rarities = zip(*words, strict=True)
         pairs = [
-            zlib.crc32(second.after, first.before) << CODE_BITS | PAIR_CODE + (first.is_rare and second.is_rare)
-            for first, second in pairwise(words)
+            zlib.crc32(after, before) << CODE_BITS | PAIR_CODE + is_rare
+            for after, before, is_rare in zip(afters[1:], befores, map(and_, rarities, rarities[1:]), strict=False)
         ]
-        return b"".join([word.features for word in words]) + array("Q", pairs).tobytes()
+        return b"".join(features) + array("Q", pairs).tobytes()
 
 
 def coded(feature: str, code: int) -> int:
