@@ -172,6 +172,20 @@ LIFECYCLES = (
         LIFECYCLE + "test_replicas_stop_side_by_side_where_other_services_stop_one_after_the_other",
     ),
     Mutant(
+        "a replica rests that cannot be done without",
+        "_runtime/service_transitions.py",
+        "record = _change(t, name, rests=False)",
+        "pass",
+        LIFECYCLE + "test_a_replica_that_cannot_be_done_without_does_not_rest",
+    ),
+    Mutant(
+        "a health check that runs is forgotten when a service is to rest",
+        "_runtime/service_transitions.py",
+        "                if _idle(record):\n                    _rest_or_watch(t, event.service)\n",
+        "                _rest_or_watch(t, event.service)\n",
+        LIFECYCLE + "test_a_health_check_that_runs_is_waited_for_before_a_service_rests",
+    ),
+    Mutant(
         "a replica that waits for its restart counts as lost",
         "_runtime/service_transitions.py",
         "return record.again or record.state in (S.REGISTERED, S.STARTING, S.READY, S.BACKOFF)",

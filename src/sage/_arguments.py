@@ -32,14 +32,18 @@ def check_count(label: str, value: object, *, least: int = 1) -> None:
         raise hint(GraphError(f"{label} {short(value)}, which is not {wanted}"), "Give a whole number.")
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a number, and not a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_seconds(label: str, value: Any, *, may_be_zero: bool = True) -> None:
     """Refuse a value that is not a finite number of seconds.
 
     Raises:
         GraphError: the value is wrong; `label` names it.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (0 <= value < float("inf")) or (value == 0 and not may_be_zero):
+    if not is_number(value) or not (0 <= value < float("inf")) or (value == 0 and not may_be_zero):
         least = "0 or more" if may_be_zero else "more than 0"
         raise hint(GraphError(f"{label} {short(value)}"), f"Give a finite number of seconds, {least}.")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend, Host, HostSurroundings
     from sage._runtime.budget import BudgetLimits
     from sage._runtime.durable_run import DurableRun
+    from sage._runtime.supervisor import Supervisor
     from sage.service import ServiceContext
 
 INTERRUPT_TIMEOUT_S = 25.0
@@ -73,11 +74,7 @@ def assemble(
         until_asked: whether a job without tasks goes on until it is asked to end.
     """
     job = Job(id_, graph, interrupt_timeout_s())
-    services = graph.services
-    if any(spec.options.has_replicas for spec in services):
-        from sage._hosts.replicas import with_replicas
-
-        services = with_replicas(services)
+    services = _with_replicas(graph.services)
     guard = JobJournal(id_, graph.name, report, services, before=before)
     counted = None
     if budget is not None:
@@ -97,6 +94,7 @@ def assemble(
         until_asked=until_asked,
     )
     _join(job, guard, counted, durable)
+    job._when_begun(lambda: _begin_recycling(services, job.dispatcher.supervisor))
     return job, guard
 
 
@@ -112,6 +110,21 @@ def _join(job: Job, guard: JobJournal, budget: Budget | None, durable: DurableRu
     supervisor.listeners.append(guard.note)
     job._when_begun(guard.begin)
     job._when_sealed(lambda _: guard.sealed())
+
+
+def _with_replicas(services: tuple[ServiceSpec, ...]) -> tuple[ServiceSpec, ...]:
+    if not any(spec.options.has_replicas for spec in services):
+        return services
+    from sage._hosts.replicas import with_replicas
+
+    return with_replicas(services)
+
+
+def _begin_recycling(services: tuple[ServiceSpec, ...], supervisor: Supervisor) -> None:
+    if any(spec.options.recycles for spec in services):
+        from sage._hosts.recycling import begin_recycling
+
+        begin_recycling(supervisor)
 
 
 def _host_of(

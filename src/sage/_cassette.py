@@ -78,8 +78,8 @@ class Cassette:
             return spec
         if self._way == "record":
             return replace(spec, target=Recorded(spec.target, self._path, spec.name)) if spec.command is None else spec
-        options = replace(spec.options, host=None, shared=False, restart="never", call_timeout_s=None, rate=None)
-        options = replace(options, replicas=1, replicas_min=1, idempotent=False)
+        one = spec.options.of_one()
+        options = replace(one, host=None, shared=False, restart="never", call_timeout_s=None, rate=None)
         args = (self._path, spec.name, self._numbers, spec.command is not None)
         return replace(spec, target=replayed, args=args, kwargs={}, options=options, command=None)
 

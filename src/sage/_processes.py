@@ -103,6 +103,15 @@ def is_alive(one: Process) -> bool:
     return process(one.pid) == one
 
 
+def resident_bytes(pid: int) -> int:
+    """Return how much memory a process uses, in bytes; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
 def is_ending(one: Process) -> bool:
     """Return whether a process has ended or is about to: whoever it was connected with may know before its parent."""
     fields = _stat(one.pid)

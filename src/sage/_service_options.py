@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from sage._arguments import check_backoff, check_count, check_seconds
+from sage._arguments import check_backoff, check_count, check_seconds, is_number
 from sage.errors import GraphError, hint, short
 from sage.rate import Rate
 
@@ -49,6 +49,10 @@ class ServiceOptions:
         affinity: gives a key for the arguments of a call; calls with the same key go to one replica while it lives.
             Without it, a call goes to the replica with the fewest running calls.
         idempotent: whether a call may be made again by another replica if its replica dies during it.
+        recycle_calls: after how many calls a new process takes the place of a replica's; it is ready before the old one
+            ends.
+        recycle_rss_mb: the same, when the process uses more memory than this, in megabytes.
+        recycle_age_s: the same, when the process has been ready for so long, in seconds.
     """
 
     depends_on: tuple[str, ...] | list[str] = ()
@@ -75,6 +79,9 @@ class ServiceOptions:
     replicas_min: int = 1
     affinity: Callable[..., Hashable] | None = None
     idempotent: bool = False
+    recycle_calls: int | None = None
+    recycle_rss_mb: float | None = None
+    recycle_age_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the option."""
@@ -97,7 +104,7 @@ class ServiceOptions:
         check_backoff("service option backoff_s is", self.backoff_s)
         for one in fields(self):
             value = getattr(self, one.name)
-            is_unbounded = one.name == "call_timeout_s" and value is None
+            is_unbounded = one.name in ("call_timeout_s", "recycle_age_s") and value is None
             if one.name.endswith("_s") and one.name != "backoff_s" and not is_unbounded:
                 check_seconds(f"service option {one.name} is", value)
         for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
@@ -121,10 +128,37 @@ class ServiceOptions:
             error = GraphError('service options replicas and host="ray" do not go together')
             raise hint(error, 'Replicas run on this machine: give host="process", or leave host out.')
 
+        if self.recycle_calls is not None:
+            check_count("service option recycle_calls is", self.recycle_calls)
+        if self.recycle_rss_mb is not None and not (is_number(self.recycle_rss_mb) and self.recycle_rss_mb > 0):
+            error = GraphError(f"service option recycle_rss_mb is {short(self.recycle_rss_mb)}")
+            raise hint(error, "Give a number of megabytes, more than 0.")
+        if self.recycles and self.host != "process":
+            error = GraphError(f"service option host is {self.host!r}, but only a process of its own can be recycled")
+            raise hint(error, 'Give host="process". A command is not recycled, since its callers keep its address.')
+
+    def of_one(self) -> ServiceOptions:
+        """Return the options of one replica, or of a service that stands for all of them."""
+        return replace(
+            self,
+            replicas=1,
+            replicas_min=1,
+            affinity=None,
+            idempotent=False,
+            recycle_calls=None,
+            recycle_rss_mb=None,
+            recycle_age_s=None,
+        )
+
+    @property
+    def recycles(self) -> bool:
+        """Whether new processes take the place of old ones while the job runs."""
+        return (self.recycle_calls, self.recycle_rss_mb, self.recycle_age_s) != (None, None, None)
+
     @property
     def has_replicas(self) -> bool:
         """Whether a front chooses among replicas for each call."""
-        return self.replicas > 1 or self.idempotent
+        return self.replicas > 1 or self.idempotent or self.recycles
 
 
 DEFAULT_OPTIONS = ServiceOptions()

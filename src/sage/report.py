@@ -89,6 +89,7 @@ class ServiceReport:
         rate_waits: how many of its calls had to wait for its `rate`.
         rate_waited_s: for how long they waited, in seconds, all together.
         concurrency: how many of its calls may run at once, or None without a limit.
+        recycled: how many processes of its replicas have given their place to new ones.
     """
 
     name: str
@@ -109,6 +110,7 @@ class ServiceReport:
     rate_waits: int = 0
     rate_waited_s: float = 0.0
     concurrency: int | None = None
+    recycled: int = 0
 
     @property
     def built_count(self) -> int:
@@ -342,6 +344,7 @@ class JobReport:
         header = ("service", "state", "calls", "errors", "built", *(("host",) if hosted else ()), "hooks")
         lines = table(header, rows)
         lines += [_rate_line(service) for service in self.services if service.rate_waits]
+        lines += [_recycled_line(service) for service in self.services if service.recycled]
         for service in self.services:
             if service.output:
                 lines.append(f'last output of service "{service.name}":')
@@ -408,6 +411,11 @@ def _hook(hook: HookReport) -> str:
 def _rate_line(service: ServiceReport) -> str:
     waited = f"{service.rate_waits:,} calls waited {seconds(service.rate_waited_s)} in all"
     return f'service "{service.name}": {waited} for its rate'
+
+
+def _recycled_line(service: ServiceReport) -> str:
+    processes = "1 process" if service.recycled == 1 else f"{service.recycled:,} processes"
+    return f'service "{service.name}": {processes} gave {"its" if service.recycled == 1 else "their"} place to new ones'
 
 
 def _host(service: ServiceReport) -> str:

@@ -21,6 +21,7 @@ from sage._runtime.lifecycle import (
     HookEnded,
     LifecycleEvent,
     Limits,
+    RestRequested,
     ServiceDied,
     ServiceFailed,
     ServicePlan,
@@ -31,6 +32,7 @@ from sage._runtime.lifecycle import (
     TaskOpened,
     TaskPlan,
     Tick,
+    WakeRequested,
     begin,
 )
 from sage._runtime.states import JobState, StopMode, TaskState
@@ -209,6 +211,74 @@ def test_the_job_goes_on_without_a_replica_that_it_does_not_need() -> None:
     assert (job.service_states()["a[1]"], job.state.job, job.state.is_failed) == ("lost", JobState.RUNNING, False)
     job.post(ServiceDied("a[2]", 1, "exit code 3"))
     assert (job.state.job, job.state.is_failed) == (JobState.FAILING, True)
+
+
+def with_spare(name: str) -> tuple[ServicePlan, ...]:
+    """Return a service with one replica and a spare one, in processes of their own."""
+    one, two, front = replicated(name, 2)
+    one, two = (replace(plan, own_hooks=frozenset({"exit"})) for plan in (one, two))
+    return one, replace(two, spare=True), replace(front, options=ServiceOptions(idempotent=True))
+
+
+def test_a_spare_is_started_when_it_is_asked_for_and_the_other_one_rests() -> None:
+    job = Job(*with_spare("a")).run()
+    assert job.service_states() == {"a[1]": "ready", "a[2]": "resting", "a": "ready"}
+    assert job.post(WakeRequested("a[2]")) == ["run_hook a[2] build"]
+    job.ready("a[2]")
+    assert job.post(RestRequested("a[1]", 1)) == ["hold_calls a[1]", "run_hook a[1] drain"]
+    assert job.gone("a[1]")[-1] == "run_hook a[1] exit"
+    job.end("a[1]", "exit", Exit(0))
+    assert job.service_states() == {"a[1]": "resting", "a[2]": "ready", "a": "ready"}
+    assert job.post(WakeRequested("a[1]")) == ["run_hook a[1] build"]
+    job.ready("a[1]")
+    job.post(RestRequested("a[2]", 1), TaskEnded("t", TaskState.DONE))
+    job.gone("a", "a[2]", "a[1]")
+    for name in ("a[1]", "a[2]"):
+        job.end(name, "exit", Exit(0))
+    assert set(job.service_states().values()) == {"stopped"}
+    assert job.hook_order.count("a[1].cleanup") == 2
+
+
+def test_a_spare_that_was_never_asked_for_is_skipped() -> None:
+    job = Job(*with_spare("a")).stopping()
+    job.gone("a", "a[1]")
+    assert job.end("a[1]", "exit", Exit(0))[-1] == "seal"
+    assert job.service_states()["a[2]"] == "skipped"
+
+
+def test_a_successor_that_cannot_be_started_rests_again() -> None:
+    job = Job(*with_spare("a")).run()
+    job.post(WakeRequested("a[2]"))
+    job.end("a[2]", "build", error=OSError("no memory"))
+    job.end("a[2]", "exit", Exit(1))
+    assert job.service_states() == {"a[1]": "ready", "a[2]": "resting", "a": "ready"}
+    assert (job.state.job, job.state.is_failed) == (JobState.RUNNING, False)
+    assert job.post(WakeRequested("a[2]")) == ["run_hook a[2] build"]
+
+
+def test_a_health_check_that_runs_is_waited_for_before_a_service_rests() -> None:
+    job = Job(*with_spare("a"))
+    job.hooks["a[1]"] = WATCHED
+    job.run().post(WakeRequested("a[2]"))
+    job.ready("a[2]")
+    job.at(5.0)
+    assert job.state.services["a[1]"].hook == "health"
+    assert job.post(RestRequested("a[1]", 1)) == []
+    assert job.end("a[1]", "health", True) == ["hold_calls a[1]", "run_hook a[1] drain"]
+
+
+def test_a_replica_that_cannot_be_done_without_does_not_rest() -> None:
+    job = Job(*with_spare("a")).run()
+    job.post(WakeRequested("a[2]"))
+    job.ready("a[2]")
+    job.post(ServiceDied("a[2]", 1, "exit code 3"))
+    assert job.post(RestRequested("a[1]", 1)) == []
+    assert (job.service_states()["a[1]"], job.state.job, job.state.is_failed) == ("ready", JobState.RUNNING, False)
+
+
+def test_nothing_wakes_or_rests_after_stopping_began() -> None:
+    job = Job(*with_spare("a")).stopping()
+    assert job.post(WakeRequested("a[2]"), RestRequested("a[1]", 1)) == []
 
 
 def test_only_hooks_that_a_service_has_are_run() -> None:

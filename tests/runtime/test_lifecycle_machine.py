@@ -25,6 +25,7 @@ from sage._runtime.lifecycle import (
     HookEnded,
     LifecycleEvent,
     Limits,
+    RestRequested,
     ServiceDied,
     ServicePlan,
     State,
@@ -35,6 +36,7 @@ from sage._runtime.lifecycle import (
     TaskOpened,
     TaskPlan,
     Tick,
+    WakeRequested,
     begin,
 )
 from sage._runtime.states import (
@@ -137,7 +139,9 @@ def replicas(draw: st.DrawFn, plan: ServicePlan, hooks: dict[str, frozenset[str]
     own = replace(plan.options, required=False)
     several = replace(plan.options, replicas=count, replicas_min=draw(st.integers(1, count)), idempotent=True)
     front = ServicePlan(plan.name, names, several)
-    return (*(replace(plan, name=name, options=own, front=plan.name) for name in names), front)
+    spares = {names[-1]} if draw(st.booleans()) else set()
+    own_plans = [replace(plan, name=name, options=own, front=plan.name, spare=name in spares) for name in names]
+    return (*own_plans, front)
 
 
 def _with_all_they_need(names: frozenset[str], requires: dict[str, list[str]]) -> frozenset[str]:
@@ -299,7 +303,9 @@ class LifecycleMachine(RuleBasedStateMachine):
     def check_open(self, name: str) -> None:
         for other, plan in self.plans.items():
             done_without = self.noted[other] in SERVICE_TERMINAL and not plan.options.required
-            assert self.noted[other] == ServiceState.READY or done_without, f"a task opens before {other} is ready"
+            assert self.noted[other] in (ServiceState.READY, ServiceState.RESTING) or done_without, (
+                f"a task opens before {other} is ready"
+            )
         plans = {plan.name: plan for plan in self.graph.tasks}
         assert all(self.task_phase[other] == "opened" for other in plans[name].downstream)
         self.task_phase[name] = "opening"
@@ -429,6 +435,13 @@ class LifecycleMachine(RuleBasedStateMachine):
         after = self.state.services[name]
         assert (after.incarnation, after.hooks) == (before.incarnation, before.hooks) or after.hook == "build"
 
+    @precondition(lambda self: self.is_open() and self.plans)
+    @rule(data=st.data(), wakes=st.booleans())
+    def rest_or_wake(self, data: st.DataObject, wakes: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.plans)))
+        incarnation = self.state.services[name].incarnation
+        self.post(WakeRequested(name) if wakes else RestRequested(name, incarnation))
+
     @precondition(lambda self: self.is_open() and self.built)
     @rule(data=st.data())
     def see_dependency(self, data: st.DataObject) -> None:
@@ -442,7 +455,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             for name, incarnation in self.begun
             if incarnation == self.state.services[name].incarnation
             and (name, incarnation) not in self.dead
-            and self.noted[name] not in SERVICE_TERMINAL | {ServiceState.BACKOFF}
+            and self.noted[name] not in SERVICE_TERMINAL | {ServiceState.BACKOFF, ServiceState.RESTING}
             and self.state.services[name].hook != "exit"
         )
 

@@ -22,7 +22,7 @@ LETTER_WIDTH = 6.2
 TICKS_COUNT = 8
 
 COLOURS = {
-    **dict.fromkeys(("new", "created", "registered"), "#d9d9d9"),
+    **dict.fromkeys(("new", "created", "registered", "resting"), "#d9d9d9"),
     **dict.fromkeys(("starting", "opening"), "#f2c14e"),
     **dict.fromkeys(("running", "ready"), "#4c9f70"),
     "degraded": "#e07b39",

@@ -14,11 +14,13 @@ from sage.errors import GraphError, ServiceUnavailableError, hint
 from sage.service import ServiceHandle
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable, Sequence
 
     from sage._hosts.gate import Gate
+    from sage._hosts.recycling import Recycler
     from sage._runtime.backend import HostSurroundings
-    from sage.service import ServiceContext, ServiceOptions
+    from sage.service import ServiceContext
 
 LOSSES_MAX = 2
 """How many replicas may die during one idempotent call before it fails: it may be the call that kills them."""
@@ -32,11 +34,9 @@ def with_replicas(services: Iterable[ServiceSpec]) -> tuple[ServiceSpec, ...]:
 
 
 def _parts(spec: ServiceSpec) -> tuple[ServiceSpec, ...]:
-    names = [f"{spec.name}[{number}]" for number in range(1, spec.options.replicas + 1)]
+    names = [f"{spec.name}[{number}]" for number in range(1, spec.options.replicas + spec.options.recycles + 1)]
     # The front decides whether the job fails, bounds calls and keeps the rate for all.
-    own = replace(
-        spec.options, required=False, call_timeout_s=None, rate=None, replicas=1, replicas_min=1, idempotent=False
-    )
+    own = replace(spec.options.of_one(), required=False, call_timeout_s=None, rate=None)
     replicas = [
         replace(
             spec,
@@ -45,10 +45,11 @@ def _parts(spec: ServiceSpec) -> tuple[ServiceSpec, ...]:
             handle=ServiceHandle(name, spec.target),
             command=None if spec.command is None else replace(spec.command, name=name),
             front=spec.name,
+            spare=number > spec.options.replicas,
         )
-        for name in names
+        for number, name in enumerate(names, 1)
     ]
-    options = replace(spec.options, depends_on=tuple(names), concurrency=None, restart="never", host=None)
+    options = replace(spec.options, depends_on=tuple(names), concurrency=None, restart="never")
     return (*replicas, replace(spec, args=(), kwargs={}, options=options, command=None))
 
 
@@ -81,21 +82,30 @@ class Replica:
 
     Attributes:
         host: its host.
-        place: its place among the replicas.
+        place: its place among the replicas, which decides about its keys; None for a spare one, which gets no calls.
         running: how many calls of the front it makes.
         chosen_at: when it was chosen last, as a number of choices.
+        made_count: how many calls its present process has made.
+        ready_at: since when that process is ready, by the clock of the backend.
     """
 
-    def __init__(self, host: GatedHost, place: int) -> None:
+    def __init__(self, host: GatedHost, place: int | None) -> None:
         self.host = host
         self.place = place
         self.running = 0
         self.chosen_at = 0
+        self.made_count = 0
+        self.ready_at = 0.0
 
     @property
     def name(self) -> str:
         """Its name in the lifecycle."""
         return self.host.spec.name
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it gets no calls."""
+        return self.place is None
 
     def bound(self, method: str) -> Callable[..., Any]:
         """Return one of its methods, behind its own gate."""
@@ -118,16 +128,17 @@ class ReplicasHost(GatedHost):
         replicas: Sequence[GatedHost],
     ) -> None:
         super().__init__(spec, context, surroundings)
-        self._replicas = [Replica(host, place) for place, host in enumerate(replicas)]
+        self.replicas = [Replica(host, None if host.spec.spare else place) for place, host in enumerate(replicas)]
+        self.recycler: Recycler | None = None
         self._choices = 0
         self._is_up = False
         for host in replicas:
             host.on_turned = self._turned
 
     @property
-    def options(self) -> ServiceOptions:
-        """The options of the front."""
-        return self.spec.options
+    def lock(self) -> threading.Condition:
+        """Guards the replicas."""
+        return self._changed
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -136,11 +147,11 @@ class ReplicasHost(GatedHost):
 
     def facts(self) -> HostFacts:
         """Return that it is a front."""
-        return HostFacts("replicas")
+        return HostFacts("replicas", recycled=0 if self.recycler is None else self.recycler.count)
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method of the replicas."""
-        return self._replicas[0].host.is_coroutine(name)
+        return self.replicas[0].host.is_coroutine(name)
 
     # --- the part of each host ---
 
@@ -166,11 +177,11 @@ class ReplicasHost(GatedHost):
         try:
             attribute = replica.host.attribute(name)
         finally:
-            self._leave(replica)
+            self._leave(replica, calls=0)
         return self._routed(name) if callable(attribute) else attribute
 
     def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
-        if all(replica.host._coroutine_method(name) is None for replica in self._replicas):
+        if all(replica.host._coroutine_method(name) is None for replica in self.replicas):
             return None
 
         async def call(*args: Any, **kwargs: Any) -> Any:
@@ -219,7 +230,9 @@ class ReplicasHost(GatedHost):
 
     def _entered(self, key: object) -> Replica | None:
         with self._changed:
-            candidates = [replica for replica in self._replicas if replica.host.takes_calls]
+            candidates = [replica for replica in self.replicas if replica.host.takes_calls]
+            if self.recycler is not None:  # an old one gets a call only if there is nobody else
+                candidates = [replica for replica in candidates if not replica.is_spare] or candidates
             if not candidates:
                 if self._is_hopeless():
                     raise self._unavailable()
@@ -234,9 +247,12 @@ class ReplicasHost(GatedHost):
             chosen.running += 1
             return chosen
 
-    def _leave(self, replica: Replica) -> None:
+    def _leave(self, replica: Replica, calls: int = 1) -> None:
         with self._changed:
             replica.running -= 1
+            replica.made_count += calls
+            if self.recycler is not None:
+                self.recycler.returned(replica)
 
     def _losses(self, replica: Replica, error: ServiceUnavailableError, losses: int) -> int:
         """Return how many replicas have died during a call that another one shall make, or raise why it fails."""
@@ -248,11 +264,16 @@ class ReplicasHost(GatedHost):
 
     def _is_hopeless(self) -> bool:
         """Whether no replica takes calls, and none comes back."""
-        return all(replica.host.is_refused for replica in self._replicas)
+        return not any(self._may_come_back(replica) for replica in self.replicas)
+
+    def _may_come_back(self, replica: Replica) -> bool:
+        if replica.host.is_refused:
+            return False
+        return not replica.is_spare or (self.recycler is not None and self.recycler.starts(replica))
 
     def _wait_open(self) -> None:
         def is_over() -> bool:
-            return any(replica.host.takes_calls for replica in self._replicas) or self._is_hopeless()
+            return any(replica.host.takes_calls for replica in self.replicas) or self._is_hopeless()
 
         wait_for(self._changed, is_over, None)
 

@@ -150,6 +150,7 @@ class ServiceSpec:
         handle: the handle through which user code calls it.
         command: the command that it is, or None for one that is built from `target`.
         front: the service that it is a replica of, or "".
+        spare: whether it is a replica that is started when another one is recycled.
         requires: names of services it depends on, declared or seen among its arguments.
     """
 
@@ -161,6 +162,7 @@ class ServiceSpec:
     handle: ServiceHandle[Any]
     command: Command | None = None
     front: str = ""
+    spare: bool = False
 
     @property
     def requires(self) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class HostFacts:
         output: the last lines that it wrote.
         unready: why its last `ready` said no, in words, where the host knows.
         released: whether the instance lives on, for other environments that share it.
+        recycled: how many of its processes have given their place to new ones.
     """
 
     host: str = "inline"
@@ -54,6 +55,7 @@ class HostFacts:
     output: tuple[str, ...] = ()
     unready: str = ""
     released: bool = False
+    recycled: int = 0
 
 
 class CallWaits(NamedTuple):

@@ -100,6 +100,7 @@ def _service_plan(service: ServiceSpec, host: Host, keep: frozenset[str], adopte
         own_hooks=host.own_hooks,
         local_hooks=host.local_hooks,
         front=service.front,
+        spare=service.spare,
     )
 
 

@@ -83,6 +83,7 @@ class ServicePlan:
         own_hooks: the hooks of its host itself: "exit", if there is a process to end.
         local_hooks: the hooks that run on a thread here although there is such a process.
         front: the service that it is a replica of, or "".
+        spare: whether it is not started with the others, but when somebody asks for it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class ServicePlan:
     own_hooks: frozenset[str] = frozenset()
     local_hooks: frozenset[str] = frozenset()
     front: str = ""
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class ServiceRecord:
         goal: the state that its teardown leads to otherwise.
         extended_s: how much longer the hook that runs was allowed to take.
         has_died: whether the incarnation is gone, so that no hook of it can run.
+        rests: whether its teardown leads to a rest, from which it can be started again, unless stopping begins before.
     """
 
     state: ServiceState = ServiceState.REGISTERED
@@ -141,6 +144,7 @@ class ServiceRecord:
     goal: ServiceState = ServiceState.STOPPED
     extended_s: float = 0.0
     has_died: bool = False
+    rests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +228,7 @@ class Shape:
         task_places: the place of each task.
         needed_by: the services that declared that they need a service.
         opened_before: the tasks that open only after a task.
-        side_by_side: whether services stop side by side, because some declared dependencies; replicas of one
-            service always do.
+        side_by_side: whether services stop side by side, because some declared dependencies; replicas always do.
         serves_only: whether all tasks only answer requests.
     """
 
@@ -415,6 +418,21 @@ class CleanupDeferred:
 
 
 @dataclass(frozen=True, slots=True)
+class RestRequested:
+    """A service that is ready is not needed for now; it ends, and can be started again."""
+
+    service: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeRequested:
+    """A service that rests is needed; if its start fails, it rests again."""
+
+    service: str
+
+
+@dataclass(frozen=True, slots=True)
 class ExtendTimeout:
     """The hook of a service that runs wants more time."""
 
@@ -472,7 +490,8 @@ class TaskEvents:
     events: tuple[TaskEvent, ...]
 
 
-ServiceEvent = HookEnded | ServiceDied | ServiceFailed | CleanupDeferred | ExtendTimeout | DependencySeen
+Rest = RestRequested | WakeRequested
+ServiceEvent = HookEnded | ServiceDied | ServiceFailed | CleanupDeferred | ExtendTimeout | DependencySeen | Rest
 LifecycleEvent = Begin | CannotBegin | Tick | StopRequested | ServiceEvent | TaskEvent | TaskEvents
 
 # --- actions ----------------------------------------------------------------------------------------------------------
@@ -528,7 +547,7 @@ def begin(
 ) -> State:
     """Return the state of a job that was not started yet."""
     records = {
-        plan.name: ServiceRecord()
+        plan.name: ServiceRecord(ServiceState.RESTING if plan.spare else ServiceState.REGISTERED)
         if plan.adopted is None
         else ServiceRecord(ServiceState.READY, incarnation=1, hooks=plan.adopted | plan.own_hooks)
         for plan in services
@@ -548,6 +567,7 @@ def begin(
         for after in dict.fromkeys(task.downstream):
             opened_before[after].append(task.name)
     adopted = {plan.name for plan in services if plan.adopted is not None}
+    fine = adopted | {plan.name for plan in services if plan.spare}
     return State(
         services=records,
         tasks={task.name: TaskRecord() for task in tasks},
@@ -565,11 +585,11 @@ def begin(
         ),
         tally=Tally(
             services_left=len(services),
-            services_unready=len(services) - len(adopted),
+            services_unready=len(services) - len(fine),
             tasks_left=len(tasks),
             main_left=sum(not task.serving for task in tasks),
             tasks_unopened=len(tasks),
-            unmet={plan.name: len({*plan.requires} - adopted) for plan in services},
+            unmet={plan.name: len({*plan.requires} - fine) for plan in services},
             needed={name: len(others) for name, others in needed_by.items()},
             unopened={task.name: len({*task.downstream}) for task in tasks},
             seen_by={},

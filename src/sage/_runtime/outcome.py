@@ -297,6 +297,7 @@ def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]
                 facts.released,
                 *host.waits,
                 concurrency=host.options.concurrency,
+                recycled=facts.recycled,
             )
         )
     return tuple(reports)

@@ -27,10 +27,12 @@ from sage._runtime.lifecycle import (
     ExtendTimeout,
     FailureKind,
     HookEnded,
+    RestRequested,
     ServiceDied,
     ServiceEvent,
     ServiceFailed,
     ServiceRecord,
+    WakeRequested,
 )
 from sage._runtime.states import SERVICE_TERMINAL, JobState, ServiceState
 from sage._runtime.transition import Transition
@@ -53,7 +55,12 @@ def take_service(t: Transition, event: ServiceEvent) -> None:
             t.see(event.service, event.requires)
         return
     record = t.services[event.service]
-    if record.incarnation != event.incarnation or record.state in SERVICE_TERMINAL | {S.BACKOFF}:
+    if isinstance(event, WakeRequested):
+        if record.state is S.RESTING and not t.stopping:
+            start_service(t, event.service)
+            _change(t, event.service, rests=True)
+        return
+    if record.incarnation != event.incarnation or record.state in SERVICE_TERMINAL | {S.BACKOFF, S.RESTING}:
         return
     match event:
         case HookEnded():
@@ -69,6 +76,11 @@ def take_service(t: Transition, event: ServiceEvent) -> None:
                 _change(t, event.service, hooks=record.hooks | {"cleanup"})
         case ExtendTimeout():
             _extend(t, event.service, event.seconds)
+        case RestRequested():
+            if record.state is S.READY and not t.stopping:
+                _change(t, event.service, rests=True)
+                if _idle(record):
+                    _rest_or_watch(t, event.service)
 
 
 def _take_hook(t: Transition, event: HookEnded) -> None:
@@ -80,7 +92,7 @@ def _take_hook(t: Transition, event: HookEnded) -> None:
         if (event.error is not None or event.value is False) and not t.stopping:
             _service_failed(t, name, FailureKind.UNHEALTHY, "health", event.error)
         else:
-            watch(t, name)
+            _rest_or_watch(t, name)
     elif event.hook == "exit":
         _take_exit(t, event)
     else:
@@ -211,7 +223,7 @@ def _next_start_hook(t: Transition, name: str, last: str) -> None:
     later = START_HOOKS[START_HOOKS.index(last) + 1 :] if last else START_HOOKS
     hook = next((hook for hook in later if hook == "build" or hook in record.hooks), None)
     if hook is None:
-        t.move_service(name, S.READY, hook=None, due=None)
+        t.move_service(name, S.READY, hook=None, due=None, rests=False)
         t.do(ActionKind.ADMIT_CALLS, name)
         watch(t, name)
     else:
@@ -232,6 +244,21 @@ def watch(t: Transition, name: str) -> None:
     if record.state is S.READY and "health" in record.hooks and not t.stopping:
         interval_s = t.start.service_plans[name].options.health_interval_s
         _change(t, name, hook="health-pause", due=t.now + interval_s)
+
+
+def _rest_or_watch(t: Transition, name: str) -> None:
+    """Begin the end of a ready service that is to rest, or plan the next call of `health`.
+
+    A replica that cannot be done without does not rest: its successor may have died at once.
+    """
+    record, front = t.services[name], t.start.service_plans[name].front
+    if record.rests and front and _replicas_left(t, front) <= t.start.service_plans[front].options.replicas_min:
+        record = _change(t, name, rests=False)
+    if record.rests and _idle(record) and not t.stopping:
+        t.do(ActionKind.HOLD_CALLS, name)
+        _drain_service(t, name)
+    else:
+        watch(t, name)
 
 
 def _may_restart(t: Transition, name: str) -> bool:
@@ -289,10 +316,10 @@ def check_replicas(t: Transition) -> None:
     ready = {name for name in t.touched if plans[name].options.has_replicas and t.services[name].state is S.READY}
     for name in lost | ready:
         options, replicas = plans[name].options, plans[name].requires
-        left = sum(map(_may_be_had, (t.services[other] for other in replicas)))
+        left = _replicas_left(t, name)
         if left >= options.replicas_min or t.stopping:
             continue
-        text = f"as {left} of its {len(replicas)} replicas are left, and replicas_min is {options.replicas_min}"
+        text = f"as {left} of its {options.replicas} replicas are left, and replicas_min is {options.replicas_min}"
         last = next((failure for failure in reversed(t.failures) if failure.name in replicas), None)
         if last is not None:
             why = last.text or (describe(last.error) if last.error else f"{last.hook} {last.trouble}")
@@ -302,6 +329,10 @@ def check_replicas(t: Transition) -> None:
         elif options.required:
             t.fail(FailureKind.FAILED, name, text=text)
             t.fail_job()
+
+
+def _replicas_left(t: Transition, front: str) -> int:
+    return sum(_may_be_had(t.services[name]) for name in t.start.service_plans[front].requires)
 
 
 def _may_be_had(record: ServiceRecord) -> bool:
@@ -315,9 +346,9 @@ def _may_be_had(record: ServiceRecord) -> bool:
 def stop_service(t: Transition, name: str) -> None:
     """Begin the end of a service that is ready, half started, or waits for a restart."""
     record = t.services[name]
-    if record.state is S.REGISTERED:
+    if record.state in (S.REGISTERED, S.RESTING) and not record.incarnation:
         t.move_service(name, S.SKIPPED)
-    elif record.state is S.BACKOFF:
+    elif record.state in (S.BACKOFF, S.RESTING):
         t.move_service(name, record.goal, hook=None, due=None)
     elif record.state is S.STARTING:
         if record.hook in (None, "ready-pause"):
@@ -383,6 +414,9 @@ def _next_stop_hook(t: Transition, name: str, last: str) -> None:
 
 def _end_service(t: Transition, name: str) -> None:
     record = t.services[name]
+    if record.rests and not t.stopping and record.goal is not S.ABANDONED:
+        t.move_service(name, S.RESTING, hook=None, due=None, rests=False, again=False)
+        return
     if record.again and not t.stopping and record.goal is not S.ABANDONED:
         first, longest = t.start.service_plans[name].options.backoff_s
         recent = _recent_restarts(t, name)
@@ -421,7 +455,7 @@ def kill_service(t: Transition, name: str) -> None:
     record = t.services[name]
     if record.state in SERVICE_TERMINAL:
         return
-    if record.state in (S.REGISTERED, S.BACKOFF):
+    if record.state in (S.REGISTERED, S.BACKOFF, S.RESTING):
         stop_service(t, name)
         return
     due = max(min(t.now + KILL_EXIT_S, t.deadline), t.now)

@@ -77,6 +77,7 @@ class ServiceState(StrEnum):
     STOPPING = "stopping"
     CLEANING = "cleaning"
     BACKOFF = "backoff"
+    RESTING = "resting"
     STOPPED = "stopped"
     CLEANUP_FAILED = "cleanup_failed"
     ABANDONED = "abandoned"
@@ -119,12 +120,13 @@ _SERVICE_ENDS = SERVICE_TERMINAL - {S.SKIPPED, S.KEPT}
 
 SERVICE_NEXT: dict[ServiceState, frozenset[ServiceState]] = {
     S.REGISTERED: frozenset({S.STARTING, S.SKIPPED}),
-    S.STARTING: frozenset({S.READY, S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
+    S.RESTING: frozenset({S.STARTING, S.SKIPPED}) | _SERVICE_ENDS,
+    S.STARTING: frozenset({S.READY, S.CLEANING, S.BACKOFF, S.RESTING}) | _SERVICE_ENDS,
     S.READY: frozenset({S.DEGRADED, S.DRAINING, S.CLEANING, S.KEPT, S.ABANDONED}),
     S.DEGRADED: frozenset({S.DRAINING, S.CLEANING, S.ABANDONED}),
-    S.DRAINING: frozenset({S.STOPPING, S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
-    S.STOPPING: frozenset({S.CLEANING, S.BACKOFF}) | _SERVICE_ENDS,
-    S.CLEANING: frozenset({S.BACKOFF}) | _SERVICE_ENDS,
+    S.DRAINING: frozenset({S.STOPPING, S.CLEANING, S.BACKOFF, S.RESTING}) | _SERVICE_ENDS,
+    S.STOPPING: frozenset({S.CLEANING, S.BACKOFF, S.RESTING}) | _SERVICE_ENDS,
+    S.CLEANING: frozenset({S.BACKOFF, S.RESTING}) | _SERVICE_ENDS,
     S.BACKOFF: frozenset({S.STARTING, S.STOPPED, S.CLEANUP_FAILED, S.KILLED, S.LOST}),
     **{state: frozenset() for state in SERVICE_TERMINAL},
 }

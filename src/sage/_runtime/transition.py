@@ -129,7 +129,8 @@ class Transition:
                 if self.need(other, -1) == 0:
                     self.stoppable.append(other)
         was_fine, is_fine = (
-            state is ServiceState.READY or (state in SERVICE_TERMINAL and not required) for state in (before, after)
+            state in (ServiceState.READY, ServiceState.RESTING) or (state in SERVICE_TERMINAL and not required)
+            for state in (before, after)
         )
         if is_fine is not was_fine:
             self.tally.services_unready += -1 if is_fine else 1
