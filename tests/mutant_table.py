@@ -897,4 +897,96 @@ TASKS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS)
+ALIGNING = "tests/durable/test_aligning_channel.py::"
+CHECKPOINTS = "tests/durable/test_checkpoints.py::"
+FOLDER = "tests/durable/test_folder.py::"
+RECOVERY = "tests/durable/test_recovery.py::test_recovered_equals_undisturbed[0]"
+
+DURABLE: tuple[Mutant, ...] = (
+    Mutant(
+        "a durable channel lets records pass a barrier that others still wait for",
+        "_runtime/aligning_channel.py",
+        "            if wake in self._ahead and not self._closed:\n",
+        "            if wake in self._ahead and self._closed:\n",
+        ALIGNING + "test_records_behind_a_barrier_come_after_that_of_the_slowest",
+    ),
+    Mutant(
+        "a producer that is ahead uses up the room of the others",
+        "_runtime/aligning_channel.py",
+        "self._held_records >= self._capacity_records",
+        "self._records > 0",
+        ALIGNING + "test_what_is_held_back_does_not_use_up_the_room_of_those_behind",
+    ),
+    Mutant(
+        "a task closes before its last part is in a checkpoint",
+        "_runtime/checkpoints.py",
+        "covered=state.ended - state.given",
+        "covered=state.ended",
+        CHECKPOINTS + "test_a_task_that_ended_after_its_part_is_covered_by_the_next_checkpoint",
+    ),
+    Mutant(
+        "a sink commits before the checkpoint is whole",
+        "_operators/transactions.py",
+        "            self._prepared[number] = token\n",
+        "            self._prepared[number] = token\n            self._sink.commit(token)\n",
+        FOLDER + "test_a_sink_commits_after_the_checkpoint_is_on_the_disk",
+    ),
+    Mutant(
+        "a transaction is not committed again after a crash",
+        "_operators/transactions.py",
+        "for token in recovery.state or ():",
+        "for token in ():",
+        RECOVERY,
+    ),
+    Mutant(
+        "a checkpoint lacks the records that coroutines hold",
+        "_operators/asynchronous.py",
+        "return (self._has_keys, held) if held else None, -waiting",
+        "return None, -waiting",
+        RECOVERY,
+    ),
+    Mutant(
+        "a checkpoint lacks the records that wait for a batch",
+        "_operators/batched.py",
+        "return self._held() or None, -self.held",
+        "return None, -self.held",
+        "tests/durable/test_recovery.py::test_recovered_equals_undisturbed[20]",
+    ),
+    Mutant(
+        "a source forgets what earlier runs have read",
+        "_operators/sources.py",
+        "count = self._read_before + self.metrics.records_in",
+        "count = self.metrics.records_in",
+        RECOVERY,
+    ),
+    Mutant(
+        "a task passes a barrier on in the middle of a batch",
+        "_runtime/durable_task.py",
+        "if not (self.chain.stash or self.chain.failures):",
+        "if not self.chain.failures:",
+        RECOVERY,
+    ),
+    Mutant(
+        "a record whose call was held back is forgotten",
+        "_operators/operator.py",
+        "        if self.left is None:\n            self.given_back",
+        "        if self.left != 0:\n            self.given_back",
+        "tests/durable/test_held_back.py::test_after_a_budget_the_next_run_asks_for_the_rest[threads-by_map]",
+    ),
+    Mutant(
+        "rows of a damaged checkpoint stay",
+        "connectors/json_lines.py",
+        "int(number) > checkpoint",
+        "int(number) > checkpoint + 9",
+        FOLDER + "test_a_damaged_checkpoint_falls_back_to_the_one_before",
+    ),
+    Mutant(
+        "a program that was taken for dead writes a checkpoint",
+        "_runtime/checkpoint_store.py",
+        "if epoch != self._epoch:",
+        "if epoch < self._epoch:",
+        FOLDER + "test_a_program_that_was_taken_for_dead_cannot_write",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE)

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import CheckpointError, Durable, GraphError, LocalEnvironment, RemoteEnvironment, UnsupportedPlanError
+from sage import (
+    CheckpointError,
+    Durable,
+    GraphError,
+    LocalEnvironment,
+    RemoteEnvironment,
+    TransactionalSink,
+    UnsupportedPlanError,
+)
 from sage.connectors import JsonLinesFiles
+from sage.testing import StepBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from sage import JobReport
@@ -127,14 +136,17 @@ def damage(folder: Path, number: int) -> None:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
     run(tmp_path)
     run(tmp_path, [1, 2, 3, 4])
-    assert sorted(results(tmp_path)) == [2, 4, 6, 8]
+    run(tmp_path, [1, 2, 3, 4, 5])
+    assert sorted(results(tmp_path)) == [2, 4, 6, 8, 10]
     damage(tmp_path, 2)
-    report = run(tmp_path, [1, 2, 3, 4, 5])
+    damage(tmp_path, 3)
+    report = run(tmp_path, [1, 2, 3, 4, 5, 6])
     assert report.notes == (
+        "checkpoint 3 is damaged and was left out",
         "checkpoint 2 is damaged and was left out",
         "resumed from checkpoint 1 (3 records done)",
     )
-    assert sorted(results(tmp_path)) == [2, 4, 6, 8, 10]  # the file of checkpoint 2 was taken back
+    assert sorted(results(tmp_path)) == [2, 4, 6, 8, 10, 12]  # the files of checkpoints 2 and 3 were taken back
     damage(tmp_path, 1)
     damage(tmp_path, 2)
     with pytest.raises(CheckpointError, match="are damaged: 2, 1") as caught:
@@ -240,6 +252,36 @@ def test_only_as_many_checkpoints_are_kept(tmp_path: Path) -> None:
         assert file.execute("SELECT number FROM checkpoints").fetchall() == [(4,), (5,)]
         assert file.execute("SELECT DISTINCT number FROM parts").fetchall() == [(4,), (5,)]
     file.close()
+
+
+class CommitsWhatIsWritten(TransactionalSink[int]):
+    """Notes for each commit whether the checkpoint of the token was on the disk before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "checkpoints.sqlite"
+        self.commits: list[tuple[int, bool]] = []
+
+    def write(self, batch: Sequence[int]) -> None:
+        pass
+
+    def prepare(self, number: int) -> int:
+        return number
+
+    def commit(self, token: int) -> None:
+        with sqlite3.connect(self.file) as file:
+            found = file.execute("SELECT 1 FROM checkpoints WHERE number = ?", (token,)).fetchall()
+        file.close()
+        self.commits.append((token, bool(found)))
+
+
+def test_a_sink_commits_after_the_checkpoint_is_on_the_disk(tmp_path: Path) -> None:
+    sink = CommitsWhatIsWritten(tmp_path)
+    durable = Durable(tmp_path, interval_s=0.01, keep=1000)
+    env = LocalEnvironment("job", backend=lambda: StepBackend(7), durable=durable)
+    env.from_batch(range(2000)).map(lambda record: record, parallelism=2).sink(sink)
+    env.run()
+    assert len(sink.commits) > 2
+    assert sink.commits == [(number + 1, True) for number in range(len(sink.commits))]
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

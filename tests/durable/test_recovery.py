@@ -20,7 +20,7 @@ from sage.testing import StepBackend
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sage import DataStream
+    from sage import DataStream, DeadLetter
     from sage._runtime.supervisor import Supervisor
 
 SHOTS_MAX = 2
@@ -66,7 +66,7 @@ def numbers(count: int) -> Iterator[int]:
 
 
 def source(env: LocalEnvironment, rng: random.Random, folder: Path, place: int) -> DataStream[int]:
-    count = rng.randrange(0, 20)
+    count = rng.randrange(0, 60)
     match rng.randrange(4):
         case 0:
             return env.from_batch([*range(count)], parallelism=rng.choice([1, 1, 3]), name=f"list {place}")
@@ -82,9 +82,15 @@ def source(env: LocalEnvironment, rng: random.Random, folder: Path, place: int) 
     return env.from_source(JsonLines(inputs / "*.jsonl"), name=f"lines {place}")
 
 
-def grow(stream: DataStream[int], rng: random.Random) -> DataStream[int]:
+def refuse(record: int) -> int:
+    if record % 4 == 3:
+        raise ValueError(record)
+    return record
+
+
+def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLetter]) -> DataStream[int]:
     parallelism = rng.choice([1, 1, 2, 3])
-    match rng.randrange(8):
+    match rng.randrange(9):
         case 0:
             return stream.map(lambda record: record + 7, parallelism=parallelism)
         case 1:
@@ -104,17 +110,22 @@ def grow(stream: DataStream[int], rng: random.Random) -> DataStream[int]:
             return stream.map_batches(
                 lambda records: [record - 1 for record in records],
                 max_records=rng.choice([1, 4, 9]),
+                max_wait_s=rng.choice([0.0, 0.1]),
                 parallelism=parallelism,
             )
+        case 7:
+            return stream.map(refuse, on_error=letters, parallelism=parallelism)
     return stream.rebalance()
 
 
 def build(env: LocalEnvironment, seed: int, folder: Path) -> None:
     """Build the same random graph for the same seed."""
     rng = random.Random(f"graph {seed}")
+    letters = env.dead_letters()
+    letters.map(lambda letter: letter.value).sink(JsonLinesFiles(folder / "out" / "letters"), name="letters")
     streams = [source(env, rng, folder, place) for place in range(rng.choice([1, 1, 2, 3]))]
     for _ in range(rng.randrange(1, 5)):
-        streams = [grow(stream, rng) for stream in streams]
+        streams = [grow(stream, rng, letters) for stream in streams]
         if len(streams) > 1 and rng.random() < 0.5:
             first, *others = streams
             streams = [first.union(*others)]
@@ -126,7 +137,7 @@ def build(env: LocalEnvironment, seed: int, folder: Path) -> None:
 
 def run(seed: int, folder: Path, backend: Callable[[], StepBackend], **options: Any) -> Any:
     durable = Durable(
-        folder / "state", interval_s=random.Random(f"interval {seed}").choice([0.002, 0.01, 0.03]), keep=2
+        folder / "state", interval_s=random.Random(f"interval {seed}").choice([0.001, 0.004, 0.02]), keep=2
     )
     env = LocalEnvironment("random", backend=backend, durable=durable)
     build(env, seed, folder)
@@ -179,7 +190,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    "first", [*range(0, 100, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(100, 2000, 20))]
+    "first", [*range(0, 60, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(60, 2000, 20))]
 )
 def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
     resumed = 0

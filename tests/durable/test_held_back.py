@@ -1,0 +1,85 @@
+"""A job that was stopped asks for nothing twice: the records that waited for a call are kept for the next run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sage import LocalEnvironment
+from sage.connectors import JsonLinesFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sage import DataStream, JobReport
+    from sage._runtime.backend import Backend
+
+COUNT = 50
+LIMIT = 20
+
+
+class Model:
+    def __init__(self, asked: list[int]) -> None:
+        self.asked = asked
+
+    def ask(self, number: int) -> int:
+        self.asked.append(number)
+        return number * 2
+
+    async def ask_soon(self, number: int) -> int:
+        return self.ask(number)
+
+    def ask_many(self, numbers: list[int]) -> list[int]:
+        return [self.ask(number) for number in numbers]
+
+
+def by_map(stream: DataStream[int], model: Any) -> DataStream[int]:
+    return stream.map(lambda number: number + 0).map(model.ask)
+
+
+def by_coroutine(stream: DataStream[int], model: Any) -> DataStream[int]:
+    return stream.map_async(model.ask_soon, concurrency=4)
+
+
+def by_unordered_coroutine(stream: DataStream[int], model: Any) -> DataStream[int]:
+    return stream.map_async(model.ask_soon, concurrency=4, ordered=False)
+
+
+def by_batch(stream: DataStream[int], model: Any) -> DataStream[int]:
+    return stream.map_batches(model.ask_many, max_records=1)
+
+
+@pytest.mark.parametrize("ask", [by_map, by_coroutine, by_unordered_coroutine, by_batch])
+def test_after_a_budget_the_next_run_asks_for_the_rest(
+    ask: Callable[[DataStream[int], Any], DataStream[int]], tmp_path: Path, backend: Callable[[], Backend]
+) -> None:
+    asked: list[int] = []
+
+    def run(**limits: Any) -> JobReport:
+        env = LocalEnvironment("job", backend=backend, durable=tmp_path / "state")
+        model = env.register_service("model", Model, asked)
+        ask(env.from_batch(range(COUNT), name="numbers"), model).sink(JsonLinesFiles(tmp_path / "out"))
+        env.limit(**limits)
+        return env.submit(autostop=True).report
+
+    def results() -> Counter[int]:
+        paths = (tmp_path / "out").glob("*.jsonl")
+        return Counter(json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines())
+
+    stopped = run(calls={"model": LIMIT})
+    assert stopped.state == "stopped"
+    assert stopped.undelivered == 0
+    assert results() == Counter(number * 2 for number in asked)
+    assert len(asked) == LIMIT
+    assert any(note.endswith("records wait for the next run") for note in stopped.notes)
+    done = f"resumed from checkpoint 1 ({LIMIT} records done)"
+    assert run().notes == ((done,) if stopped.operator("numbers").records_in < COUNT else (done, NOTHING_NEW))
+    assert Counter(asked) == Counter(range(COUNT))
+    assert results() == Counter(range(0, 2 * COUNT, 2))
+
+
+NOTHING_NEW = "nothing new: the sources have no further records"
