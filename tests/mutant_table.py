@@ -950,7 +950,7 @@ DURABLE: tuple[Mutant, ...] = (
         "_operators/batched.py",
         "return self._held() or None, -self.held",
         "return None, -self.held",
-        "tests/durable/test_recovery.py::test_recovered_equals_undisturbed[20]",
+        "tests/durable/test_recovery.py::test_records_that_wait_for_a_batch_are_in_the_checkpoint",
     ),
     Mutant(
         "a source forgets what earlier runs have read",

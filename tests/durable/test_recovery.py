@@ -9,7 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,8 +20,10 @@ from sage.testing import StepBackend
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sage import DataStream, DeadLetter
+    from sage import DataStream, DeadLetter, JobReport
     from sage._runtime.supervisor import Supervisor
+
+    Build = Callable[[LocalEnvironment, int, Path], None]
 
 SHOTS_MAX = 2
 
@@ -135,13 +137,20 @@ def build(env: LocalEnvironment, seed: int, folder: Path) -> None:
         stream.sink(JsonLinesFiles(folder / "out" / str(place)), name=f"out {place}", parallelism=rng.choice([1, 1, 2]))
 
 
-def run(seed: int, folder: Path, backend: Callable[[], StepBackend], **options: Any) -> Any:
+def build_batches(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    """Build a pipeline that nearly always holds records."""
+    numbers = env.from_batch(range(40 + seed % 7), name="numbers")
+    batches = numbers.map_batches(lambda records: [record * 2 for record in records], max_records=7, max_wait_s=1.0)
+    batches.sink(JsonLinesFiles(folder / "out" / "rows"))
+
+
+def run(seed: int, folder: Path, backend: Callable[[], StepBackend], build: Build = build) -> JobReport:
     durable = Durable(
         folder / "state", interval_s=random.Random(f"interval {seed}").choice([0.001, 0.004, 0.02]), keep=2
     )
     env = LocalEnvironment("random", backend=backend, durable=durable)
     build(env, seed, folder)
-    return env.submit(autostop=True, **options).report
+    return env.submit(autostop=True).report
 
 
 def written(folder: Path) -> dict[str, Counter[int]]:
@@ -153,30 +162,30 @@ def written(folder: Path) -> dict[str, Counter[int]]:
     }
 
 
-def expected(seed: int, folder: Path) -> dict[str, Counter[int]]:
+def expected(seed: int, folder: Path, build: Build) -> dict[str, Counter[int]]:
     env = LocalEnvironment("random", backend=lambda: StepBackend(seed))
     build(env, seed, folder)
     env.run()
     return written(folder)
 
 
-def check(seed: int, folder: Path) -> int:
+def check(seed: int, folder: Path, build: Build = build) -> int:
     """Kill a random graph at random moments, run each again, and return how many were resumed from a checkpoint."""
     folder.mkdir()
-    wanted = expected(seed, folder / "undisturbed")
+    wanted = expected(seed, folder / "undisturbed", build)
     disturbed = folder / "disturbed"
     disturbed.mkdir()
     shots: dict[int, Path] = {}
-    run(seed, disturbed, lambda: Photographer(seed, disturbed, shots))
+    run(seed, disturbed, lambda: Photographer(seed, disturbed, shots), build)
     assert written(disturbed) == wanted
     resumed = 0
     for shot in shots.values():
         again: dict[int, Path] = {}
-        report = run(seed, shot, partial(Photographer, seed + 1, shot, again))
+        report = run(seed, shot, partial(Photographer, seed + 1, shot, again), build)
         resumed += any(note.startswith("resumed from checkpoint") for note in report.notes)
         assert written(shot) == wanted, report
         twice = again[0]  # killed a second time
-        run(seed, twice, partial(StepBackend, seed + 2))
+        run(seed, twice, partial(StepBackend, seed + 2), build)
         assert written(twice) == wanted
     return resumed
 
@@ -201,3 +210,7 @@ def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
             error.add_note(f"seed {seed}")
             raise
     assert resumed > 10
+
+
+def test_records_that_wait_for_a_batch_are_in_the_checkpoint(folder: Path) -> None:
+    assert sum(check(seed, folder / str(seed), build_batches) for seed in range(10)) > 5
