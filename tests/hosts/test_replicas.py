@@ -224,6 +224,19 @@ def test_an_idempotent_call_is_made_again_by_another_replica(tmp_path: Path) -> 
         assert died or (lines[f"{name}.stop"], lines[f"{name}.cleanup"]) == (1, 1)
 
 
+def test_calls_wait_while_all_replicas_are_restarted(tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "notes")
+    env = LocalEnvironment("all are gone")
+    options = ServiceOptions(host="process", idempotent=True, restart="on_failure", backoff_s=(0.01, 0.01))
+    llm = env.register_service("llm", Worker, notes, deadly=3, options=options)
+    seen: list[int] = []
+    env.from_batch(range(20)).map(llm, parallelism=3).sink(lambda answer: seen.append(answer[2]))
+    report = run(env)
+    assert sorted(seen) == list(range(20))
+    assert (report.service("llm").errors, report.service("llm[1]").restarts) == (0, 1)
+    assert notes.lines() == ["llm[1].build", "died", "llm[1].build", "llm[1].stop", "llm[1].cleanup"]
+
+
 def test_a_call_that_kills_its_replicas_does_not_kill_all_of_them(tmp_path: Path) -> None:
     notes = Notes(tmp_path / "notes")
     env = LocalEnvironment("deadly")
