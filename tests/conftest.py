@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 from support.fair_clock import FairClock
+from support.private_temporary import _private_temporary  # noqa: F401 - pytest finds it here
 from support.recording_services import Notes
 
 from sage._backends.threads import ThreadsBackend

@@ -200,7 +200,9 @@ def test_a_signal_drains_and_cleans(tmp_path: Path, way: str, signum: str, code:
     assert shell_code(ended.code) == code
     if signum != "SIGINT":
         assert ended.code == code, "it has to leave by SystemExit, as a death by the signal runs no cleanup"
-    assert ended.marks == ["source closed", "sink closed after 20", "cleaned"]
+    # Each task closes its functions when it has done its part: which of the two is first is not said.
+    assert sorted(ended.marks[:2]) == ["sink closed after 20", "source closed"]
+    assert ended.marks[2:] == ["cleaned"]
     assert ended.errors.rstrip().endswith("KeyboardInterrupt") == (signum == "SIGINT")
     assert "Error" not in ended.errors
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import errno
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -19,7 +21,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support.private_temporary import _private_temporary  # noqa: F401  other programs have files in the common one
 from support.recording_services import Notes, Recorded
 
 import sage
@@ -32,6 +33,20 @@ STARTS_MAX = 60
 ELSEWHERE = ["shared memory *", "file descriptor *eventpoll*"]
 """What other programs make meanwhile, and what the standard library keeps of an event loop that it could not make."""
 SLEEPER = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
+
+
+@pytest.fixture(autouse=True)
+def _half_made_loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Collect the event loops that the standard library could not make: they complain then, and not in a later test."""
+    real = sys.unraisablehook
+
+    def but_loops(found: Any) -> None:
+        if found.object is not asyncio.BaseEventLoop.__del__:
+            real(found)
+
+    monkeypatch.setattr(sys, "unraisablehook", but_loops)
+    yield
+    gc.collect()
 
 
 class Failing:

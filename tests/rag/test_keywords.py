@@ -119,6 +119,15 @@ class TestWhatIsKept:
         assert (ids(index, "guardian"), ids(index, "first"), ids(index, "second")) == ([], [], ["a"])
         assert index.count() == 4
 
+    def test_many_ids_of_any_letters_are_replaced_and_deleted(self, index: KeywordIndex) -> None:
+        many = [f"{number}\0" for number in range(1_100)]
+        for text in ("An old owl.", "A new wren."):
+            index.upsert(many, [text] * len(many))
+        assert index.count() == len(TEXTS) + len(many)
+        assert (index.search("owl"), len(index.search("wren", 2_000))) == ([], len(many))
+        assert index.delete([*many, *many]) == len(many)
+        assert (index.search("wren"), index.count()) == ([], len(TEXTS))
+
     def test_what_is_deleted_is_forgotten(self, index: KeywordIndex) -> None:
         assert index.delete(["b", "none"]) == 1
         assert ids(index, "job") == []

@@ -60,6 +60,16 @@ def test_two_calls_that_something_else_delayed_change_nothing() -> None:
     assert costs.are_high
 
 
+def test_the_first_calls_have_to_be_clearly_costly() -> None:
+    """Whether something delayed both of two calls cannot be known; of five, it cannot be most."""
+    costs = Costs(lambda elapsed_s: elapsed_s)
+    for _ in range(CALLS_SEEN - 1):
+        costs.measured(1, 1.5 * COSTLY_S)
+        assert not costs.are_high
+    costs.measured(1, 1.5 * COSTLY_S)
+    assert costs.are_high
+
+
 def test_the_system_counts_the_waits_of_the_calling_thread() -> None:
     """Two programs that never pause, on one processor, wait for each other."""
     processor = {min(os.sched_getaffinity(0))}

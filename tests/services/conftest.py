@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.private_temporary import _private_temporary  # noqa: F401 - pytest finds it here
 from support.vector_stores import KINDS, Place, Servers, vectors_of
 
 from sage import Cleanliness, Http, LocalEnvironment, StopSignal

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _private_temporary() -> Iterator[None]:
+def _private_temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    tmp_path_factory.getbasetemp()  # outside, as what failed can be looked at there afterwards
     with tempfile.TemporaryDirectory(prefix="own-") as folder, pytest.MonkeyPatch.context() as patch:
         os.chmod(folder, 0o711)  # a test may become another user
         Path(folder, f"sage-{os.geteuid()}").mkdir(mode=0o700)  # where guardians of all jobs have their files

@@ -15,6 +15,13 @@ CALLS_SEEN = 5
 """How many of the latest measurements decide: their median ignores two that something else delayed."""
 
 
+FIRST_FACTOR = 4
+"""A single measurement has to be so many times as high, as something else may have delayed it; each further one less.
+
+A thread that waits for the interpreter's lock is not known to wait for a processor, although who holds it may.
+"""
+
+
 class Costs:
     """The latest measurements of one operator.
 
@@ -51,4 +58,6 @@ class Costs:
     @property
     def are_high(self) -> bool:
         """Whether a call takes long, as far as that is known."""
-        return (self.typical_s or 0.0) > COSTLY_S
+        missing = CALLS_SEEN - len(self._latest)
+        clearly = 1 + (FIRST_FACTOR - 1) * missing / (CALLS_SEEN - 1)
+        return (self.typical_s or 0.0) > COSTLY_S * clearly

@@ -50,6 +50,15 @@ class Input:
         self._pace = pace
         self._idle_pause_s = IDLE_PAUSE_MIN_S
 
+    @property
+    def only_copies(self) -> bool:
+        """Whether the task only hands on parts of a sequence.
+
+        Its steps take as long for one record as for many: what takes time is to put them into the channels of all that
+        read the stream.
+        """
+        return self.reader is not None and not self.reader.may_wait and len(self._chain.operators) == 1
+
     def hand_on(self, *, is_all: bool) -> int | None:
         """Push the results of an operator that keeps records, and return how many there were, or None."""
         holder, chain = self.holder, self._chain

@@ -59,7 +59,11 @@ class Outbox:
         if outlets:
             self._pace.has_emitted(len(batch), batch.bytes_count)
         count_copies(batch, outlets)
+        fits = len(batch) <= BATCH_RECORDS_MAX
         for outlet in outlets:
+            if fits and outlet.takes_whole:
+                self.queue.append((outlet, 0, batch))
+                continue
             for target, part in outlet.partitioner.split(batch):
                 channel = outlet.channels[target]
                 for portion in part.portions(channel.portion if channel.is_remote else BATCH_RECORDS_MAX):

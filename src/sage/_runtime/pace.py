@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from threading import get_ident
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from sage._processes import processor_wait_s
@@ -71,6 +72,13 @@ class Pace(Protocol):
         """Return the part of a time that has just passed in which this thread was not kept waiting for a processor."""
 
 
+FRESH_S = 0.001
+"""To ask the system for how long a thread has waited costs as much as many cheap calls, so it is not asked sooner."""
+
+_waits: dict[int, tuple[float, float]] = {}
+"""For how long each thread had waited for a processor when it was asked last, and when that was."""
+
+
 class TimedPace:
     """Starts with one record, and follows the measured time up to the size of a full batch.
 
@@ -86,7 +94,6 @@ class TimedPace:
         self._fits = self._read_fits = BATCH_RECORDS_MAX
         self._slow_count = 0
         self.is_slow = False
-        self._waited_s: dict[int, float] = {}  # of each thread, up to the last time that took long
 
     def limit(self) -> int:
         """Return how many records the next step takes at most."""
@@ -125,15 +132,19 @@ class TimedPace:
         self._limit = min(self._limit, self._fits)
 
     def running_s(self, elapsed_s: float) -> float:
-        """Take off the thread's waits for a processor since the last call on it.
+        """Take off the thread's waits for a processor since it was asked last.
 
-        What it waited between the two calls is taken off as well, so that a machine without a free processor makes no
-        cheap function look costly. Whoever measures a function that took long calls this before it begins, too.
+        What it waited before the call is taken off as well, so that a machine without a free processor makes no cheap
+        function look costly. Whoever measures a function that took long calls this before it begins, with a time of 0.
         """
-        waited_s, thread = self._wait_s(), get_ident()
-        before_s = self._waited_s.get(thread, 0.0)
-        self._waited_s[thread] = waited_s
-        return max(0.0, elapsed_s - (waited_s - before_s))
+        thread, now = get_ident(), monotonic()
+        before_s, asked_at = _waits.get(thread, (0.0, 0.0))
+        if not elapsed_s and now - asked_at < FRESH_S:
+            return 0.0
+        waited_s = self._wait_s()
+        _waits[thread] = waited_s, now
+        # A thread that has ended may have had the same number, and have waited for longer.
+        return max(0.0, elapsed_s - max(0.0, waited_s - before_s))
 
 
 def _fitting(records: int, size: int) -> int:

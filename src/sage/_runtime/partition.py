@@ -171,6 +171,7 @@ class Outlet:
         feedback: whether the channels close a loop, and so take in every record.
         letters: whether dead letters travel here instead of records.
         enters: the counter of the loop that is entered here from outside; the end of the stream is counted off it.
+        takes_whole: whether there is one channel, which takes a batch as it is: a stream may have hundreds of readers.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Outlet:
         self.feedback = feedback
         self.letters = letters
         self.enters: InFlight | None = None
+        self.takes_whole = len(channels) == 1 and not channels[0].is_remote
 
     @property
     def portion(self) -> int:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._operators.operator import Operator
-    from sage._plan.logical import Node
     from sage._runtime.channel import Channel
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.pace import Pace
@@ -35,6 +34,7 @@ class Task:
         span: the list it works through, for the watch.
         inbox: the channel in front of it, or None for a source.
         input: takes the records in.
+        nodes: the operators of the graph that the task runs.
         chain: runs the operators.
         outbox: puts the results into the channels behind it.
     """
@@ -51,6 +51,7 @@ class Task:
     ) -> None:
         self.name = name
         self.operators = operators
+        self.nodes = tuple([operator.node for operator in operators])
         self.span = span
         self.wake: Callable[[], None] = lambda: None
         self.inbox = inbox
@@ -77,11 +78,6 @@ class Task:
     def rouse(self) -> None:
         """Wake the task; for those who learn whom to wake before the backend has set `wake`."""
         self.wake()
-
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        """The operators of the graph that the task runs."""
-        return tuple(operator.node for operator in self.operators)
 
     @property
     def undelivered(self) -> int:
@@ -230,7 +226,7 @@ class Task:
                 return Step.IDLE
             if source.has_ended:
                 self.phase = Phase.FINISHING
-            self._pace.measured(records, self._now() - started_at)
+            self._pace.measured(records, 0.0 if source.only_copies else self._now() - started_at)
         if self.inbox is not None and self.inbox.follows_work:
             self.inbox.follow(self.operators)
         if (not self.outbox.queue or self.outbox.flush(self.wake)) and source.unsettled:

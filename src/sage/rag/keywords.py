@@ -12,7 +12,7 @@ from sage.services._shared.sqlite_file import FileService, SqliteFile, checked_p
 from sage.services._shared.validation import checked_count, is_number
 from sage.services.models.embeddings import FREQUENT_WORDS, well_formed
 from sage.services.vectors.contract import Hit
-from sage.services.vectors.filters import OneOf, condition_of, predicate
+from sage.services.vectors.filters import ALWAYS, OneOf, condition_of, predicate
 from sage.services.vectors.rows import check_document, checked_ids, checked_metadatas
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ IN_MEMORY = "Leave it out, and everything is kept in memory."
 
 QUERY_WORDS_MAX = 64
 """A longer question is cut: its first words name its subject, and each word costs a look-up."""
+
+IDS_MAX = 500
+"""How many ids one statement names; some builds of SQLite take no more than 999 parameters."""
 
 DOCUMENT_FIELD = "sage:document"
 DOCUMENT = f"json_extract(metadata, '$.\"{DOCUMENT_FIELD}\"')"
@@ -105,16 +108,21 @@ class KeywordIndex(FileService):
             rows = _rows(ids, documents, metadatas)
             call.items = len(rows)
             with self._file.writing() as connection:
-                for id_, document, metadata in {row[0]: row for row in rows}.values():
-                    self._remove(connection, "id = ?", id_)
-                    number = connection.execute(
-                        "INSERT INTO keyword_entries (id, document, metadata) VALUES (?, ?, ?)",
-                        (id_, document, json.dumps(metadata)),
-                    ).lastrowid
-                    connection.execute(
-                        "INSERT INTO keyword_words (rowid, heading, body) VALUES (?, ?, ?)",
-                        (number, *_indexed(document, metadata)),
-                    )
+                latest = list({row[0]: row for row in rows}.values())
+                for number, _ in _candidates(connection, [row[0] for row in latest], ALWAYS):
+                    self._remove(connection, number)
+                (last,) = connection.execute("SELECT COALESCE(MAX(number), 0) FROM keyword_entries").fetchone()
+                connection.executemany(
+                    "INSERT INTO keyword_entries (number, id, document, metadata) VALUES (?, ?, ?, ?)",
+                    [
+                        (number, id_, document, json.dumps(metadata))
+                        for number, (id_, document, metadata) in enumerate(latest, last + 1)
+                    ],
+                )
+                connection.executemany(
+                    "INSERT INTO keyword_words (rowid, heading, body) VALUES (?, ?, ?)",
+                    [(number, *_indexed(*row[1:])) for number, row in enumerate(latest, last + 1)],
+                )
 
     def delete(self, ids: Sequence[str] | None = None, *, where: Where | None = None) -> int:
         """Remove texts, those with the ids that the filter holds for, and return how many there were.
@@ -136,7 +144,7 @@ class KeywordIndex(FileService):
                 rows = _candidates(connection, given, condition)
                 found = [number for number, metadata in rows if holds(json.loads(metadata))]
                 for number in found:
-                    self._remove(connection, "number = ?", number)
+                    self._remove(connection, number)
                 return len(found)
 
     def search(self, query: str, k: int = 10, *, where: Where | None = None) -> list[Hit]:
@@ -202,12 +210,9 @@ class KeywordIndex(FileService):
                     break
         return hits
 
-    def _remove(self, connection: sqlite3.Connection, condition: str, value: str | int) -> None:
-        query = f"SELECT number, document, metadata FROM keyword_entries WHERE {condition}"
-        row = connection.execute(query, (value,)).fetchone()
-        if row is None:
-            return
-        number, document, metadata = row
+    def _remove(self, connection: sqlite3.Connection, number: int) -> None:
+        query = "SELECT document, metadata FROM keyword_entries WHERE number = ?"
+        document, metadata = connection.execute(query, (number,)).fetchone()
         # A table without content forgets words only if it is told which ones they were.
         connection.execute(
             "INSERT INTO keyword_words (keyword_words, rowid, heading, body) VALUES ('delete', ?, ?, ?)",
@@ -243,9 +248,12 @@ def _candidates(
     """Return number and metadata of the entries that may be meant, by an index where there is one."""
     query = "SELECT number, metadata FROM keyword_entries"
     if ids is not None:
-        return connection.execute(
-            f"{query} WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(ids)),)
-        ).fetchall()
+        found: list[tuple[int, str]] = []
+        distinct = list(dict.fromkeys(ids))
+        for begin in range(0, len(distinct), IDS_MAX):
+            some = distinct[begin : begin + IDS_MAX]
+            found += connection.execute(f"{query} WHERE id IN ({','.join('?' * len(some))})", some).fetchall()
+        return found
     # When documents are indexed again, all of their passages are removed.
     if isinstance(condition, OneOf) and condition.field == DOCUMENT_FIELD and not condition.is_negated:
         names = json.dumps(condition.values)
@@ -259,4 +267,4 @@ def _indexed(document: str, metadata: Mapping[str, object]) -> tuple[str, str]:
 
 
 def _spaced(text: str) -> str:
-    return UNSPACED.sub(r" \1 ", text)
+    return text if text.isascii() else UNSPACED.sub(r" \1 ", text)

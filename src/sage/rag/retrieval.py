@@ -193,7 +193,12 @@ class Index(MapFunction):
         new = {passage.document for passage in batch} - self._documents
         if self._piece_tokens == "model":
             self._piece_tokens = None if self._embeddings is None else self._embeddings.piece_tokens()
-        parts = [part for passage in batch for part in parts_of(passage, self._piece_tokens)]
+        metadatas = [metadata_of(passage) for passage in batch]
+        parts = [
+            part
+            for passage, metadata in zip(batch, metadatas, strict=True)
+            for part in parts_of(passage, self._piece_tokens, metadata)
+        ]
         # The vectors come first: a model that fails must not leave a document half removed.
         rows = None if self._embeddings is None else self._embeddings.embed([part.searchable for part in parts])
         if new:
@@ -203,7 +208,7 @@ class Index(MapFunction):
             self._vectors.upsert(ids, rows, documents=texts, metadatas=[part.metadata for part in parts])
         if self._keywords is not None:
             ids, texts = [passage.id for passage in batch], [passage.text for passage in batch]
-            self._keywords.upsert(ids, texts, metadatas=[metadata_of(passage) for passage in batch])
+            self._keywords.upsert(ids, texts, metadatas=metadatas)
         self._documents |= new
         return passages
 
@@ -348,9 +353,8 @@ class Part(NamedTuple):
     metadata: Mapping[str, Value]
 
 
-def parts_of(passage: Passage, piece_tokens: int | None) -> list[Part]:
-    """Return a passage and its pieces, if it has several."""
-    metadata = metadata_of(passage)
+def parts_of(passage: Passage, piece_tokens: int | None, metadata: Mapping[str, Value]) -> list[Part]:
+    """Return a passage with its metadata, and its pieces, if it has several."""
     parts = [Part(passage.id, passage.text, passage.searchable, metadata)]
     for number, (start, end) in enumerate(pieces_of(passage, piece_tokens) if piece_tokens is not None else (), 1):
         piece = replace(passage, text=passage.text[start:end])

@@ -190,8 +190,9 @@ class SplitByStructure(FlatMapFunction):
     ) -> Iterator[tuple[int, int, int]]:
         """Yield a part whole with the number of its tokens if it fits, or else the pieces that the first cut makes."""
         # A part that is far too long need not be counted to its end.
-        count = tokens.count(start, min(end, start + LETTERS_MAX * (self._tokens_max + 1)))
-        if count <= self._tokens_max:
+        enough = start + LETTERS_MAX * (self._tokens_max + 1)
+        count = tokens.count(start, min(end, enough))
+        if count <= self._tokens_max and enough < end:
             count = tokens.count(start, end)
         if count <= self._tokens_max:
             if count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sage._extras import load
@@ -96,11 +97,16 @@ def checked_metadatas(ids: Sequence[str], metadatas: Sequence[Any]) -> list[Meta
 
 
 def _are_plain(values: list[object]) -> bool:
-    """Return whether all are strings of ASCII, truth values, or whole numbers of 64 bits."""
+    """Return whether all are strings without halves of characters, truth values, or numbers that can be stored."""
+    kinds = {*map(type, values)}
+    if not kinds <= {str, int, bool, float}:
+        return False
     numbers = [value for value in values if type(value) is int]
     if numbers and not -INTEGER_MAX - 1 <= min(numbers) <= max(numbers) <= INTEGER_MAX:
         return False
-    return {*map(type, values)} <= {str, int, bool} and all(value.isascii() for value in values if type(value) is str)
+    if float in kinds and not all(isfinite(value) for value in values if type(value) is float):
+        return False
+    return problem_of("".join([value for value in values if type(value) is str])) is None
 
 
 def _is_field(name: Any) -> bool:
