@@ -11,6 +11,7 @@ import ast
 import io
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,19 +31,25 @@ YOU = re.compile(r"\byou(?:rs?|rself)?\b", re.IGNORECASE)
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
+@cache
+def sources() -> list[tuple[str, list[ast.AST]]]:
+    """Return the text of each file of the package, and the nodes of its tree."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py"))]
+    return [(text, list(ast.walk(ast.parse(text)))) for text in texts]
+
+
 def messages() -> str:
     """Return all strings of the package that have a space in them: docstrings, error messages and hints."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "src").rglob("*.py"))]
-    values = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    values = (node.value for _, nodes in sources() for node in nodes if isinstance(node, ast.Constant))
     return "\n".join(value for value in values if isinstance(value, str) and " " in value)
 
 
+@cache
 def source_text() -> str:
     """Return all docstrings and comments of the package."""
     parts: list[str] = []
-    for path in sorted((ROOT / "src").rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)):
+    for text, nodes in sources():
+        for node in nodes:
             if (
                 isinstance(node, ast.Expr)
                 and isinstance(node.value, ast.Constant)
