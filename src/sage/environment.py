@@ -483,7 +483,12 @@ class Environment:
         return job
 
     def run(
-        self, *, keep_services: bool | Iterable[str] = False, keep_s: float | None = None, progress: bool = False
+        self,
+        *,
+        keep_services: bool | Iterable[str] = False,
+        keep_s: float | None = None,
+        progress: bool = False,
+        resume: Literal["auto", "never", "must"] = "auto",
     ) -> JobReport:
         """Run the pipeline, wait for its end, and return the report; see `submit`, which this calls with `autostop`.
 
@@ -492,7 +497,9 @@ class Environment:
             JobError: the job failed; several errors come as one `JobErrorGroup`.
             KeyboardInterrupt: on the main thread, Ctrl-C; everything has been cleaned up.
         """
-        return self.submit(autostop=True, keep_services=keep_services, keep_s=keep_s, progress=progress).report
+        return self.submit(
+            autostop=True, keep_services=keep_services, keep_s=keep_s, progress=progress, resume=resume
+        ).report
 
     def stop(self, drain: bool | None = None) -> None:
         """Stop the running job; services that are kept stay. Does nothing twice.

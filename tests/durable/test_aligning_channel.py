@@ -92,6 +92,13 @@ def test_two_streams_of_one_producer_send_two_barriers() -> None:
     assert taken(joined) == [-1, 1]
 
 
+def test_only_who_asks_for_barriers_gets_one() -> None:
+    joined = channel()
+    Producer(joined).put(Barrier(1))
+    assert joined.get_nowait() is None
+    assert joined.take_barrier() == 1
+
+
 def test_a_closed_channel_wakes_whoever_is_held_up() -> None:
     joined = channel(capacity=1)
     fast, _ = Producer(joined), Producer(joined)

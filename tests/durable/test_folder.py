@@ -181,6 +181,7 @@ def test_a_state_that_cannot_be_unpickled_names_its_operator(tmp_path: Path) -> 
 def test_the_folder_is_private_and_a_bad_one_is_refused_before_anything_starts(tmp_path: Path) -> None:
     run(tmp_path)
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "state" / "checkpoints.sqlite").stat().st_mode) == 0o600
     open_to_all = tmp_path / "open"
     (open_to_all / "state").mkdir(parents=True)
     (open_to_all / "state").chmod(0o777)

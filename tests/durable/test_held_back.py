@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,13 @@ if TYPE_CHECKING:
 
     from sage import DataStream, JobReport
     from sage._runtime.backend import Backend
+    from sage._runtime.job import Job
 
 COUNT = 50
 LIMIT = 20
+
+CALL_S = 0.02
+"""How long a call takes that a stop holds back."""
 
 
 class Model:
@@ -80,6 +86,41 @@ def test_after_a_budget_the_next_run_asks_for_the_rest(
     assert run().notes == ((done,) if stopped.operator("numbers").records_in < COUNT else (done, NOTHING_NEW))
     assert Counter(asked) == Counter(range(COUNT))
     assert results() == Counter(range(0, 2 * COUNT, 2))
+
+
+@pytest.mark.parametrize("way", ["map", "batches"])
+def test_after_a_stop_the_next_run_makes_the_calls_that_were_held_back(way: str, tmp_path: Path) -> None:
+    asked: list[int] = []
+    has_begun = threading.Event()
+
+    def ask(number: int) -> int:
+        asked.append(number)
+        time.sleep(CALL_S)
+        if len(asked) == LIMIT:
+            has_begun.set()
+        return number * 2
+
+    def run() -> Job:
+        env = LocalEnvironment("job", durable=tmp_path / "state")
+        numbers = env.from_batch(range(COUNT), name="numbers").map(lambda number: number, parallelism=2)
+        results = (
+            numbers.map(ask, name="ask")
+            if way == "map"
+            else numbers.map_batches(lambda many: [ask(number) for number in many], max_records=2, name="ask")
+        )
+        results.sink(JsonLinesFiles(tmp_path / "out"))
+        return env.submit()
+
+    job = run()
+    assert has_begun.wait(30)
+    job.stop()
+    report = job.report
+    assert (report.state, report.undelivered) == ("stopped", 0)
+    assert len(asked) < COUNT
+    run().wait()
+    assert Counter(asked) == Counter(range(COUNT))
+    lines = [line for path in (tmp_path / "out").glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    assert Counter(map(json.loads, lines)) == Counter(range(0, 2 * COUNT, 2))
 
 
 NOTHING_NEW = "nothing new: the sources have no further records"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sage import Durable, LocalEnvironment
+from sage._backends.threads import ThreadsBackend
 from sage.connectors import JsonLines, JsonLinesFiles
 from sage.testing import StepBackend
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sage import DataStream, DeadLetter, JobReport
+    from sage._runtime.backend import Backend
     from sage._runtime.supervisor import Supervisor
 
     Build = Callable[[LocalEnvironment, int, Path], None]
@@ -144,7 +146,7 @@ def build_batches(env: LocalEnvironment, seed: int, folder: Path) -> None:
     batches.sink(JsonLinesFiles(folder / "out" / "rows"))
 
 
-def run(seed: int, folder: Path, backend: Callable[[], StepBackend], build: Build = build) -> JobReport:
+def run(seed: int, folder: Path, backend: Callable[[], Backend], build: Build = build) -> JobReport:
     durable = Durable(
         folder / "state", interval_s=random.Random(f"interval {seed}").choice([0.001, 0.004, 0.02]), keep=2
     )
@@ -210,6 +212,17 @@ def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
             error.add_note(f"seed {seed}")
             raise
     assert resumed > 10
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 1000, 20))])
+def test_threads_write_each_row_once(first: int, folder: Path) -> None:
+    for seed in range(first, first + 20):
+        one = folder / str(seed)
+        one.mkdir()
+        wanted = expected(seed, one / "undisturbed", build)
+        (one / "threads").mkdir()
+        report = run(seed, one / "threads", ThreadsBackend)
+        assert written(one / "threads") == wanted, f"seed {seed}: {report}"
 
 
 def test_records_that_wait_for_a_batch_are_in_the_checkpoint(folder: Path) -> None:

@@ -63,6 +63,13 @@ class AligningChannel(Channel):
         assert isinstance(barrier, Barrier)
         return barrier.number
 
+    def get_nowait(self) -> tuple[int, Element] | None:
+        """Return the next element with its input, or None if it is empty or a barrier comes next."""
+        # One that is empty now may get a barrier in the next moment, which only `take_barrier` may take.
+        if not self._elements or isinstance(self._elements[0][1], Barrier):
+            return None
+        return super().get_nowait()
+
     def close(self) -> int:
         """Drop waiting, held and later elements, and return how many records were dropped."""
         with self._lock:

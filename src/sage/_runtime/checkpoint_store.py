@@ -69,11 +69,15 @@ class CheckpointStore:
         useless_after_fork(self)
         self.skipped: list[int] = []
         try:
-            self._file = sqlite3.connect(os.path.join(folder, FILE), isolation_level=None, check_same_thread=False)
+            path = os.path.join(folder, FILE)
+            os.close(
+                os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            )  # the folder may have been there, and be open to read
+            self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._file.execute("PRAGMA synchronous = FULL")
             self._file.executescript(SCHEMA)
             self._begin()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self.close()
             raise self._failed("be opened", error) from error
         except BaseException:
@@ -165,7 +169,7 @@ class CheckpointStore:
     def _after_fork_in_child(self) -> None:
         self._let_go()
 
-    def _failed(self, done: str, error: sqlite3.Error) -> CheckpointError:
+    def _failed(self, done: str, error: sqlite3.Error | OSError) -> CheckpointError:
         text = f'checkpoints in "{self._folder}" cannot {done}: {describe(error)}'
         failed = CheckpointError(text, fault="external")
         is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)

@@ -30,9 +30,11 @@ class DurableTask(Task):
     def __init__(self, *args: Any, tell: Callable[[CheckpointEvent], None], number: int) -> None:
         super().__init__(*args)
         self._tell_part = tell
-        self._number = self._committed = self._complete = number
+        self._number = self._committed = number
+        # In one attribute: a task that saw its release, and not the checkpoint that led to it, would end uncommitted.
+        self._complete: tuple[int, bool] = (number, False)
         self._asked: int | None = None
-        self._has_recovered = self._has_given_last = self._is_released = False
+        self._has_recovered = self._has_given_last = False
 
     def request_part(self, number: int) -> None:
         """Ask a source for its part of a checkpoint; any thread may call this."""
@@ -41,15 +43,14 @@ class DurableTask(Task):
 
     def request_commit(self, number: int, *, is_last: bool) -> None:
         """Say that a checkpoint is complete, and whether the last part of the task is in it; any thread may."""
-        self._complete = number
-        self._is_released = self._is_released or is_last
+        self._complete = (number, is_last or self._complete[1])
         self.wake()
 
     def _run(self) -> Step:
         if not self._has_recovered:
             self._recover()
-        if self._complete > self._committed:
-            self._commit()
+        if self._complete[0] > self._committed:
+            self._commit(self._complete[0])
         if not (self.chain.stash or self.chain.failures):
             number = self._next_barrier()
             if number is not None:
@@ -63,15 +64,18 @@ class DurableTask(Task):
         if not self._has_given_last:
             self._has_given_last = True
             self._tell_part(PartGiven(self.name, None, self._rows(self._number + 1)))
-        if self._complete > self._committed:
-            self._commit()
-        return super()._conclude() if self._is_released else Step.IDLE
+        number, is_released = self._complete
+        if number > self._committed:
+            self._commit(number)
+        return super()._conclude() if is_released else Step.IDLE
 
     def _next_barrier(self) -> int | None:
         """Return the number of the checkpoint whose turn it is, or None."""
         if isinstance(self.inbox, AligningChannel):
             return self.inbox.take_barrier()
-        number, self._asked = self._asked, None
+        number = self._asked
+        if number is not None:
+            self._asked = None  # and not otherwise: it may have been asked for just now
         return number
 
     def _recover(self) -> None:
@@ -86,13 +90,13 @@ class DurableTask(Task):
             else:
                 self.chain.stash += [(place, batch, 0) for batch in reversed(operator.recovery.left)]
 
-    def _commit(self) -> None:
-        self._committed = self._complete
+    def _commit(self, number: int) -> None:
+        self._committed = number
         for operator in self.operators:
             try:
-                operator.committed(self._committed)
+                operator.committed(number)
             except Exception as error:
-                raise operator.blame_hook(f"commit checkpoint {self._committed}", error) from error
+                raise operator.blame_hook(f"commit checkpoint {number}", error) from error
 
     def _rows(self, number: int) -> tuple[Row, ...]:
         """Return the states of the operators that have one."""
