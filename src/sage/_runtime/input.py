@@ -113,6 +113,8 @@ class Input:
     def _hold(self) -> int | None:
         """Let an operator that keeps records take some in, and hand on results."""
         assert self.holder is not None
+        if self._chain.is_holding_back:
+            self._give_back(self.holder)  # before it is asked for room: nothing else may ever make any
         taken = self._get() if self.holder.has_room else None
         handed_on = self.hand_on(is_all=taken is None)
         return handed_on if taken is None else taken + (handed_on or 0)
