@@ -12,6 +12,7 @@ import pytest
 
 from sage import LocalEnvironment
 from sage.connectors import JsonLinesFiles
+from sage.testing import StepBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,6 +122,19 @@ def test_after_a_stop_the_next_run_makes_the_calls_that_were_held_back(way: str,
     assert Counter(asked) == Counter(range(COUNT))
     lines = [line for path in (tmp_path / "out").glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
     assert Counter(map(json.loads, lines)) == Counter(range(0, 2 * COUNT, 2))
+
+
+@pytest.mark.parametrize("seed", range(20, 40))
+def test_records_that_are_given_back_make_room_for_the_end_of_the_stream(seed: int) -> None:
+    """In any job: nothing else woke the task, so it waited until the time to drain was over."""
+    asked: list[int] = []
+    env = LocalEnvironment("job", backend=lambda: StepBackend(seed))
+    model: Any = env.register_service("model", Model, asked)
+    env.from_batch(range(COUNT)).map_async(model.ask_soon, concurrency=4).sink(lambda _: None)
+    env.limit(calls={"model": LIMIT})
+    report = env.run()
+    assert report.state == "stopped"
+    assert report.running_s < 5.0
 
 
 NOTHING_NEW = "nothing new: the sources have no further records"
