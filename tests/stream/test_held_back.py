@@ -227,7 +227,7 @@ def test_a_record_that_waits_for_its_next_attempt_is_given_back(is_async: bool, 
     def fail(number: int) -> int:
         nonlocal tries
         tries += 1
-        time.sleep(CALL_S)
+        time.sleep(3 * CALL_S)  # a single call has to be clearly costly
         failed.set()
         raise ConnectionError(number)
 
