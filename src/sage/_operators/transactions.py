@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from sage._operators.operator import Recovery
 from sage._operators.per_record import NOTHING, Sink, drop_requests
+from sage.errors import describe, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from sage._operators.fused import InlineCode
     from sage.connector import TransactionalSink
+    from sage.errors import FunctionError
     from sage.records import Batch
 
 
@@ -49,6 +51,13 @@ class TransactionSink(Sink):
     def inlined(self, *, has_key: bool) -> InlineCode | None:  # noqa: ARG002
         """Return None: a batch is written as a whole."""
         return None
+
+    def blame(self, error: BaseException, record: object, attempts: int = 1) -> FunctionError:
+        """Return the error that names this operator and the batch; `record` is its last one."""
+        blamed = super().blame(error, record, attempts)
+        name = self.node.name
+        blamed.args = (f'operator "{name}" failed on a batch up to record {short(record)}: {describe(error)}',)
+        return blamed
 
     def snapshot(self, number: int) -> tuple[Any, int]:
         """Prepare the transaction, begin the next one, and return the tokens of those that are not committed."""

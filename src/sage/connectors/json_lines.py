@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 READ_BYTES = 1 << 20
+LINE_END, CARRIAGE_RETURN = b"\n\r"
 
 PREPARED = ".prepared"
 """The end of the name of a file that has not appeared, so that patterns for the others do not find it."""
@@ -25,7 +26,8 @@ class JsonLines(Source[Any]):
     """Reads the values in all files of a pattern, file by file in the order of their names.
 
     It ends after the last file. Its position is the number of bytes read of each file, so that a durable job that runs
-    again reads only lines that are new, at the end of a file or in further files.
+    again reads only lines that are new, at the end of a file or in further files. A last line without a line end counts
+    as a line.
 
     Args:
         pattern: the files, such as "in/*.jsonl"; `**` stands for any folders.
@@ -42,7 +44,8 @@ class JsonLines(Source[Any]):
         """Find the files.
 
         Raises:
-            ConnectorError: a file is shorter than it was, or no file matches, and none ever did.
+            ConnectorError: a file is shorter than it was, a line that was read has grown, or no file matches, and none
+                ever did.
         """
         self._offsets = dict(position or {})
         self._left = sorted(glob.glob(self._pattern, recursive=True))
@@ -55,6 +58,10 @@ class JsonLines(Source[Any]):
                 text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
                 error = ConnectorError(text, fault="external")
                 raise hint(error, "Give other contents another name; a durable job reads on where it stopped.")
+            if 0 < read < size and _is_inside_a_line(path, read):
+                text = f'file "{path}" goes on inside a line that was read before, at byte {read:,}'
+                error = ConnectorError(text, fault="external")
+                raise hint(error, "Write whole lines, or write elsewhere and rename the file when it is complete.")
 
     def read(self, records_max: int) -> list[Any] | None:
         """Return the values of the next lines."""
@@ -92,6 +99,21 @@ class JsonLines(Source[Any]):
         """Close the file that is being read."""
         if self._file is not None:
             self._file.close()
+
+
+def _is_inside_a_line(path: str, offset: int) -> bool:
+    with open(path, "rb") as file:
+        file.seek(offset - 1)
+        before, *after = file.read(2)
+    return before != LINE_END and after[0] not in (LINE_END, CARRIAGE_RETURN)
+
+
+def _line(value: object) -> str:
+    try:
+        return f"{json.dumps(value, ensure_ascii=False)}\n"
+    except (TypeError, ValueError) as error:
+        refused = ConnectorError(f"record {short(value)} cannot be written as JSON: {describe(error)}")
+        raise hint(refused, "Map it to dicts, lists, texts and numbers before the sink.") from error
 
 
 class JsonLinesFiles(TransactionalSink[Any]):
@@ -132,11 +154,14 @@ class JsonLinesFiles(TransactionalSink[Any]):
         return self._folder / f".{name}{PREPARED}"
 
     def write(self, batch: Sequence[Any]) -> None:
-        """Add a line for each value."""
+        """Add a line for each value.
+
+        Raises:
+            ConnectorError: a value is not JSON.
+        """
         if self._file is None:
             self._file = self._writing.open("wb")
-        lines = [json.dumps(value, ensure_ascii=False) for value in batch]
-        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        self._file.write("".join(map(_line, batch)).encode())
 
     def prepare(self, number: int) -> str | None:
         """Write the file through to the disk, and return the name that it will have."""
