@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -192,16 +191,8 @@ def check(seed: int, folder: Path, build: Build = build) -> int:
     return resumed
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Return a folder in memory, if the system has one: a disk would be waited for thousands of times."""
-    memory = Path("/dev/shm")
-    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        yield Path(name)
-
-
 @pytest.mark.parametrize(
-    "first", [*range(0, 60, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(60, 2000, 20))]
+    "first", [*range(0, 60, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(60, 260, 20))]
 )
 def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
     resumed = 0
@@ -214,7 +205,7 @@ def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
     assert resumed > 10
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 1000, 20))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 100, 20))])
 def test_threads_write_each_row_once(first: int, folder: Path) -> None:
     for seed in range(first, first + 20):
         one = folder / str(seed)

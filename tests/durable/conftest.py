@@ -1,0 +1,29 @@
+"""A folder in memory for the checkpoints of random jobs: a disk would be waited for thousands of times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MEMORY = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make it before the first test of any worker, so that none takes it for something that was left meanwhile."""
+    memory = Path("/dev/shm")
+    whole = TemporaryDirectory(prefix="own-", dir=memory if memory.is_dir() else None)
+    config.add_cleanup(whole.cleanup)
+    config.stash[MEMORY] = whole.name
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Return an empty folder in memory."""
+    with TemporaryDirectory(dir=request.config.stash[MEMORY]) as name:
+        yield Path(name)
