@@ -17,6 +17,7 @@ from sage import BaseService, FunctionError, JobErrorGroup, LocalEnvironment, Se
 
 SAGE = Path(__file__).parents[2] / "src" / "sage"
 STAMPS = {
+    "checkpoint_store.py",
     "after_driver_death.py",
     "guardian.py",
     "job.py",
