@@ -191,6 +191,7 @@ def check(seed: int, folder: Path, build: Build = build) -> int:
     return resumed
 
 
+@pytest.mark.timeout(300)  # twenty graphs, of which each runs four times
 @pytest.mark.parametrize(
     "first", [*range(0, 60, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(60, 260, 20))]
 )
