@@ -106,6 +106,11 @@ def living_actors() -> list[str]:
     return [f"{actor['ActorClassName']} {actor['Name']}" for actor in actors.values() if actor["State"] != "DEAD"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _private_temporary() -> None:
+    """Let Ray have its sockets in the common folder: their paths must be short."""
+
+
 @pytest.fixture
 def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for temporary files that nobody else has, with a name that is short enough for the sockets of Ray."""
