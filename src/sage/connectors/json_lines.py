@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -36,7 +37,7 @@ class JsonLines(Source[Any]):
     def __init__(self, pattern: str | os.PathLike[str]) -> None:
         self._pattern = os.fspath(pattern)
         self._offsets: dict[str, int] = {}
-        self._left: list[str] = []
+        self._left: deque[str] = deque()
         self._file: BinaryIO | None = None
         self._path = ""
 
@@ -48,7 +49,7 @@ class JsonLines(Source[Any]):
                 ever did.
         """
         self._offsets = dict(position or {})
-        self._left = sorted(glob.glob(self._pattern, recursive=True))
+        self._left = deque(sorted(glob.glob(self._pattern, recursive=True)))
         if not self._left and not self._offsets:
             error = ConnectorError(f'no file matches "{self._pattern}"', fault="external")
             raise hint(error, f"The program runs in {os.getcwd()}.")
@@ -70,7 +71,7 @@ class JsonLines(Source[Any]):
             if self._file is None:
                 if not self._left:
                     break
-                self._path = self._left.pop(0)
+                self._path = self._left.popleft()
                 self._file = open(self._path, "rb", READ_BYTES)  # noqa: SIM115  (closed by `close`)
                 self._file.seek(self._offsets.get(self._path, 0))
             line = self._file.readline()
