@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from sage import LocalEnvironment, StopSignal
+from sage._backends.threads import ThreadsBackend
 from sage._runtime.pace import READ_S, TimedPace
 from sage.records import BATCH_RECORDS_MAX
 from sage.testing import StepBackend
@@ -111,3 +112,34 @@ def test_a_source_that_is_polled_gives_a_record_soon_after_it_is_there() -> None
     env.submit(autostop=True)
     assert len(late) == 50
     assert max(late) <= 0.2 / 6  # an eighth of the time between two records, and some steps of a millisecond
+
+
+class Noting(ThreadsBackend):
+    """Notes what each task says of its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[tuple[int, float]]] = []
+
+    def pace(self) -> TimedPace:
+        steps: list[tuple[int, float]] = []
+        self.steps.append(steps)
+
+        class Noted(TimedPace):
+            def measured(self, records: int, elapsed_s: float) -> None:
+                steps.append((records, elapsed_s))
+                super().measured(records, elapsed_s)
+
+        return Noted()
+
+
+def test_to_hand_a_list_to_many_branches_is_not_taken_for_slow_records() -> None:
+    """The time goes into the channels, and is as long for one record as for a full batch."""
+    backend = Noting()
+    env = LocalEnvironment("branches", backend=lambda: backend)
+    stream = env.from_batch(range(5_000))
+    for _ in range(20):
+        stream.map(abs).sink(lambda _: None)
+    env.submit(autostop=True)
+    source = [steps for steps in backend.steps if all(elapsed_s == 0.0 for _, elapsed_s in steps)]
+    assert [sum(records for records, _ in steps) for steps in source] == [5_000]
