@@ -9,9 +9,7 @@ from sage._current_job import wait_for
 from sage._operators.operator import OperatorContext
 from sage._operators.operators import operator_class
 from sage._plan.logical import Kind, Route
-from sage._runtime.aligning_channel import AligningChannel
 from sage._runtime.channel import Channel, InFlight
-from sage._runtime.durable_task import DurableTask
 from sage._runtime.lifecycle import TaskPlan
 from sage._runtime.partition import Outlet, Partitioner
 from sage._runtime.task import Task
@@ -80,10 +78,10 @@ def deploy(
         _connect(edge, chain, places[edge.source], groups[chain.head], groups[edge.target])
     _count_loops(plan, owner, groups)
     _count_lockstep(groups)
-    for task in _present(groups):
-        if isinstance(task.inbox, AligningChannel):
-            task.inbox.producers = task.input.producers
-    return {task.name: task for task in _present(groups)}
+    tasks = {task.name: task for task in _present(groups)}
+    if durable is not None:
+        durable.joined(tasks.values())
+    return tasks
 
 
 def task_names(chain: Chain) -> tuple[str, ...]:
@@ -136,14 +134,12 @@ def _task(
     inbox = None
     if not chain.is_source:
         capacity = chain.nodes[0].settings.get("capacity")
-        kind = Channel if durable is None else AligningChannel
+        kind = Channel if durable is None else durable.channel_kind
         inbox = kind(backend.capacity_records if capacity is None else capacity, now=backend.now)
         inbox.follows_work = capacity is None
         inbox.follow(operators)
     parts = (name, tuple(operators), span, report, backend.now, pace, inbox)
-    if durable is not None:
-        return DurableTask(*parts, tell=durable.tell, number=durable.number)
-    return Task(*parts)
+    return Task(*parts) if durable is None else durable.task(*parts)
 
 
 def _connect(edge: Edge, chain: Chain, place: int, sources: Group, targets: Group) -> None:

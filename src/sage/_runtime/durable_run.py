@@ -13,6 +13,7 @@ from sage._logs import log_of
 from sage._operators.operator import Recovery
 from sage._plan.durability import promises
 from sage._plan.logical import Kind
+from sage._runtime.aligning_channel import AligningChannel
 from sage._runtime.checkpoint_store import FRESH_HINT, Checkpoint, CheckpointStore
 from sage._runtime.checkpoints import (
     ActionKind,
@@ -24,6 +25,7 @@ from sage._runtime.checkpoints import (
     Written,
     step,
 )
+from sage._runtime.durable_task import DurableTask
 from sage._runtime.lifecycle import TaskFailed
 from sage._runtime.states import TASK_TERMINAL
 from sage.errors import CheckpointError, JobError, describe, hint
@@ -48,6 +50,8 @@ class DurableRun:
         CheckpointError: the folder cannot be used, or its checkpoint does not fit the graph or cannot be read; with
             `resume="must"`, also if it has no checkpoint.
     """
+
+    channel_kind = AligningChannel
 
     def __init__(self, settings: Durable, graph: LogicalGraph, resume: str) -> None:
         folder = os.path.abspath(settings.folder)
@@ -95,6 +99,16 @@ class DurableRun:
         """Return the part of one operator in one task."""
         state, left = self._states.pop((node.name, index), (None, ()))
         return Recovery(f"{self._store.key}-{quote(node.name, safe='')}-{index}", self.number, state, left)
+
+    def task(self, *parts: Any) -> DurableTask:
+        """Return a task of the job; `parts` are the arguments of `Task`."""
+        return DurableTask(*parts, tell=self.tell, number=self.number)
+
+    def joined(self, tasks: Iterable[Task]) -> None:
+        """Let the channels know how many streams lead to each; the tasks have been joined."""
+        for task in tasks:
+            if isinstance(task.inbox, AligningChannel):
+                task.inbox.producers = task.input.producers
 
     def tell(self, event: CheckpointEvent) -> None:
         """Take in the part of a task; any thread may call this."""

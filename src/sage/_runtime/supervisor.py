@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sage._logs import log_of
-from sage._runtime.checkpoints import CheckpointEvent
 from sage._runtime.lifecycle import (
     ActionKind,
     Begin,
@@ -16,6 +15,7 @@ from sage._runtime.lifecycle import (
     Failure,
     FailureKind,
     HookEnded,
+    LifecycleEvent,
     Limits,
     StopRequested,
     TaskEnded,
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from threading import Condition
 
     from sage._runtime.backend import Backend, Host
+    from sage._runtime.checkpoints import CheckpointEvent
     from sage._runtime.coroutines import CoroutineLoop
     from sage._runtime.durable_run import DurableRun
-    from sage._runtime.lifecycle import Action, LifecycleEvent, State
+    from sage._runtime.lifecycle import Action, State
     from sage._runtime.task import Task
     from sage.service import ServiceHandle
 
@@ -141,7 +142,7 @@ class Supervisor:
         """Take one step of the lifecycle and carry out its actions; `happened_at` is when a waiting event came."""
         if self.is_sealed:
             return
-        if isinstance(event, CheckpointEvent):
+        if not isinstance(event, LifecycleEvent):
             if self.durable is not None:
                 self.durable.handle(event)
             return
