@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 EXPONENT_MAX = 1.1
 ROUNDS = 3
-LONG_S = 10.0
+LONG_S = 60.0
 MEMORY_LEAST_MB = 4.0
 """Less counts as this much: the interpreter takes memory from the system in steps."""
 
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What one size took: the median of the seconds, and of the peak memory above the one before, in MB."""
+    """What one size took: the least of the seconds, and the median of the peak memory above the one before, in MB."""
 
     size: int
     seconds: float
@@ -326,7 +326,7 @@ def keys_by_hand(n: int) -> float:
 # --- sizes of records -------------------------------------------------------------------------------------------------
 
 BYTES_OF_ALL = 1 << 28
-RECORDS_LEAST, RECORDS_MOST = 30, 100_000
+RECORDS_LEAST, RECORDS_MOST = 30, 1_000_000
 
 
 def records_of_bytes(n: int) -> Iterator[bytes]:
@@ -435,23 +435,30 @@ def seconds_of(work: Callable[[], object]) -> float:
     return perf_counter() - started_at
 
 
-def measured(case: Case, size: int, rounds: int) -> Pair:
-    """Measure both sides at one size in turn, each time in a process of its own that sees nothing of the one before.
+def measured(case: Case, sizes: Sequence[int], rounds: int) -> list[Pair]:
+    """Measure both sides at each size in turn, each time in a process of its own that sees nothing of the one before.
 
-    A size that takes long is not repeated once it has taken `LONG_S` in all.
+    A round goes over all sizes, so that a machine that is slow for a while is slow for all of them, and the least time
+    counts, as other programs only ever add to it. A size that has taken `LONG_S` in all is not repeated.
     """
-    found: list[list[tuple[float, float]]] = [[], []]
-    began_at = perf_counter()
-    for number in range(rounds):
-        if number and perf_counter() - began_at > LONG_S:
-            break
-        for side, came in zip(("ours", "by hand"), found, strict=True):
-            command = [sys.executable, "-m", "benchmarks.growth", "--one", case.name, side, str(size)]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
-            came.append((result["seconds"], result["peak_mb"]))
-    ours, by_hand = (Point(size, *map(statistics.median, zip(*came, strict=True))) for came in found)
-    return ours, by_hand
+    sides = ("ours", "by hand")
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {(size, side): [] for size in sizes for side in sides}
+    spent = dict.fromkeys(sizes, 0.0)
+    for _ in range(rounds):
+        for size in (size for size in sizes if spent[size] <= LONG_S):
+            began_at = perf_counter()
+            for side in sides:
+                command = [sys.executable, "-m", "benchmarks.growth", "--one", case.name, side, str(size)]
+                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+                result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+                found[size, side].append((result["seconds"], result["peak_mb"]))
+            spent[size] += perf_counter() - began_at
+    return [(_point(size, found[size, "ours"]), _point(size, found[size, "by hand"])) for size in sizes]
+
+
+def _point(size: int, runs: Sequence[tuple[float, float]]) -> Point:
+    seconds, peaks_mb = zip(*runs, strict=True)
+    return Point(size, min(seconds), statistics.median(peaks_mb))
 
 
 def one(name: str, side: str, size: int) -> None:
@@ -460,6 +467,7 @@ def one(name: str, side: str, size: int) -> None:
     run = case.ours if side == "ours" else case.by_hand
     run(case.sizes[0])
     gc.collect()
+    gc.freeze()  # or one size pays for a collection of all that was imported, and a smaller one does not
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak begins here
@@ -473,13 +481,13 @@ def _status(field: str) -> float:
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Return the exponent that values grow with: over all sizes, or over the last two if that is more."""
+    """Return the exponent that values grow with: over all sizes, or over the last tenfold if that is more."""
     points = [(math.log(size), math.log(value)) for size, value in zip(sizes, values, strict=True)]
     if len(points) < 2:
         return 0.0
-    whole = statistics.linear_regression(*zip(*points, strict=True)).slope
-    (first, low), (last, high) = points[-2:]
-    return max(whole, (high - low) / (last - first))
+    last = [point for point, size in zip(points, sizes, strict=True) if size * 10 >= sizes[-1]]
+    spans = (points, last if len(last) > 1 else points[-2:])
+    return max(statistics.linear_regression(*zip(*span, strict=True)).slope for span in spans)
 
 
 def figures_of(case: Case, points: Sequence[Pair]) -> Iterator[Figure]:
@@ -503,7 +511,7 @@ def growth(scale: Scale) -> Iterator[Figure]:
     """Every case: the exponents of time and memory."""
     for case in GROWTH.values():
         sizes = case.sizes[:-1] if scale is QUICK else case.sizes
-        MEASURED[case.name] = [measured(case, size, 1 if scale is QUICK else ROUNDS) for size in sizes]
+        MEASURED[case.name] = measured(case, sizes, 1 if scale is QUICK else ROUNDS)
         yield from figures_of(case, MEASURED[case.name])
 
 
@@ -543,13 +551,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(ROW.format("case", "n", "", "seconds", "peak MB", "by hand, s", "peak MB", "ratio"), flush=True)
     is_met = True
     for name in options.cases or GROWTH:
-        case, points = GROWTH[name], []
-        for size in (size for size in case.sizes if size <= options.most):
-            ours, by_hand = measured(case, size, options.rounds)
-            points.append((ours, by_hand))
+        case = GROWTH[name]
+        points = measured(case, [size for size in case.sizes if size <= options.most], options.rounds)
+        for ours, by_hand in points:
             cells = [f"{ours.seconds:.5f}", f"{ours.peak_mb:.1f}", f"{by_hand.seconds:.5f}", f"{by_hand.peak_mb:.1f}"]
             ratio = f"{by_hand.seconds / ours.seconds:.3g}"
-            print(ROW.format(name, size, case.unit, *cells, ratio), flush=True)
+            print(ROW.format(name, ours.size, case.unit, *cells, ratio), flush=True)
         for figure in figures_of(case, points):
             print(
                 f"  {figure.case}, {figure.unit}: {figure.measured:.2f} ({figure.bound} {figure.target:g})", flush=True
