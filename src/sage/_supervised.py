@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ class supervised:
         self.ended: tuple[str, ...] = ()
         self.killed: tuple[str, ...] = ()
         self.left: tuple[str, ...] = ()
-        self._id = secrets.token_hex(8)
+        self._id = os.urandom(8).hex()
 
     def __enter__(self) -> Self:
         """Begin to know the processes."""

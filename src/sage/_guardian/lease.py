@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import select
 import shutil
 import signal
@@ -187,7 +186,7 @@ class GuardianLease:
 
     def new_token(self) -> str:
         """Return the token of one incarnation of a service in its cookie, after that of the run."""
-        return secrets.token_hex(TOKEN_BYTES)
+        return os.urandom(TOKEN_BYTES).hex()
 
     def reap(self, job: str, service: str | None = None) -> list[str]:
         """Act on the claims that are due of a job's services, or of one of them, and return the failures."""
