@@ -900,6 +900,8 @@ TASKS = (
 ALIGNING = "tests/durable/test_aligning_channel.py::"
 CHECKPOINTS = "tests/durable/test_checkpoints.py::"
 FOLDER = "tests/durable/test_folder.py::"
+KEYED = "tests/durable/test_keyed_state.py::"
+STATE = "tests/durable/test_function_state.py::"
 RECOVERY = "tests/durable/test_recovery.py::test_recovered_equals_undisturbed[0]"
 
 DURABLE: tuple[Mutant, ...] = (
@@ -972,6 +974,48 @@ DURABLE: tuple[Mutant, ...] = (
         "        if self.left is None:\n            self.given_back",
         "        if self.left != 0:\n            self.given_back",
         "tests/durable/test_held_back.py::test_after_a_budget_the_next_run_asks_for_the_rest[threads-by_map]",
+    ),
+    Mutant(
+        "a checkpoint lacks the keys that changed",
+        "_operators/keyed_state.py",
+        "        self._to_write |= dict.fromkeys(self.young)\n",
+        "",
+        KEYED + "test_any_checkpoint_loads_as_it_was",
+    ),
+    Mutant(
+        "a checkpoint that is still needed is deleted",
+        "_runtime/checkpoint_store.py",
+        "first = oldest if needed is None else min(needed, oldest)",
+        "first = oldest",
+        KEYED + "test_any_checkpoint_loads_as_it_was",
+    ),
+    Mutant(
+        "totals that went on come again",
+        "_operators/keyed.py",
+        "            self.keyed.settle()\n",
+        "            pass\n",
+        STATE + "test_totals_go_on_and_only_those_that_changed_come_again[threads-1]",
+    ),
+    Mutant(
+        "totals come although the job was stopped",
+        "_runtime/durable_task.py",
+        "self.chain.gives_last = not self._is_stopping()",
+        "self.chain.gives_last = True",
+        STATE + "test_after_a_stop_totals_wait_for_the_end_of_the_stream",
+    ),
+    Mutant(
+        "a function does not get its state back",
+        "_operators/operator.py",
+        "        self._function.restore(self.recovery.function)\n",
+        "",
+        STATE + "test_a_function_with_snapshot_and_restore_goes_on[threads]",
+    ),
+    Mutant(
+        "a record that waited comes back by another input",
+        "_operators/operator.py",
+        "            self.left.append((self.port, batch))\n",
+        "            self.left.append((0, batch))\n",
+        "tests/durable/test_held_back.py::test_after_a_budget_the_next_run_asks_for_the_rest[threads-by_comap]",
     ),
     Mutant(
         "rows of a damaged checkpoint stay",

@@ -39,6 +39,14 @@ class Limit(FilterFunction[Any]):
         self.left -= 1
         return self.left >= 0
 
+    def snapshot(self) -> int:
+        """Return how many may pass."""
+        return self.left
+
+    def restore(self, left: int) -> None:
+        """Go on from a checkpoint."""
+        self.left = left
+
 
 class Sample(FilterFunction[Any]):
     """Lets a random part of the records pass; the same part each time if there is a seed."""
@@ -50,8 +58,17 @@ class Sample(FilterFunction[Any]):
     def open(self) -> None:
         """Begin to draw; parallel tasks draw differently."""
         seed = None if self.seed is None else f"{self.seed} {self.ctx.parallel_index}"
-        self.random = random.Random(seed).random
+        self._generator = random.Random(seed)
+        self.random = self._generator.random
 
     def execute(self, data: object, /) -> bool:  # noqa: ARG002
         """Draw for one record."""
         return self.random() < self.fraction
+
+    def snapshot(self) -> object:
+        """Return the state of the generator."""
+        return self._generator.getstate()
+
+    def restore(self, state: Any) -> None:
+        """Go on from a checkpoint."""
+        self._generator.setstate(state)

@@ -163,7 +163,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other" / "state" / "checkpoints.sqlite") as file:
         file.execute("UPDATE about SET value = 99 WHERE name = 'version'")
     file.close()
-    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 1"):
+    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 2"):
         run(tmp_path.joinpath("other"))
 
 
@@ -301,12 +301,15 @@ def test_a_cluster_is_refused_before_anything_starts() -> None:
 
 def test_operators_that_are_not_covered_are_all_named(tmp_path: Path) -> None:
     env = LocalEnvironment("job", durable=tmp_path / "state")
-    keyed = env.from_batch([1]).keyby(lambda record: record)
-    keyed.reduce(lambda one, other: one + other, name="count").limit(3).sink(print)
+    env.from_source(lambda: None, lockstep=True, name="slow").sink(print)
+    loop = env.from_future("loop")
+    stream = env.from_batch([1]).union(loop)
+    stream.filter(lambda record: record > 1).fill_future(loop)
+    stream.sink(print)
     with pytest.raises(GraphError, match="2 problems") as caught:
         env.submit()
-    assert 'operator "count" is of kind reduce, which a durable job does not cover yet' in str(caught.value)
-    assert "is a limit or a sample, which a durable job does not cover yet" in str(caught.value)
+    assert 'operator "slow" is a source with lockstep, which a durable job does not cover yet' in str(caught.value)
+    assert 'operator "loop" is of kind future, which a durable job does not cover yet' in str(caught.value)
     assert not (tmp_path / "state").exists()
 
 

@@ -60,6 +60,12 @@ def by_batch(stream: DataStream[int], model: Any) -> DataStream[int]:
     return stream.map_batches(model.ask_many, max_records=1)
 
 
+def by_comap(stream: DataStream[int], model: Any) -> DataStream[int]:
+    """Records that wait must come back by the input that they came from."""
+    even, odd = stream.filter(lambda number: number % 2 == 0), stream.filter(lambda number: number % 2 == 1)
+    return even.connect(odd).comap(model.ask, lambda number: model.ask(number + 1) - 2)
+
+
 @pytest.mark.parametrize("ask", [by_map, by_coroutine, by_unordered_coroutine, by_batch])
 def test_after_a_budget_the_next_run_asks_for_the_rest(
     ask: Callable[[DataStream[int], Any], DataStream[int]], tmp_path: Path, backend: Callable[[], Backend]

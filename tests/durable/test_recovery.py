@@ -8,12 +8,13 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from sage import Durable, LocalEnvironment
+from sage import BaseCoMapFunction, BaseJoinFunction, Durable, LocalEnvironment, ProcessFunction
 from sage._backends.threads import ThreadsBackend
+from sage._operators import keyed_state
 from sage.connectors import JsonLines, JsonLinesFiles
 from sage.testing import StepBackend
 
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     Build = Callable[[LocalEnvironment, int, Path], None]
 
 SHOTS_MAX = 2
+
+
+@pytest.fixture(autouse=True)
+def _short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a checkpoint write few keys that have not changed: the graphs have few keys."""
+    monkeypatch.setattr(keyed_state, "SWEEP_MIN", 1)
+    monkeypatch.setattr(keyed_state, "SWEEP_FACTOR", 0)
 
 
 class Photographer(StepBackend):
@@ -91,9 +99,90 @@ def refuse(record: int) -> int:
     return record
 
 
+def tag(record: int) -> tuple[int, int]:
+    return record % 20, 1
+
+
+def added(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:
+    return left[0], left[1] + right[1]
+
+
+def flat(pair: tuple[int, int]) -> int:
+    return pair[0] * 1000 + pair[1]
+
+
+class Numbering(ProcessFunction[int, int]):
+    """Numbers the records of each key: a lost or a doubled state shows."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+
+    def execute(self, data: int) -> list[int]:
+        key = data % 3
+        self.counts[key] = self.counts.get(key, 0) + 1
+        return [key * 1000 + self.counts[key]]
+
+    def snapshot(self) -> dict[int, int]:
+        return self.counts
+
+    def restore(self, counts: dict[int, int]) -> None:
+        self.counts = counts
+
+
+class Apart(BaseCoMapFunction):
+    """Numbers the records of each input."""
+
+    def __init__(self) -> None:
+        self.counts = [0, 0]
+
+    def numbered(self, port: int) -> int:
+        self.counts[port] += 1
+        return port * 1000 + self.counts[port]
+
+    def map0(self, _: int) -> int:
+        return self.numbered(0)
+
+    def map1(self, _: int) -> int:
+        return self.numbered(1)
+
+    def snapshot(self) -> list[int]:
+        return self.counts
+
+    def restore(self, counts: list[int]) -> None:
+        self.counts = counts
+
+
+class Pairs(BaseJoinFunction[int, int, int]):
+    """Gives each pair of records with the same key once."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[int, int], list[int]] = {}
+
+    def execute(self, payload: int, key: int, tag: int) -> list[int]:
+        self.seen.setdefault((key, tag), []).append(payload)
+        return [payload + other for other in self.seen.get((key, 1 - tag), [])]
+
+    def snapshot(self) -> dict[tuple[int, int], list[int]]:
+        return self.seen
+
+    def restore(self, seen: dict[tuple[int, int], list[int]]) -> None:
+        self.seen = seen
+
+
+def together(first: DataStream[int], second: DataStream[int], rng: random.Random) -> DataStream[int]:
+    parallelism = rng.choice([1, 2])
+    match rng.randrange(3):
+        case 0:
+            return first.union(second)
+        case 1:
+            return first.connect(second).comap(Apart)
+    both = first.connect(second).keyby(lambda record: record % 20, lambda record: record % 20)
+    return both.join(Pairs, parallelism=parallelism)
+
+
 def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLetter]) -> DataStream[int]:
     parallelism = rng.choice([1, 1, 2, 3])
-    match rng.randrange(9):
+    match rng.randrange(12):
         case 0:
             return stream.map(lambda record: record + 7, parallelism=parallelism)
         case 1:
@@ -118,6 +207,12 @@ def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLe
             )
         case 7:
             return stream.map(refuse, on_error=letters, parallelism=parallelism)
+        case 8 | 9:
+            keyed = stream.map(tag).keyby(lambda pair: pair[0])
+            emit: Literal["each", "last"] = rng.choice(["each", "last"])
+            return keyed.reduce(added, emit=emit, parallelism=parallelism).map(flat)
+        case 10:
+            return stream.keyby(lambda record: record % 3).process(Numbering, parallelism=parallelism)
     return stream.rebalance()
 
 
@@ -130,8 +225,8 @@ def build(env: LocalEnvironment, seed: int, folder: Path) -> None:
     for _ in range(rng.randrange(1, 5)):
         streams = [grow(stream, rng, letters) for stream in streams]
         if len(streams) > 1 and rng.random() < 0.5:
-            first, *others = streams
-            streams = [first.union(*others)]
+            first, second, *others = streams
+            streams = [together(first, second, rng), *others]
         elif rng.random() < 0.2:
             streams.append(streams[0])
     for place, stream in enumerate(streams):
@@ -178,6 +273,8 @@ def check(seed: int, folder: Path, build: Build = build) -> int:
     disturbed.mkdir()
     shots: dict[int, Path] = {}
     run(seed, disturbed, lambda: Photographer(seed, disturbed, shots), build)
+    assert written(disturbed) == wanted
+    run(seed, disturbed, lambda: StepBackend(seed), build)  # there is nothing new, so nothing comes again
     assert written(disturbed) == wanted
     resumed = 0
     for shot in shots.values():

@@ -198,7 +198,7 @@ class MapAsync(BufferingOperator):
         self.held -= len(given_back)
         if self.left is None:
             return len(given_back)
-        self.left += map(self._record, given_back)
+        self.left += [(0, self._record(slot)) for slot in given_back]
         return 0
 
     def _record(self, slot: Slot) -> Batch:

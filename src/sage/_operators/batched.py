@@ -152,7 +152,7 @@ class MapBatches(BufferingOperator):
     def give_back(self) -> int:
         """Forget waiting records, or keep them for the next run; between steps, the function is not running."""
         if self.left is not None:
-            self.left += self._held()
+            self.left += [(0, batch) for batch in self._held()]
         dropped = self.drop()
         return dropped if self.left is None else 0
 

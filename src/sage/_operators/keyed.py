@@ -17,19 +17,34 @@ if TYPE_CHECKING:
     from sage._plan.logical import Node
 
 
+DURABLE_LINES = (
+    "if key in {state}.young:",
+    "    value = {call}({state}.young[key], value)",
+    "elif key in {state}.old:",
+    "    value = {call}({state}.old[key], value)",
+    "{state}.young[key] = value",
+)
+
+
 class Reduce(Operator):
     """Combines the records of each key, in one dict for each task."""
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
         self._combined: dict[Any, Any] = {}
+        self._before: dict[Any, Any] = {}
         self._emit_each: bool = node.settings["emit_each"]
         self._last: Iterator[tuple[Any, Any]] = iter(())
 
     def prepare(self) -> None:
-        """Bind the function."""
+        """Bind the function; a durable job has a state that knows what has changed."""
         self._call = self.callable_of()
         self._keys: Iterator[Any] = iter(())
+        if self.recovery is not None:
+            from sage._operators.keyed_state import KeyedState
+
+            self.keyed = KeyedState(self.recovery.since, self.recovery.changes)
+            self._combined, self._before = self.keyed.young, self.keyed.old
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the combined value so far after each record."""
@@ -46,24 +61,30 @@ class Reduce(Operator):
         """Return the call, if the key is there and the function does not look at it."""
         if not has_key or self._sees_keys:
             return None
-        lines = ("if key in {state}:", "    value = {call}({state}[key], value)", "{state}[key] = value")
-        return InlineCode(lines, self._call, self._combined, gives=self._emit_each)
+        if self.keyed is None:
+            lines = ("if key in {state}:", "    value = {call}({state}[key], value)", "{state}[key] = value")
+            return InlineCode(lines, self._call, self._combined, gives=self._emit_each)
+        return InlineCode(DURABLE_LINES, self._call, self.keyed, gives=self._emit_each)
 
     def _combine_each(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
         """Combine, and add the combined value so far after each record."""
-        combined = self._combined
+        combined, before = self._combined, self._before
         for value, key in zip(records, self._keys, strict=False):
             if key in combined:
                 value = function(combined[key], value)
+            elif key in before:
+                value = function(before[key], value)
             combined[key] = value
             out.append(value)
 
     def _combine_last(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:  # noqa: ARG002
         """Combine, and add nothing."""
-        combined = self._combined
+        combined, before = self._combined, self._before
         for value, key in zip(records, self._keys, strict=False):
             if key in combined:
                 value = function(combined[key], value)
+            elif key in before:
+                value = function(before[key], value)
             combined[key] = value
 
     def finish(self) -> Batch | None:
@@ -74,9 +95,11 @@ class Reduce(Operator):
         if self._emit_each:
             return None
         if not self.more:
-            self._last = iter(self._combined.items())
+            self._last = iter(self._combined.items()) if self.keyed is None else self.keyed.unsettled()
         part = list(islice(self._last, BATCH_RECORDS_MAX))
         self.more = len(part) == BATCH_RECORDS_MAX
+        if not self.more and self.keyed is not None:
+            self.keyed.settle()
         return Batch([value for _, value in part], [key for key, _ in part]) if part else None
 
 
@@ -85,6 +108,7 @@ class Join(FlatMap):
 
     def process(self, batch: Batch, port: int) -> Batch:
         """Return the matches."""
+        self.port = port
         call = self._call
         keys = iter(batch.keys or ())
         return self._flatten(batch, lambda value: call(value, next(keys), port))

@@ -11,7 +11,7 @@ from sage._forks import leave_if_forked
 from sage._operators.costs import Costs
 from sage._standard_streams import is_of_output
 from sage.connector import TransactionalSink
-from sage.errors import FunctionError, describe, hint, is_held_back, short
+from sage.errors import CheckpointError, FunctionError, describe, hint, is_held_back, short
 from sage.failure import DeadLetter
 from sage.functions import BaseFunction, is_coroutine_function
 from sage.observability import OperatorMetrics
@@ -19,9 +19,10 @@ from sage.records import Batch
 from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Coroutine, Iterator, Sequence
 
     from sage._operators.fused import InlineCode
+    from sage._operators.keyed_state import Changes, KeyedState
     from sage._plan.logical import Node
     from sage.functions import TaskContext
     from sage.records import BatchReading
@@ -63,13 +64,19 @@ class Recovery:
         part: names the task; the same after a restart, and different for all other tasks and jobs.
         checkpoint: the number of the checkpoint, or 0 without one.
         state: the state that `snapshot` returned, or None.
-        left: records that wait for a call that was held back.
+        left: records that wait for a call that was held back, each batch after the input that it came from.
+        function: what the function's own `snapshot` returned, or None.
+        since: the number of the first checkpoint with changes, or None.
+        changes: what `KeyedState.take` pickled at each checkpoint since then.
     """
 
     part: str
     checkpoint: int = 0
     state: Any = None
-    left: tuple[Batch, ...] = ()
+    left: tuple[tuple[int, Batch], ...] = ()
+    function: Any = None
+    since: int | None = None
+    changes: Sequence[Changes] = ()
 
 
 Loop = Callable[[Iterable[Any], Callable[..., Any], list[Any]], None]
@@ -109,7 +116,10 @@ class Operator:
         now: the monotonic clock of the backend, in seconds.
         shared_s: its part of the time in loops of several operators, in seconds.
         recovery: its part of a durable job, set before `open`; None in any other job.
-        left: in a durable job, records whose call was held back, kept for the next run; None in any other job.
+        left: in a durable job, records whose call was held back, kept for the next run, each batch after the input
+            that it came from; None in any other job.
+        port: the input of the batch in hand, if the operator has several.
+        keyed: in a durable job, the values of its keys; None in any other job, or without any.
     """
 
     keeps_records: ClassVar[bool] = False
@@ -118,7 +128,9 @@ class Operator:
     due: float | None = None
     is_quiet: bool = True
     recovery: Recovery | None = None
-    left: list[Batch] | None = None
+    left: list[tuple[int, Batch]] | None = None
+    port: int = 0
+    keyed: KeyedState | None = None
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         self.node = node
@@ -190,6 +202,29 @@ class Operator:
         """Return the state for checkpoint `number`, or None, and how many records are done; negative if they wait."""
         return None, 0
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether the function has a state of its own in checkpoints."""
+        return all(callable(getattr(type(self._function), name, None)) for name in ("snapshot", "restore"))
+
+    def function_state(self) -> Any:
+        """Return what the function's own `snapshot` returns, or None without one."""
+        return self._function.snapshot() if self.takes_part else None
+
+    def restore_function(self) -> None:
+        """Give the function the state that it had.
+
+        Raises:
+            CheckpointError: it has none any more.
+        """
+        assert self.recovery is not None
+        if self.recovery.function is None:
+            return
+        if not self.takes_part:
+            text = f'the function of operator "{self.node.name}" has a state in the checkpoint, and no restore()'
+            raise hint(CheckpointError(text, operator=self.node.name, fault="user"), "Give it back both methods.")
+        self._function.restore(self.recovery.function)
+
     def recover(self) -> None:
         """Take in the records of `recovery`; called on the task's thread before the first record flows."""
 
@@ -201,7 +236,7 @@ class Operator:
         if self.left is None:
             self.given_back += len(batch)
         else:
-            self.left.append(batch)
+            self.left.append((self.port, batch))
 
     def drop(self) -> int:
         """Forget held records, cancel running calls, and return the number of records."""

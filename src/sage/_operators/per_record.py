@@ -211,6 +211,7 @@ class CoMap(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:
         """Return the results."""
+        self.port = port
         results: list[Any] = []
         batch = self.apply(batch, into_list, self._calls[port], results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)

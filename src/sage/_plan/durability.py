@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from sage._compositions import Limit, Sample
 from sage._handover import Handover
 from sage._operators.sources import goes_on
 from sage._plan.logical import Kind
@@ -28,11 +27,15 @@ COVERED = frozenset(
         Kind.FLATMAP,
         Kind.KEYBY,
         Kind.UNION,
+        Kind.COMAP,
+        Kind.JOIN,
+        Kind.PROCESS,
+        Kind.REDUCE,
         Kind.LETTERS,
         Kind.SINK,
     }
 )
-"""The kinds of operators whose state a checkpoint has. Functions themselves are taken to have none."""
+"""The kinds of operators whose state a checkpoint has. A function has one if it has `snapshot` and `restore`."""
 
 IN_MEMORY = (list, set, dict, deque, Handover)
 
@@ -47,13 +50,10 @@ def problems(graph: LogicalGraph) -> Iterator[UnsupportedPlanError]:
 
 
 def _uncovered(node: Node) -> str:
-    target = node.function.target if node.function is not None else None
     if node.settings.get("bridge") is not None or node.kind is Kind.REPLY:
         return "part of a served pipeline"
     if node.settings.get("lockstep"):
         return "a source with lockstep"
-    if target in (Limit, Sample) or isinstance(target, Limit | Sample):
-        return "a limit or a sample"
     return "" if node.kind in COVERED else f"of kind {node.kind}"
 
 

@@ -31,6 +31,7 @@ class ChainRun:
         is_holding_back: whether costly functions get no further call.
         taken: how many records the last push took.
         undelivered: how many records of the task were dropped.
+        gives_last: whether operators emit what they still have at the end.
     """
 
     def __init__(self, operators: tuple[Operator, ...], outbox: Outbox, now: Callable[[], float], pace: Pace) -> None:
@@ -47,6 +48,7 @@ class ChainRun:
         self._segments: dict[int, FusedLoop] = {}
         self._stashed_after = 0
         self._fails_at = 0.0
+        self.gives_last = True
         self._gives = 1.0  # how many records went on for each that the last push took
         self._finished = 0
 
@@ -89,6 +91,7 @@ class ChainRun:
             batch = batch if batch is None or batch.requests is None else still_wanted(batch)
             if batch is not None and self.is_held_back(place):
                 operator = self.operators[place]
+                operator.port = port
                 operator.leave(batch)
                 self.undelivered += operator.given_back
                 operator.given_back = 0
@@ -139,7 +142,7 @@ class ChainRun:
 
     def finish(self) -> bool:
         """Let the next operator emit what it still has, and return False when all of them have."""
-        while self._finished < len(self.operators):
+        while self.gives_last and self._finished < len(self.operators):
             place = self._finished
             operator = self.operators[place]
             try:

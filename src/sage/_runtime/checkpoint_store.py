@@ -10,7 +10,7 @@ import stat
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sage._forks import useless_after_fork
@@ -20,7 +20,7 @@ from sage.errors import CheckpointError, describe, hint
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-VERSION = 1
+VERSION = 2
 """The form of the file; it is changed with the form of what operators write."""
 
 FILE = "checkpoints.sqlite"
@@ -28,7 +28,9 @@ FILE = "checkpoints.sqlite"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (number INTEGER PRIMARY KEY, made_at REAL, graph TEXT, checksum BLOB);
-CREATE TABLE IF NOT EXISTS parts (number INTEGER, operator TEXT, place INTEGER, records INTEGER, body BLOB);
+CREATE TABLE IF NOT EXISTS parts (
+    number INTEGER, operator TEXT, place INTEGER, records INTEGER, body BLOB, since INTEGER, changes BLOB
+);
 CREATE INDEX IF NOT EXISTS parts_of ON parts (number);
 """
 
@@ -43,11 +45,13 @@ class Checkpoint:
         number: its number; 0 stands for the beginning of a job.
         graph: the operators that the job had, by name, each with its kind and its parallelism.
         rows: the states of those that had one.
+        changes: the changes of keyed states by operator and index, the oldest first.
     """
 
     number: int
     graph: dict[str, tuple[str, int]]
     rows: tuple[Row, ...]
+    changes: dict[tuple[str, int], list[bytes]] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -116,13 +120,12 @@ class CheckpointStore:
             CheckpointError: all of them are damaged, or the file is.
         """
         try:
-            numbers = self._file.execute("SELECT number, graph, checksum FROM checkpoints ORDER BY number DESC")
-            for number, graph, checksum in numbers.fetchall():
-                rows = self._file.execute(
-                    "SELECT operator, place, records, body FROM parts WHERE number = ? ORDER BY rowid", (number,)
-                ).fetchall()
-                if _checksum(number, graph, rows) == checksum:
-                    return Checkpoint(number, _graph(graph), tuple(Row(*row) for row in rows))
+            numbers = self._file.execute("SELECT number, graph FROM checkpoints ORDER BY number DESC")
+            for number, graph in numbers.fetchall():
+                changes: dict[tuple[str, int], list[bytes]] = {}
+                rows = self._rows(number)
+                if rows is not None and self._has_changes(number, rows, changes):
+                    return Checkpoint(number, _graph(graph), tuple(rows), changes)
                 self.skipped.append(number)
         except sqlite3.Error as error:
             raise self._failed("be read", error) from error
@@ -131,6 +134,29 @@ class CheckpointStore:
             raise hint(CheckpointError(text, fault="external"), FRESH_HINT)
         return None
 
+    def _rows(self, number: int) -> list[Row] | None:
+        """Return the rows of a checkpoint, or None if it is damaged or not there."""
+        about = self._file.execute("SELECT graph, checksum FROM checkpoints WHERE number = ?", (number,)).fetchone()
+        columns = "operator, place, records, body, since, changes"
+        found = self._file.execute(f"SELECT {columns} FROM parts WHERE number = ? ORDER BY rowid", (number,))
+        rows = [Row(*row) for row in found.fetchall()]
+        return rows if about is not None and _checksum(number, about[0], rows) == about[1] else None
+
+    def _has_changes(self, number: int, rows: list[Row], changes: dict[tuple[str, int], list[bytes]]) -> bool:
+        """Collect the changes of keyed states up to a checkpoint, and return whether they are whole."""
+        since = {(row.operator, row.index): row.since for row in rows if row.since is not None}
+        changes.update({key: [] for key in since})
+        for earlier in range(min(since.values(), default=number), number + 1):
+            found = rows if earlier == number else self._rows(earlier)
+            there = {(row.operator, row.index): row.changes for row in found or ()}
+            for key, first in since.items():
+                body = there.get(key)
+                if earlier >= first:
+                    if body is None:
+                        return False
+                    changes[key].append(body)
+        return True
+
     def write(self, number: int, graph: dict[str, tuple[str, int]], rows: Sequence[Row], keep: int) -> None:
         """Add a checkpoint in one transaction, which also deletes those that are not kept.
 
@@ -138,7 +164,6 @@ class CheckpointStore:
             CheckpointError: it cannot be written, or another program has taken the folder over.
         """
         text = "".join(f"{kind}\t{parallelism}\t{name}\n" for name, (kind, parallelism) in graph.items())
-        plain = [(row.operator, row.index, row.records, row.body) for row in rows]
         try:
             with self._file:
                 self._file.execute("BEGIN IMMEDIATE")
@@ -146,11 +171,15 @@ class CheckpointStore:
                 if epoch != self._epoch:
                     text = f'checkpoints in "{self._folder}" were taken over by another program'
                     raise CheckpointError(text, fault="external")
-                # Those after a damaged one that was left out, and those that are too old.
-                self._file.execute("DELETE FROM parts WHERE number >= ? OR number <= ?", (number, number - keep))
-                self._file.execute("DELETE FROM checkpoints WHERE number >= ? OR number <= ?", (number, number - keep))
-                self._file.executemany("INSERT INTO parts VALUES (?, ?, ?, ?, ?)", [(number, *row) for row in plain])
-                values = (number, time.time(), text, _checksum(number, text, plain))
+                # Those after a damaged one that was left out, and those that are too old and not needed by a later one.
+                oldest = number - keep + 1
+                (needed,) = self._file.execute("SELECT min(since) FROM parts WHERE number = ?", (oldest,)).fetchone()
+                first = oldest if needed is None else min(needed, oldest)
+                for table in ("parts", "checkpoints"):
+                    self._file.execute(f"DELETE FROM {table} WHERE number >= ? OR number < ?", (number, first))
+                plain = [(number, *_columns(row)) for row in rows]
+                self._file.executemany("INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?)", plain)
+                values = (number, time.time(), text, _checksum(number, text, rows))
                 self._file.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", values)
         except sqlite3.Error as error:
             raise self._failed("be written", error) from error
@@ -178,11 +207,18 @@ class CheckpointStore:
         )
 
 
-def _checksum(number: int, graph: str, rows: Iterable[tuple[str, int, int, bytes]]) -> bytes:
+def _columns(row: Row) -> tuple[str, int, int, bytes, int | None, bytes | None]:
+    return row.operator, row.index, row.records, row.body, row.since, row.changes
+
+
+def _checksum(number: int, graph: str, rows: Iterable[Row]) -> bytes:
     digest = hashlib.sha256(f"{number}\n{graph}".encode())
-    for operator, index, records, body in rows:
-        digest.update(f"\n{operator}\n{index}\n{records}\n{len(body)}\n".encode())
-        digest.update(body)
+    for row in rows:
+        changes = row.changes or b""
+        sizes = f"{len(row.body)}\n{row.since}\n{len(changes)}"
+        digest.update(f"\n{row.operator}\n{row.index}\n{row.records}\n{sizes}\n".encode())
+        digest.update(row.body)
+        digest.update(changes)
     return digest.digest()
 
 

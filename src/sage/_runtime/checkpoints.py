@@ -18,13 +18,17 @@ class Row:
         operator: its name.
         index: which of the parallel tasks.
         records: how many records are done by it; negative if they wait in it.
-        body: the state and the records left, pickled.
+        body: the state, the records left, and the state of the function, pickled.
+        since: the number of the first checkpoint that is needed for the values of its keys, or None without any.
+        changes: those of them that this checkpoint writes, pickled.
     """
 
     operator: str
     index: int
     records: int
     body: bytes
+    since: int | None = None
+    changes: bytes | None = None
 
 
 class CheckpointEvent:

@@ -72,7 +72,12 @@ class DurableRun:
             self._resumed = found
             loaded = found or Checkpoint(0, {}, ())
             self._check(loaded)
-            self._states = {(row.operator, row.index): _unpickled(row) for row in loaded.rows}
+            self._rows_found = {
+                (row.operator, row.index): (row, _unpickled(row.operator, row.body)) for row in loaded.rows
+            }
+            self._changes = {
+                key: [_unpickled(key[0], body) for body in bodies] for key, bodies in loaded.changes.items()
+            }
         except BaseException:
             self._store.close()
             raise
@@ -97,12 +102,20 @@ class DurableRun:
 
     def recovery(self, node: Node, index: int) -> Recovery:
         """Return the part of one operator in one task."""
-        state, left = self._states.pop((node.name, index), (None, ()))
-        return Recovery(f"{self._store.key}-{quote(node.name, safe='')}-{index}", self.number, state, left)
+        part = f"{self._store.key}-{quote(node.name, safe='')}-{index}"
+        if (node.name, index) not in self._rows_found:
+            return Recovery(part, self.number)
+        row, (state, left, function) = self._rows_found.pop((node.name, index))
+        changes = self._changes.pop((node.name, index), [])
+        return Recovery(part, self.number, state, left, function, row.since, changes)
 
     def task(self, *parts: Any) -> DurableTask:
         """Return a task of the job; `parts` are the arguments of `Task`."""
-        return DurableTask(*parts, tell=self.tell, number=self.number)
+        return DurableTask(*parts, tell=self.tell, number=self.number, is_stopping=lambda: self._is_stopping)
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._supervisor.state.way is not None
 
     def joined(self, tasks: Iterable[Task]) -> None:
         """Let the channels know how many streams lead to each; the tasks have been joined."""
@@ -140,7 +153,7 @@ class DurableRun:
         sources = [task.operators[0] for task in tasks if task.nodes[0].kind is Kind.SOURCE]
         has_read = any(operator.metrics.records_in for operator in sources)
         nothing = [] if self._resumed is None or has_read else ["nothing new: the sources have no further records"]
-        left = sum(len(batch) for task in tasks for operator in task.operators for batch in operator.left or ())
+        left = sum(len(batch) for task in tasks for operator in task.operators for _, batch in operator.left or ())
         waiting = [f"{left:,} records wait for the next run"] if left else []
         return (*self._beginning(), *nothing, *waiting)
 
@@ -201,12 +214,12 @@ class DurableRun:
         self._store.close()
 
 
-def _unpickled(row: Row) -> Any:
+def _unpickled(operator: str, body: bytes) -> Any:
     try:
-        return pickle.loads(row.body)
+        return pickle.loads(body)
     except Exception as error:
-        text = f'state of operator "{row.operator}" cannot be unpickled: {describe(error)}'
-        failed = CheckpointError(text, operator=row.operator)
+        text = f'state of operator "{operator}" cannot be unpickled: {describe(error)}'
+        failed = CheckpointError(text, operator=operator)
         hint(failed, f"A class of its records may have been moved or renamed. {FRESH_HINT}")
         raise failed from error
 

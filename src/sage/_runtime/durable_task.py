@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._runtime.aligning_channel import AligningChannel
 from sage._runtime.checkpoints import CheckpointEvent, PartGiven, Row
-from sage._runtime.states import Step
+from sage._runtime.states import Phase, Step
 from sage._runtime.task import Task
 from sage.errors import FunctionError, describe, hint
 from sage.records import Barrier
@@ -25,11 +25,16 @@ class DurableTask(Task):
         *args: see `Task`.
         tell: called with each part.
         number: the number of the checkpoint that the job goes on from, or 0.
+        is_stopping: says whether somebody has stopped the job.
     """
 
-    def __init__(self, *args: Any, tell: Callable[[CheckpointEvent], None], number: int) -> None:
+    def __init__(
+        self, *args: Any, tell: Callable[[CheckpointEvent], None], number: int, is_stopping: Callable[[], bool]
+    ) -> None:
         super().__init__(*args)
         self._tell_part = tell
+        self._is_stopping = is_stopping
+        self._knows_end = False
         self._number = self._committed = number
         # In one attribute: a task that saw its release, and not the checkpoint that led to it, would end uncommitted.
         self._complete: tuple[int, bool] = (number, False)
@@ -45,6 +50,13 @@ class DurableTask(Task):
         """Say that a checkpoint is complete, and whether the last part of the task is in it; any thread may."""
         self._complete = (number, is_last or self._complete[1])
         self.wake()
+
+    def step(self) -> Step:
+        """Do all work that is possible now; after a stop, what operators give at the end waits for the next run."""
+        if self.phase is Phase.FINISHING and not self._knows_end:
+            self._knows_end = True
+            self.chain.gives_last = not self._is_stopping()
+        return super().step()
 
     def _run(self) -> Step:
         if not self._has_recovered:
@@ -83,12 +95,13 @@ class DurableTask(Task):
         self._has_recovered = True
         for place, operator in enumerate(self.operators):
             assert operator.recovery is not None
+            operator.restore_function()
             operator.recover()
             if place == 0 and self.input.holder is not None:
-                for batch in operator.recovery.left:
+                for _, batch in operator.recovery.left:
                     self.input.holder.take(batch)
             else:
-                self.chain.stash += [(place, batch, 0) for batch in reversed(operator.recovery.left)]
+                self.chain.stash += [(place, batch, port) for port, batch in reversed(operator.recovery.left)]
 
     def _commit(self, number: int) -> None:
         self._committed = number
@@ -106,18 +119,23 @@ class DurableTask(Task):
     def _row(self, operator: Operator, number: int) -> Row | None:
         try:
             state, records = operator.snapshot(number)
+            function = operator.function_state()
         except Exception as error:
             raise operator.blame_hook(f"prepare checkpoint {number}", error) from error
         left = tuple(operator.left or ())
-        if state is None and not left:
+        if state is None and function is None and not left and operator.keyed is None:
             return None
-        records -= sum(map(len, left))
+        records -= sum(len(batch) for _, batch in left)
+        since, changes = None, None
         try:
             # At once: the functions behind this operator may change the records.
-            body = pickle.dumps((state, left), pickle.HIGHEST_PROTOCOL)
+            body = pickle.dumps((state, left, function), pickle.HIGHEST_PROTOCOL)
+            if operator.keyed is not None:
+                since, changes = operator.keyed.take(number)
         except Exception as error:
             name = operator.node.name
-            failed = FunctionError(f'operator "{name}" holds a record that cannot be pickled: {describe(error)}')
-            hint(failed, "A durable job writes records in flight down. Send the data that the object is made from.")
+            holds = "holds a record" if function is None and operator.keyed is None else "has a state"
+            failed = FunctionError(f'operator "{name}" {holds} that cannot be pickled: {describe(error)}')
+            hint(failed, "A durable job writes them down. Keep the data that the object is made from instead.")
             raise failed from error
-        return Row(operator.node.name, operator.context.parallel_index, records, body)
+        return Row(operator.node.name, operator.context.parallel_index, records, body, since, changes)
