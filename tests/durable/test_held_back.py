@@ -66,7 +66,7 @@ def by_comap(stream: DataStream[int], model: Any) -> DataStream[int]:
     return even.connect(odd).comap(model.ask, lambda number: model.ask(number + 1) - 2)
 
 
-@pytest.mark.parametrize("ask", [by_map, by_coroutine, by_unordered_coroutine, by_batch])
+@pytest.mark.parametrize("ask", [by_map, by_coroutine, by_unordered_coroutine, by_batch, by_comap])
 def test_after_a_budget_the_next_run_asks_for_the_rest(
     ask: Callable[[DataStream[int], Any], DataStream[int]], tmp_path: Path, backend: Callable[[], Backend]
 ) -> None:
