@@ -62,8 +62,17 @@ def by_batch(stream: DataStream[int], model: Any) -> DataStream[int]:
 
 def by_comap(stream: DataStream[int], model: Any) -> DataStream[int]:
     """Records that wait must come back by the input that they came from."""
+
+    def ask_of(rest: int) -> Callable[[int], int]:
+        def ask(number: int) -> int:
+            assert number % 2 == rest
+            answer: int = model.ask(number)
+            return answer
+
+        return ask
+
     even, odd = stream.filter(lambda number: number % 2 == 0), stream.filter(lambda number: number % 2 == 1)
-    return even.connect(odd).comap(model.ask, lambda number: model.ask(number + 1) - 2)
+    return even.connect(odd).comap(ask_of(0), ask_of(1))
 
 
 @pytest.mark.parametrize("ask", [by_map, by_coroutine, by_unordered_coroutine, by_batch, by_comap])
