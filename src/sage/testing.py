@@ -7,7 +7,7 @@ import random
 import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from sage._current_job import inside
 from sage._plan.signature import builder_of
@@ -20,6 +20,7 @@ from sage.records import BatchReading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
@@ -72,21 +73,41 @@ def run(
     return arrived
 
 
-def simulate(program: Callable[[Callable[[], Backend]], object], *, seeds: Iterable[int] = range(100)) -> None:
+@overload
+def simulate(program: Callable[[Callable[[], Backend]], object], *, seeds: Iterable[int] = ...) -> None: ...
+@overload
+def simulate(
+    program: Callable[[Callable[[], Backend], Path], object], *, seeds: Iterable[int] = ..., crashes: int
+) -> None: ...
+def simulate(program: Callable[..., object], *, seeds: Iterable[int] = range(100), crashes: int = 0) -> None:
     """Run a program once for each seed, each time on another schedule.
 
+    With `crashes`, the program is a durable job and gets a folder, which is empty at first and in which it must keep
+    everything: its checkpoints, and what its sinks write. It returns what its sinks hold. For each seed, it runs
+    without a kill, then from what a kill at random steps would have left, and then once more after a second kill. Each
+    time it must return the same.
+
     Args:
-        program: gets the backend's factory, for `LocalEnvironment(backend=...)`, and raises if the result is wrong.
+        program: gets the backend's factory, for `LocalEnvironment(backend=...)`, and raises if the result is wrong;
+            with `crashes`, it also gets the folder, and returns the result.
         seeds: the seeds of the schedules.
+        crashes: at how many steps each run is killed.
 
     Raises:
         BaseException: the program's first exception; a note names the seed, and how to run it again.
+        AssertionError: with `crashes`, a run after a kill gave something else; the error names the steps.
     """
+    if crashes:
+        from sage._testing.crashes import crash_anywhere
     for seed in seeds:
         try:
-            program(partial(StepBackend, seed))
+            if crashes:
+                crash_anywhere(program, seed, crashes)
+            else:
+                program(partial(StepBackend, seed))
         except BaseException as error:  # it goes on to whoever called, with its seed
-            hint(error, f"This came with seed {seed}: simulate(program, seeds=[{seed}]) shows it again.")
+            again = f"seeds=[{seed}], crashes={crashes}" if crashes else f"seeds=[{seed}]"
+            hint(error, f"This came with seed {seed}: simulate(program, {again}) shows it again.")
             raise
 
 

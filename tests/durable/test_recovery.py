@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -16,18 +14,18 @@ from sage import BaseCoMapFunction, BaseJoinFunction, Durable, LocalEnvironment,
 from sage._backends.threads import ThreadsBackend
 from sage._operators import keyed_state
 from sage.connectors import JsonLines, JsonLinesFiles
-from sage.testing import StepBackend
+from sage.testing import StepBackend, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from sage import DataStream, DeadLetter, JobReport
     from sage._runtime.backend import Backend
-    from sage._runtime.supervisor import Supervisor
 
     Build = Callable[[LocalEnvironment, int, Path], None]
 
-SHOTS_MAX = 2
+CRASHES = 2
 
 
 @pytest.fixture(autouse=True)
@@ -35,30 +33,6 @@ def _short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a checkpoint write few keys that have not changed: the graphs have few keys."""
     monkeypatch.setattr(keyed_state, "SWEEP_MIN", 1)
     monkeypatch.setattr(keyed_state, "SWEEP_FACTOR", 0)
-
-
-class Photographer(StepBackend):
-    """Copies the folders of a job before some of its steps: as a kill at that moment would leave them.
-
-    The moments are spread evenly over the run: each later one takes the place of an earlier one less often.
-    """
-
-    def __init__(self, seed: int, folder: Path, shots: dict[int, Path]) -> None:
-        super().__init__(seed)
-        self._folder = folder
-        self._shots = shots
-        self._moments = random.Random(f"moments {seed}")
-        self._count = 0
-
-    def turn(self, supervisor: Supervisor) -> None:
-        place = self._moments.randrange(self._count + 1)
-        self._count += 1
-        if place < SHOTS_MAX:
-            shot = self._folder.with_name(f"{self._folder.name}-{place}")
-            shutil.rmtree(shot, ignore_errors=True)
-            shutil.copytree(self._folder, shot)
-            self._shots[place] = shot
-        super().turn(supervisor)
 
 
 async def plus_one(record: int) -> int:
@@ -266,25 +240,20 @@ def expected(seed: int, folder: Path, build: Build) -> dict[str, Counter[int]]:
 
 
 def check(seed: int, folder: Path, build: Build = build) -> int:
-    """Kill a random graph at random moments, run each again, and return how many were resumed from a checkpoint."""
-    folder.mkdir()
-    wanted = expected(seed, folder / "undisturbed", build)
-    disturbed = folder / "disturbed"
-    disturbed.mkdir()
-    shots: dict[int, Path] = {}
-    run(seed, disturbed, lambda: Photographer(seed, disturbed, shots), build)
-    assert written(disturbed) == wanted
-    run(seed, disturbed, lambda: StepBackend(seed), build)  # there is nothing new, so nothing comes again
-    assert written(disturbed) == wanted
+    """Kill a random graph at random steps, run each again, and return how many were resumed from a checkpoint."""
+    wanted = expected(seed, folder / str(seed), build)
     resumed = 0
-    for shot in shots.values():
-        again: dict[int, Path] = {}
-        report = run(seed, shot, partial(Photographer, seed + 1, shot, again), build)
+
+    def program(backend: Callable[[], Backend], disturbed: Path) -> dict[str, Counter[int]]:
+        nonlocal resumed
+        report = run(seed, disturbed, backend, build)
         resumed += any(note.startswith("resumed from checkpoint") for note in report.notes)
-        assert written(shot) == wanted, report
-        twice = again[0]  # killed a second time
-        run(seed, twice, partial(StepBackend, seed + 2), build)
-        assert written(twice) == wanted
+        assert written(disturbed) == wanted, report
+        if seed % 5 == 0:
+            run(seed, disturbed, partial(StepBackend, seed), build)  # there is nothing new, so nothing comes again
+        return written(disturbed)
+
+    simulate(program, seeds=[seed], crashes=CRASHES)
     return resumed
 
 
@@ -295,11 +264,7 @@ def check(seed: int, folder: Path, build: Build = build) -> int:
 def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
     resumed = 0
     for seed in range(first, first + 20):
-        try:
-            resumed += check(seed, folder / str(seed))
-        except BaseException as error:
-            error.add_note(f"seed {seed}")
-            raise
+        resumed += check(seed, folder)
     assert resumed > 10
 
 
@@ -315,4 +280,4 @@ def test_threads_write_each_row_once(first: int, folder: Path) -> None:
 
 
 def test_records_that_wait_for_a_batch_are_in_the_checkpoint(folder: Path) -> None:
-    assert sum(check(seed, folder / str(seed), build_batches) for seed in range(10)) > 5
+    assert sum(check(seed, folder, build_batches) for seed in range(10)) > 5
