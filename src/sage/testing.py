@@ -102,7 +102,7 @@ def simulate(program: Callable[..., object], *, seeds: Iterable[int] = range(100
     for seed in seeds:
         try:
             if crashes:
-                crash_anywhere(program, seed, crashes)
+                crash_anywhere(program, WatchedBackend, seed, crashes)
             else:
                 program(partial(StepBackend, seed))
         except BaseException as error:  # it goes on to whoever called, with its seed
@@ -473,3 +473,16 @@ class StepBackend(Backend):
         due = supervisor.next_due
         if due is not None and due <= now_s:
             supervisor.tick()
+
+
+class WatchedBackend(StepBackend):
+    """Calls a function before each step."""
+
+    def __init__(self, seed: int, before_step: Callable[[], None]) -> None:
+        super().__init__(seed)
+        self._before_step = before_step
+
+    def turn(self, supervisor: Supervisor) -> None:
+        """Call it, and take the turn."""
+        self._before_step()
+        super().turn(supervisor)
