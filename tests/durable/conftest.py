@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -20,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
     whole = TemporaryDirectory(prefix="own-", dir=memory if memory.is_dir() else None)
     config.add_cleanup(whole.cleanup)
     config.stash[MEMORY] = whole.name
+
+
+@pytest.fixture(autouse=True)
+def _temporary_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `simulate` have its folders there, too."""
+    monkeypatch.setattr(tempfile, "tempdir", request.config.stash[MEMORY])
 
 
 @pytest.fixture

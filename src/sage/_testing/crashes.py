@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     BackendOf = Callable[[int, Callable[[], None]], Backend]
     """Returns the backend for a seed; it calls the function before each step."""
 
-MEMORY = Path("/dev/shm")
-
 
 class Kills:
     """Copies a folder before some of the steps of a job, as a kill at that moment would leave it.
@@ -64,7 +62,7 @@ def crash_anywhere(program: Program, backend_of: BackendOf, seed: int, crashes: 
     def came(seed: int, folder: Path, kills: Kills) -> object:
         return program(lambda: backend_of(seed, kills.step), folder)
 
-    with tempfile.TemporaryDirectory(prefix="crash-", dir=MEMORY if MEMORY.is_dir() else None) as name:
+    with tempfile.TemporaryDirectory(prefix="crash-") as name:
         folder = Path(name, "job")
         folder.mkdir()
         first = Kills(seed, folder, crashes)
