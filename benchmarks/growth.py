@@ -523,7 +523,7 @@ def both_ends() -> Iterator[str]:
         grown = exponent([ours.size for ours, _ in points], [ours.seconds for ours, _ in points])
         cells = zip(*(_cells(*points[place]) for place in (0, -1)), strict=True)
         columns = [" to ".join(both) for both in cells]
-        yield f"| {name} ({GROWTH[name].unit}) | {' | '.join(columns)} | {grown:.2f} |"
+        yield f"| {name} ({GROWTH[name].unit}) | {' | '.join(columns)} | {grown:.3f} |"
 
 
 def _cells(ours: Point, by_hand: Point) -> Iterable[str]:

@@ -78,7 +78,7 @@ def plot_growth(measured: Mapping[str, Sequence[Pair]], path: str) -> None:
         for number, name in enumerate(names):
             sizes = [ours.size for ours, _ in measured[name]]
             seconds = [ours.seconds for ours, _ in measured[name]]
-            label = f"{name}: {exponent(sizes, seconds):.2f}"
+            label = f"{name}: {exponent(sizes, seconds):.3f}"
             axes.plot(sizes, seconds, marker="os^Dv"[number % 5], markersize=4, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
