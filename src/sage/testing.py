@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
+from sage._arguments import check_count
 from sage._current_job import inside
 from sage._plan.signature import builder_of
 from sage._runtime.backend import Backend
@@ -96,7 +97,10 @@ def simulate(program: Callable[..., object], *, seeds: Iterable[int] = range(100
     Raises:
         BaseException: the program's first exception; a note names the seed, and how to run it again.
         AssertionError: with `crashes`, a run after a kill gave something else; the error names the steps.
+        TypeError: with `crashes`, the program returns None, so there is nothing to compare.
+        GraphError: `crashes` is not a whole number of at least 0.
     """
+    check_count("simulate: crashes is", crashes, least=0)
     if crashes:
         from sage._testing.crashes import crash_anywhere
     for seed in seeds:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import Durable, LocalEnvironment, MapFunction, Source, TransactionalSink
+from sage import Durable, GraphError, LocalEnvironment, MapFunction, Source, TransactionalSink
 from sage.connectors import JsonLinesFiles
 from sage.testing import simulate
 
@@ -173,3 +173,13 @@ def test_a_mistake_is_found_and_comes_again(wrong: Callable[[Callable[[], Backen
     with pytest.raises(AssertionError, match=r"when it was killed before step \d+") as again:
         simulate(wrong, seeds=[seed], crashes=2)
     assert str(again.value) == str(caught.value)
+
+
+def test_a_program_that_returns_nothing_is_refused() -> None:
+    with pytest.raises(TypeError, match="simulate: the program returns None"):
+        simulate(lambda backend, folder: None, seeds=[0], crashes=1)
+
+
+def test_crashes_that_are_no_count_are_refused() -> None:
+    with pytest.raises(GraphError, match="simulate: crashes is -1, which is not a number of at least 0"):
+        simulate(program(numbers, Running, rows), crashes=-1)

@@ -163,8 +163,9 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other" / "state" / "checkpoints.sqlite") as file:
         file.execute("UPDATE about SET value = 99 WHERE name = 'version'")
     file.close()
-    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 2"):
-        run(tmp_path.joinpath("other"))
+    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 2") as caught:
+        run(tmp_path.joinpath("other"), resume="never")
+    assert notes(caught.value) == "Use the SAGE that wrote them, or delete the folder to begin anew."
 
 
 def test_a_state_that_cannot_be_unpickled_names_its_operator(tmp_path: Path) -> None:

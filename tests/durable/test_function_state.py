@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from operator import add
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import CheckpointError, JobError, LocalEnvironment, MapFunction, Source
+from sage import CheckpointError, Durable, GraphError, JobError, LocalEnvironment, MapFunction, Source
 from sage.connectors import JsonLinesFiles
+from sage.testing import StepBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,3 +180,40 @@ def test_a_class_that_is_gone_is_named(job: Folder, monkeypatch: pytest.MonkeyPa
 class Moved:
     def __str__(self) -> str:
         return "moved"
+
+
+class Overlapping(Numbered):
+    async def execute(self, data: Any) -> Any:
+        return data
+
+
+def test_a_state_that_overlapping_calls_change_is_refused(job: Folder) -> None:
+    with pytest.raises(GraphError, match=r'"asks" is a map_async whose function has snapshot\(\) and restore\(\)'):
+        job.run(["a"], lambda stream: stream.map_async(Overlapping, concurrency=2, name="asks"))
+    assert not (job.path / "state").exists()
+
+
+class EndsEarly(Source[Any]):
+    """Gives many keys and ends, long before the other source."""
+
+    def open(self, position: Any = None) -> None:
+        self.at = position or 0
+
+    def read(self, records_max: int) -> list[Any] | None:
+        first, self.at = self.at, min(2_000, self.at + records_max)
+        return [[str(number), 1] for number in range(first, self.at)] or None
+
+    def position(self) -> int:
+        return self.at
+
+
+def test_the_values_of_a_task_that_ended_are_written_once(tmp_path: Path) -> None:
+    env = LocalEnvironment("job", backend=lambda: StepBackend(1), durable=Durable(tmp_path / "state", interval_s=0.002))
+    totals(env.from_source(EndsEarly(), name="early")).sink(print)
+    env.from_batch(range(400), name="late").map_batches(lambda some: some, max_records=1).sink(lambda _: None)
+    env.run()
+    with sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite") as file:
+        sizes = [row[0] for row in file.execute("SELECT length(changes) FROM parts WHERE changes IS NOT NULL")]
+    file.close()
+    assert len(sizes) > 1
+    assert sizes[-1] == 0 < max(sizes)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sage._operators.keyed_state import KeyedState
 from sage._runtime.checkpoint_store import CheckpointStore
-from sage._runtime.checkpoints import Row
+from sage._runtime.checkpoints import Row, without_changes
+from sage.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,4 +87,33 @@ def test_a_damaged_change_falls_back_to_a_checkpoint_that_does_not_need_it(tmp_p
         store._file.execute("UPDATE parts SET changes = x'00' WHERE number = 3")
     number, found = loaded(store)
     assert (number, values(found), store.skipped) == (2, {1: "value", 2: "value"}, [3])
+    store.close()
+
+
+def test_a_damaged_change_that_all_need_is_an_error(tmp_path: Path) -> None:
+    store, state = CheckpointStore(str(tmp_path / "state")), KeyedState()
+    for key in range(5_000):
+        change(state, key, key)
+    write(store, state, 1, keep=3)
+    for number in (2, 3):
+        change(state, number, "value")
+        write(store, state, number, keep=3)
+    with store._file:
+        store._file.execute("UPDATE parts SET changes = x'00' WHERE number = 1")
+    with pytest.raises(CheckpointError, match="are damaged: 3, 2, 1"):
+        store.load()
+    store.close()
+
+
+def test_a_task_that_ended_is_not_written_again(tmp_path: Path) -> None:
+    store, state = CheckpointStore(str(tmp_path / "state")), KeyedState()
+    for key in range(5_000):
+        change(state, key, key)
+    row = Row("count", 0, 0, b"", *state.take(1))
+    store.write(1, GRAPH, [row], 2)
+    for number in range(2, 8):
+        store.write(number, GRAPH, [without_changes(row)], 2)
+    assert [values(found) for _, found in [loaded(store)]] == [values(state)]
+    (size,) = store._file.execute("SELECT sum(length(changes)) FROM parts").fetchone()
+    assert size == len(row.changes or b"")
     store.close()

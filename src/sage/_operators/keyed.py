@@ -37,7 +37,7 @@ class Reduce(Operator):
         self._last: Iterator[tuple[Any, Any]] = iter(())
 
     def prepare(self) -> None:
-        """Bind the function; a durable job has a state that knows what has changed."""
+        """Bind the function, and load the values of a durable job."""
         self._call = self.callable_of()
         self._keys: Iterator[Any] = iter(())
         if self.recovery is not None:
@@ -72,7 +72,7 @@ class Reduce(Operator):
         for value, key in zip(records, self._keys, strict=False):
             if key in combined:
                 value = function(combined[key], value)
-            elif key in before:
+            elif before and key in before:
                 value = function(before[key], value)
             combined[key] = value
             out.append(value)
@@ -83,7 +83,7 @@ class Reduce(Operator):
         for value, key in zip(records, self._keys, strict=False):
             if key in combined:
                 value = function(combined[key], value)
-            elif key in before:
+            elif before and key in before:
                 value = function(before[key], value)
             combined[key] = value
 

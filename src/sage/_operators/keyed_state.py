@@ -1,4 +1,4 @@
-"""The value of each key in one task of a durable job, and what a checkpoint has to write of it."""
+"""Keeps the value of each key in a task of a durable job, and picks the ones that a checkpoint writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class KeyedState:
     __slots__ = ("_began", "_settled", "_since", "_sweep", "_to_write", "old", "young")
 
     def __init__(self, since: int | None = None, changes: Iterable[Changes] = ()) -> None:
-        """Take in what checkpoints wrote, the oldest first; `since` is the number of that."""
+        """Load the changes of checkpoints, the oldest first, whose number is `since`."""
         self.young: dict[Any, Any] = {}
         self.old: dict[Any, Any] = {}
         self._to_write: dict[Any, None] = {}
@@ -58,7 +58,7 @@ class KeyedState:
         self._settled = set(self.old)
 
     def take(self, number: int) -> tuple[int, bytes]:
-        """Return what checkpoint `number` writes, after the number of the first one that is needed with it."""
+        """Return the number of the oldest checkpoint that is still needed, and the changes for `number`, pickled."""
         self._grow_old()
         due, self._to_write = self._to_write, {}
         keys = list(due)

@@ -15,7 +15,7 @@ from sage.errors import UnsupportedPlanError, hint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sage._plan.logical import LogicalGraph, Node
+    from sage._plan.logical import FunctionSpec, LogicalGraph, Node
 
 COVERED = frozenset(
     {
@@ -54,7 +54,15 @@ def _uncovered(node: Node) -> str:
         return "part of a served pipeline"
     if node.settings.get("lockstep"):
         return "a source with lockstep"
+    if node.kind is Kind.MAP_ASYNC and node.function is not None and has_state(node.function):
+        return "a map_async whose function has snapshot() and restore(), which would see calls that run"
     return "" if node.kind in COVERED else f"of kind {node.kind}"
+
+
+def has_state(function: FunctionSpec) -> bool:
+    """Return whether a function takes part in checkpoints."""
+    owner = function.target if function.is_class else type(function.target)
+    return all(callable(getattr(owner, name, None)) for name in ("snapshot", "restore"))
 
 
 def promises(graph: LogicalGraph) -> Iterator[str]:

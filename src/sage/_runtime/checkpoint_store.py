@@ -95,7 +95,7 @@ class CheckpointStore:
             about = dict(self._file.execute("SELECT name, value FROM about").fetchall())
             if about.get("version", VERSION) != VERSION:
                 text = f'checkpoints in "{self._folder}" have version {about["version"]}; this SAGE reads {VERSION}'
-                raise hint(CheckpointError(text, fault="external"), f"Use the SAGE that wrote them. {FRESH_HINT}")
+                raise hint(CheckpointError(text, fault="external"), "Use the SAGE that wrote them, or delete the folder to begin anew.")
             self.key: str = about.get("key", uuid.uuid4().hex[:12])
             self._epoch = about.get("epoch", 0) + 1
             values = [("version", VERSION), ("key", self.key), ("epoch", self._epoch)]
@@ -154,7 +154,8 @@ class CheckpointStore:
                 if earlier >= first:
                     if body is None:
                         return False
-                    changes[key].append(body)
+                    if body:
+                        changes[key].append(body)
         return True
 
     def write(self, number: int, graph: dict[str, tuple[str, int]], rows: Sequence[Row], keep: int) -> None:

@@ -20,7 +20,7 @@ class Row:
         records: how many records are done by it; negative if they wait in it.
         body: the state, the records left, and the state of the function, pickled.
         since: the number of the first checkpoint that is needed for the values of its keys, or None without any.
-        changes: those of them that this checkpoint writes, pickled.
+        changes: those of them that this checkpoint writes, pickled; empty if there are none.
     """
 
     operator: str
@@ -29,6 +29,11 @@ class Row:
     body: bytes
     since: int | None = None
     changes: bytes | None = None
+
+
+def without_changes(row: Row) -> Row:
+    """Return the row for a later checkpoint, if nothing has changed since the one that wrote it."""
+    return row if row.changes is None else replace(row, changes=b"")
 
 
 class CheckpointEvent:

@@ -24,6 +24,7 @@ from sage._runtime.checkpoints import (
     WriteFailed,
     Written,
     step,
+    without_changes,
 )
 from sage._runtime.durable_task import DurableTask
 from sage._runtime.lifecycle import TaskFailed
@@ -184,6 +185,8 @@ class DurableRun:
                 parts = self._rows | {name: self._last_rows[name] for name in action.tasks}
                 self._rows = {}
                 rows = [row for name in sorted(parts) for row in parts[name]]
+                for name in action.tasks:  # later checkpoints need no more of a task that has ended
+                    self._last_rows[name] = tuple(without_changes(row) for row in self._last_rows[name])
                 assert self._lane is not None
                 self._lane.run(lambda: self._write(action.number, rows))
             case ActionKind.COMPLETE:

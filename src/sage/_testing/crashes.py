@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sage.errors import short
+from sage.errors import hint, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,7 @@ def crash_anywhere(program: Program, backend_of: BackendOf, seed: int, crashes: 
 
     Raises:
         AssertionError: a run after a kill did not give what the one without gave.
+        TypeError: the program gives nothing to compare.
     """
 
     def came(seed: int, folder: Path, kills: Kills) -> object:
@@ -67,6 +68,9 @@ def crash_anywhere(program: Program, backend_of: BackendOf, seed: int, crashes: 
         folder.mkdir()
         first = Kills(seed, folder, crashes)
         wanted = came(seed, folder, first)
+        if wanted is None:
+            error = TypeError("simulate: the program returns None, so its runs cannot be compared")
+            raise hint(error, "Return what its sinks hold, such as a sorted list of the lines in the folder.")
         for step, left in first.left.values():
             second = Kills(seed + 1, left, 1)
             when = f"when it was killed before step {step}"
