@@ -95,7 +95,10 @@ class CheckpointStore:
             about = dict(self._file.execute("SELECT name, value FROM about").fetchall())
             if about.get("version", VERSION) != VERSION:
                 text = f'checkpoints in "{self._folder}" have version {about["version"]}; this SAGE reads {VERSION}'
-                raise hint(CheckpointError(text, fault="external"), "Use the SAGE that wrote them, or delete the folder to begin anew.")
+                raise hint(
+                    CheckpointError(text, fault="external"),
+                    "Use the SAGE that wrote them, or delete the folder to begin anew.",
+                )
             self.key: str = about.get("key", uuid.uuid4().hex[:12])
             self._epoch = about.get("epoch", 0) + 1
             values = [("version", VERSION), ("key", self.key), ("epoch", self._epoch)]
