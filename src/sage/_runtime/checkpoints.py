@@ -20,7 +20,7 @@ class Row:
         records: how many records are done by it; negative if they wait in it.
         body: the state, the records left, and the state of the function, pickled.
         since: the number of the first checkpoint that is needed for the values of its keys, or None without any.
-        changes: those of them that this checkpoint writes, pickled; empty if there are none.
+        changes: those of them that this checkpoint writes, pickled; empty if nothing has changed.
     """
 
     operator: str
