@@ -98,7 +98,8 @@ def test_a_command_that_cannot_be_run(word: str, code: int) -> None:
 
 def test_what_a_command_left_is_ended_and_named(server: list[str], tmp_path: Path) -> None:
     """The API process ends by itself; its engine and the deaf workers would stay."""
-    script = f"{shlex.join(server)} & until [ $(ls {server[3]} | wc -l) = 4 ]; do sleep 0.05; done; kill -9 $!"
+    up = f"until [ $(ls {server[3]} | wc -l) = 4 ]; do sleep 0.05; done"
+    script = f"{shlex.join(server)} & {up}; kill -9 $!; wait $! 2>/dev/null"
     done = ran("sh", "-c", script)
     assert processes_of(server) == set()
     lines = done.stderr.splitlines()

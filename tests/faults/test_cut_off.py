@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -120,7 +121,7 @@ def test_commands_of_sage_end_quietly(tmp_path: Path, command: list[str]) -> Non
 
 def test_sage_run_with_progress_and_both_streams_cut_off(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
-    pipeline = f"({SAGE} run --progress program.py -- 100000 print; echo $? > code) 2>&1 | head -1"
+    pipeline = f"({shlex.quote(str(SAGE))} run --progress program.py -- 100000 print; echo $? > code) 2>&1 | head -1"
     subprocess.run(["sh", "-c", pipeline], cwd=tmp_path, capture_output=True, timeout=WAIT_S, check=True)
     assert (tmp_path / "code").read_text() == f"{CUT_OFF}\n"
     assert (tmp_path / "marks").read_text() == "cleaned\n"
