@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
@@ -14,10 +17,9 @@ from support.ray_jobs import wait_until
 
 from sage import Cleanliness, Http, JobError, MapFunction, Outcome, RemoteEnvironment, ServiceOptions
 from sage._processes import process
+from sage.services import ChromaStore, chroma_command
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from support.ray_nodes import GivenCluster
 
 pytestmark = pytest.mark.ray
@@ -87,6 +89,80 @@ def test_a_command_runs_on_the_node_that_has_what_it_asks_for(
     workers = [int(word) for word in (tmp_path / "workers").read_text().split()]
     for pid in (*pids, *workers):
         assert is_over(pid)
+
+
+class Remember(MapFunction):
+    """Stores a vector in the Chroma server and finds it there; kills the server once in the middle."""
+
+    def __init__(self, kills: bool) -> None:
+        self._kills = kills
+
+    def execute(self, data: int) -> tuple[int, int, str, list[str], int]:
+        server = self.service("server")
+        pid = server.pid
+        if self._kills and data == RECORDS // 2:
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: process(pid) is None)
+            wait_until(lambda: self.service("server").pid != pid)
+        store = ChromaStore(url=server.url)
+        store.setup()
+        try:
+            angle = data / RECORDS
+            vector = [math.cos(angle), math.sin(angle)]
+            store.upsert([f"id{data}"], [vector])
+            found = [hit.id for hit in store.search(vector, 1)]
+            return data, server.pid, server.url, found, store.count()
+        finally:
+            store.cleanup()
+
+
+def chroma_processes(cluster: GivenCluster) -> set[int]:
+    """Return the processes of a cluster whose command line names Chroma."""
+    found = set()
+    for one in cluster.processes():
+        with suppress(OSError):  # it ends just now
+            if b"chroma\0run" in Path(f"/proc/{one.pid}/cmdline").read_bytes():
+                found.add(one.pid)
+    return found
+
+
+@pytest.mark.parametrize("restart", ["on_failure", "never"])
+def test_a_chroma_server_runs_on_the_node_that_has_what_it_asks_for(
+    two_nodes: GivenCluster, tmp_path: Path, restart: str
+) -> None:
+    """Asked by tasks of the other node and killed there; its policy decides, and nothing of it is left on any node."""
+    pytest.importorskip("chromadb", reason="Chroma is not installed: the extra chroma")
+    arrived: list[tuple[int, int, str, list[str], int]] = []
+    running: list[set[int]] = []
+
+    def note(answer: tuple[int, int, str, list[str], int]) -> None:
+        arrived.append(answer)
+        running.append(chroma_processes(two_nodes))
+
+    env = RemoteEnvironment("chroma", address=two_nodes.address)
+    asked = ServiceOptions(num_cpus=1, resources={"second": 1}, restart=restart, backoff_s=(0.05, 0.1))  # type: ignore[arg-type]
+    env.register_command("server", **chroma_command(tmp_path / "data"), options=asked)
+    stream = env.from_batch(range(RECORDS)).map(Remember, kills=True).place(resources={"head": 1})
+    stream.sink(note, at="driver")
+    if restart == "never":
+        with pytest.raises(JobError, match=r'service "server" ended by itself: command .* was ended by SIGKILL'):
+            env.submit(autostop=True)
+    else:
+        env.submit(autostop=True)
+        assert [number for number, *_ in arrived] == list(range(RECORDS))
+    assert not chroma_processes(two_nodes)
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert report is not None
+    line = report.service("server")
+    assert (line.restarts, line.state) == ((1, "stopped") if restart == "on_failure" else (0, "lost"))
+    assert report.state is (Outcome.COMPLETED if restart == "on_failure" else Outcome.FAILED)
+    for number, pid, url, found, count in arrived:
+        assert url.startswith("http://127.0.1.2:")
+        assert found == [f"id{number}"]
+        assert count == number + 1  # after the kill, those from before it are there too
+        assert is_over(pid)
+    assert len({pid for _, pid, *_ in arrived}) == 1 + line.restarts
+    assert {pid for _, pid, *_ in arrived} <= set().union(*running)
 
 
 def test_a_command_ends_with_its_part_of_the_job(two_nodes: GivenCluster, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "chroma": Kind(
-        [str(word) for word in chroma_command()["argv"]],
+        [str(word).replace("{host}", "127.0.0.1") for word in chroma_command()["argv"]],
         lambda place: ChromaStore(url=f"http://{place}", timeout_s=10.0),
         write_vectors,
         vectors_there,

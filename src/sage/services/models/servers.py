@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from sage.command import ADDRESS, Http
+from sage.command import Http
 from sage.errors import GraphError, hint, short
 from sage.service import ServiceOptions
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Server = Literal["vllm", "llama.cpp", "ollama"]
 
-URL = "http://127.0.0.1:{port}/v1"
+URL = "http://{host}:{port}/v1"
 PROBE_TIMEOUT_S = 2.0
 
 LOADING = ServiceOptions(start_timeout_s=600.0, kill_grace_s=15.0)
@@ -48,7 +48,7 @@ class OllamaHas:
 
     def __call__(self, command: RunningCommand) -> bool:
         """Ask the server for its models."""
-        connection = HTTPConnection(ADDRESS, command.port, timeout=PROBE_TIMEOUT_S)
+        connection = HTTPConnection(command.host, command.port, timeout=PROBE_TIMEOUT_S)
         try:
             connection.request("GET", "/api/tags")
             names = [str(model["name"]) for model in json.loads(connection.getresponse().read())["models"]]
@@ -74,9 +74,9 @@ def serve_command(
 ) -> CommandArguments:
     """Return the arguments of `env.register_command` for a model server: `**serve_command("vllm", model="...")`.
 
-    The server listens on 127.0.0.1 alone, on a free port. The handle's `url` is the `base_url` of `OpenAILLM` and
-    `OpenAIEmbeddings`. A server that is to ask for a key reads it from its own environment variable, VLLM_API_KEY or
-    LLAMA_API_KEY, which it inherits.
+    The server listens on 127.0.0.1 alone, or on a cluster, on the address of its node, on a free port. The handle's
+    `url` is the `base_url` of `OpenAILLM` and `OpenAIEmbeddings`. A server that is to ask for a key reads it from its
+    own environment variable, VLLM_API_KEY or LLAMA_API_KEY, which it inherits.
 
     Args:
         server: which one; its program, `vllm`, `llama-server` or `ollama`, has to be on PATH.
@@ -112,7 +112,7 @@ def plain(word: str) -> str:
 
 def _vllm(model: str, name: str | None, options: ServiceOptions) -> CommandArguments:
     named = ["--served-model-name", plain(name)] if name is not None else []
-    argv = ["vllm", "serve", plain(model), "--host", ADDRESS, "--port", "{port}", *named]
+    argv = ["vllm", "serve", plain(model), "--host", "{host}", "--port", "{port}", *named]
     # It answers 200 at /health as soon as the model is loaded, and 503 when its engine has died.
     return _arguments(argv, Http("/health"), {**NO_DOWNLOAD, **NO_REPORTS}, options)
 
@@ -123,13 +123,13 @@ def _llama(model: str, name: str | None, options: ServiceOptions) -> CommandArgu
     alias = name if name is not None else os.path.basename(model).removesuffix(".gguf")
     argv = ["llama-server", "--model", plain(os.path.abspath(model)), "--alias", plain(alias)]
     # It answers 503 at /health while it loads the model.
-    return _arguments([*argv, "--host", ADDRESS, "--port", "{port}"], Http("/health"), {}, options)
+    return _arguments([*argv, "--host", "{host}", "--port", "{port}"], Http("/health"), {}, options)
 
 
 def _ollama(model: str, name: str | None, options: ServiceOptions) -> CommandArguments:
     if name is not None:
         raise GraphError(f'Ollama calls the model "{model}" by its own name, not {short(name)}')
-    return _arguments(["ollama", "serve"], OllamaHas(model), {"OLLAMA_HOST": f"{ADDRESS}:{{port}}"}, options)
+    return _arguments(["ollama", "serve"], OllamaHas(model), {"OLLAMA_HOST": "{host}:{port}"}, options)
 
 
 def _arguments(

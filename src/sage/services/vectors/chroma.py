@@ -71,7 +71,8 @@ class CommandArguments(TypedDict):
 def chroma_command(path: str | os.PathLike[str] | None = None, *, program: str | None = None) -> CommandArguments:
     """Return the arguments with which `env.register_command(name, **chroma_command())` runs a Chroma server.
 
-    It listens on a free port of 127.0.0.1; the handle's `url` is for `ChromaStore(url=...)`.
+    It listens on a free port of 127.0.0.1, or on a cluster, of its node's address; the handle's `url` is for
+    `ChromaStore(url=...)`.
 
     Args:
         path: the folder that it keeps its data in; by default a private one that is gone after the job.
@@ -83,7 +84,7 @@ def chroma_command(path: str | os.PathLike[str] | None = None, *, program: str |
         "{folder}" if path is None else os.path.abspath(path).replace("{", "{{").replace("}", "}}")
     )
     return {
-        "argv": [found, "run", "--host", "127.0.0.1", "--port", "{port}", "--path", folder],
+        "argv": [found, "run", "--host", "{host}", "--port", "{port}", "--path", folder],
         "ready": Http(HEARTBEAT),
         "health": Http(HEARTBEAT),
     }
