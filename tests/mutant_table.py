@@ -1031,6 +1031,20 @@ DURABLE: tuple[Mutant, ...] = (
         "if epoch < self._epoch:",
         FOLDER + "test_a_program_that_was_taken_for_dead_cannot_write",
     ),
+    Mutant(
+        "a line goes into whatever file has the number by now",
+        "_descriptors.py",
+        "        if not self.is_open:\n            raise OSError(errno.EBADF, os.strerror(errno.EBADF))\n",
+        "",
+        "tests/runtime/test_descriptors.py::test_a_report_is_not_written_into_a_file_of_the_program",
+    ),
+    Mutant(
+        "every thread of a service is woken at once",
+        "_backends/threads.py",
+        "if not self._is_idle:",
+        "if True:",
+        "tests/runtime/test_lifecycle_growth.py::test_threads_of_services_do_not_crowd_around_the_interpreter",
+    ),
 )
 
 MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE)

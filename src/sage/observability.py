@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from sage._descriptors import OpenFile
 from sage._logs import log_of
 from sage.errors import GraphError, hint
 
@@ -194,9 +195,9 @@ class ReportFile:
     problems: ClassVar[list[str]] = []
     """The reports that could not be written in this process, a sentence for each job."""
 
-    def __init__(self, path: str | os.PathLike[str], descriptor: int | None, job: str, problem: str = "") -> None:
+    def __init__(self, path: str | os.PathLike[str], file: OpenFile | None, job: str, problem: str = "") -> None:
         self._path = path
-        self._descriptor = descriptor
+        self._file = file
         self._job = job
         self._problem = problem
 
@@ -214,14 +215,14 @@ class ReportFile:
             GraphError: the file cannot be opened.
         """
         try:
-            descriptor = append_to(path)
+            opened = OpenFile(append_to(path))
         except OSError as error:
             problem = error.strerror or str(error)
             if must_open:
                 wrong = GraphError(f'report file "{os.fspath(path)}" cannot be written: {problem}')
                 raise hint(wrong, "Its folder has to exist, and it has to be a file.") from error
             return cls(path, None, job, problem)
-        file = cls(path, descriptor, job)
+        file = cls(path, opened, job)
         file._write("job", {"at": time.time(), "name": name, "pid": os.getpid()})
         return file
 
@@ -247,11 +248,11 @@ class ReportFile:
                 sys.stderr.write(f"warning: {text}\n")
 
     def _write(self, kind: str, values: Mapping[str, object]) -> None:
-        if self._descriptor is None:
+        if self._file is None:
             return
         line = json.dumps({"type": kind, "job": self._job, **values}, default=str).encode() + b"\n"
         try:
-            is_whole = os.write(self._descriptor, line) == len(line)
+            is_whole = self._file.write(line) == len(line)
             self._problem = "" if is_whole else "a line could be written in part only"
         except OSError as error:
             self._problem = error.strerror or str(error)
@@ -259,13 +260,13 @@ class ReportFile:
             self._close()
 
     def _close(self) -> None:
-        if self._descriptor is not None:
+        if self._file is not None:
             # A file system in a network may tell only here that it is full.
             try:
-                os.close(self._descriptor)
+                self._file.close()
             except OSError as error:
                 self._problem = self._problem or error.strerror or str(error)
-            self._descriptor = None
+            self._file = None
 
 
 def append_to(path: str | os.PathLike[str]) -> int:

@@ -189,10 +189,10 @@ def test_a_folder_that_is_held_is_left_alone_whatever_its_name_says(tmp_path: Pa
     dead = os.path.join(os.path.dirname(folder), named_after(Process(os.getpid(), 1), 0))
     os.rename(folder, dead)
     assert stale_folders(os.path.dirname(dead)) == [dead]
-    descriptor = hold(dead)
-    assert descriptor is not None
+    held = hold(dead)
+    assert held is not None
     assert reap_folder(dead, print) is None
-    os.close(descriptor)
+    held.close()
     assert reap_folder(dead, print) == []
     assert not os.path.exists(dead)
 

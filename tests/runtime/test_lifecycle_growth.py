@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty
@@ -255,3 +257,34 @@ def test_a_job_with_hundreds_of_services_is_clean(shape: str) -> None:
     report = report_of(env)
     assert (report.state, report.cleanliness) == ("completed", "clean")
     assert {service.state for service in report.services} == {"stopped"}
+
+
+def switches(count: int) -> float:
+    """Return how often a job with services without hooks gave up the processor to wait, for each of its services."""
+    env = LocalEnvironment("switches")
+    for number in range(count):
+        env.register_service(f"s{number}", BaseService)
+    env.from_batch([1]).sink(int)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    env.submit(autostop=True)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before) / count
+
+
+def test_threads_of_services_do_not_crowd_around_the_interpreter() -> None:
+    """Each that waits for it looks every 5 ms, so many that are woken at once take the time of all."""
+    assert switches(1_000) <= 1.5 * switches(100)
+
+
+def test_as_many_hooks_as_wanted_run_at_once() -> None:
+    together = threading.Barrier(100)
+
+    class Waiting(BaseService):
+        def setup(self) -> None:
+            together.wait(30.0)
+
+    env = LocalEnvironment("together")
+    for number in range(100):
+        env.register_service(f"s{number}", Waiting)
+    env.from_batch([1]).sink(int)
+    env.submit(autostop=True)
+    assert report_of(env).cleanliness == "clean"

@@ -39,6 +39,13 @@ log = log_of("sage.dispatcher")
 WATCH_S = 0.02
 """How often the watch looks whether a batch takes long, while a job runs."""
 
+WAKES_MAX = 16
+"""How many lanes are woken at once. A thread that waits for the interpreter looks for it again every 5 ms, so that a
+thousand of them take more time from a job of as many services than their hooks do."""
+
+WAKE_BOUND_S = 0.05
+"""How long a lane waits for those woken before it, as a function may hold the interpreter for long."""
+
 
 class ThreadsBackend(Backend):
     """Runs tasks on threads (`Pool`), and the supervisor on one of its own.
@@ -56,6 +63,10 @@ class ThreadsBackend(Backend):
         self._sealed = threading.Event()
         self.supervisor: Inside | None = None
         self._zombies_before: set[Process] = set()
+        self.wakes: SimpleQueue[None] = SimpleQueue()
+        """As many as lanes may be woken now."""
+        for _ in range(WAKES_MAX):
+            self.wakes.put(None)
 
     now = staticmethod(time.monotonic)
 
@@ -189,7 +200,8 @@ class ThreadLane:
 
     def __init__(self, name: str, backend: ThreadsBackend, *, must_start: bool) -> None:
         self._backend = backend
-        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Callable[[], None], bool] | None] = SimpleQueue()
+        self._is_idle = True
         self._name = name
         self._thread = self._begin(must_start=must_start)
 
@@ -200,7 +212,7 @@ class ThreadLane:
         if self._thread is None:
             function()
         else:
-            self._queue.put(function)
+            self._queue.put((function, self._may_wake()))
 
     def where(self) -> str:
         """Return the stack of the thread."""
@@ -211,6 +223,17 @@ class ThreadLane:
         self._queue.put(None)
         if wait and self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _may_wake(self) -> bool:
+        """Wait until few other lanes have been woken without having begun; return whether this one counts as one."""
+        if not self._is_idle:
+            return False
+        self._is_idle = False
+        try:
+            self._backend.wakes.get(timeout=WAKE_BOUND_S)
+        except Empty:
+            return False
+        return True
 
     def _begin(self, *, must_start: bool) -> threading.Thread | None:
         thread = threading.Thread(target=self._work, name=f"sage-service-{self._name}", daemon=True)
@@ -225,9 +248,13 @@ class ThreadLane:
         return thread
 
     def _work(self) -> None:
-        while (function := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            function, is_woken = item
+            if is_woken:
+                self._backend.wakes.put(None)
             with inside(self._backend.supervisor):
                 function()
+            self._is_idle = True
 
 
 def stack_of(thread: threading.Thread | None) -> str:

@@ -117,7 +117,7 @@ class Guardian:
             os.close(self._journal)
         self._journal = descriptor
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._lock = hold(self._folder)
 
     def _hear(self, descriptor: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
+from sage._descriptors import OpenFile
 from sage._processes import Process
 
 if TYPE_CHECKING:
@@ -286,7 +287,8 @@ class Journal:
             with suppress(FileNotFoundError):
                 os.unlink(path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.descriptor = os.open(path, flags, 0o600)
+        self._file = OpenFile(os.open(path, flags, 0o600))
+        self.descriptor = self._file.descriptor
         self.lines_count = 0
         self._bytes_count = 0
         self._is_torn = False
@@ -298,7 +300,6 @@ class Journal:
             except OSError:
                 self.close()
                 raise
-        self._file = _identity(os.fstat(self.descriptor))
 
     def is_in_place(self) -> bool:
         """Return whether others still find the file in the run's folder, with all that was written."""
@@ -306,7 +307,7 @@ class Journal:
             found = os.lstat(self._path)
         except OSError:
             return False
-        return _identity(found) == self._file and found.st_size >= self._bytes_count
+        return (found.st_dev, found.st_ino) == self._file.file and found.st_size >= self._bytes_count
 
     def keep_fresh(self) -> None:
         """Let the file look as if it had just been written, so that it is not removed because of its age."""
@@ -320,7 +321,7 @@ class Journal:
         """
         data = (b"\n" if self._is_torn else b"") + line + b"\n"
         self._is_torn = True
-        written = os.write(self.descriptor, data)
+        written = self._file.write(data)
         self._bytes_count += written
         if written < len(data):
             raise OSError(f"{written} of {len(data)} bytes were written")
@@ -330,11 +331,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self.descriptor)
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+        self._file.close()
 
 
 def read_lines(folder: str) -> list[bytes]:

@@ -15,9 +15,9 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sage._descriptors import OpenFile
 from sage._guardian import guardian
 from sage._guardian.claims import reap
 from sage._guardian.journal import Journal, Run, encode, entries_of, entry, forget_over, make_private, take
@@ -82,11 +82,11 @@ class GuardianLease:
         self.folder = _make_folder()
         self.cookie = os.path.basename(self.folder)
         self._users_count = 1
-        self._hold: int | None = hold(self.folder)
+        self._hold: OpenFile | None = hold(self.folder)
         self._journal: Journal | None = None
         self._run = Run()
         self._unwritten: list[Entry] = []
-        self._given: dict[Key, int] = {}
+        self._given: dict[Key, OpenFile] = {}
         self._lock_of_run = threading.Lock()
         self._is_over = False
         self._short_lives = 0
@@ -163,25 +163,24 @@ class GuardianLease:
         The driver keeps its own copy for the next guardian, so that a service sees end-of-file only when both are gone.
         """
         with self._lock_of_run:
-            self._given[key] = descriptor
+            self._given[key] = OpenFile(descriptor)
             self._hand_over(key, descriptor)
 
     def rename(self, key: Key, new: Key) -> None:
         """Know a service by another key: its job kept it, and the next one takes it over."""
         with self._lock_of_run:
-            descriptor = self._given.pop(key, None)
-            if descriptor is not None:
-                self._given[new] = descriptor
-                self._hand_over(new, descriptor)
+            end = self._given.pop(key, None)
+            if end is not None:
+                self._given[new] = end
+                self._hand_over(new, end.descriptor)
                 self._send({"do": "take", "key": key})
 
     def take_back(self, key: Key) -> None:
         """Close the descriptor passed to `give`, after the process has ended. A second call does nothing."""
         with self._lock_of_run:
-            descriptor = self._given.pop(key, None)
-            if descriptor is not None:
-                with suppress(OSError):  # the program may have closed every descriptor that it found
-                    os.close(descriptor)
+            end = self._given.pop(key, None)
+            if end is not None:
+                end.close()
                 self._send({"do": "take", "key": key})
 
     def new_token(self) -> str:
@@ -239,7 +238,7 @@ class GuardianLease:
         make_private(self.folder)
         held, self._hold = self._hold, hold(self.folder)
         if held is not None:
-            os.close(held)
+            held.close()
         self._rewrite()
 
     def _shorten(self) -> None:
@@ -301,8 +300,8 @@ class GuardianLease:
             self._send({"do": "journal"}, self._journal.descriptor)
         for unwritten in self._unwritten:
             self._send({"do": "note", "entry": unwritten})
-        for key, descriptor in self._given.items():
-            self._hand_over(key, descriptor)
+        for key, end in self._given.items():
+            self._hand_over(key, end.descriptor)
 
     def _send(self, word: dict[str, object], *descriptors: int) -> None:
         try:
@@ -355,10 +354,10 @@ class GuardianLease:
         return True
 
     def _close(self) -> None:
-        descriptors = [*self._given.values(), *(() if self._hold is None else (self._hold,))]
+        held = [*self._given.values(), *(() if self._hold is None else (self._hold,))]
         self._given.clear()
         self._hold = None
-        closes: list[Callable[[], None]] = [partial(os.close, descriptor) for descriptor in descriptors]
+        closes: list[Callable[[], None]] = [file.close for file in held]
         if self._lease is not None:
             closes.append(self._lease.close)
         for close in (*closes, self._close_journal):

@@ -16,6 +16,7 @@ from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from sage._descriptors import OpenFile
 from sage._guardian.after_driver_death import take_over
 from sage._guardian.journal import Run, check_private, make_private, read_lines, replay
 from sage._processes import Process, is_alive, process, with_cookie
@@ -71,9 +72,10 @@ def driver_named(name: str) -> Process | None:
     return Process(int(pid, 36), int(started, 36)) if name.isascii() and name.isalnum() else None
 
 
-def hold(folder: str) -> int | None:
-    """Lock a run's folder as one of those who need it, and return the descriptor, or None if that is not possible."""
-    return _locked(folder, fcntl.LOCK_SH)[0]
+def hold(folder: str) -> OpenFile | None:
+    """Lock a run's folder as one of those who need it, and return it, or None if that is not possible."""
+    descriptor, _ = _locked(folder, fcntl.LOCK_SH)
+    return None if descriptor is None else OpenFile(descriptor)
 
 
 def stale_folders(root: str, besides: str | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sage._descriptors import OpenFile
 from sage._forks import useless_after_fork
 from sage._runtime.checkpoints import Row
 from sage.errors import CheckpointError, describe, hint
@@ -195,9 +196,7 @@ class CheckpointStore:
         self._let_go()
 
     def _let_go(self) -> None:
-        lock, self._lock = self._lock, -1
-        if lock >= 0:
-            os.close(lock)
+        self._lock.close()
 
     def _after_fork_in_child(self) -> None:
         self._let_go()
@@ -231,8 +230,8 @@ def _graph(text: str) -> dict[str, tuple[str, int]]:
     return {name: (kind, int(parallelism)) for kind, parallelism, name in lines}
 
 
-def _locked(folder: str) -> int:
-    """Make the folder if needed, and return the descriptor of its lock, which the system frees if the process dies.
+def _locked(folder: str) -> OpenFile:
+    """Make the folder if needed, and return the file of its lock, which the system frees if the process dies.
 
     Raises:
         CheckpointError: it cannot be used, somebody else may write into it, or another program holds it.
@@ -257,4 +256,4 @@ def _locked(folder: str) -> int:
         raise hint(refused, "Wait for its end or stop it; a folder holds one job.") from error
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock
+    return OpenFile(lock)

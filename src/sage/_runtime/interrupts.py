@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sage._current_job import here
+from sage._descriptors import file_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ class SignalsTaken:
         self._on_signal = on_signal
         self._wakeup_before = -1
         self._pipe: tuple[int, int] | None = None
-        self._which: tuple[int, int] | None = None
+        self._file: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> SignalsTaken:
@@ -76,7 +77,7 @@ class SignalsTaken:
     @property
     def is_heard(self) -> bool:
         """Whether the thread still hears of signals: the program may have closed every descriptor that it finds."""
-        return self._pipe is not None and all(_which(end) == self._which for end in self._pipe)
+        return self._pipe is not None and all(file_of(end) == self._file for end in self._pipe)
 
     def take(self, signum: int, handler: Any) -> None:
         """Set a handler, and remember the one that the program has."""
@@ -87,7 +88,7 @@ class SignalsTaken:
         pipe = self._pipe = os.pipe()
         self._thread = threading.Thread(target=self._listen, args=(pipe[0],), name=self._name, daemon=True)
         try:
-            self._which = _which(pipe[0])
+            self._file = file_of(pipe[0])
             os.set_blocking(pipe[1], False)
             self._thread.start()
             self._wakeup_before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
@@ -205,15 +206,6 @@ class Interrupts:
                 _tell_where()
             self.first = self.first or signum
             self._on_signal(signum)
-
-
-def _which(descriptor: int) -> tuple[int, int] | None:
-    """Return the file behind a descriptor, or None if it is closed."""
-    try:
-        found = os.fstat(descriptor)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def mean_nothing(signums: Iterable[int]) -> None:

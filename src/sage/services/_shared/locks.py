@@ -7,6 +7,7 @@ import logging
 import os
 from contextlib import suppress
 
+from sage._descriptors import OpenFile, file_of
 from sage._processes import described, process
 from sage.errors import ServiceError, hint
 
@@ -25,26 +26,18 @@ class HeldPath:
 
     def __init__(self, what: str, *paths: str) -> None:
         self._what = what
-        self._known = {path: _identity(path) for path in paths}
+        self._known = {path: file_of(path) for path in paths}
 
     def check(self) -> None:
         """Refuse to go on with files that are gone."""
         for path, known in self._known.items():
-            if _identity(path) != known:
+            if file_of(path) != known:
                 self.fail()
 
     def fail(self) -> None:
         """Raise the error for files that are gone."""
         error = ServiceError(f"{self._what} was removed or replaced while it was open", fault="external")
         raise hint(error, "Writes since then are lost. Put the file back if you can, and start the service again.")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 class WalLock:
@@ -56,24 +49,22 @@ class WalLock:
     """
 
     def __init__(self, path: str) -> None:
-        self._descriptor: int | None = None
+        self._file: OpenFile | None = None
         # If the file cannot be written, it has no log.
         with suppress(OSError):
-            self._descriptor = os.open(f"{path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            self._file = OpenFile(os.open(f"{path}-wal", os.O_RDONLY | os.O_CLOEXEC))
+            fcntl.flock(self._file.descriptor, fcntl.LOCK_SH)
 
     @property
     def is_lost(self) -> bool:
         """Whether the log was removed while the file is open: commits that only the log holds would be lost."""
-        return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
+        return self._file is not None and os.fstat(self._file.descriptor).st_nlink == 0
 
     def close(self) -> None:
         """Let the log go; call it after the file is closed. A second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            # A child that was forked has the descriptor too, and must not keep the lock.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
+        file, self._file = self._file, None
+        if file is not None:
+            _unlock(file)
 
 
 def warn_if_left(path: str) -> None:
@@ -100,13 +91,13 @@ class FolderLock:
         self._mark = os.path.join(path, MARK)
         try:
             os.makedirs(path, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._file = OpenFile(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except OSError as error:
             raise ServiceError(f'cannot open the {what} "{path}": {error}', fault="external") from error
         try:
             self._take(what)
         except BaseException:
-            os.close(self._descriptor)
+            self._file.close()
             raise
         self.hold()
 
@@ -127,15 +118,14 @@ class FolderLock:
 
     def close(self) -> None:
         """Let the folder go. Call it once, after everything in it is closed."""
-        with suppress(FileNotFoundError):
-            os.unlink(MARK, dir_fd=self._descriptor)  # not that of another folder in its place
-        # A child that was forked has the descriptor too, and must not keep the lock.
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        os.close(self._descriptor)
+        if self._file.is_open:
+            with suppress(FileNotFoundError):
+                os.unlink(MARK, dir_fd=self._file.descriptor)  # not that of another folder in its place
+        _unlock(self._file)
 
     def _take(self, what: str) -> None:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             marked = self._marked() or ""
             holder = process(int(marked)) if marked.isdecimal() else None
@@ -157,3 +147,10 @@ class FolderLock:
                 return file.read(32) or None
         except FileNotFoundError:
             return None
+
+
+def _unlock(file: OpenFile) -> None:
+    if file.is_open:
+        # A child that was forked has the descriptor too, and must not keep the lock.
+        fcntl.flock(file.descriptor, fcntl.LOCK_UN)
+        file.close()
