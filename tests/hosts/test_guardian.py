@@ -568,5 +568,6 @@ def test_the_guardian_needs_only_the_standard_library(tmp_path: Path) -> None:
         "sage._guardian.run_folder",
         "sage._guardian.after_driver_death",
         "sage._guardian.journal",
+        "sage._descriptors",
         "sage._processes",
     }
