@@ -233,7 +233,9 @@ class Signalled:
 def be_signalled(there: Any) -> None:
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (where a KeyboardInterrupt is told)
     there.send(None)
-    threading.Event().wait(WAIT_S)
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:  # a signal that comes just before a wait begins does not end that wait
+        threading.Event().wait(0.01)
 
 
 COMES_BACK = """
