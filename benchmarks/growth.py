@@ -498,7 +498,7 @@ def exponents_of_time(points: Sequence[Pair]) -> list[float]:
 def figures_of(case: Case, points: Sequence[Pair]) -> Iterator[Figure]:
     """Return the exponents of a case, and how it does beside the other side.
 
-    Where the work itself grows by more than the bound, as a dict does that is larger than the caches, that is the bound.
+    Where the loop grows by more than the bound, as a dict does that is larger than the caches, that is the bound.
     """
     sizes = [ours.size for ours, _ in points]
     time, of_the_work = exponents_of_time(points)
