@@ -27,6 +27,7 @@ BROAD_HANDLERS = {
     "_logs.py": "a log handler raised: it is told on standard error, and the others get their records",
     "_cassette.py": "what cannot be pickled is left out, and the end of pieces is an exception as well",
     "_sizes.py": "a class of the user's that fails when it is looked at has a size all the same",
+    "connectors/json_lines.py": "a value that cannot be pickled raises whatever its own code does",
     "_control/program.py": "the top of the command line: what a program raised decides about the exit code",
     "_operators/asynchronous.py": "a user's coroutine raised: the policy of the operator decides",
     "_operators/awaited.py": "a source that awaits raised: the records before it go on first",

@@ -97,6 +97,7 @@ class Environment:
         self._budget: BudgetLimits | None = None
         self._durable: Durable | None = None
         self._resume: str = "auto"
+        self._drop_state: tuple[str, ...] = ()
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
         self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder(self)
@@ -432,6 +433,7 @@ class Environment:
         keep_s: float | None = None,
         progress: bool = False,
         resume: Literal["auto", "never", "must"] = "auto",
+        drop_state: Iterable[str] = (),
     ) -> Job:
         """Run the pipeline and return its job.
 
@@ -446,6 +448,8 @@ class Environment:
                 sources know their length, rate, fullest queue, failures.
             resume: how a durable job begins: "auto" goes on from the last checkpoint if there is one, "must" raises if
                 not, and "never" deletes the checkpoints and begins anew.
+            drop_state: names of operators whose state a durable job does not take from its last checkpoint; a source
+                begins anew. Leave it out again after that run, as it drops the state each time.
 
         Raises:
             GraphError: the program is wrong; nothing was started.
@@ -457,9 +461,9 @@ class Environment:
             check_seconds("keep_s is", keep_s, may_be_zero=False)
             if not keep_services:
                 raise hint(GraphError(f"keep_s is {keep_s}, but no service is kept"), "Add keep_services=True.")
-        asked = self._checked_resume(resume)
+        asked = self._checked_resume(resume), self._checked_drop_state(drop_state)
         with self._alone():
-            self._resume = asked
+            self._resume, self._drop_state = asked
             graph = self._graph()
             keep = self._kept.names(keep_services, self._services)
             if any(spec.options.has_replicas for spec in graph.services):
@@ -489,6 +493,7 @@ class Environment:
         keep_s: float | None = None,
         progress: bool = False,
         resume: Literal["auto", "never", "must"] = "auto",
+        drop_state: Iterable[str] = (),
     ) -> JobReport:
         """Run the pipeline, wait for its end, and return the report; see `submit`, which this calls with `autostop`.
 
@@ -498,7 +503,12 @@ class Environment:
             KeyboardInterrupt: on the main thread, Ctrl-C; everything has been cleaned up.
         """
         return self.submit(
-            autostop=True, keep_services=keep_services, keep_s=keep_s, progress=progress, resume=resume
+            autostop=True,
+            keep_services=keep_services,
+            keep_s=keep_s,
+            progress=progress,
+            resume=resume,
+            drop_state=drop_state,
         ).report
 
     def stop(self, drain: bool | None = None) -> None:
@@ -618,7 +628,7 @@ class Environment:
         if self._durable is not None and plan is not None:
             from sage._runtime.durable_run import DurableRun
 
-            durable = DurableRun(self._durable, graph, self._resume)
+            durable = DurableRun(self._durable, graph, self._resume, self._drop_state)
         try:
             job, guard = assemble(
                 id_,
@@ -697,6 +707,15 @@ class Environment:
             error = GraphError(f'environment "{self.name}" is not durable, and resume is {resume!r}')
             raise hint(error, 'Give it a folder for checkpoints: LocalEnvironment(..., durable="state").')
         return os.environ.get(RESUME_VARIABLE, "auto") if resume == "auto" else resume
+
+    def _checked_drop_state(self, given: Iterable[str]) -> tuple[str, ...]:
+        if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in given):
+            error = GraphError(f"submit: drop_state is {short(given)}")
+            raise hint(error, 'Give a list with names of operators: drop_state=["totals"].')
+        if given and self._durable is None:
+            error = GraphError(f'environment "{self.name}" is not durable, and drop_state is {short(given)}')
+            raise hint(error, "Only a durable job has states in checkpoints.")
+        return tuple(given)
 
     def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
         check_name("a service", name)

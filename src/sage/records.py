@@ -49,6 +49,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.values)
 
+    def __repr__(self) -> str:
+        return f"Batch({self.values!r})"
+
     @property
     def bytes_count(self) -> int:
         """About how many bytes the records take."""

@@ -115,7 +115,48 @@ def test_a_changed_graph_lists_the_states_without_a_place(tmp_path: Path) -> Non
     assert '- source "in" is not there any more' in str(caught.value)
     assert '- "out" had parallelism 1 and has 2' in str(caught.value)
     assert "Operators are found by name" in notes(caught.value)
+    assert "submit(drop_state=['in', 'out']) goes on without these states" in notes(caught.value)
     assert results(tmp_path) == [2, 4, 6]
+
+
+def test_states_without_a_place_can_be_dropped(tmp_path: Path) -> None:
+    run(tmp_path)
+
+    def renamed(drop_state: Sequence[str] = ()) -> JobReport:
+        env = LocalEnvironment("job", durable=tmp_path / "state")
+        env.from_batch([5, 6], name="input").sink(JsonLinesFiles(tmp_path / "out"), name="out")
+        return env.run(drop_state=drop_state)
+
+    with pytest.raises(CheckpointError, match='- source "in" is not there any more'):
+        renamed()
+    assert renamed(["in"]).notes == ("resumed from checkpoint 1 (3 records done)", 'the state of "in" was dropped')
+    assert sorted(results(tmp_path)) == [2, 4, 5, 6, 6]
+    notes_again = renamed(["in"]).notes  # the same command again, as after a kill
+    assert notes_again[1:] == ('"in" had no state to drop', "nothing new: the sources have no further records")
+    assert sorted(results(tmp_path)) == [2, 4, 5, 6, 6]
+
+
+def test_a_dropped_source_begins_anew(tmp_path: Path) -> None:
+    run(tmp_path)
+    env = LocalEnvironment("job", durable=tmp_path / "state")
+    env.from_batch([1, 2, 3], name="in").map(lambda record: record * 2).sink(
+        JsonLinesFiles(tmp_path / "out"), name="out"
+    )
+    env.submit(autostop=True, drop_state=["in"])
+    assert results(tmp_path) == [2, 4, 6, 2, 4, 6]
+
+
+def test_drop_state_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    env = LocalEnvironment("job", durable=tmp_path / "state")
+    env.from_batch([1]).sink(print)
+    with pytest.raises(GraphError, match="submit: drop_state is 'in'") as caught:
+        env.submit(drop_state="in")
+    assert notes(caught.value) == 'Give a list with names of operators: drop_state=["totals"].'
+    plain = LocalEnvironment("plain")
+    plain.from_batch([1]).sink(print)
+    with pytest.raises(GraphError, match=r"environment \"plain\" is not durable, and drop_state is \['in'\]"):
+        plain.submit(drop_state=["in"])
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_graph_may_change_where_there_is_no_state(tmp_path: Path) -> None:
@@ -163,7 +204,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other" / "state" / "checkpoints.sqlite") as file:
         file.execute("UPDATE about SET value = 99 WHERE name = 'version'")
     file.close()
-    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 2") as caught:
+    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 3") as caught:
         run(tmp_path.joinpath("other"), resume="never")
     assert notes(caught.value) == "Use the SAGE that wrote them, or delete the folder to begin anew."
 

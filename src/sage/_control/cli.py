@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ import click
 from sage._control import doctor as health
 from sage._control import plan_drawing, timeline
 from sage._control.clusters import Facts, facts, start_kept_cluster
+from sage._control.durable_state import state
+from sage._control.errors import said_to_a_person
 from sage._control.explanation import explaining
 from sage._control.program import Program
 from sage._control.projects import make_project
@@ -24,13 +26,11 @@ from sage._guardian.run_folder import reap_folder, stale_folders
 from sage._ray.kept_cluster import WARM, end_kept_cluster, kept_cluster
 from sage._standard_streams import CUT_OFF_CODE, is_cut_off, let_go
 from sage.environment import RESUME_VARIABLE, Environment
-from sage.errors import GraphError, SageError
+from sage.errors import GraphError
 from sage.observability import append_to
 from sage.report import Cleanliness, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sage._plan.logical import LogicalGraph
     from sage._plan.physical import PhysicalPlan
     from sage.report import JobReport
@@ -73,6 +73,9 @@ class Commands(click.Group):
 @click.version_option(package_name=DISTRIBUTION, message=f"%(package)s %(version)s, {MACHINE}")
 def main() -> None:
     """Run and inspect dataflow pipelines."""
+
+
+main.add_command(state)
 
 
 class OfProgram(click.Command):
@@ -258,7 +261,7 @@ def agent(folder: Path) -> None:
 
 
 def _make(template: str, folder: Path, program: str) -> None:
-    with _said_to_a_person():
+    with said_to_a_person():
         files = make_project(template, folder)
     for file in files:
         click.echo(str(file))
@@ -289,7 +292,7 @@ def gc() -> None:
 
     Normally a program's guardian does that. Use this command if both were killed.
     """
-    with _said_to_a_person():
+    with said_to_a_person():
         folders = stale_folders(runs_folder())
     found = [reap_folder(folder, lambda text: click.echo(text, err=True)) for folder in folders]
     for reports in found:
@@ -311,7 +314,7 @@ def up() -> None:
 
     If one is running already, you get its address.
     """
-    with _said_to_a_person():
+    with said_to_a_person():
         warm = kept_cluster()
         address = warm.address if warm is not None else start_kept_cluster()
     click.echo(address)
@@ -321,7 +324,7 @@ def up() -> None:
 @cluster.command()
 def down() -> None:
     """End the warm Ray, with everything that runs on it."""
-    with _said_to_a_person():
+    with said_to_a_person():
         warm = end_kept_cluster()
     click.echo("no cluster is kept" if warm is None else f"{warm.address} has ended")
 
@@ -329,22 +332,13 @@ def down() -> None:
 @cluster.command()
 def status() -> None:
     """Show the warm Ray and its resources; exit with 1 if there is not one."""
-    with _said_to_a_person():
+    with said_to_a_person():
         found: Facts | None = facts()
     if found is None:
         click.echo("no cluster is kept")
         sys.exit(1)
     for name, text in found.lines():
         click.echo(f"{name:<8}  {text}")
-
-
-@contextmanager
-def _said_to_a_person() -> Iterator[None]:
-    """Let an error of ours end the command with its text and its notes instead of a traceback."""
-    try:
-        yield
-    except (SageError, PermissionError) as error:
-        raise click.ClickException("\n".join([str(error), *getattr(error, "__notes__", ())])) from error
 
 
 def _live(program: Program) -> AbstractContextManager[object]:

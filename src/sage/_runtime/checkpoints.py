@@ -21,6 +21,7 @@ class Row:
         body: the state, the records left, and the state of the function, pickled.
         since: the number of the first checkpoint that is needed for the values of its keys, or None without any.
         changes: those of them that this checkpoint writes, pickled; empty if nothing has changed.
+        keys: how many keys it has, or None if it keeps nothing by key.
     """
 
     operator: str
@@ -29,6 +30,7 @@ class Row:
     body: bytes
     since: int | None = None
     changes: bytes | None = None
+    keys: int | None = None
 
 
 def without_changes(row: Row) -> Row:

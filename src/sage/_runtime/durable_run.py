@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -32,7 +33,7 @@ from sage._runtime.states import TASK_TERMINAL
 from sage.errors import CheckpointError, JobError, describe, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from sage._plan.logical import LogicalGraph, Node
     from sage._runtime.backend import Lane
@@ -54,7 +55,7 @@ class DurableRun:
 
     channel_kind = AligningChannel
 
-    def __init__(self, settings: Durable, graph: LogicalGraph, resume: str) -> None:
+    def __init__(self, settings: Durable, graph: LogicalGraph, resume: str, drop_state: Sequence[str] = ()) -> None:
         folder = os.path.abspath(settings.folder)
         self._settings = settings
         self._graph = {node.name: (str(node.kind), node.parallelism) for node in graph.nodes.values()}
@@ -71,7 +72,7 @@ class DurableRun:
                 error = CheckpointError(f'folder "{folder}" has no checkpoint to resume from', fault="user")
                 raise hint(error, 'resume="auto" begins anew without one.')
             self._resumed = found
-            loaded = found or Checkpoint(0, {}, ())
+            loaded, self._dropped = _without(drop_state, found or Checkpoint(0, {}, ()))
             self._check(loaded)
             self._rows_found = {
                 (row.operator, row.index): (row, _unpickled(row.operator, row.body)) for row in loaded.rows
@@ -87,19 +88,24 @@ class DurableRun:
     def _check(self, found: Checkpoint) -> None:
         """Refuse a checkpoint with a state for which the graph has no place."""
         problems: dict[str, None] = {}
+        names: dict[str, None] = {}
         for row in found.rows:
             before, now = found.graph[row.operator], self._graph.get(row.operator)
             if now is None:
-                problems[f'{before[0]} "{row.operator}" is not there any more'] = None
+                problem = f'{before[0]} "{row.operator}" is not there any more'
             elif now[0] != before[0]:
-                problems[f'"{row.operator}" was a {before[0]} and is a {now[0]}'] = None
+                problem = f'"{row.operator}" was a {before[0]} and is a {now[0]}'
             elif now[1] != before[1]:
-                problems[f'"{row.operator}" had parallelism {before[1]} and has {now[1]}'] = None
+                problem = f'"{row.operator}" had parallelism {before[1]} and has {now[1]}'
+            else:
+                continue
+            problems[problem] = names[row.operator] = None
         if problems:
             lines = "".join(f"\n  - {problem}" for problem in problems)
             text = f"the graph does not fit checkpoint {found.number}:{lines}"
             error = CheckpointError(text, fault="user")
-            raise hint(error, f"Operators are found by name: give them back with name=. {FRESH_HINT}")
+            hint(error, "Operators are found by name: give them back with name=.")
+            raise hint(error, f"submit(drop_state={[*names]}) goes on without these states. {FRESH_HINT}")
 
     def recovery(self, node: Node, index: int) -> Recovery:
         """Return the part of one operator in one task."""
@@ -147,7 +153,8 @@ class DurableRun:
         skipped = [f"checkpoint {number} is damaged and was left out" for number in self._store.skipped]
         if self._resumed is None:
             return skipped
-        return [*skipped, f"resumed from checkpoint {self.number} ({self._resumed.records:,} records done)"]
+        resumed = f"resumed from checkpoint {self.number} ({self._resumed.records:,} records done)"
+        return [*skipped, resumed, *self._dropped]
 
     def notes(self, tasks: Iterable[Task]) -> tuple[str, ...]:
         """Return lines for the report of the job with these tasks."""
@@ -215,6 +222,17 @@ class DurableRun:
         if self._lane is not None:
             self._lane.close(wait=True)
         self._store.close()
+
+
+def _without(names: Sequence[str], found: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """Return a checkpoint without the states of these operators, and a line for each of them."""
+    had = {row.operator for row in found.rows}
+    rows = tuple(row for row in found.rows if row.operator not in names)
+    changes = {key: bodies for key, bodies in found.changes.items() if key[0] not in names}
+    lines = [
+        f'the state of "{name}" was dropped' if name in had else f'"{name}" had no state to drop' for name in names
+    ]
+    return replace(found, rows=rows, changes=changes), lines
 
 
 def _unpickled(operator: str, body: bytes) -> Any:

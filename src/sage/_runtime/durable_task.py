@@ -126,16 +126,17 @@ class DurableTask(Task):
         if state is None and function is None and not left and operator.keyed is None:
             return None
         records -= sum(len(batch) for _, batch in left)
-        since, changes = None, None
+        since, changes, keys = None, None, None
         try:
             # At once: the functions behind this operator may change the records.
             body = pickle.dumps((state, left, function), pickle.HIGHEST_PROTOCOL)
             if operator.keyed is not None:
                 since, changes = operator.keyed.take(number)
+                keys = len(operator.keyed.old)
         except Exception as error:
             name = operator.node.name
             holds = "holds a record" if function is None and operator.keyed is None else "has a state"
             failed = FunctionError(f'operator "{name}" {holds} that cannot be pickled: {describe(error)}')
             hint(failed, "A durable job writes them down. Keep the data that the object is made from instead.")
             raise failed from error
-        return Row(operator.node.name, operator.context.parallel_index, records, body, since, changes)
+        return Row(operator.node.name, operator.context.parallel_index, records, body, since, changes, keys)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import json
+import math
 import os
+import pickle
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +21,13 @@ if TYPE_CHECKING:
 
 READ_BYTES = 1 << 20
 LINE_END, CARRIAGE_RETURN = b"\n\r"
+
+TEXT_LENGTH_MAX = 1_000
+"""How long the text of a value is at most that JSON does not have."""
+
+DEPTH_MAX = 100
+INTEGERS_END = 1 << 1_000
+"""Python refuses to read and write much longer numbers as text."""
 
 PREPARED = ".prepared"
 """The end of the name of a file that has not appeared, so that patterns for the others do not find it."""
@@ -107,6 +117,36 @@ def _is_inside_a_line(path: str, offset: int) -> bool:
         file.seek(offset - 1)
         before, *after = file.read(2)
     return before != LINE_END and after[0] not in (LINE_END, CARRIAGE_RETURN)
+
+
+def as_json(name: str, value: Any) -> dict[str, Any]:
+    """Return a value under a name, or, if JSON does not have it, as text for a person and pickled in base64."""
+    if _is_json(value):
+        return {name: value}
+    found = {f"{name}_text": short(value, TEXT_LENGTH_MAX).encode(errors="replace").decode()}
+    try:
+        pickled = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except Exception:  # of the user's classes
+        return found
+    return {**found, f"{name}_pickled": base64.b64encode(pickled).decode()}
+
+
+def _is_json(value: Any, depth: int = 0) -> bool:
+    """Return whether JSON gives the value back as it is."""
+    kind = type(value)
+    if kind is str:
+        return bool(value.encode(errors="replace").decode() == value)
+    if kind is int:
+        return bool(-INTEGERS_END < value < INTEGERS_END)
+    if kind is float:
+        return math.isfinite(value)
+    if depth == DEPTH_MAX:
+        return False
+    if kind is list:
+        return all(_is_json(one, depth + 1) for one in value)
+    if kind is dict:
+        return all(type(key) is str and _is_json(key) and _is_json(one, depth + 1) for key, one in value.items())
+    return value is None or kind is bool
 
 
 def _line(value: object) -> str:
