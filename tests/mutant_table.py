@@ -1019,7 +1019,7 @@ DURABLE: tuple[Mutant, ...] = (
     ),
     Mutant(
         "rows of a damaged checkpoint stay",
-        "connectors/json_lines.py",
+        "connectors/files.py",
         "int(number) > checkpoint",
         "int(number) > checkpoint + 9",
         FOLDER + "test_a_damaged_checkpoint_falls_back_to_the_one_before",

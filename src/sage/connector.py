@@ -20,9 +20,11 @@ class Source(ABC, Generic[T_co]):
 
     Attributes:
         bounded: whether the source ends by itself.
+        skipped: how many records it has left out because they could not be read; the report counts them as failed.
     """
 
     bounded: bool = True
+    skipped: int = 0
 
     def open(self) -> None:
         """Acquire resources; called once before the first `read`."""

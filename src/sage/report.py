@@ -128,7 +128,7 @@ class OperatorReport:
         parallelism: how many tasks ran it.
         records_in: records that its function was called with, or that a source read.
         records_out: records that went on.
-        failed: records that failed after the last attempt.
+        failed: records that failed after the last attempt, and those that a source skipped.
         busy_s: time in the operator, in seconds, over all tasks.
         full_s: of `map_async`: time in which all `concurrency` calls ran, in seconds, over all tasks.
         waited_s: for how long tasks waited to send it records, in seconds, all together.

@@ -175,7 +175,7 @@ class Reader(Operator):
     may_wait = True
     delay_s: float | None = None
     bridge: Any = None
-    _read_before = 0
+    _read_before = _skipped = 0
 
     def prepare(self) -> None:
         """Build the source around the user's argument and open it."""
@@ -252,6 +252,9 @@ class Reader(Operator):
         except BaseException as error:  # every failure of a source is owned here
             self._failed(error)
             return Batch([])
+        finally:
+            self.metrics.failed += self.source.skipped - self._skipped
+            self._skipped = self.source.skipped
         self._attempts = 0
         if records is None or (not records and self.bridge is not None and self.bridge.is_over):
             self.ended = True

@@ -4,7 +4,15 @@ from sage._lazy import lazy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from sage.connectors.csv import Csv as Csv
+    from sage.connectors.csv import CsvFiles as CsvFiles
     from sage.connectors.json_lines import JsonLines as JsonLines
     from sage.connectors.json_lines import JsonLinesFiles as JsonLinesFiles
+    from sage.connectors.text import Text as Text
+    from sage.connectors.text import TextFiles as TextFiles
 
-__getattr__ = lazy(__name__, globals(), {"json_lines": "JsonLines JsonLinesFiles"})
+__getattr__ = lazy(
+    __name__,
+    globals(),
+    {"csv": "Csv CsvFiles", "json_lines": "JsonLines JsonLinesFiles", "text": "Text TextFiles"},
+)

@@ -1,26 +1,20 @@
-"""JSON Lines: one value a line, in files that are read from where the last run stopped, or appear with checkpoints."""
+"""JSON Lines: one value a line."""
 
 from __future__ import annotations
 
 import base64
-import glob
 import json
 import math
-import os
 import pickle
-from collections import deque
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from sage.connector import Source, TransactionalSink
+from sage.connectors.files import FileSink, FileSource, Format, Lines
 from sage.errors import ConnectorError, describe, hint, short
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import os
+    from collections.abc import Iterator
 
-READ_BYTES = 1 << 20
-LINE_END, CARRIAGE_RETURN = b"\n\r"
 
 TEXT_LENGTH_MAX = 1_000
 """How long the text of a value is at most that JSON does not have."""
@@ -28,95 +22,6 @@ TEXT_LENGTH_MAX = 1_000
 DEPTH_MAX = 100
 INTEGERS_END = 1 << 1_000
 """Python refuses to read and write much longer numbers as text."""
-
-PREPARED = ".prepared"
-"""The end of the name of a file that has not appeared, so that patterns for the others do not find it."""
-
-
-class JsonLines(Source[Any]):
-    """Reads the values in all files of a pattern, file by file in the order of their names.
-
-    It ends after the last file. Its position is the number of bytes read of each file, so that a durable job that runs
-    again reads only lines that are new, at the end of a file or in further files. A last line without a line end counts
-    as a line.
-
-    Args:
-        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders.
-    """
-
-    def __init__(self, pattern: str | os.PathLike[str]) -> None:
-        self._pattern = os.fspath(pattern)
-        self._offsets: dict[str, int] = {}
-        self._left: deque[str] = deque()
-        self._file: BinaryIO | None = None
-        self._path = ""
-
-    def open(self, position: dict[str, int] | None = None) -> None:
-        """Find the files.
-
-        Raises:
-            ConnectorError: a file is shorter than it was, a line that was read has grown, or no file matches, and none
-                ever did.
-        """
-        self._offsets = dict(position or {})
-        self._left = deque(sorted(glob.glob(self._pattern, recursive=True)))
-        if not self._left and not self._offsets:
-            error = ConnectorError(f'no file matches "{self._pattern}"', fault="external")
-            raise hint(error, f"The program runs in {os.getcwd()}.")
-        for path in self._left:
-            size, read = os.path.getsize(path), self._offsets.get(path, 0)
-            if size < read:
-                text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
-                error = ConnectorError(text, fault="external")
-                raise hint(error, "Give other contents another name; a durable job reads on where it stopped.")
-            if 0 < read < size and _is_inside_a_line(path, read):
-                text = f'file "{path}" goes on inside a line that was read before, at byte {read:,}'
-                error = ConnectorError(text, fault="external")
-                raise hint(error, "Write whole lines, or write elsewhere and rename the file when it is complete.")
-
-    def read(self, records_max: int) -> list[Any] | None:
-        """Return the values of the next lines."""
-        records: list[Any] = []
-        while len(records) < records_max:
-            if self._file is None:
-                if not self._left:
-                    break
-                self._path = self._left.popleft()
-                self._file = open(self._path, "rb", READ_BYTES)  # noqa: SIM115  (closed by `close`)
-                self._file.seek(self._offsets.get(self._path, 0))
-            line = self._file.readline()
-            if not line:
-                self._file.close()
-                self._file = None
-                continue
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except ValueError as error:
-                    if records:
-                        self._file.seek(-len(line), os.SEEK_CUR)  # those before it go on first
-                        break
-                    offset = self._offsets.get(self._path, 0)
-                    text = f'file "{self._path}" has a line that is not JSON at byte {offset:,}: {short(line)}'
-                    raise ConnectorError(text, fault="external") from error
-            self._offsets[self._path] = self._offsets.get(self._path, 0) + len(line)
-        return records or None
-
-    def position(self) -> dict[str, int]:
-        """Return how many bytes of each file were read."""
-        return dict(self._offsets)
-
-    def close(self) -> None:
-        """Close the file that is being read."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _is_inside_a_line(path: str, offset: int) -> bool:
-    with open(path, "rb") as file:
-        file.seek(offset - 1)
-        before, *after = file.read(2)
-    return before != LINE_END and after[0] not in (LINE_END, CARRIAGE_RETURN)
 
 
 def as_json(name: str, value: Any) -> dict[str, Any]:
@@ -149,15 +54,47 @@ def _is_json(value: Any, depth: int = 0) -> bool:
     return value is None or kind is bool
 
 
-def _line(value: object) -> str:
-    try:
-        return f"{json.dumps(value, ensure_ascii=False)}\n"
-    except (TypeError, ValueError) as error:
-        refused = ConnectorError(f"record {short(value)} cannot be written as JSON: {describe(error)}")
-        raise hint(refused, "Map it to dicts, lists, texts and numbers before the sink.") from error
+class JsonFormat(Format[Any]):
+    """A value a line; empty lines are passed over."""
+
+    suffix = ".jsonl"
+
+    def decode(self, lines: Lines, header: Any) -> Iterator[Any]:  # noqa: ARG002
+        """Yield the values."""
+        for line in lines:
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError("is not JSON") from error
+                yield value
+
+    def encode(self, record: Any) -> bytes:
+        """Return the line of a value."""
+        try:
+            return f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+        except (TypeError, ValueError) as error:
+            refused = ConnectorError(f"record {short(record)} cannot be written as JSON: {describe(error)}")
+            raise hint(refused, "Map it to dicts, lists, texts and numbers before the sink.") from error
 
 
-class JsonLinesFiles(TransactionalSink[Any]):
+class JsonLines(FileSource[Any]):
+    """Reads the values in all files of a pattern, one value a line, file by file in the order of their names.
+
+    It ends after the last file. Its position is the number of bytes read of each file, so that a durable job that runs
+    again reads only lines that are new, at the end of a file or in further files. A last line without a line end counts
+    as a line.
+
+    Args:
+        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders.
+        bad_lines: "fail" ends the job at a line that is not JSON; "skip" leaves it out, and the report counts it.
+    """
+
+    def __init__(self, pattern: str | os.PathLike[str], *, bad_lines: str = "fail") -> None:
+        super().__init__(pattern, JsonFormat(), bad_lines)
+
+
+class JsonLinesFiles(FileSink[Any]):
     """Writes values into files of a folder, one value a line; a file appears when its checkpoint is complete.
 
     Until then its name begins with a dot. Nothing changes in a file that has appeared. In the order of their names, the
@@ -168,73 +105,4 @@ class JsonLinesFiles(TransactionalSink[Any]):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
-        self._part = ""
-        self._file: BinaryIO | None = None
-
-    def open(self, part: str, checkpoint: int) -> None:
-        """Make the folder, and remove files of this part that belong to no checkpoint."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            text = f'folder "{self._folder}" cannot be written into: {describe(error)}'
-            raise ConnectorError(text, fault="external") from error
-        self._part = part
-        self._writing.unlink(missing_ok=True)
-        for path in self._folder.iterdir():
-            name = path.name.removeprefix(".").removesuffix(PREPARED).removesuffix(".jsonl")
-            begin, _, number = name.rpartition("-")
-            if begin == part and int(number) > checkpoint:
-                path.unlink()
-
-    @property
-    def _writing(self) -> Path:
-        return self._folder / f".{self._part}.writing"
-
-    def _prepared(self, name: str) -> Path:
-        return self._folder / f".{name}{PREPARED}"
-
-    def write(self, batch: Sequence[Any]) -> None:
-        """Add a line for each value.
-
-        Raises:
-            ConnectorError: a value is not JSON.
-        """
-        if self._file is None:
-            self._file = self._writing.open("wb")
-        self._file.write("".join(map(_line, batch)).encode())
-
-    def prepare(self, number: int) -> str | None:
-        """Write the file through to the disk, and return the name that it will have."""
-        if self._file is None:
-            return None
-        file, self._file = self._file, None
-        with file:
-            file.flush()
-            os.fsync(file.fileno())
-        name = f"{self._part}-{number:08}.jsonl"
-        self._writing.replace(self._prepared(name))
-        self._sync()
-        return name
-
-    def commit(self, token: str) -> None:
-        """Give the file its name."""
-        # If it is not there any more, it has its name already, or somebody has taken it on from there.
-        with suppress(FileNotFoundError):
-            self._prepared(token).replace(self._folder / token)
-        self._sync()
-
-    def abort(self) -> None:
-        """Remove the file that was not prepared."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._writing.unlink(missing_ok=True)
-
-    def _sync(self) -> None:
-        """Write the names of the folder through to the disk."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        super().__init__(folder, JsonFormat())
