@@ -18,7 +18,7 @@ from enum import Enum
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sage._logs import log_of
@@ -28,6 +28,7 @@ from sage.serving import PipelineService
 
 if TYPE_CHECKING:
     from sage._plan.logical import ServiceSpec
+    from sage.failure import FailedRecord
 
 log = log_of("sage.cassette")
 
@@ -47,20 +48,29 @@ SECRET_LENGTH_MIN = 8
 
 TABLE = """CREATE TABLE IF NOT EXISTS calls(
     service TEXT, method TEXT, hash TEXT, number INTEGER, is_awaited INTEGER, asked TEXT, answer BLOB, duration_s REAL,
-    PRIMARY KEY (service, method, hash, number)
+    ended_at REAL, PRIMARY KEY (service, method, hash, number)
 ) WITHOUT ROWID"""
+
+FAILED_TABLE = "CREATE TABLE IF NOT EXISTS failed(number INTEGER PRIMARY KEY, job TEXT, record BLOB)"
 
 
 class Cassette:
     """A file of calls: services write to it, or are answered from it.
 
+    Args:
+        path: the file.
+        way: whether it is written or read.
+        since: leave out the answers of equal calls that ended earlier, in seconds since the epoch, unless there are no
+            later ones.
+
     Raises:
         GraphError: the file cannot be used.
     """
 
-    def __init__(self, path: str, way: Literal["record", "replay"]) -> None:
-        self._path = path
+    def __init__(self, path: str, way: Literal["record", "replay"], since: float = 0.0) -> None:
+        self.path = path
         self._way = way
+        self._since = since
         # How often each call was replayed, over all jobs of an environment: a later one goes on where it was.
         self._numbers: Counter[tuple[str, str, str]] = Counter()
         try:
@@ -77,11 +87,15 @@ class Cassette:
         if spec.target is PipelineService:  # it runs in the job itself
             return spec
         if self._way == "record":
-            return replace(spec, target=Recorded(spec.target, self._path, spec.name)) if spec.command is None else spec
+            return replace(spec, target=Recorded(spec.target, self.path, spec.name)) if spec.command is None else spec
         one = spec.options.of_one()
         options = replace(one, host=None, shared=False, restart="never", call_timeout_s=None, rate=None)
-        args = (self._path, spec.name, self._numbers, spec.command is not None)
+        args = (self.path, spec.name, self._numbers, spec.command is not None, self._since)
         return replace(spec, target=replayed, args=args, kwargs={}, options=options, command=None)
+
+    def tape(self) -> Tape | None:
+        """Return a tape for records that fail, which the caller closes, or None if nothing is recorded."""
+        return Tape(self.path, "", may_write=True) if self._way == "record" else None
 
 
 @cache
@@ -126,7 +140,8 @@ class Tape:
         self._file = sqlite3.connect(address, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             self._file.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing by that
-            self._file.execute(TABLE if may_write else "SELECT number FROM calls LIMIT 1")
+            for statement in (TABLE, FAILED_TABLE) if may_write else ("SELECT ended_at FROM calls LIMIT 1",):
+                self._file.execute(statement)
         except BaseException:
             self._file.close()
             raise
@@ -140,29 +155,57 @@ class Tape:
     def asked(self, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
         """Return the arguments of a call as text that is the same for equal ones, without secrets."""
         text = f"({', '.join([*map(written, args), *(f'{name}={written(kwargs[name])}' for name in sorted(kwargs))])})"
+        return self.hide(text)
+
+    def hide(self, text: str) -> str:
+        """Return a text without secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "*" * len(secret))
         return text
 
     def write(self, method: str, asked: str, said: Said, duration_s: float = 0.0, *, is_awaited: bool = False) -> None:
         """Add a call and its answer. What cannot be written is left out, as the answer is worth more than its copy."""
-        try:
-            answer = pickle.dumps(said, pickle.HIGHEST_PROTOCOL)
-        except Exception:  # an answer of any kind, whose own code runs
-            log.warning("answer cannot be recorded service=%r method=%s answer=%s", self.service, method, short(said))
-            answer = pickle.dumps(Said("lost", short(said.value)))
-        for secret in self._secrets:  # as many bytes, so that the pickle stays one
-            answer = answer.replace(secret.encode(), b"*" * len(secret.encode()))
+        answer = self._pickled(said, f"answer cannot be recorded service={self.service!r} method={method}")
         of_call = (self.service, method, _hash(asked))
         try:
             with self._lock:
                 self._file.execute(
-                    "INSERT INTO calls SELECT ?, ?, ?, COALESCE(MAX(number), 0) + 1, ?, ?, ?, ? FROM calls"
+                    "INSERT INTO calls SELECT ?, ?, ?, COALESCE(MAX(number), 0) + 1, ?, ?, ?, ?, ? FROM calls"
                     " WHERE service = ? AND method = ? AND hash = ?",
-                    (*of_call, is_awaited, asked[:ASKED_MAX], answer, duration_s, *of_call),
+                    (*of_call, is_awaited, asked[:ASKED_MAX], answer, duration_s, time(), *of_call),
                 )
         except sqlite3.Error as error:
             log.error("call cannot be recorded service=%r method=%s file=%s error=%s", *of_call[:2], self._path, error)
+
+    def keep(self, job: str, failed: FailedRecord) -> int | None:
+        """Keep a record that failed in a job, and return its number, or None if the file cannot be written."""
+        about = f"record cannot be kept operator={failed.operator!r}"
+        record = self._pickled(Said("value", (failed.value, failed.keys, failed.port, failed.began_at)), about)
+        try:
+            with self._lock:
+                return self._file.execute("INSERT INTO failed(job, record) VALUES(?, ?)", (job, record)).lastrowid
+        except sqlite3.Error as error:
+            log.error("%s file=%s error=%s", about, self._path, error)
+            return None
+
+    def kept(self, job: str, number: int) -> Said | None:
+        """Return a record that failed in a job: its value, keys, port and `began_at`; None if it is not here."""
+        try:
+            rows = self._found("SELECT record FROM failed WHERE number = ? AND job = ?", (number, job))
+        except sqlite3.Error:  # a cassette on which no job could have kept records
+            return None
+        return pickle.loads(rows[0][0]) if rows else None
+
+    def _pickled(self, said: Said, about: str) -> bytes:
+        """Return an answer or a record as bytes without secrets, or a description if it cannot be pickled."""
+        try:
+            pickled = pickle.dumps(said, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # a value of any kind, whose own code runs
+            log.warning("%s value=%s", about, short(said))
+            pickled = pickle.dumps(Said("lost", short(said.value)))
+        for secret in self._secrets:  # as many bytes, so that the pickle stays one
+            pickled = pickled.replace(secret.encode(), b"*" * len(secret.encode()))
+        return pickled
 
     def on(self, method: str, attribute: object) -> Any:
         """Return an attribute of the service: a method that records its calls, or a value, which is recorded now."""
@@ -180,6 +223,15 @@ class Tape:
             (self.service, method, _hash(asked), number),
         )
         return pickle.loads(rows[0][0]) if rows else None
+
+    def count_before(self, method: str, asked: str, since: float) -> int:
+        """Return how many answers of a call ended before `since`, but leave at least one."""
+        rows = self._found(
+            "SELECT COUNT(*), COALESCE(SUM(ended_at < ?), 0) FROM calls WHERE service = ? AND method = ? AND hash = ?",
+            (since, self.service, method, _hash(asked)),
+        )
+        count, before = map(int, rows[0])
+        return min(before, max(count - 1, 0))
 
     def coroutines(self) -> list[str]:
         """Return the names of the methods that were awaited."""
@@ -323,9 +375,10 @@ class AsyncPiecesOnTape(_OnTape, AsyncGenerator[Any, Any]):
 class Replayed:
     """Answers in the place of a service, from a file."""
 
-    def __init__(self, tape: Tape, numbers: Counter[tuple[str, str, str]], *, is_command: bool) -> None:
+    def __init__(self, tape: Tape, numbers: Counter[tuple[str, str, str]], *, is_command: bool, since: float) -> None:
         self._tape = tape
         self._numbers = numbers
+        self._since = since
         self._lock = threading.Lock()
         self._is_command = is_command
 
@@ -347,6 +400,8 @@ class Replayed:
         asked = self._tape.asked(args, kwargs)
         with self._lock:
             key = (self._tape.service, method, asked)
+            if self._since and key not in self._numbers:
+                self._numbers[key] = self._tape.count_before(method, asked, self._since)
             self._numbers[key] += 1
             number = self._numbers[key]
         said = self._tape.read(method, asked, number)
@@ -361,7 +416,9 @@ class Replayed:
         return PiecesAgain(said) if said.form == "pieces" else said.value
 
 
-def replayed(path: str, service: str, numbers: Counter[tuple[str, str, str]], is_command: bool) -> Replayed:
+def replayed(
+    path: str, service: str, numbers: Counter[tuple[str, str, str]], is_command: bool, since: float
+) -> Replayed:
     """Return what answers in the place of a service; methods that were awaited are coroutine methods again."""
 
     def later(name: str) -> Callable[..., Any]:
@@ -372,7 +429,7 @@ def replayed(path: str, service: str, numbers: Counter[tuple[str, str, str]], is
 
     tape = Tape(path, service, may_write=False)
     kind = type("Replayed", (Replayed,), {name: later(name) for name in tape.coroutines()})
-    made: Replayed = kind(tape, numbers, is_command=is_command)
+    made: Replayed = kind(tape, numbers, is_command=is_command, since=since)
     return made
 
 

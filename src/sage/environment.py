@@ -19,7 +19,7 @@ from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import builder_of, check_service_arguments, class_of, source_spec
 from sage._runtime.manager import JobManager
 from sage.durable import Durable
-from sage.errors import DuplicateNameError, GraphError, hint, short
+from sage.errors import DuplicateNameError, GraphError, describe, hint, short
 from sage.functions import BaseFunction
 from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions, unknown_service
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sage._types import T, U
     from sage.command import Ready, RunningCommand, Word
     from sage.connector import Source
-    from sage.failure import DeadLetter
+    from sage.failure import DeadLetter, FailedRecord
     from sage.functions import BatchFunction, SourceFunction, StopSignal
     from sage.report import JobReport
     from sage.serving import ServedPipeline
@@ -668,6 +668,24 @@ class Environment:
             handler = session.open_job(self.name, job.id)
             job._when_sealed(lambda _: session.close_job(handler))
 
+    def _keep_failed(self, job: Job) -> None:
+        """Let records that fail be kept for `sage replay`, if calls are recorded and a file tells of the job."""
+        report = job._report_file
+        if self._cassette is None or report is None or (tape := self._cassette.tape()) is None:
+            return
+        path = self._cassette.path
+        job._when_sealed(lambda _: tape.close())
+
+        def keep(failed: FailedRecord) -> None:
+            number = tape.keep(job.id, failed)
+            if number is not None:
+                record, error = tape.hide(short(failed.value)), tape.hide(describe(failed.error))
+                report.fail(failed.operator, record, error, path, number)
+
+        for task in job.dispatcher.supervisor.tasks.values():
+            for operator in task.operators:
+                operator.keep_failed = keep
+
     def _show_log(self, level: str) -> None:
         from sage.observability import console_level
 
@@ -788,6 +806,7 @@ class Environment:
             try:
                 job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept.hosts), keep)
                 self._open_files(job)
+                self._keep_failed(job)
             except BaseException:
                 if job is not None:
                     job.dispatcher.discard()

@@ -29,6 +29,27 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedRecord:
+    """A record that failed, as a cassette keeps it.
+
+    Attributes:
+        value: the record as it came to the operator.
+        keys: its key, or nothing in a stream without keys.
+        port: the input of the operator that it came from.
+        operator: the name of the operator.
+        error: the function's exception.
+        began_at: when the function was last called with it, in seconds since the epoch.
+    """
+
+    value: Any
+    keys: tuple[Any, ...]
+    port: int
+    operator: str
+    error: BaseException
+    began_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Retry:
     """Call the function again for the same record, with pauses that double.
 

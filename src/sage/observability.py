@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -185,7 +186,7 @@ class SessionLogs:
 
 
 class ReportFile:
-    """The file that tells of jobs in JSON Lines while they run: each event, each hook, and the report at the end.
+    """The file that tells of jobs in JSON Lines while they run: each event and hook, and the report at the end.
 
     Each line is written at once and in one piece, so that a killed process leaves everything up to that moment, and
     several jobs may write to the same file; `job` in a line says which it was. After the first write that fails nothing
@@ -200,6 +201,7 @@ class ReportFile:
         self._file = file
         self._job = job
         self._problem = problem
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], job: str, name: str, *, must_open: bool = True) -> ReportFile:
@@ -223,7 +225,9 @@ class ReportFile:
                 raise hint(wrong, "Its folder has to exist, and it has to be a file.") from error
             return cls(path, None, job, problem)
         file = cls(path, opened, job)
-        file._write("job", {"at": time.time(), "name": name, "pid": os.getpid()})
+        program = getattr(sys.modules["__main__"], "__file__", None)
+        program = None if program is None else os.path.abspath(program)
+        file._write("job", {"at": time.time(), "name": name, "pid": os.getpid(), "program": program})
         return file
 
     def note(self, event: Event | HookEvent) -> None:
@@ -233,10 +237,16 @@ class ReportFile:
         else:
             self._write("hook", {"at": event.at, "service": event.service, **asdict(event.report)})
 
+    def fail(self, operator: str, record: str, error: str, cassette: str, number: int) -> None:
+        """Write that a record failed, and where it is kept; any thread may call this."""
+        about = {"operator": operator, "record": record, "error": error, "cassette": cassette, "number": number}
+        self._write("failed", {"at": time.time(), **about})
+
     def end(self, report: JobReport) -> None:
         """Write the report, close the file, and say on standard error if something could not be written."""
         self._write("report", report.to_dict())
-        self._close()
+        with self._lock:
+            self._close()
         if not self._problem:
             return
         text = f'report file "{os.fspath(self._path)}" is not complete: {self._problem}'
@@ -248,16 +258,17 @@ class ReportFile:
                 sys.stderr.write(f"warning: {text}\n")
 
     def _write(self, kind: str, values: Mapping[str, object]) -> None:
-        if self._file is None:
-            return
         line = json.dumps({"type": kind, "job": self._job, **values}, default=str).encode() + b"\n"
-        try:
-            is_whole = self._file.write(line) == len(line)
-            self._problem = "" if is_whole else "a line could be written in part only"
-        except OSError as error:
-            self._problem = error.strerror or str(error)
-        if self._problem:
-            self._close()
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                is_whole = self._file.write(line) == len(line)
+                self._problem = "" if is_whole else "a line could be written in part only"
+            except OSError as error:
+                self._problem = error.strerror or str(error)
+            if self._problem:
+                self._close()
 
     def _close(self) -> None:
         if self._file is not None:

@@ -20,7 +20,7 @@ from sage._control.errors import said_to_a_person
 from sage._control.explanation import explaining
 from sage._control.program import Program
 from sage._control.projects import make_project
-from sage._control.saved import read
+from sage._control.saved import known_jobs
 from sage._guardian.lease import runs_folder
 from sage._guardian.run_folder import reap_folder, stale_folders
 from sage._ray.kept_cluster import WARM, end_kept_cluster, kept_cluster
@@ -216,12 +216,8 @@ def report(file: Path, html: Path | None, svg: Path | None) -> None:
 
     If the program was killed, you see everything up to that moment.
     """
-    try:
-        saved = read(file)
-    except OSError as error:
-        raise click.ClickException(f"{file} cannot be read: {error.strerror or error}") from error
-    if not saved.jobs:
-        raise click.ClickException(f"{file} does not contain a job")
+    with said_to_a_person():
+        saved = known_jobs(file)
     if html is not None:
         _write(html, timeline.page(saved))
     if svg is not None:
@@ -232,6 +228,41 @@ def report(file: Path, html: Path | None, svg: Path | None) -> None:
     if saved.unread_count:
         lines = "1 line was" if saved.unread_count == 1 else f"{saved.unread_count} lines were"
         click.echo(f"{lines} not readable and left out", err=True)
+
+
+@main.command(cls=OfProgram, context_settings=PASSED_ON)
+@click.argument("report", type=FILE)
+@click.argument("file", type=FILE, required=False)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.option("--record", "id_", metavar="ID", type=click.IntRange(min=1), help="The failed record to run.")
+@click.option("--pdb", "debugs", is_flag=True, help="Enter the debugger at the line that fails.")
+@click.option("--cassette", type=FILE, help="The cassette, if it is not where the job wrote it.")
+def replay(
+    report: Path, file: Path | None, args: tuple[str, ...], id_: int | None, debugs: bool, cassette: Path | None
+) -> None:
+    """Run one failed record of an earlier job alone, with the answers that it got, or list the failed records.
+
+    REPORT and the cassette are files of `sage run FILE --report REPORT --record CASSETTE`. Your program runs up to the
+    submit of that job; give FILE if it has moved, and its arguments if it takes any. Then only the operator that failed
+    runs, on the record as it came to it, and each call of a service is answered from the cassette. No service and no
+    other job is started. What the operator does without a service, such as writing to a file, is done again. Without
+    --record, the failed records are listed with their IDs.
+
+    Exit codes: 0 if the record goes through, 1 if it fails again, 2 if it cannot be replayed.
+    """
+    from sage._control import replay
+
+    with said_to_a_person(exit_code=2):
+        failures = replay.failures_of(known_jobs(report), report)
+        if id_ is None:
+            click.echo(replay.listing(failures))
+            return
+        job, failure = replay.chosen(failures, id_, report)
+        calls = replay.cassette_of(failure) if cassette is None else cassette
+        program = Program(replay.program_of(job) if file is None else file, args)
+        for name in ("SAGE_RECORD_FILE", "SAGE_REPLAY_FILE", "SAGE_REPORT_FILE", "SAGE_LOG_DIR"):
+            os.environ.pop(name, None)  # an earlier report or cassette must stay as it is
+        sys.exit(replay.Replay(job, failure, calls, debugs=debugs).run(program))
 
 
 @main.group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def said_to_a_person() -> Iterator[None]:
+def said_to_a_person(exit_code: int = 1) -> Iterator[None]:
     """Let an error of ours end the command with its text and its notes instead of a traceback."""
     try:
         yield
     except (SageError, PermissionError) as error:
-        raise click.ClickException("\n".join([str(error), *getattr(error, "__notes__", ())])) from error
+        click.ClickException("\n".join([str(error), *getattr(error, "__notes__", ())])).show()
+        sys.exit(exit_code)

@@ -100,10 +100,7 @@ class Program:
                 return ""
             case SystemExit(code=code):
                 return code if isinstance(code, str) else ""
-        shown = traceback.TracebackException.from_exception(self.error, compact=True)
-        if not isinstance(self.error, InternalError):
-            _leave_out_own_code(shown, set())
-        return "".join(shown.format())
+        return text_of(self.error)
 
     def _running(self) -> list[Job]:
         return [job for job in self.jobs if job.is_running]
@@ -183,17 +180,26 @@ def _code_of(report: JobReport) -> int:
     return EXIT_BUDGET if report.state is Outcome.STOPPED and report.why.startswith("budget: ") else 0
 
 
+def text_of(error: BaseException) -> str:
+    """Return an error with its notes and the program's own part of the traceback."""
+    shown = traceback.TracebackException.from_exception(error, compact=True)
+    if not isinstance(error, InternalError):
+        _leave_out_own_code(shown, set())
+    return "".join(shown.format())
+
+
 def _leave_out_own_code(shown: traceback.TracebackException, seen: set[int]) -> None:
     """Leave only the frames of the user's code, in the error and in everything behind it; Error.log has them all."""
     if id(shown) in seen:
         return
     seen.add(id(shown))
-    frames = [frame for frame in shown.stack if not _is_own(frame.filename)]
+    frames = [frame for frame in shown.stack if not is_own(frame.filename)]
     shown.stack = traceback.StackSummary.from_list(frames)
     for other in (shown.__cause__, shown.__context__, *(shown.exceptions or ())):
         if other is not None:
             _leave_out_own_code(other, seen)
 
 
-def _is_own(file_name: str) -> bool:
+def is_own(file_name: str) -> bool:
+    """Return whether a file is part of SAGE, or runs the program for it."""
     return file_name.startswith((OWN_CODE, "<frozen runpy>")) or file_name == runpy.__file__

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sage.errors import ControlError
 from sage.observability import Event, HookEvent
 from sage.report import HookReport, JobReport, hook_lines, printable, seconds, table
 
@@ -16,12 +17,25 @@ SECONDS_MAX = 1e11
 """More than that is damage; it is three thousand years."""
 
 
+@dataclass(frozen=True)
+class SavedFailure:
+    """A record that failed: where, on which record, how, and its number in which cassette."""
+
+    operator: str
+    record: str
+    error: str
+    cassette: str
+    number: int
+
+
 @dataclass
 class SavedJob:
-    """One job of a report file."""
+    """One job of a report file; `program` is the path of the program, or None if it is not known."""
 
     id: str
     name: str = ""
+    program: str | None = None
+    failures: list[SavedFailure] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     hooks: list[HookEvent] = field(default_factory=list)
     report: JobReport | None = None
@@ -38,7 +52,14 @@ class SavedJob:
         match line.get("type", "report"):
             case "job":
                 self.name = str(line["name"])
+                self.program = line.get("program")
                 self._reach(line["at"])
+            case "failed":
+                operator, record, text, cassette = (
+                    str(line[key]) for key in ("operator", "record", "error", "cassette")
+                )
+                self._reach(line["at"])
+                self.failures.append(SavedFailure(operator, record, text, cassette, int(line["number"])))
             case "event":
                 subject, name, before, after = (str(line[key]) for key in ("subject", "name", "before", "after"))
                 self.events.append(Event(self._reach(line["at"]), subject, name, before, after))
@@ -114,6 +135,21 @@ def read(path: Path) -> Saved:
         else:
             jobs[id_] = job
     return Saved(tuple(jobs.values()), unread_count)
+
+
+def known_jobs(path: Path) -> Saved:
+    """Read a report file that has to tell of a job.
+
+    Raises:
+        ControlError: it does not, or it cannot be read.
+    """
+    try:
+        saved = read(path)
+    except OSError as error:
+        raise ControlError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not saved.jobs:
+        raise ControlError(f"{path} does not contain a job")
+    return saved
 
 
 def _number(value: Any) -> float:

@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections import deque
 from contextlib import suppress
+from time import time
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.holder import BufferingOperator
@@ -45,6 +46,7 @@ class Slot:
 
     __slots__ = (
         "attempts",
+        "began_at",
         "error",
         "is_done",
         "is_given_back",
@@ -64,6 +66,7 @@ class Slot:
         self.result: Any = None
         self.error: BaseException | None = None
         self.attempts = 0
+        self.began_at = 0.0
         self.is_done = False
         self.is_given_back = False
         self.is_pausing = False
@@ -251,8 +254,8 @@ class MapAsync(BufferingOperator):
                 self.leave(self._record(slot))
                 continue
             if slot.error is not None:
-                failed = Batch([slot.value], None, [slot.request])
-                if not self.give_up(failed, 0, slot.error, slot.attempts):
+                self.began_at = slot.began_at
+                if not self.give_up(self._record(slot), 0, slot.error, slot.attempts):
                     break
             elif not (self._drops_none and slot.result is None):
                 kept.append(slot)
@@ -342,6 +345,7 @@ class MapAsync(BufferingOperator):
                 slot.is_given_back = True
                 return
             slot.attempts += 1
+            slot.began_at = time()
             try:
                 slot.result = await (self._call(slot.value) if self._timeout_s is None else self._in_time(slot.value))
                 return

@@ -6,6 +6,7 @@ import importlib
 from collections import deque
 from itertools import chain
 from operator import countOf
+from time import time
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.holder import BufferingOperator
@@ -106,6 +107,8 @@ class MapBatches(BufferingOperator):
         start = 0
         for start in range(0, len(values), size):
             argument = values[start : start + size]
+            if self.keep_failed is not None:
+                self.began_at = time()
             try:
                 given = call(argument if pack is None else pack(argument))
                 if type(given) is not list or len(given) != size:

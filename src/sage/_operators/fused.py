@@ -188,7 +188,8 @@ def segments_of(operators: Sequence[Operator]) -> dict[int, FusedLoop]:
     parts: list[InlineCode] = []
     for place, operator in enumerate([*operators, None]):
         has_key = any(part.sets_key for part in parts)
-        inlined = None if operator is None else operator.inlined(has_key=has_key)
+        is_alone = operator is None or operator.keep_failed is not None  # it takes the time of each record
+        inlined = None if operator is None or is_alone else operator.inlined(has_key=has_key)
         if inlined is not None:
             parts.append(inlined)
             if inlined.gives:

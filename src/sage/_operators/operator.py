@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import time
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sage._forks import leave_if_forked
@@ -12,7 +13,7 @@ from sage._operators.costs import Costs
 from sage._standard_streams import is_of_output
 from sage.connector import TransactionalSink
 from sage.errors import CheckpointError, FunctionError, describe, hint, is_held_back, short
-from sage.failure import DeadLetter
+from sage.failure import DeadLetter, FailedRecord
 from sage.functions import BaseFunction, is_coroutine_function
 from sage.observability import OperatorMetrics
 from sage.records import Batch
@@ -120,6 +121,9 @@ class Operator:
             that it came from; None in any other job.
         port: the input of the batch in hand, if the operator has several.
         keyed: in a durable job, the values of its keys; None in any other job, or without any.
+        keep_failed: keeps a record that failed, for `sage replay`; None if the calls of the job are not recorded.
+        began_at: when the function was called with the record in hand, in seconds since the epoch; 0.0 if nothing
+            keeps the record.
     """
 
     keeps_records: ClassVar[bool] = False
@@ -131,6 +135,8 @@ class Operator:
     left: list[tuple[int, Batch]] | None = None
     port: int = 0
     keyed: KeyedState | None = None
+    keep_failed: Callable[[FailedRecord], None] | None = None
+    began_at: float = 0.0
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         self.node = node
@@ -311,7 +317,7 @@ class Operator:
         dropped: set[int] = set()
         while True:
             reading = span.begin(values if begun == 0 else values[begun:])
-            records = reading
+            records = reading if self.keep_failed is None else self._timed(reading)
             if self._sees_keys and batch.keys is not None:
                 records = _telling_keys(reading, batch.keys[begun:], self.context)
             try:
@@ -336,6 +342,12 @@ class Operator:
             batch = batch.slice(0, done)
         self.metrics.records_in += done
         return batch.select([place not in dropped for place in range(done)]) if dropped else batch
+
+    def _timed(self, reading: Iterator[Any]) -> Iterator[Any]:
+        """Yield the records, and keep the time at which the function gets each."""
+        for value in reading:
+            self.began_at = time()
+            yield value
 
     def _goes_on(self, batch: Batch, place: int, error: BaseException) -> bool:
         """Apply the policy to a failed record and return whether the next one follows at once."""
@@ -380,6 +392,10 @@ class Operator:
             self.leave(batch.slice(place, place + 1))
             return True
         self.metrics.failed += 1
+        if self.keep_failed is not None and isinstance(error, Exception):
+            keys = () if batch.keys is None else (batch.keys[place],)
+            failed = FailedRecord(batch.values[place], keys, self.port, self.node.name, error, self.began_at)
+            self.keep_failed(failed)
         if not self.fails_job(error, request):
             if request is None and self.node.on_error.then == "letters":
                 letter = DeadLetter(batch.values[place], error, self.node.name, attempts)
