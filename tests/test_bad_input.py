@@ -33,6 +33,10 @@ from sage.testing import StepBackend
 pytestmark = pytest.mark.sage_clean(within_s=0.0)
 
 
+async def later(one: object, other: object) -> object:
+    return one, other
+
+
 def note_of(error: BaseException) -> str:
     notes: list[str] = error.__notes__
     return "\n".join(notes)
@@ -117,6 +121,31 @@ Build = Callable[[DataStream], Any]
         (lambda s: s.fill_future(s), "is filled, but it is not a future", "env.from_future(name)"),
         (lambda s: s.reduce(max), 'reduce: the stream ("source") has no keys', "Call keyby(...)"),
         (lambda s: s.connect(s).join(lambda *_: []), "has no keys", "Call keyby(...)"),
+        (lambda s: s.stateful_map(divmod, 0), 'stateful_map: the stream ("source") has no keys', "Call keyby(...)"),
+        (lambda s: s.count(), 'count: the stream ("source") has no keys', "Call keyby(...)"),
+        (lambda s: s.aggregate(0, max), 'aggregate: the stream ("source") has no keys', "Call keyby(...)"),
+        (lambda s: s.top_k(1), 'top_k: the stream ("source") has no keys', "Call keyby(...)"),
+        (lambda s: s.distinct(), 'distinct: the stream ("source") has no keys', "Call keyby(...)"),
+        (lambda s: s.changed(), 'changed: the stream ("source") has no keys', "Call keyby(...)"),
+        (lambda s: s.keyby(abs).stateful_map(lambda a: a, 0), "has the wrong arity", "calls it with 2 arguments"),
+        (lambda s: s.keyby(abs).stateful_map(divmod, list), "stateful_map: initial is <class 'list'>", "such as []"),
+        (lambda s: s.keyby(abs).aggregate(lambda: 0, max), "aggregate: initial is <function", "a copy of it"),
+        (
+            lambda s: s.keyby(abs).aggregate(threading.Lock(), max),
+            "cannot be copied: TypeError",
+            "begins with a copy of it",
+        ),
+        (lambda s: s.keyby(abs).aggregate(0, abs), "aggregate: add is abs, which has the wrong arity", "2 arguments"),
+        (lambda s: s.keyby(abs).aggregate(0, max, 7), "aggregate: result is 7, which is not callable", "one argument"),
+        (lambda s: s.keyby(abs).aggregate(0, later), "add is later, which is a coroutine function", "plain function"),
+        (lambda s: s.keyby(abs).count(emit="all"), "count: emit is 'all'", 'It is "each" or "last"'),
+        (lambda s: s.keyby(abs).top_k(0), "top_k: k is 0, which is not a positive", "a whole number"),
+        (lambda s: s.keyby(abs).top_k(2, by=pow), "top_k: by is pow, which has the wrong arity", "one argument"),
+        (
+            lambda s: s.keyby(abs).changed(fingerprint="id"),
+            "fingerprint is 'id', which is not callable",
+            "one argument",
+        ),
         (lambda s: s.map(len, on_error="retry"), "on_error is 'retry'", 'It is "fail", "skip"'),
     ],
 )

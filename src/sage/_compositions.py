@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from sage.functions import FilterFunction, is_coroutine_function
@@ -72,3 +73,52 @@ class Sample(FilterFunction[Any]):
     def restore(self, state: Any) -> None:
         """Go on from a checkpoint."""
         self._generator.setstate(state)
+
+
+def count(before: int, _: object) -> tuple[int, int]:
+    """Count a record."""
+    before += 1
+    return before, before
+
+
+def aggregating(add: Callable[[Any, Any], Any], result: Callable[[Any], object]) -> Callable[..., tuple[Any, Any]]:
+    """Return a function that adds a record and makes the result."""
+
+    def aggregate(before: object, record: object) -> tuple[object, object]:
+        after = add(before, record)
+        return after, after if result is itself else result(after)
+
+    return aggregate
+
+
+def keeping_top(k: int, by: Callable[[Any], Any]) -> Callable[[list[Any], Any], list[Any]]:
+    """Return a function that adds a record to a list of the `k` greatest, the first of equal ones first."""
+
+    def top_k(best: list[Any], record: object) -> list[Any]:
+        if len(best) == k and not by(best[-1]) < by(record):
+            return best
+        return sorted([*best, record], key=by, reverse=True)[:k]
+
+    return top_k
+
+
+def distinct(seen: bool, _: object) -> tuple[bool, bool]:
+    """Say whether the record is the first of its key."""
+    return True, not seen
+
+
+def comparing(fingerprint: Callable[[Any], object]) -> Callable[[Any, Any], tuple[Any, bool]]:
+    """Return a function that says whether a record differs from the one before."""
+
+    def changed(before: tuple[Any] | None, record: object) -> tuple[Any, bool]:
+        after = (fingerprint(record),)
+        if after == before:
+            return before, False
+        return deepcopy(after), True  # the record goes on, and may be changed there
+
+    return changed
+
+
+def itself(value: Any) -> Any:
+    """Return the value."""
+    return value

@@ -6,10 +6,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, Unpack, overload
 
 from sage._arguments import check_count, check_seconds
-from sage._compositions import Limit, Sample, passing_on
+from sage._compositions import Limit, Sample, aggregating, comparing, count, distinct, itself, keeping_top, passing_on
 from sage._handover import Handover
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
-from sage._plan.signature import async_spec, comap_spec, function_spec, place_of
+from sage._plan.signature import async_spec, comap_spec, copy_of_initial, function_spec, place_of, plain_function
 from sage._types import Inputs, K_co, T_co
 from sage.connector import TransactionalSink
 from sage.errors import GraphError, JobError, hint, short
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 Strategy = Literal["hash", "broadcast", "round_robin"]
 
 At = Literal["cluster", "driver"]
+
+Emit = Literal["each", "last"]
 
 STRATEGIES = {"hash": Route.HASH, "broadcast": Route.BROADCAST, "round_robin": Route.ROUND_ROBIN}
 
@@ -699,7 +701,7 @@ class DataStream(Generic[T_co]):
         self,
         function: Callable[[T_co, T_co], T_co | Awaitable[T_co]],
         *,
-        emit: Literal["each", "last"] = "each",
+        emit: Emit = "each",
         **options: Unpack[OperatorOptions],
     ) -> KeyedStream[Any, T_co]: ...
     @overload  # `(word, 1)` is a pair of a string and the literal 1 to some type checkers, and a sum is not
@@ -707,14 +709,14 @@ class DataStream(Generic[T_co]):
         self: DataStream[tuple[Any, ...]],
         function: Callable[[T_co, T_co], Row],
         *,
-        emit: Literal["each", "last"] = "each",
+        emit: Emit = "each",
         **options: Unpack[OperatorOptions],
     ) -> KeyedStream[Any, Row]: ...
     def reduce(
         self,
         function: Any,
         *,
-        emit: Literal["each", "last"] = "each",
+        emit: Emit = "each",
         **options: Any,
     ) -> Any:
         """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
@@ -730,15 +732,206 @@ class DataStream(Generic[T_co]):
             GraphError: the stream has no keys, or `emit` is neither.
 
         >>> from sage.testing import run
-        >>> run("abab", lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: a + b, emit="last"))
+        >>> run(list("abab"), lambda stream: stream.keyby(lambda x: x).reduce(lambda a, b: a + b, emit="last"))
         ['aa', 'bb']
         """
-        if emit not in ("each", "last"):
-            raise hint(GraphError(f"reduce: emit is {emit!r}"), 'It is "each" or "last".')
+        _check_emit("reduce", emit)
         _check_keyed(self._builder, "reduce: the stream", self)
         common, unknown = options_and_arguments(options)
         spec = function_spec(Kind.REDUCE, function, (), unknown)
         return KeyedStream(self._builder, self._then(Kind.REDUCE, spec, common, emit_each=emit == "each"))
+
+    def stateful_map(
+        self,
+        function: Callable[[V, T_co], tuple[V, U] | Awaitable[tuple[V, U]]],
+        initial: V,
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, U]:
+        """Replace each record with a result that also depends on the earlier records of its key.
+
+        Emits the result of each record at once. The stream has to be keyed.
+
+        Args:
+            function: takes the state of the key and the record, and returns `(state, result)`. If it raises, the state
+                stays, so make a new state rather than change the old one if a record may fail.
+            initial: the state of a key before its first record; each key begins with a copy.
+            **options: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or `initial` cannot be copied, or is a class or a function.
+
+        >>> from sage.testing import run
+        >>> run([5, 7, 4], lambda stream: stream.keyby(lambda x: 0).stateful_map(lambda old, x: (x, x - old), 0))
+        [5, 2, -3]
+        """
+        return self._stateful("stateful_map", function, initial, "result", dict(options))
+
+    def count(self, *, emit: Emit = "each", **options: Unpack[OperatorOptions]) -> KeyedStream[Any, tuple[Any, int]]:
+        """Count the records of each key. The stream has to be keyed.
+
+        Args:
+            emit: "each" emits `(key, count)` after every record, "last" once for each key at the end.
+            **options: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or `emit` is neither.
+
+        >>> from sage.testing import run
+        >>> run(list("abab"), lambda stream: stream.keyby(lambda x: x).count(emit="last"))
+        [('a', 2), ('b', 2)]
+        """
+        return self._stateful("count", count, 0, "pair", dict(options), emit=emit)
+
+    @overload
+    def aggregate(
+        self,
+        initial: V,
+        add: Callable[[V, T_co], V],
+        *,
+        emit: Emit = "each",
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, tuple[Any, V]]: ...
+    @overload
+    def aggregate(
+        self,
+        initial: V,
+        add: Callable[[V, T_co], V],
+        result: Callable[[V], U],
+        *,
+        emit: Emit = "each",
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, tuple[Any, U]]: ...
+    @overload  # `(0, 0)` is a pair of the literal 0 to some type checkers, and a sum is not
+    def aggregate(
+        self,
+        initial: tuple[Any, ...],
+        add: Callable[[Any, T_co], tuple[Any, ...]],
+        result: Callable[[Any], U],
+        *,
+        emit: Emit = "each",
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, tuple[Any, U]]: ...
+    def aggregate(
+        self, initial: Any, add: Any, result: Any = itself, *, emit: Emit = "each", **options: Any
+    ) -> KeyedStream[Any, Any]:
+        """Combine the records of each key, beginning with `initial`. The stream has to be keyed.
+
+        Args:
+            initial: the value of a key before its first record; each key begins with a copy.
+            add: takes the value so far and the next record, and returns the new value.
+            result: takes the value, and returns the result to emit, by default the value itself. Make it return a copy
+                if `add` changes the value instead of making a new one.
+            emit: "each" emits `(key, result)` after every record, "last" once for each key at the end.
+            **options: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or an argument cannot work.
+
+        >>> from sage.testing import run
+        >>> mean = dict(initial=(0, 0), add=lambda s, x: (s[0] + x, s[1] + 1), result=lambda s: s[0] / s[1])
+        >>> run([1, 2, 3, 5], lambda stream: stream.keyby(lambda x: x % 2).aggregate(**mean, emit="last"))
+        [(1, 3.0), (0, 2.0)]
+        """
+        return self._aggregate("aggregate", initial, add, result, emit, options)
+
+    def top_k(
+        self,
+        k: int,
+        *,
+        by: Callable[[T_co], Any] = itself,
+        emit: Emit = "each",
+        **options: Unpack[OperatorOptions],
+    ) -> KeyedStream[Any, tuple[Any, list[T_co]]]:
+        """Find the `k` greatest records of each key. The stream has to be keyed.
+
+        Args:
+            k: how many.
+            by: takes a record and returns the value to compare, by default the record itself. Of equal ones, the first
+                that came stands first.
+            emit: "each" emits `(key, records)` after every record, the greatest first, "last" once for each key at the
+                end.
+            **options: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or an argument cannot work.
+
+        >>> from sage.testing import run
+        >>> run([3, 9, 5], lambda stream: stream.keyby(lambda x: "all").top_k(2, emit="last"))
+        [('all', [9, 5])]
+        """
+        check_count("top_k: k is", k)
+        by = plain_function("top_k: by", by, 1)
+        return self._aggregate("top_k", [], keeping_top(k, by), list, emit, dict(options))
+
+    def distinct(self, **options: Unpack[OperatorOptions]) -> KeyedStream[Any, T_co]:
+        """Let the first record of each key pass, and drop the others. The stream has to be keyed.
+
+        Emits a record as soon as it comes. Every key that has come is remembered.
+
+        Raises:
+            GraphError: the stream has no keys.
+
+        >>> from sage.testing import run
+        >>> run(["tea", "milk", "tea"], lambda stream: stream.keyby(lambda word: word).distinct())
+        ['tea', 'milk']
+        """
+        return self._stateful("distinct", distinct, False, "record", dict(options))
+
+    def changed(
+        self, *, fingerprint: Callable[[T_co], object] = itself, **options: Unpack[OperatorOptions]
+    ) -> KeyedStream[Any, T_co]:
+        """Let a record pass if it is the first of its key, or differs from the one before; the stream has to be keyed.
+
+        Emits a record as soon as it comes. In a durable job, the one before may have come in an earlier run.
+
+        Args:
+            fingerprint: takes a record and returns the value to compare and to remember, such as a time of change or a
+                hash, by default the whole record.
+            **options: see the class.
+
+        Raises:
+            GraphError: the stream has no keys, or `fingerprint` is not a function of one record.
+
+        >>> from sage.testing import run
+        >>> run([("a", 1), ("b", 1), ("a", 1), ("a", 2)], lambda stream: stream.keyby(lambda row: row[0]).changed())
+        [('a', 1), ('b', 1), ('a', 2)]
+        """
+        find = plain_function("changed: fingerprint", fingerprint, 1)
+        return self._stateful("changed", comparing(find), None, "record", dict(options))
+
+    def _aggregate(
+        self, method: str, initial: object, add: Any, result: Any, emit: Emit, options: dict[str, Any]
+    ) -> KeyedStream[Any, Any]:
+        """Return the stream of keys and combined values."""
+        add, result = plain_function(f"{method}: add", add, 2), plain_function(f"{method}: result", result, 1)
+        function = aggregating(add, result if emit == "each" else itself)
+        return self._stateful(method, function, initial, "pair", options, emit=emit, result=result)
+
+    def _stateful(
+        self,
+        method: str,
+        function: Any,
+        initial: Any,
+        form: str,
+        options: dict[str, Any],
+        emit: Emit = "each",
+        result: Any = itself,
+    ) -> KeyedStream[Any, Any]:
+        """Return the stream after an operator that calls a function with the state of each key."""
+        _check_emit(method, emit)
+        _check_keyed(self._builder, f"{method}: the stream", self)
+        common, unknown = options_and_arguments(options)
+        spec = function_spec(Kind.STATEFUL_MAP, function, (), unknown)
+        id_ = self._then(
+            Kind.STATEFUL_MAP,
+            spec,
+            common,
+            initial=copy_of_initial(method, initial),
+            form=form,
+            emit_each=emit == "each",
+            result=result,
+        )
+        return KeyedStream(self._builder, id_)
 
     def broadcast(self) -> Self:
         """Send every record to all parallel tasks of the next operator."""
@@ -926,6 +1119,11 @@ def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream[Any]) -> 
     if not isinstance(stream, KeyedStream):
         error = GraphError(f'{label} ("{builder.node(stream._id).name}") has no keys')
         raise hint(error, "Call keyby(...) before it, on each of the streams.")
+
+
+def _check_emit(method: str, emit: object) -> None:
+    if emit not in ("each", "last"):
+        raise hint(GraphError(f"{method}: emit is {emit!r}"), 'It is "each" or "last".')
 
 
 def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:

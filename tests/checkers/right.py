@@ -230,6 +230,17 @@ def keys(env: LocalEnvironment) -> None:
     keyed = texts.keyby(lambda text: text.upper(), name="upper", on_error="skip")
     keyed = texts.key_by(Initial(), name="initial").filter(lambda text: text != "b")
     keyed.reduce(lambda one, other: one + other, emit="last").sink(print)
+    lengths: DataStream[int] = keyed.stateful_map(lambda total, text: (total + len(text), total), 0, name="lengths")
+    lengths = keyed.map(len).stateful_map(divmod, 1, parallelism=2)
+    counted: DataStream[tuple[Any, int]] = keyed.count().keyby(lambda pair: pair[0]).distinct()
+    counted = keyed.count(emit="last", name="counted")
+    counted = keyed.aggregate(0, lambda total, text: total + len(text), emit="last")
+    means: DataStream[tuple[Any, float]] = keyed.aggregate(
+        (0, 1), lambda s, text: (len(text), s[1]), lambda s: s[0] / s[1]
+    )
+    best: DataStream[tuple[Any, list[str]]] = keyed.top_k(3, by=len)
+    keyed.distinct(name="once").changed().changed(fingerprint=len).map(str.upper).sink(print)
+    print(lengths, counted, means, best)
     numbers: DataStream[float] = texts.connect(counts).comap(Both)
     numbers = texts.connect(counts).comap(Both, name="both")
     numbers = texts.connect(counts).comap(len, lambda count: count / 2)

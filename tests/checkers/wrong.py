@@ -70,6 +70,9 @@ def operators(env: LocalEnvironment) -> None:
     numbers.keyby(Initial)  # arg-type, reportArgumentType
     texts.keyby(len, strategy="hashed")  # call-overload, reportArgumentType
     texts.keyby(len).reduce(lambda one, other: len(one))  # arg-type, reportArgumentType
+    texts.keyby(len).stateful_map(lambda total, text: total + len(text), 0)  # arg-type, reportArgumentType
+    texts.keyby(len).count().map(str.upper)  # arg-type, reportArgumentType
+    texts.keyby(len).top_k(3, by=lambda text: text.missing)  # attr-defined, reportAttributeAccessIssue
     texts.connect(numbers).comap(len, lambda number: number.upper())  # attr-defined, reportAttributeAccessIssue
     numbers.connect(numbers).join(Prefix)  # arg-type, reportArgumentType
     texts.union([1, 2])  # arg-type, reportArgumentType

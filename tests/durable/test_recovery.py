@@ -85,6 +85,26 @@ def flat(pair: tuple[int, int]) -> int:
     return pair[0] * 1000 + pair[1]
 
 
+def numbered(count: int, record: int) -> tuple[int, int]:
+    return count + 1, record % 3 * 1000 + count
+
+
+def stateful(stream: DataStream[int], rng: random.Random, parallelism: int) -> DataStream[int]:
+    """Add an operator with a state for each key, whose records do not depend on the order."""
+    keyed = stream.keyby(lambda record: record % 20)
+    emit: Literal["each", "last"] = rng.choice(["each", "last"])
+    match rng.randrange(5):
+        case 0:
+            return stream.keyby(lambda record: record % 3).stateful_map(numbered, 0, parallelism=parallelism)
+        case 1:
+            return keyed.count(emit=emit, parallelism=parallelism).map(flat)
+        case 2:
+            return keyed.top_k(3, emit="last", parallelism=parallelism).flatmap(lambda pair: pair[1])
+        case 3:
+            return stream.keyby(lambda record: record).distinct(parallelism=parallelism)
+    return stream.keyby(lambda record: record).changed(parallelism=parallelism)
+
+
 class Numbering(ProcessFunction[int, int]):
     """Numbers the records of each key: a lost or a doubled state shows."""
 
@@ -156,7 +176,7 @@ def together(first: DataStream[int], second: DataStream[int], rng: random.Random
 
 def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLetter]) -> DataStream[int]:
     parallelism = rng.choice([1, 1, 2, 3])
-    match rng.randrange(12):
+    match rng.randrange(14):
         case 0:
             return stream.map(lambda record: record + 7, parallelism=parallelism)
         case 1:
@@ -187,6 +207,8 @@ def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLe
             return keyed.reduce(added, emit=emit, parallelism=parallelism).map(flat)
         case 10:
             return stream.keyby(lambda record: record % 3).process(Numbering, parallelism=parallelism)
+        case 11 | 12:
+            return stateful(stream, rng, parallelism)
     return stream.rebalance()
 
 

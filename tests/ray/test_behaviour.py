@@ -15,6 +15,7 @@ MODULES = (
     "test_policies",
     "test_connected",
     "test_keys",
+    "test_stateful",
     "test_loops",
     "test_batches",
     "test_async",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from copy import deepcopy
+from itertools import compress, islice
+from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from sage._operators.fused import InlineCode
 from sage._operators.operator import Operator
-from sage._operators.per_record import NOTHING, FlatMap, drop_requests
+from sage._operators.per_record import DROP, NOTHING, FlatMap, drop_requests
+from sage.errors import hint, short
 from sage.records import BATCH_RECORDS_MAX, Batch
 
 if TYPE_CHECKING:
@@ -26,15 +29,41 @@ DURABLE_LINES = (
 )
 
 
-class Reduce(Operator):
-    """Combines the records of each key, in one dict for each task."""
+class Keeping(Operator):
+    """Keeps a value for each key, in one dict for each task, and may emit them at the end."""
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
         self._combined: dict[Any, Any] = {}
-        self._before: dict[Any, Any] = {}
         self._emit_each: bool = node.settings["emit_each"]
         self._last: Iterator[tuple[Any, Any]] = iter(())
+
+    def at_end(self, key: object, value: object) -> object:  # noqa: ARG002
+        """Return the record to emit at the end for a key and its value."""
+        return value
+
+    def finish(self) -> Batch | None:
+        """Return a record for each key, in the order in which the keys came, if only the last is wanted.
+
+        They come in parts, so that the first go on before the last of many have been looked at.
+        """
+        if self._emit_each:
+            return None
+        if not self.more:
+            self._last = iter(self._combined.items()) if self.keyed is None else self.keyed.unsettled()
+        part = list(islice(self._last, BATCH_RECORDS_MAX))
+        self.more = len(part) == BATCH_RECORDS_MAX
+        if not self.more and self.keyed is not None:
+            self.keyed.settle()
+        return Batch([self.at_end(*item) for item in part], [key for key, _ in part]) if part else None
+
+
+class Reduce(Keeping):
+    """Combines the records of each key."""
+
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
+        super().__init__(node, surroundings)
+        self._before: dict[Any, Any] = {}
 
     def prepare(self) -> None:
         """Bind the function, and load the values of a durable job."""
@@ -87,20 +116,104 @@ class Reduce(Operator):
                 value = function(before[key], value)
             combined[key] = value
 
-    def finish(self) -> Batch | None:
-        """Return the combined value of each key, in the order in which the keys came, if only the last is wanted.
 
-        They come in parts, so that the first go on before the last of many have been looked at.
-        """
+class States(dict[Any, Any]):
+    """The states by key; that of a new key is a copy of the initial one.
+
+    Args:
+        initial: the initial state.
+        old: further states by key, which those in this dict replace.
+    """
+
+    __slots__ = ("_initial", "_old")
+
+    def __init__(self, initial: object, old: dict[Any, Any]) -> None:
+        super().__init__()
+        self._initial = initial
+        self._old = old
+
+    def __missing__(self, key: object) -> object:
+        return self._old[key] if key in self._old else deepcopy(self._initial)
+
+
+LINES = {
+    "result": ("{state}[key], value = {call}({state}[key], value)",),
+    "record": ("new, kept = {call}({state}[key], value)", "if not kept:", *DROP, "{state}[key] = new"),
+    "pair": ("{state}[key], value = {call}({state}[key], value)", "value = (key, value)"),
+}
+"""How to work on one record, by the form in which the operator emits."""
+
+
+class StatefulMap(Keeping):
+    """Calls the function with the state of the key and the record; it returns the new state and a result.
+
+    The operator emits the result, or the record if the result is true, or the pair of key and result, or only at the
+    end the pair of each key and its last result. A record that is not emitted because its result is false does not
+    change the state.
+    """
+
+    def prepare(self) -> None:
+        """Bind the function, and load the states of a durable job."""
+        self._call = self.callable_of()
+        self._form: str = self.node.settings["form"]
+        self._result: Callable[[Any], object] = self.node.settings["result"]
+        self._keys: Iterator[Any] = iter(())
+        old: dict[Any, Any] = {}
+        if self.recovery is not None:
+            from sage._operators.keyed_state import KeyedState
+
+            self.keyed = KeyedState(self.recovery.since, self.recovery.changes)
+            old = self.keyed.old
+        self._states = self._combined = States(self.node.settings["initial"], old)
+        if self.keyed is not None:
+            self.keyed.young = self._states
+
+    def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
+        """Return the results, or the records that stay."""
+        self._keys = iter(batch.keys or ())
+        results: list[Any] = []
+        if self._form == "record":
+            done = self.apply(batch, self._verdicts, self._call, results)
+            if done.requests is not None:
+                drop_requests(compress(done.requests, map(not_, results)))
+            return done.select(results)
+        done = self.apply(batch, self._results, self._call, results)
         if self._emit_each:
+            pairs = self._form == "pair" and done.keys is not None
+            return done.replace([*zip(done.keys or (), results, strict=True)] if pairs else results)
+        if done.requests is not None:
+            drop_requests(done.requests)
+        return NOTHING
+
+    def inlined(self, *, has_key: bool) -> InlineCode | None:
+        """Return the call, if the key is there and the function does not look at it."""
+        if not has_key or self._sees_keys:
             return None
-        if not self.more:
-            self._last = iter(self._combined.items()) if self.keyed is None else self.keyed.unsettled()
-        part = list(islice(self._last, BATCH_RECORDS_MAX))
-        self.more = len(part) == BATCH_RECORDS_MAX
-        if not self.more and self.keyed is not None:
-            self.keyed.settle()
-        return Batch([value for _, value in part], [key for key, _ in part]) if part else None
+        return InlineCode(LINES[self._form], self._call, self._states, gives=self._emit_each)
+
+    def at_end(self, key: object, value: object) -> object:
+        """Return the key and its last result."""
+        return key, self._result(value)
+
+    def _results(self, records: Iterable[object], function: Callable[..., Any], out: list[object]) -> None:
+        """Add the results."""
+        states = self._states
+        for value, key in zip(records, self._keys, strict=False):
+            pair = function(states[key], value)
+            if not isinstance(pair, tuple):  # only looked at in the first batches, which run here
+                error = TypeError(f"{short(pair)} is not a pair of the new state and a result")
+                raise hint(error, "Return (state, result).")
+            states[key], result = pair
+            out.append(result)
+
+    def _verdicts(self, records: Iterable[object], function: Callable[..., Any], out: list[object]) -> None:
+        """Add for each record whether it stays."""
+        states = self._states
+        for value, key in zip(records, self._keys, strict=False):
+            new, kept = function(states[key], value)
+            if kept:
+                states[key] = new
+            out.append(kept)
 
 
 class Join(FlatMap):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sage._operators.asynchronous import MapAsync
 from sage._operators.batched import MapBatches
-from sage._operators.keyed import Join, Reduce
+from sage._operators.keyed import Join, Reduce, StatefulMap
 from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Reply, Sink
 from sage._operators.sources import Reader
 from sage._operators.transactions import TransactionSink
@@ -31,6 +31,7 @@ OPERATORS: dict[Kind, type[Operator]] = {
     Kind.JOIN: Join,
     Kind.PROCESS: Process,
     Kind.REDUCE: Reduce,
+    Kind.STATEFUL_MAP: StatefulMap,
     Kind.FUTURE: Pass,
     Kind.LETTERS: Pass,
     Kind.REPLY: Reply,

@@ -31,6 +31,7 @@ COVERED = frozenset(
         Kind.JOIN,
         Kind.PROCESS,
         Kind.REDUCE,
+        Kind.STATEFUL_MAP,
         Kind.LETTERS,
         Kind.SINK,
     }

@@ -37,6 +37,7 @@ class Kind(StrEnum):
     JOIN = "join"
     PROCESS = "process"
     REDUCE = "reduce"
+    STATEFUL_MAP = "stateful_map"
     FUTURE = "future"
     LETTERS = "letters"
     REPLY = "reply"

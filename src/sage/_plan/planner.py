@@ -95,7 +95,7 @@ def _source(node: Node) -> Iterator[GraphError]:
 
 
 def _emits_at_the_end(node: Node) -> bool:
-    if node.kind is Kind.REDUCE:
+    if "emit_each" in node.settings:
         return not node.settings["emit_each"]
     target = node.function.target if node.function else None
     type_ = target if isinstance(target, type) else type(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_origin
@@ -12,7 +13,7 @@ from sage._arguments import check_count
 from sage._iterables import why_not_records
 from sage._plan.logical import FunctionSpec, Kind, Place
 from sage.connector import Source, TransactionalSink
-from sage.errors import GraphError, hint, short
+from sage.errors import GraphError, describe, hint, short
 from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
     Kind.SINK: ((functions.SinkFunction,), 1),
     Kind.KEYBY: ((functions.KeyByFunction,), 1),
     Kind.REDUCE: ((), 2),
+    Kind.STATEFUL_MAP: ((), 2),
     Kind.COMAP: ((functions.BaseCoMapFunction,), 1),
     Kind.JOIN: ((functions.BaseJoinFunction,), 3),
 }
@@ -218,6 +220,49 @@ def _refuse_asynchronous_generator(kind: Kind | str, target: object, function: o
     if inspect.isasyncgenfunction(function):
         error = GraphError(f"{kind}({_label(target)}): {_label(function)} is an asynchronous generator function")
         raise hint(error, "Write a coroutine function that returns a list, or a generator function without async.")
+
+
+def plain_function(label: str, function: Any, count: int) -> Any:
+    """Check that a function can be called with so many arguments and is not a coroutine function, and return it.
+
+    Raises:
+        GraphError: it is not such a function.
+    """
+    found = ""
+    if not callable(function):
+        found = "is not callable"
+    elif functions.is_coroutine_function(function):
+        found = "is a coroutine function"
+    else:
+        try:
+            inspect.signature(function).bind(*[None] * count)
+        except TypeError as refused:
+            found = f"has the wrong arity: {refused}"
+        except ValueError:
+            pass  # Some callables written in C do not tell their signature.
+    if found:
+        name = getattr(function, "__name__", None) or short(function)
+        error = GraphError(f"{label} is {name}, which {found}")
+        raise hint(error, f"Give a plain function of {'one argument' if count == 1 else f'{count} arguments'}.")
+    return function
+
+
+def copy_of_initial(method: str, initial: object) -> object:
+    """Return a copy of the state with which each key begins.
+
+    Raises:
+        GraphError: it cannot be copied, or it is a class or a function.
+    """
+    if isinstance(initial, type) or inspect.isroutine(initial):
+        error = GraphError(f"{method}: initial is {short(initial)}, which is not a state")
+        raise hint(error, "Give the state itself, such as [] for list; each key begins with a copy of it.")
+    try:
+        return deepcopy(initial)
+    except Exception as failed:
+        error = GraphError(f"{method}: initial is {short(initial)}, which cannot be copied: {describe(failed)}")
+        raise hint(
+            error, "Each key begins with a copy of it. Give None, and make the object in the function."
+        ) from failed
 
 
 def comap_spec(target: object, args: tuple[object, ...], kwargs: dict[str, object], inputs: int) -> FunctionSpec:

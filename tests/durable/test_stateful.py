@@ -1,0 +1,131 @@
+"""States of keys over crashes and over the runs of a durable job."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sage import BatchFunction, Durable, LocalEnvironment, Source
+from sage.connectors import JsonLinesFiles
+from sage.testing import simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sage import DataStream
+    from sage._runtime.backend import Backend
+
+    Build = Callable[[DataStream[int]], DataStream[Any]]
+
+COUNT = 12
+
+
+def lines(folder: Path) -> Counter[str]:
+    return Counter(line for path in folder.glob("out/*.jsonl") for line in path.read_text("utf-8").splitlines())
+
+
+class Numbers(Source[int]):
+    def open(self, position: Any = None) -> None:
+        self.at = position or 0
+
+    def read(self, records_max: int) -> list[int] | None:
+        if self.at == COUNT:
+            return None
+        self.at += 1
+        return [self.at]
+
+    def position(self) -> int:
+        return self.at
+
+
+def rest(number: int) -> int:
+    return number % 3
+
+
+def collect(seen: list[int], number: int) -> tuple[list[int], list[int]]:
+    """Change the state in place."""
+    seen.append(number)
+    return seen, [*seen]
+
+
+def add(total: int, number: int) -> int:
+    return total + number
+
+
+BUILDS: dict[str, Build] = {
+    "stateful_map": lambda stream: stream.keyby(rest).stateful_map(lambda old, new: (new, [old, new]), 0),
+    "in place": lambda stream: stream.keyby(rest).stateful_map(collect, list[int]()),
+    "count": lambda stream: stream.keyby(rest).count(),
+    "last count": lambda stream: stream.keyby(rest).count(emit="last"),
+    "aggregate": lambda stream: stream.keyby(rest).aggregate(0, add, lambda total: -total, emit="last", parallelism=2),
+    "top_k": lambda stream: stream.keyby(rest).top_k(2),
+    "distinct": lambda stream: stream.keyby(lambda number: number // 2).distinct(),
+    "changed": lambda stream: stream.keyby(lambda _: 0).changed(fingerprint=lambda number: number // 3),
+}
+
+
+def job(folder: Path, backend: Callable[[], Backend] | None, build: Build, source: Any = Numbers) -> Counter[str]:
+    """Run it, and return the rows of all runs."""
+    env = LocalEnvironment("job", backend=backend, durable=Durable(folder / "state", interval_s=0.002))
+    build(env.from_source(source(), name="numbers")).sink(JsonLinesFiles(folder / "out"), name="out")
+    env.run()
+    return lines(folder)
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS.keys())
+def test_a_state_survives_crashes(build: Build) -> None:
+    simulate(lambda backend, folder: job(folder, backend, build), seeds=range(12), crashes=2)
+
+
+def test_a_state_that_does_not_take_part_is_found() -> None:
+    def build(stream: DataStream[int]) -> DataStream[Any]:
+        seen: Counter[int] = Counter()
+
+        def count(_: int, number: int) -> tuple[int, int]:
+            seen[number % 3] += 1
+            return 0, seen[number % 3]
+
+        return stream.keyby(rest).stateful_map(count, 0)
+
+    with pytest.raises(AssertionError, match=r"when it was killed before step \d+"):
+        simulate(lambda backend, folder: job(folder, backend, build), seeds=range(50), crashes=2)
+
+
+TABLE: list[list[list[Any]]] = [
+    [["a", 1], ["b", 1]],
+    [["a", 1], ["b", 2], ["c", 1]],
+    [["a", 1], ["b", 2], ["c", 1]],
+    [["a", 3], ["c", 1]],
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"fingerprint": str}])
+def test_only_rows_that_are_new_or_different_since_the_last_run_pass(
+    tmp_path: Path, backend: Callable[[], Backend], options: Any
+) -> None:
+    def added(rows: list[list[Any]]) -> Counter[str]:
+        before = lines(tmp_path)
+
+        class Table(BatchFunction[list[Any]]):
+            """Reads the whole table in each run."""
+
+            def open(self) -> None:
+                self.rows = iter(rows)
+
+            def execute(self) -> list[Any] | None:
+                return next(self.rows, None)
+
+        env = LocalEnvironment("job", backend=backend, durable=Durable(tmp_path / "state"))
+        changed = env.from_batch(Table, name="table").keyby(lambda row: row[0]).changed(**options)
+        changed.sink(JsonLinesFiles(tmp_path / "out"), name="out")
+        env.run()
+        return lines(tmp_path) - before
+
+    found = [added(rows) for rows in TABLE]
+    assert found[0] == Counter(['["a", 1]', '["b", 1]'])
+    assert found[1] == Counter(['["b", 2]', '["c", 1]'])
+    assert found[2] == Counter()
+    assert found[3] == Counter(['["a", 3]'])
