@@ -212,9 +212,26 @@ class Environment:
         """Return a stream that is filled later by `stream.fill_future(...)`: the way to build a loop."""
         return DataStream(self._builder, self._builder.add(Kind.FUTURE, name=name))
 
-    def dead_letters(self, name: str = "dead letters") -> DataStream[DeadLetter]:
-        """Return a stream of the records that fail in operators with `on_error=` this stream, as `DeadLetter`s."""
-        return DataStream(self._builder, self._builder.add(Kind.LETTERS, name=name))
+    def dead_letters(
+        self, name: str = "dead letters", *, store: str | os.PathLike[str] | None = None
+    ) -> DataStream[DeadLetter]:
+        """Return a stream of the records that fail in operators with `on_error=` this stream, as `DeadLetter`s.
+
+        Args:
+            name: the name of the stream.
+            store: a file to which they are appended as JSON Lines, with the checkpoints if the job is durable and
+                otherwise immediately. `sage letters` shows them.
+        """
+        target: Any = None
+        if store is not None:
+            from sage.connectors.dead_letters import DeadLetterFile
+
+            file = DeadLetterFile(store, self.name)
+            target = file.append if self._durable is None else file
+        letters: DataStream[DeadLetter] = DataStream(self._builder, self._builder.add(Kind.LETTERS, name=name))
+        if target is not None:
+            letters.sink(target, name=f"{name} store", at="driver")
+        return letters
 
     def _source(
         self, source: Any, args: tuple[object, ...], options: dict[str, Any], **settings: Any

@@ -18,6 +18,7 @@ from sage._control.clusters import Facts, facts, start_kept_cluster
 from sage._control.durable_state import state
 from sage._control.errors import said_to_a_person
 from sage._control.explanation import explaining
+from sage._control.letters import letters
 from sage._control.program import Program
 from sage._control.projects import make_project
 from sage._control.saved import known_jobs
@@ -76,6 +77,7 @@ def main() -> None:
 
 
 main.add_command(state)
+main.add_command(letters)
 
 
 class OfProgram(click.Command):

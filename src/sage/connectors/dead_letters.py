@@ -1,0 +1,265 @@
+"""Dead letters in a file: one line of JSON each, appended with the checkpoints of a durable job."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import traceback
+import uuid
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from sage.connector import TransactionalSink
+from sage.connectors.json_lines import PREPARED, as_json
+from sage.errors import ConnectorError, GraphError, describe, hint, short
+from sage.failure import DeadLetter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLetter:
+    """A dead letter as it stands in a file.
+
+    Attributes:
+        id: names it.
+        values: its line: "id", "at", "job", "operator", "attempts", "error", "traceback", and the record. A record that
+            JSON does not have is "record_text", and pickled in base64 "record_pickled".
+    """
+
+    id: str
+    values: dict[str, Any]
+
+
+def read_letters(path: str) -> tuple[list[StoredLetter], int]:
+    """Return the letters in a file, and how many lines of it could not be read.
+
+    Raises:
+        ConnectorError: the file cannot be read.
+    """
+    letters: list[StoredLetter] = []
+    unread_count = 0
+    try:
+        with open(path, "rb") as file:
+            for line in filter(None, map(bytes.strip, file)):
+                letter = _letter(line)
+                if letter is None:
+                    unread_count += 1
+                else:
+                    letters.append(letter)
+    except OSError as error:
+        raise ConnectorError(f'file "{path}" cannot be read: {describe(error)}', fault="external") from error
+    return letters, unread_count
+
+
+def take_out(path: str, ids: frozenset[str]) -> None:
+    """Take letters out of a file; lines that cannot be read stay. Jobs may append meanwhile.
+
+    Raises:
+        ConnectorError: the file cannot be written.
+    """
+    with _failing(path):
+        _rewrite(path, lambda letter: letter.id not in ids)
+
+
+class DeadLetterFile(TransactionalSink[DeadLetter]):
+    """Appends dead letters to a file, with the checkpoints of a durable job.
+
+    Until then they are in a file beside it whose name begins with a dot. In a job that is not durable, `append` writes
+    each letter immediately.
+
+    Args:
+        path: the file; made with its folder if it is not there.
+        job: the name of the job.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], job: str) -> None:
+        given: object = path
+        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+            error = GraphError(f"dead_letters: store is {short(given)}")
+            raise hint(error, 'Give the path of a file: store="failed.jsonl".')
+        self.path = os.path.abspath(path)
+        if os.path.isdir(self.path):
+            raise GraphError(f'dead_letters: store is the folder "{path}", and not a file')
+        self._job = job
+        self._run = uuid.uuid4().hex[:12]
+        self._count = 0
+        self._part = ""
+        self._file: BinaryIO | None = None
+        self._may_be_there = False
+
+    def append(self, letter: DeadLetter) -> None:
+        """Append a letter immediately."""
+        self._count += 1
+        with _failing(self.path), _alone(self.path) as file:
+            _add(file, [_with_id(f"{self._run}-{self._count}", self._line(letter))])
+
+    def open(self, part: str, checkpoint: int) -> None:
+        """Remove the letters of this part that belong to a later checkpoint."""
+        self._part = part
+        self._may_be_there = True
+        with _failing(self.path):
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self._writing.unlink(missing_ok=True)
+            for path in self._writing.parent.glob(f".*{PREPARED}"):
+                if self._number_of(path.name.removeprefix(".").removesuffix(PREPARED)) > checkpoint:
+                    path.unlink()
+            if os.path.exists(self.path):
+                _rewrite(self.path, lambda letter: self._number_of(letter.id.rpartition("-")[0]) <= checkpoint)
+
+    def _number_of(self, token: str) -> int:
+        """Return the number of the checkpoint of a token; 0 if it is of another part."""
+        part, _, number = token.rpartition("-")
+        return int(number) if part == self._part and number.isdigit() else 0
+
+    @property
+    def _writing(self) -> Path:
+        return Path(os.path.dirname(self.path), f".{self._part}.writing")
+
+    def _prepared(self, token: str) -> Path:
+        return self._writing.with_name(f".{token}{PREPARED}")
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+        self._may_be_there = False
+
+    def write(self, batch: Sequence[DeadLetter]) -> None:
+        """Add letters to the transaction."""
+        with _failing(self.path):
+            if self._file is None:
+                self._file = self._writing.open("wb")
+            self._file.write(b"".join(map(self._line, batch)))
+
+    def prepare(self, number: int) -> str | None:
+        """Write the letters through to the disk."""
+        if self._file is None:
+            return None
+        file, self._file = self._file, None
+        token = f"{self._part}-{number:08}"
+        with _failing(self.path):
+            with file:
+                _sync(file)
+            self._writing.replace(self._prepared(token))
+            self._sync_folder()
+        return token
+
+    def commit(self, token: str) -> None:
+        """Append the letters to the file; those that a crash has left there are not appended again."""
+        prepared = self._prepared(token)
+        if not prepared.exists():
+            return
+        with _failing(self.path):
+            with _alone(self.path) as file:
+                there: set[str] = set()
+                if self._may_be_there:
+                    _cut_torn_line(file)
+                    file.seek(0)
+                    there = {letter.id for letter in filter(None, map(_letter, file))}
+                lines = enumerate(prepared.read_bytes().splitlines(keepends=True))
+                named = ((f"{token}-{place}", line) for place, line in lines)
+                _add(file, [_with_id(id_, line) for id_, line in named if id_ not in there])
+                _sync(file)
+            prepared.unlink()
+            self._sync_folder()
+
+    def abort(self) -> None:
+        """Drop the letters that were not prepared."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._writing.unlink(missing_ok=True)
+
+    def _line(self, letter: DeadLetter) -> bytes:
+        values = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "job": self._job,
+            "operator": letter.operator,
+            "attempts": letter.attempts,
+            "error": describe(letter.error),
+            "traceback": "".join(traceback.format_exception(letter.error)),
+            **as_json("record", letter.value),
+        }
+        return f"{json.dumps(values, ensure_ascii=False)}\n".encode(errors="replace")
+
+    def _sync_folder(self) -> None:
+        """Write the names of the folder through to the disk."""
+        folder = os.open(self._writing.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _letter(line: bytes) -> StoredLetter | None:
+    try:
+        values = json.loads(line)
+        return StoredLetter(values["id"], {"operator": values["operator"], **values})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _with_id(id_: str, line: bytes) -> bytes:
+    return f'{{"id": {json.dumps(id_)}, '.encode() + line[1:]
+
+
+@contextmanager
+def _failing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        failed = ConnectorError(f'dead letters cannot be written to "{path}": {describe(error)}', fault="external")
+        raise failed from error
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[BinaryIO]:
+    """Open a file to read and append, while nobody else writes it."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    while True:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # and nobody has just put another there
+                    yield file
+                    return
+
+
+def _add(file: BinaryIO, lines: Iterable[bytes]) -> None:
+    text = b"".join(lines)
+    end = file.seek(0, os.SEEK_END)
+    if end:
+        file.seek(end - 1)
+        text = text if file.read(1) == b"\n" else b"\n" + text
+    file.write(text)
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    file.seek(0)
+    text = file.read()
+    file.truncate(text.rfind(b"\n") + 1)
+
+
+def _rewrite(path: str, stays: Callable[[StoredLetter], bool]) -> None:
+    """Leave out the letters that do not stay."""
+    with _alone(path) as file:
+        file.seek(0)
+        lines = file.readlines()
+        left = [line for line in lines if (letter := _letter(line)) is None or stays(letter)]
+        if len(left) == len(lines):
+            return
+        other = f"{path}.new"
+        with open(other, "wb") as new:
+            os.fchmod(new.fileno(), os.fstat(file.fileno()).st_mode & 0o777)
+            new.writelines(left)
+            _sync(new)
+        os.replace(other, path)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
