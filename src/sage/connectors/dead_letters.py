@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sage.connector import TransactionalSink
-from sage.connectors.json_lines import PREPARED, as_json
+from sage.connectors.files import PREPARED
+from sage.connectors.json_lines import as_json
 from sage.errors import ConnectorError, GraphError, describe, hint, short
 from sage.failure import DeadLetter
 
@@ -170,8 +171,9 @@ class DeadLetterFile(TransactionalSink[DeadLetter]):
     def abort(self) -> None:
         """Drop the letters that were not prepared."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with suppress(OSError):  # of a full disk, which the write has told of
+                file.close()
             self._writing.unlink(missing_ok=True)
 
     def _line(self, letter: DeadLetter) -> bytes:
