@@ -1025,6 +1025,27 @@ DURABLE: tuple[Mutant, ...] = (
         FOLDER + "test_a_damaged_checkpoint_falls_back_to_the_one_before",
     ),
     Mutant(
+        "rows with the value of the last one are lost",
+        "connectors/sqlite.py",
+        'f"WHERE {by} >= ?"',
+        'f"WHERE {by} > ?"',
+        "tests/durable/test_sqlite.py::test_rows_with_the_value_of_the_last_one_are_not_lost[2]",
+    ),
+    Mutant(
+        "a repeated commit inserts its rows again",
+        "connectors/sqlite.py",
+        "if committed < number:",
+        "if committed <= number:",
+        "tests/durable/test_sinks.py::test_records_appear_with_the_commit_and_once[SqliteSink]",
+    ),
+    Mutant(
+        "the lines after an open quote are lost",
+        "connectors/csv.py",
+        "                lines.seek(start)\n",
+        "",
+        "tests/durable/test_files.py::test_bad_lines_are_skipped_and_counted[1-an open quote]",
+    ),
+    Mutant(
         "a program that was taken for dead writes a checkpoint",
         "_runtime/checkpoint_store.py",
         "if epoch != self._epoch:",

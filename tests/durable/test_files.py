@@ -238,7 +238,7 @@ def test_a_file_that_goes_before_its_turn_is_named(tmp_path: Path) -> None:
     source = Text(tmp_path / "*")
     source.open()
     (tmp_path / "1").unlink()
-    with pytest.raises(ConnectorError, match=f'"{tmp_path / "1"}" cannot be read: FileNotFoundError'):
+    with pytest.raises(ConnectorError, match=f'file "{tmp_path / "1"}" cannot be read: FileNotFoundError'):
         source.read(1)
 
 
@@ -301,7 +301,7 @@ def test_a_place_without_permission_is_named(tmp_path: Path) -> None:
         pytest.skip("this user may read everything")
     source = Text(file)
     source.open()
-    with pytest.raises(ConnectorError, match=f'"{file}" cannot be read: PermissionError'):
+    with pytest.raises(ConnectorError, match=f'file "{file}" cannot be read: PermissionError'):
         source.read(1)
-    with pytest.raises(ConnectorError, match=f'"{folder}" cannot be written into: PermissionError'):
+    with pytest.raises(ConnectorError, match=f'folder "{folder}" cannot be written into: PermissionError'):
         TextFiles(folder).open("part", 0)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import sqlite3
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from sage import ConnectorError, Durable, FunctionError, LocalEnvironment
-from sage.connectors import Csv, CsvFiles, JsonLines, JsonLinesFiles, Text, TextFiles
+from sage.connectors import (
+    Csv,
+    CsvFiles,
+    JsonLines,
+    JsonLinesFiles,
+    SqliteSink,
+    SqliteTable,
+    Text,
+    TextFiles,
+)
 from sage.testing import simulate
 
 if TYPE_CHECKING:
@@ -33,6 +43,13 @@ def line(number: int) -> str:
     return f"{number} {TEXTS[number % len(TEXTS)].splitlines()[:1]}"
 
 
+def rows_in(folder: Path, **options: Any) -> SqliteSink:
+    """Return a sink for a table, which is made if it is not there."""
+    with closing(sqlite3.connect(folder / "rows.db")) as database:
+        database.execute("CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, text TEXT NOT NULL)")
+    return SqliteSink(folder / "rows.db", "rows", **options)
+
+
 class Case(NamedTuple):
     """A sink: how it is made, its record for a number, a record that it cannot write, and how it is read back."""
 
@@ -51,6 +68,13 @@ SINKS = {
     ),
     "CsvFiles": Case(
         lambda folder: CsvFiles(folder / "out"), value, {"id": 1}, lambda folder: Csv(folder / "out" / "*.csv")
+    ),
+    "SqliteSink": Case(rows_in, value, {"name": 1}, lambda folder: SqliteTable(folder / "rows.db", "rows", by="id")),
+    "SqliteSink with a key": Case(
+        lambda folder: rows_in(folder, key="id"),
+        value,
+        {"text": "no key"},
+        lambda folder: SqliteTable(folder / "rows.db", "rows", by="id"),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Sources and sinks for files, written as your own would be."""
+"""Sources and sinks for files and databases, written as your own would be."""
 
 from sage._lazy import lazy
 
@@ -8,11 +8,18 @@ if TYPE_CHECKING:
     from sage.connectors.csv import CsvFiles as CsvFiles
     from sage.connectors.json_lines import JsonLines as JsonLines
     from sage.connectors.json_lines import JsonLinesFiles as JsonLinesFiles
+    from sage.connectors.sqlite import SqliteSink as SqliteSink
+    from sage.connectors.sqlite import SqliteTable as SqliteTable
     from sage.connectors.text import Text as Text
     from sage.connectors.text import TextFiles as TextFiles
 
 __getattr__ = lazy(
     __name__,
     globals(),
-    {"csv": "Csv CsvFiles", "json_lines": "JsonLines JsonLinesFiles", "text": "Text TextFiles"},
+    {
+        "csv": "Csv CsvFiles",
+        "json_lines": "JsonLines JsonLinesFiles",
+        "sqlite": "SqliteSink SqliteTable",
+        "text": "Text TextFiles",
+    },
 )

@@ -32,11 +32,11 @@ PREPARED = ".prepared"
 
 
 @contextmanager
-def _naming(path: object, done: str) -> Iterator[None]:
+def _naming(place: str, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConnectorError(f'"{path}" cannot be {done}: {describe(error)}', fault="external") from error
+        raise ConnectorError(f"{place} cannot be {done}: {describe(error)}", fault="external") from error
 
 
 def check_encoding(owner: str, encoding: str) -> None:
@@ -193,7 +193,7 @@ class FileSource(Source[T]):
             raise hint(error, f"The program runs in {os.getcwd()}.")
         for path in self._left:
             read = self._offsets.get(path, 0)
-            with _naming(path, "read"):
+            with _naming(f'file "{path}"', "read"):
                 size = os.path.getsize(path)
                 if size < read:
                     text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
@@ -212,7 +212,7 @@ class FileSource(Source[T]):
         bad_count = 0
         while len(records) + bad_count < records_max and (self._lines is not None or self._left):
             path = self._left[0] if self._lines is None else self._lines.path
-            with _naming(path, "read"):
+            with _naming(f'file "{path}"', "read"):
                 lines = self._lines or self._begin(path)
                 room = records_max - bad_count - len(records)
                 is_bad = False
@@ -304,7 +304,7 @@ class FileSink(TransactionalSink[T]):
     def open(self, part: str, checkpoint: int) -> None:
         """Make the folder, and remove files of this part that belong to no checkpoint."""
         self._part = part
-        with _naming(self._folder, "written into"):
+        with _naming(f'folder "{self._folder}"', "written into"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._writing.touch()
             self._writing.unlink()
@@ -328,7 +328,7 @@ class FileSink(TransactionalSink[T]):
             ConnectorError: a record cannot be written in this format, or the file cannot be written.
         """
         lines = b"".join(map(self._format.encode, batch))
-        with _naming(self._folder, "written into"):
+        with _naming(f'folder "{self._folder}"', "written into"):
             if self._file is None:
                 self._file = self._writing.open("wb")
                 self._file.write(self._format.head(batch[0]))
@@ -340,7 +340,7 @@ class FileSink(TransactionalSink[T]):
             return None
         file, self._file = self._file, None
         name = f"{self._part}-{number:08}{self._format.suffix}"
-        with _naming(self._folder, "written into"):
+        with _naming(f'folder "{self._folder}"', "written into"):
             with file:
                 file.flush()
                 os.fsync(file.fileno())
