@@ -174,9 +174,30 @@ LIFECYCLES = (
     Mutant(
         "a replica rests that cannot be done without",
         "_runtime/service_transitions.py",
-        "record = _change(t, name, rests=False)",
-        "pass",
+        "return _replicas_left(t, front) > t.start.service_plans[front].options.replicas_min",
+        "return True",
         LIFECYCLE + "test_a_replica_that_cannot_be_done_without_does_not_rest",
+    ),
+    Mutant(
+        "a service that another one needs rests",
+        "_runtime/service_transitions.py",
+        "return not t.stopping and t.dependents_over(name)",
+        "return not t.stopping",
+        LIFECYCLE + "test_a_service_that_another_one_needs_does_not_rest",
+    ),
+    Mutant(
+        "nobody starts a service that was called while it began to rest",
+        "_runtime/service_transitions.py",
+        "_change(t, event.service, wanted=True)",
+        "pass",
+        LIFECYCLE + "test_a_service_that_is_wanted_while_it_ends_is_started_as_soon_as_it_has_ended",
+    ),
+    Mutant(
+        "a call waits for a service that rests after stopping began",
+        "_runtime/transition.py",
+        "ServiceState.BACKOFF, ServiceState.RESTING)",
+        "ServiceState.BACKOFF)",
+        LIFECYCLE + "test_stopping_ends_a_service_that_rests_and_refuses_the_calls_that_wait_for_it",
     ),
     Mutant(
         "a health check that runs is forgotten when a service is to rest",

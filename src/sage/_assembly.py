@@ -95,6 +95,7 @@ def assemble(
     )
     _join(job, guard, counted, durable)
     job._when_begun(lambda: _begin_recycling(services, job.dispatcher.supervisor))
+    job._when_begun(lambda: _begin_resting(services, job.dispatcher.supervisor))
     return job, guard
 
 
@@ -125,6 +126,13 @@ def _begin_recycling(services: tuple[ServiceSpec, ...], supervisor: Supervisor) 
         from sage._hosts.recycling import begin_recycling
 
         begin_recycling(supervisor)
+
+
+def _begin_resting(services: tuple[ServiceSpec, ...], supervisor: Supervisor) -> None:
+    if any(spec.options.idle_stop_s is not None for spec in services):
+        from sage._hosts.resting import begin_resting
+
+        begin_resting(supervisor)
 
 
 def _host_of(

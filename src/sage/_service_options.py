@@ -16,6 +16,10 @@ NO_RESOURCES: Mapping[str, float] = {}
 """One for all, since the options of every service of every job that is known hold it."""
 
 
+NOT_IDLE = ("shared", "replicas", "idempotent", "recycle_calls", "recycle_rss_mb", "recycle_age_s")
+"""Options that do not go together with `idle_stop_s`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
     """How a service is started, called, watched and stopped.
@@ -53,6 +57,8 @@ class ServiceOptions:
             ends.
         recycle_rss_mb: the same, when the process uses more memory than this, in megabytes.
         recycle_age_s: the same, when the process has been ready for so long, in seconds.
+        idle_stop_s: stop the service when nobody has called it for so long while the job runs, in seconds, and start it
+            again for the next call, which waits for that. Not while another service of the job depends on it.
     """
 
     depends_on: tuple[str, ...] | list[str] = ()
@@ -82,6 +88,7 @@ class ServiceOptions:
     recycle_calls: int | None = None
     recycle_rss_mb: float | None = None
     recycle_age_s: float | None = None
+    idle_stop_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the option."""
@@ -104,13 +111,22 @@ class ServiceOptions:
         check_backoff("service option backoff_s is", self.backoff_s)
         for one in fields(self):
             value = getattr(self, one.name)
-            is_unbounded = one.name in ("call_timeout_s", "recycle_age_s") and value is None
+            is_unbounded = one.name in ("call_timeout_s", "recycle_age_s", "idle_stop_s") and value is None
             if one.name.endswith("_s") and one.name != "backoff_s" and not is_unbounded:
-                check_seconds(f"service option {one.name} is", value)
+                check_seconds(f"service option {one.name} is", value, may_be_zero=one.name != "idle_stop_s")
         for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
             if amount < 0:
                 raise GraphError(f"service option {name} is {amount}, which is negative")
         self._check_replicas()
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if self.idle_stop_s is None:
+            return
+        others = [one.name for one in fields(self) if one.name in NOT_IDLE and getattr(self, one.name) != one.default]
+        for other in [*others, *(['host="ray"'] if self.host == "ray" else ())]:
+            error = GraphError(f"service options idle_stop_s and {other} do not go together")
+            raise hint(error, f"Leave {other} out: a service that rests has one instance, on this machine.")
 
     def _check_replicas(self) -> None:
         check_count("service option replicas is", self.replicas)

@@ -90,6 +90,7 @@ class ServiceReport:
         rate_waited_s: for how long they waited, in seconds, all together.
         concurrency: how many of its calls may run at once, or None without a limit.
         recycled: how many processes of its replicas have given their place to new ones.
+        rested: how often it was stopped because nobody had called it for its `idle_stop_s`.
     """
 
     name: str
@@ -111,6 +112,7 @@ class ServiceReport:
     rate_waited_s: float = 0.0
     concurrency: int | None = None
     recycled: int = 0
+    rested: int = 0
 
     @property
     def built_count(self) -> int:
@@ -345,6 +347,7 @@ class JobReport:
         lines = table(header, rows)
         lines += [_rate_line(service) for service in self.services if service.rate_waits]
         lines += [_recycled_line(service) for service in self.services if service.recycled]
+        lines += [_rested_line(service) for service in self.services if service.rested]
         for service in self.services:
             if service.output:
                 lines.append(f'last output of service "{service.name}":')
@@ -416,6 +419,11 @@ def _rate_line(service: ServiceReport) -> str:
 def _recycled_line(service: ServiceReport) -> str:
     processes = "1 process" if service.recycled == 1 else f"{service.recycled:,} processes"
     return f'service "{service.name}": {processes} gave {"its" if service.recycled == 1 else "their"} place to new ones'
+
+
+def _rested_line(service: ServiceReport) -> str:
+    times = "once" if service.rested == 1 else f"{service.rested:,} times"
+    return f'service "{service.name}": stopped {times} while nobody called it'
 
 
 def _host(service: ServiceReport) -> str:

@@ -18,6 +18,7 @@ def answer(question: Any) -> Any:
 
 WAYS: dict[str, Callable[[RemoteEnvironment], object]] = {
     "is shared": lambda env: env.register_service("service", dict, options=ServiceOptions(shared=True)),
+    "has idle_stop_s": lambda env: env.register_service("service", dict, options=ServiceOptions(idle_stop_s=60)),
     "has replicas": lambda env: env.register_service("service", dict, options=ServiceOptions(replicas=2)),
     "answers piece by piece": lambda env: env.serve("service", lambda asked: asked.map(answer), stream=True),
 }

@@ -281,6 +281,157 @@ def test_nothing_wakes_or_rests_after_stopping_began() -> None:
     assert job.post(WakeRequested("a[2]"), RestRequested("a[1]", 1)) == []
 
 
+def resting(*services: ServicePlan, **hooks: frozenset[str]) -> Job:
+    """Return a job whose first service has gone to rest."""
+    job = Job(*services)
+    job.hooks |= hooks
+    name = services[0].name
+    job.run().post(RestRequested(name, 1))
+    job.gone(name)
+    assert job.service_states()[name] == "resting"
+    return job
+
+
+def calls_of(job: Job) -> list[str]:
+    """Return what was done with the calls of services, in order."""
+    kinds = (ActionKind.ADMIT_CALLS, ActionKind.HOLD_CALLS, ActionKind.REFUSE_CALLS)
+    return [said(action) for action in job.actions if action.do in kinds]
+
+
+def test_a_service_rests_by_its_usual_hooks_and_is_started_when_it_is_wanted() -> None:
+    job = resting(service("a"))
+    assert job.post(WakeRequested("a")) == ["run_hook a build"]
+    assert job.post(WakeRequested("a")) == []
+    job.ready("a")
+    job.post(TaskEnded("t", TaskState.DONE))
+    job.gone("a")
+    assert job.service_states() == {"a": "stopped"}
+    once = ["a.build", "a.setup", "a.start", "a.drain", "a.stop", "a.cleanup"]
+    assert job.hook_order == once * 2
+    assert calls_of(job)[:3] == ["admit_calls a", "hold_calls a", "admit_calls a"]
+    record = job.state.services["a"]
+    assert (record.restarts, job.state.is_failed) == ((), False)
+
+
+@pytest.mark.parametrize("moment", ["drain", "stop", "cleanup"])
+def test_a_service_that_is_wanted_while_it_ends_is_started_as_soon_as_it_has_ended(moment: str) -> None:
+    job = Job(service("a")).run()
+    job.post(RestRequested("a", 1))
+    while job.state.services["a"].hook != moment:
+        job.end("a", str(job.state.services["a"].hook))
+    assert job.post(WakeRequested("a")) == []
+    assert job.gone("a")[-1] == "run_hook a build"
+    job.ready("a")
+    assert job.post(RestRequested("a", 2)) == ["hold_calls a", "run_hook a drain"]
+    job.gone("a")
+    assert job.service_states() == {"a": "resting"}  # nobody wanted it this time
+
+
+def test_a_service_that_another_one_needs_does_not_rest() -> None:
+    """A call in the cleanup of the other one would come after stopping began, when nothing is started any more."""
+    job = Job(service("a"), service("b", "a"), service("c")).run()
+    assert job.post(RestRequested("a", 1)) == []
+    assert job.post(DependencySeen("b", "c"), RestRequested("c", 1)) == []
+    assert job.service_states() == {"a": "ready", "b": "ready", "c": "ready"}
+    assert job.post(RestRequested("b", 1)) == ["hold_calls b", "run_hook b drain"]
+    job.gone("b")
+    assert job.post(RestRequested("a", 1)) == []  # it may be started again at any time
+
+
+def test_a_service_that_another_one_needed_until_it_was_lost_rests() -> None:
+    job = Job(service("a"), process("b", "a", required=False)).run()
+    job.post(ServiceDied("b", 1, "exit code 3"))
+    job.end("b", "exit", Exit(3))
+    assert job.service_states()["b"] == "lost"
+    assert job.post(RestRequested("a", 1)) == ["hold_calls a", "run_hook a drain"]
+
+
+def test_a_service_that_comes_to_be_needed_while_its_health_is_checked_does_not_rest() -> None:
+    job = Job(service("a"), service("b"))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    assert job.post(RestRequested("a", 1), DependencySeen("b", "a")) == []
+    assert job.end("a", "health", True) == []
+    job.post(ServiceFailed("a", 1, "it is gone"))
+    assert (job.service_states()["a"], job.state.is_failed) == ("degraded", True)
+
+
+def test_a_service_that_fails_before_it_could_rest_is_restarted() -> None:
+    job = Job(service("a", restart="on_failure"))
+    job.hooks["a"] = WATCHED
+    job.run().at(5.0)
+    assert job.post(RestRequested("a", 1)) == []
+    job.end("a", "health", False)
+    job.gone("a")
+    assert job.service_states() == {"a": "backoff"}
+
+
+def test_stopping_ends_a_service_that_rests_and_refuses_the_calls_that_wait_for_it() -> None:
+    job = resting(service("a"))
+    hooks = len(job.hook_order)
+    assert job.post(StopRequested(StopMode.DRAIN), WakeRequested("a")) == ["stop_task t"]
+    assert calls_of(job)[-1] == "refuse_calls a"
+    job.post(TaskEnded("t", TaskState.DONE))
+    assert (job.service_states(), len(job.hook_order)) == ({"a": "stopped"}, hooks)
+
+
+def test_stopping_ends_a_service_that_is_started_again_and_refuses_the_calls_that_wait_for_it() -> None:
+    job = resting(service("a"))
+    job.post(WakeRequested("a"))
+    assert job.end("a", "build") == ["run_hook a setup"]
+    job.post(StopRequested(StopMode.DRAIN))
+    assert calls_of(job)[-1] == "refuse_calls a"
+    job.post(TaskEnded("t", TaskState.DONE))
+    assert job.end("a", "setup") == ["run_hook a cleanup"]
+    assert job.end("a", "cleanup") == ["seal"]
+    assert job.service_states() == {"a": "stopped"}
+
+
+def test_stopping_ends_a_service_that_is_about_to_rest_although_it_was_wanted() -> None:
+    job = Job(service("a")).run()
+    job.post(RestRequested("a", 1), WakeRequested("a"), StopRequested(StopMode.DRAIN))
+    assert calls_of(job)[-1] == "refuse_calls a"
+    job.gone("a")
+    assert (job.service_states(), job.hook_order.count("a.build")) == ({"a": "stopped"}, 1)
+
+
+def test_a_service_that_cannot_be_started_again_fails_the_job() -> None:
+    job = resting(service("a"))
+    job.post(WakeRequested("a"))
+    job.end("a", "build", error=OSError("no memory"))
+    assert (job.state.job, job.seen_failures()) == (JobState.FAILING, [("start", "a", "build")])
+    assert calls_of(job)[-1] == "refuse_calls a"
+
+
+def test_a_service_that_cannot_be_started_again_is_restarted_by_its_policy() -> None:
+    job = resting(service("a", restart="on_failure"))
+    job.post(WakeRequested("a"))
+    job.end("a", "build", error=OSError("no memory"))
+    assert (job.service_states(), job.state.is_failed) == ({"a": "backoff"}, False)
+    assert job.at(job.now + 0.1) == ["run_hook a build"]
+    job.ready("a")
+    assert calls_of(job)[-1] == "admit_calls a"
+
+
+def test_the_job_goes_on_without_a_service_that_cannot_be_started_again_if_it_is_not_required() -> None:
+    job = resting(service("a", required=False))
+    job.post(WakeRequested("a"))
+    job.end("a", "build", error=OSError("no memory"))
+    assert (job.service_states(), job.state.job) == ({"a": "failed_start"}, JobState.RUNNING)
+    assert calls_of(job)[-1] == "refuse_calls a"
+
+
+def test_a_cleanup_that_fails_before_a_rest_is_a_failure_and_the_service_rests() -> None:
+    job = Job(service("a")).run()
+    job.post(RestRequested("a", 1))
+    job.end("a", "drain")
+    job.end("a", "stop")
+    job.end("a", "cleanup", error=OSError("disk full"))
+    assert (job.service_states(), job.seen_failures()) == ({"a": "resting"}, [("hook", "a", "cleanup")])
+    job.post(TaskEnded("t", TaskState.DONE))
+    assert job.service_states() == {"a": "cleanup_failed"}
+
+
 def test_only_hooks_that_a_service_has_are_run() -> None:
     """A class without hooks is ready once it is built, and its end is the drain alone."""
     job = Job(service("a"))

@@ -274,6 +274,8 @@ class LifecycleMachine(RuleBasedStateMachine):
             assert (name, action.incarnation, "cleanup") not in self.runs
         if hook == "drain" and not before_stop:
             self.check_order(name)
+        elif hook == "drain" and self.state.services[name].rests and not self.plans[name].front:
+            self.check_dependents(name)
         one = (name, action.incarnation)
         assert (*one, "exit") not in self.runs or hook == "exit", f"{hook} of {name} after its exit"
         if hook == "build":
@@ -289,9 +291,7 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     def check_order(self, name: str) -> None:
         assert self.noted[""] == JobState.STOPPING_SERVICES, f"{name} is stopped while tasks may call it"
-        for other, plan in self.plans.items():
-            if name in plan.requires or ((other, name) in self.state.seen and other != name):
-                assert self.noted[other] in SERVICE_TERMINAL, f"{name} is stopped before {other}, which depends on it"
+        self.check_dependents(name)
         fronts = {plan.front for plan in self.plans.values()}
         if not self.state.seen and not any(plan.requires for plan in self.plans.values() if plan.name not in fronts):
             names = list(self.plans)
@@ -299,6 +299,11 @@ class LifecycleMachine(RuleBasedStateMachine):
                 if self.plans[name].front and self.plans[other].front == self.plans[name].front:
                     continue
                 assert self.noted[other] in SERVICE_TERMINAL, f"{name} is stopped before {other}, registered later"
+
+    def check_dependents(self, name: str) -> None:
+        for other, plan in self.plans.items():
+            if name in plan.requires or ((other, name) in self.state.seen and other != name):
+                assert self.noted[other] in SERVICE_TERMINAL, f"{name} is stopped before {other}, which depends on it"
 
     def check_open(self, name: str) -> None:
         for other, plan in self.plans.items():

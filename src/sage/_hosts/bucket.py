@@ -76,6 +76,11 @@ class Bucket:
             with self._lock:
                 self._turns.pop(turn, None)
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a call waits for its turn."""
+        return bool(self._turns)
+
     def pause_s(self, turn: Turn) -> float:
         """Return how long a call has to wait before it asks again, in seconds; with 0 it begins."""
         with self._lock:

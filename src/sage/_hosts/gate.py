@@ -37,6 +37,10 @@ class Gate(Protocol):
     call_count: int
     error_count: int
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call runs or waits; a moment later, that may be otherwise."""
+
     def bind(
         self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
@@ -44,6 +48,9 @@ class Gate(Protocol):
 
     def close(self) -> None:
         """Let nothing more through."""
+
+    def close_if_idle(self) -> bool:
+        """Let nothing more through unless a call runs or waits, and return whether that is so; never wait."""
 
     def take_back(self) -> None:
         """Count a call less that was let through and not made."""
@@ -121,6 +128,22 @@ class SerialGate:
     def close(self) -> None:
         """Stop letting calls through; calls that wait for the lock find the gate closed."""
         self.is_open = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call has the lock."""
+        is_free = self._lock.acquire(blocking=False)
+        if is_free:
+            self._lock.release()
+        return is_free
+
+    def close_if_idle(self) -> bool:
+        """Stop letting calls through, unless a call has the lock."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        self.is_open = False
+        self._lock.release()
+        return True
 
     def take_back(self) -> None:
         """Count a call less; the caller is let through just now."""
@@ -231,6 +254,18 @@ class ConcurrentGate:
             self._changed.notify_all()
             while self._awaiting:
                 self._wake_one()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call runs or waits for its place."""
+        return not (self._running or self._waiting or self._awaiting)
+
+    def close_if_idle(self) -> bool:
+        """Stop letting calls through, unless a call runs or waits for its place."""
+        with self._lock:
+            is_idle = self.is_idle
+            self.is_open = self.is_open and not is_idle
+            return is_idle
 
     def take_back(self) -> None:
         """Count a call less that was let through and not made."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sage._calls import not_in_time, refuse_on_foreign_loop
@@ -16,10 +18,10 @@ from sage._hosts.gate import ConcurrentGate, SerialGate
 from sage._hosts.waits import Waits
 from sage._runtime.backend import CallWaits, HostFacts
 from sage._runtime.coroutines import AIO_HINT, is_on_loop
-from sage.errors import HeldBackError, ServiceTimeoutError, ServiceUnavailableError, hint
+from sage.errors import HeldBackError, ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
     from sage._calls import CallFuture
     from sage._hosts.gate import Gate
@@ -68,10 +70,14 @@ class GatedHost(ABC):
         self._is_building = False
         self._is_built = False
         self._held = True  # a call that comes before the service is ready waits for it
+        self._may_rest = spec.options.idle_stop_s is not None
+        self._is_resting = False  # from the begin of a rest until the next instance is ready
+        self._reads_count = self._users_count = 0  # reads of attributes so far; who reads, or waits for a start, now
         self._refused = False
         self._is_forked = False
         self._changed = threading.Condition()
         self.on_turned: Callable[[], None] = _nobody  # called when calls are let through from now on, or are not
+        self.on_waiting: Callable[[], None] = _nobody  # called by a caller who waits until the service is there
         useless_after_fork(self)
 
     @property
@@ -194,7 +200,7 @@ class GatedHost(ABC):
         """Let calls through."""
         with self._changed:
             self._gate.is_open = True
-            self._held = False
+            self._held = self._is_resting = False
             self._changed.notify_all()
         if self.spec.front:
             self.spec.handle._connect(self)  # which forgets the methods of an earlier instance
@@ -206,6 +212,23 @@ class GatedHost(ABC):
             self._held = True
             self._gate.close()
         self.on_turned()
+
+    @property
+    def use_count(self) -> int | None:
+        """How often the service was used so far, or None while a call or the reader of an attribute runs or waits."""
+        is_queued = self._bucket is not None and self._bucket.is_waited_for
+        is_used = self._users_count or self.is_calling or is_queued or not self._gate.is_idle
+        return None if is_used else self.call_count + self._reads_count
+
+    def hold_unused(self, use_count: int) -> bool:
+        """Let calls wait if the service was used so often and is not in use, and return whether that is so."""
+        with self._changed:
+            if self._held or self.use_count != use_count or not self._gate.close_if_idle():
+                return False
+            # A call may have come and gone before the gate was closed.
+            self._held = self._is_resting = self.use_count == use_count
+            self._gate.is_open = not self._held
+            return self._held
 
     def hold_back(self) -> None:
         """Refuse calls that would have to wait for the rate of the service, as the job ends."""
@@ -269,9 +292,9 @@ class GatedHost(ABC):
         """Return a method behind the gate, or another attribute as it is."""
         if self.is_coroutine(name):
             return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
-        if not self._is_there:
-            return lambda *args, **kwargs: self._later(name, args, kwargs)
-        attribute = self._permitted(self._attribute(name))
+        if not self._is_there and not self._is_resting:
+            return partial(self._later, name)
+        attribute = self._permitted(self._attribute_of_resting(name) if self._may_rest else self._attribute(name))
         if not callable(attribute):
             return attribute
         if self.is_coroutine(name):  # which only the instance could tell
@@ -279,7 +302,9 @@ class GatedHost(ABC):
         options = self.spec.options
         if options.call_timeout_s is not None:
             return lambda *args, **kwargs: self.call(name, args, kwargs, options.call_timeout_s)
-        bound = self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))
+        # Whoever keeps the method of a service that may rest must not keep the instance.
+        later = partial(self._later, name)
+        bound = partial(self._call_found, name) if self._may_rest else self._gate.bind(attribute, later)
         return bound if self._bucket is None else self._paced(bound)
 
     def wait_there(self) -> None:
@@ -308,7 +333,7 @@ class GatedHost(ABC):
         if timeout_s is None:
             timeout_s = self.spec.options.call_timeout_s
         threads = self._own_threads()
-        if self._is_there:
+        if self._is_there and not self._may_rest:
             self._attribute(name)  # an unknown one is known at once
         return threads.submit(name, lambda: self._admitted(name, args, kwargs), timeout_s)
 
@@ -369,12 +394,11 @@ class GatedHost(ABC):
         if timeout_s is not None:
             return self.call(name, args, kwargs, timeout_s)
         if not self._is_there:
-            return self._later(name, args, kwargs)
+            return self._later(name, *args, **kwargs)
         self._wait_turn()
         gated = self._gated(name)
         if gated is None:
-            attribute = self._permitted(self._attribute(name))
-            return self._gate.bind(attribute, lambda *args, **kwargs: self._later(name, args, kwargs))(*args, **kwargs)
+            return self._call_found(name, *args, **kwargs)
         return self._around.loop.run(gated(*args, **kwargs))
 
     def _awaitable(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
@@ -388,11 +412,12 @@ class GatedHost(ABC):
 
     def _gated(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]] | None:
         """Return a coroutine method behind the gate, or None where threads have to call it."""
+        gate = self._gate  # before the method: one that is open later lets calls through to this same instance
         method = self._coroutine_method(name)
-        if method is None or not isinstance(self._gate, ConcurrentGate):
+        if method is None or not isinstance(gate, ConcurrentGate):
             return None
         method = self._permitted_coroutine(method)
-        return self._gate.bind_coroutine(method, lambda *args, **kwargs: self.call_async(name, args, kwargs, None))
+        return gate.bind_coroutine(method, lambda *args, **kwargs: self.call_async(name, args, kwargs, None))
 
     async def _in_time(self, name: str, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
         import asyncio
@@ -409,26 +434,65 @@ class GatedHost(ABC):
     def _admitted(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that was taken in while the service ran; the drain waits for it, so the gate may be closed."""
         if not self._is_there:
-            return self._later(name, args, kwargs)
+            return self._later(name, *args, **kwargs)
         self._wait_turn()
+        gate = self._gate
         method = self._coroutine_method(name)
-        if method is not None and isinstance(self._gate, ConcurrentGate):
+        if method is not None and isinstance(gate, ConcurrentGate):
             # It takes its place on the loop: a thread that kept one meanwhile would keep others from going on there.
             method = self._permitted_coroutine(method)
-            gated = self._gate.bind_coroutine(method, _closed, passes_closed=self._refused)
+            gated = gate.bind_coroutine(method, _closed, passes_closed=self._refused)
             answer = self._around.loop.run(gated(*args, **kwargs))
-            return self._later(name, args, kwargs) if answer is CLOSED else answer
-        attribute = self._permitted(self._attribute(name))
-
-        def call() -> Any:
-            return attribute(*args, **kwargs)
+            return self._later(name, *args, **kwargs) if answer is CLOSED else answer
+        call = partial(self._found(name), *args, **kwargs)
 
         def late() -> Any:
             if self._refused and self._is_there:
                 return self._gate.bind(call, call, passes_closed=True)()
-            return self._later(name, args, kwargs)
+            return self._later(name, *args, **kwargs)
 
-        return self._gate.bind(call, late)()
+        return gate.bind(call, late)()
+
+    def _found(self, name: str) -> Any:
+        """Return a method, looked up behind the gate if a rest may end the instance before a call is let through."""
+        if self._may_rest:
+            return lambda *args, **kwargs: self._permitted(self._attribute(name))(*args, **kwargs)
+        return self._permitted(self._attribute(name))
+
+    def _call_found(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        gate, method = self._gate, self._found(name)
+        return gate.bind(method, partial(self._later, name))(*args, **kwargs)
+
+    def _attribute_of_resting(self, name: str) -> Any:
+        """Return an attribute of a service that may rest; wait until it is there."""
+        with self._in_use():
+            while self._is_resting:
+                if self._refused:
+                    raise self._unavailable()
+                self._wait_back(None)
+            self._reads_count += 1
+            return self._attribute(name)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep the service from its rest."""
+        with self._changed:
+            self._users_count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users_count -= 1
+
+    def _wait_back(self, timeout_s: float | None) -> bool:
+        """Wait until the service is back, or takes no calls any more, and return whether that is so."""
+        with self._in_use():  # or it might rest again before this caller has seen that it is back
+            self.on_waiting()
+            if self._is_resting and is_on_loop():
+                text = f'service "{self.spec.name}" rests, and a coroutine must not block the event loop for its start'
+                error = ServiceError(text, service=self.spec.name)
+                raise hint(error, f"{AIO_HINT} Read attributes in a plain function.")
+            return wait_for(self._changed, lambda: self._refused or not self._held, timeout_s)
 
     def _paced(self, bound: Callable[..., Any]) -> Callable[..., Any]:
         """Return a method whose calls wait for the rate before they wait for a place."""
@@ -501,16 +565,16 @@ class GatedHost(ABC):
             self._gate.error_count -= 1
             raise
 
-    def _later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _later(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Make a call that found the gate closed: wait while the service is restarted, or fail."""
         timeout_s = self.spec.options.call_timeout_s
         if self.spec.front and not self._gate.is_open:
             raise self._unavailable()  # the front knows another one
+        if not self._wait_back(timeout_s):
+            text = f'service "{self.spec.name}" was not back within {timeout_s:g} s'
+            raise ServiceTimeoutError(text, service=self.spec.name, fault="external")
         with self._changed:
-            if not self._changed.wait_for(lambda: self._refused or not self._held, timeout_s):
-                text = f'service "{self.spec.name}" was not back within {timeout_s:g} s'
-                raise ServiceTimeoutError(text, service=self.spec.name, fault="external")
-            if self._refused or not self._gate.is_open:
+            if self._refused or not (self._gate.is_open or self._held):  # it may be away again
                 raise self._unavailable()
         return self.method(name)(*args, **kwargs)
 
@@ -526,7 +590,8 @@ class GatedHost(ABC):
         return SerialGate(self._waits) if concurrency == 1 else ConcurrentGate(concurrency, waits=self._waits)
 
     def _drain(self, due: float | None) -> bool:
-        threads_done = self._threads is None or self._threads.drain(self._left(due))
+        # A call that the gate has not let through waits for the next instance.
+        threads_done = self._held or self._threads is None or self._threads.drain(self._left(due))
         if not threads_done and self._refused and self._threads is not None:
             self._threads.cancel_waiting()
         return self._gate.drain(self._left(due)) and threads_done

@@ -38,6 +38,14 @@ class InlineHost(GatedHost):
         super().adopt(context, surroundings)
         self._latest.loop = surroundings.loop
 
+    def forget_instance(self) -> None:
+        """Let go of an instance that was cleaned up, on the thread of its hooks, so that its memory is free."""
+        self._lane.run(self._forget)
+
+    def _forget(self) -> None:
+        self._instance = None
+        self._latest = Instance(self.spec.name, self._around.loop)
+
     @property
     def _is_there(self) -> bool:
         return self._instance is not None

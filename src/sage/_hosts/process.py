@@ -172,7 +172,7 @@ class ProcessHost(GatedHost):
         if self.spec.front:
             gate.error_count -= 1  # the gate has counted the call, and counts the error next
             raise self._unavailable()
-        return self._later(name, args, kwargs)
+        return self._later(name, *args, **kwargs)
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method, as far as its class or its process has told."""

@@ -89,6 +89,8 @@ def check_supported(name: str, graph: LogicalGraph) -> None:
             what = "is shared"
         elif spec.options.has_replicas:
             what, instead = "has replicas", "Leave replicas out, or run the job with a LocalEnvironment."
+        elif spec.options.idle_stop_s is not None:
+            what, instead = "has idle_stop_s", "Leave idle_stop_s out, or run the job with a LocalEnvironment."
         elif bridge is not None and bridge.streams:
             what, instead = "answers piece by piece", "Leave stream=True out, or serve it with a LocalEnvironment."
         if what:

@@ -131,6 +131,7 @@ class ServiceRecord:
         extended_s: how much longer the hook that runs was allowed to take.
         has_died: whether the incarnation is gone, so that no hook of it can run.
         rests: whether its teardown leads to a rest, from which it can be started again, unless stopping begins before.
+        wanted: whether it is to be started again as soon as that rest begins.
     """
 
     state: ServiceState = ServiceState.REGISTERED
@@ -145,6 +146,7 @@ class ServiceRecord:
     extended_s: float = 0.0
     has_died: bool = False
     rests: bool = False
+    wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +429,7 @@ class RestRequested:
 
 @dataclass(frozen=True, slots=True)
 class WakeRequested:
-    """A service that rests is needed; if its start fails, it rests again."""
+    """A service that rests, or is about to, is needed; a replica whose start fails rests again."""
 
     service: str
 
@@ -566,8 +568,7 @@ def begin(
     for task in tasks:
         for after in dict.fromkeys(task.downstream):
             opened_before[after].append(task.name)
-    adopted = {plan.name for plan in services if plan.adopted is not None}
-    fine = adopted | {plan.name for plan in services if plan.spare}
+    fine = {plan.name for plan in services if plan.adopted is not None or plan.spare}
     return State(
         services=records,
         tasks={task.name: TaskRecord() for task in tasks},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from sage._plan.logical import Kind
 from sage._runtime.lifecycle import FAILS_JOB, Failure, FailureKind
-from sage._runtime.states import StopMode
+from sage._runtime.states import ServiceState, StopMode
 from sage.errors import (
     CleanupError,
     CleanupTimeoutError,
@@ -278,6 +279,8 @@ def _why(outcome: Outcome, errors: tuple[Exception, ...], reason: str) -> str:
 
 def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]:
     reports = []
+    events = dispatcher.supervisor.events
+    rests = Counter(event.name for event in events if event.after == ServiceState.RESTING)
     for name, record in ended.state.services.items():
         host = dispatcher.supervisor.hosts[name]
         facts = host.facts()
@@ -298,6 +301,7 @@ def _services(ended: Ended, dispatcher: Dispatcher) -> tuple[ServiceReport, ...]
                 *host.waits,
                 concurrency=host.options.concurrency,
                 recycled=facts.recycled,
+                rested=rests[name] if host.options.idle_stop_s is not None else 0,
             )
         )
     return tuple(reports)

@@ -57,8 +57,9 @@ def take_service(t: Transition, event: ServiceEvent) -> None:
     record = t.services[event.service]
     if isinstance(event, WakeRequested):
         if record.state is S.RESTING and not t.stopping:
-            start_service(t, event.service)
-            _change(t, event.service, rests=True)
+            _wake(t, event.service)
+        elif record.rests and record.state in STOP_STATES:
+            _change(t, event.service, wanted=True)
         return
     if record.incarnation != event.incarnation or record.state in SERVICE_TERMINAL | {S.BACKOFF, S.RESTING}:
         return
@@ -77,7 +78,7 @@ def take_service(t: Transition, event: ServiceEvent) -> None:
         case ExtendTimeout():
             _extend(t, event.service, event.seconds)
         case RestRequested():
-            if record.state is S.READY and not t.stopping:
+            if record.state is S.READY and _may_rest(t, event.service):
                 _change(t, event.service, rests=True)
                 if _idle(record):
                     _rest_or_watch(t, event.service)
@@ -218,6 +219,23 @@ def start_service(t: Transition, name: str) -> None:
     _next_start_hook(t, name, "")
 
 
+def _may_rest(t: Transition, name: str) -> bool:
+    """Return whether a service may rest: another one that needs it may call it until the job has ended.
+
+    A replica that cannot be done without does not rest: its successor may have died at once.
+    """
+    front = t.start.service_plans[name].front
+    if t.stopping or not front:
+        return not t.stopping and t.dependents_over(name)
+    return _replicas_left(t, front) > t.start.service_plans[front].options.replicas_min
+
+
+def _wake(t: Transition, name: str) -> None:
+    """Start a service that rests. A replica whose start fails rests again, another service has failed."""
+    start_service(t, name)
+    _change(t, name, rests=bool(t.start.service_plans[name].front))
+
+
 def _next_start_hook(t: Transition, name: str, last: str) -> None:
     record = t.services[name]
     later = START_HOOKS[START_HOOKS.index(last) + 1 :] if last else START_HOOKS
@@ -247,14 +265,10 @@ def watch(t: Transition, name: str) -> None:
 
 
 def _rest_or_watch(t: Transition, name: str) -> None:
-    """Begin the end of a ready service that is to rest, or plan the next call of `health`.
-
-    A replica that cannot be done without does not rest: its successor may have died at once.
-    """
-    record, front = t.services[name], t.start.service_plans[name].front
-    if record.rests and front and _replicas_left(t, front) <= t.start.service_plans[front].options.replicas_min:
-        record = _change(t, name, rests=False)
-    if record.rests and _idle(record) and not t.stopping:
+    """Begin the end of a ready service that is to rest, or plan the next call of `health`."""
+    if t.services[name].rests and not _may_rest(t, name):
+        _change(t, name, rests=False)
+    if t.services[name].rests:
         t.do(ActionKind.HOLD_CALLS, name)
         _drain_service(t, name)
     else:
@@ -300,7 +314,7 @@ def _service_failed(
         t.move_service(name, S.DEGRADED)
         t.fail_job()
         return
-    _change(t, name, again=again)
+    _change(t, name, again=again, rests=False)
     if not again:
         _worsen(t, name, S.FAILED)
     t.do(ActionKind.HOLD_CALLS if again else ActionKind.REFUSE_CALLS, name)
@@ -415,7 +429,9 @@ def _next_stop_hook(t: Transition, name: str, last: str) -> None:
 def _end_service(t: Transition, name: str) -> None:
     record = t.services[name]
     if record.rests and not t.stopping and record.goal is not S.ABANDONED:
-        t.move_service(name, S.RESTING, hook=None, due=None, rests=False, again=False)
+        t.move_service(name, S.RESTING, hook=None, due=None, rests=False, again=False, wanted=False)
+        if record.wanted:
+            _wake(t, name)
         return
     if record.again and not t.stopping and record.goal is not S.ABANDONED:
         first, longest = t.start.service_plans[name].options.backoff_s

@@ -253,7 +253,8 @@ class Transition:
         for name, record in self.services.items():
             late = self.now + self.start.service_plans[name].options.stop_timeout_s
             self.bring_forward(name, deadline if record.state in STOP_STATES else min(late, deadline))
-            if record.state in (ServiceState.STARTING, ServiceState.BACKOFF) or record.again:
+            is_away = record.state in (ServiceState.STARTING, ServiceState.BACKOFF, ServiceState.RESTING)
+            if is_away or record.again or (record.rests and record.state in STOP_STATES):
                 # No restart begins any more, so a call that waits for one would keep its task from ending.
                 self.do(ActionKind.REFUSE_CALLS, name)
         for name, task in self.tasks.items():
