@@ -85,6 +85,8 @@ class Environment:
 
     # A program that wants the plans of other programs, as `sage explain` does, sets this for the whole process.
     _instead_of_running: ClassVar[Callable[[Environment, LogicalGraph, PhysicalPlan], Job] | None] = None
+    # Changes the graphs that a program submits, as `sage letters replay` does.
+    _changed: ClassVar[Callable[[LogicalGraph], LogicalGraph] | None] = None
     _starts_commands = True
     _records_calls = True
 
@@ -220,7 +222,7 @@ class Environment:
         Args:
             name: the name of the stream.
             store: a file to which they are appended as JSON Lines, with the checkpoints if the job is durable and
-                otherwise immediately. `sage letters` shows them.
+                otherwise immediately. `sage letters` shows them and puts them back in.
         """
         target: Any = None
         if store is not None:
@@ -642,7 +644,7 @@ class Environment:
 
         report = os.path.abspath(self.report_file) if self.report_file else None
         durable = None
-        if self._durable is not None and plan is not None:
+        if self._durable is not None and graph.is_durable and plan is not None:
             from sage._runtime.durable_run import DurableRun
 
             durable = DurableRun(self._durable, graph, self._resume, self._drop_state)
@@ -777,7 +779,8 @@ class Environment:
 
     def _graph(self) -> LogicalGraph:
         graph = self._builder.freeze(self.name, tuple(self._services.values()))
-        return graph if self._durable is None else replace(graph, is_durable=True)
+        graph = graph if self._durable is None else replace(graph, is_durable=True)
+        return graph if Environment._changed is None else Environment._changed(graph)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -20,12 +20,16 @@ class DeadLetter:
         error: the function's exception.
         operator: the name of the operator.
         attempts: how many times the function was called with the record.
+        keys: its key, or nothing in a stream without keys.
+        port: the input of the operator that it came from.
     """
 
     value: Any
     error: BaseException
     operator: str
     attempts: int
+    keys: tuple[Any, ...] = ()
+    port: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,7 @@ def test_a_job_that_is_not_durable_appends_immediately(tmp_path: Path, backend: 
         "attempts": 2,
         "error": "ValueError: cannot parse 'a'",
         "traceback": "",
+        "input": 0,
         "record": "a",
     }
     assert "in parse\n    raise ValueError" in first.values["traceback"]

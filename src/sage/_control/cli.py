@@ -18,7 +18,7 @@ from sage._control.clusters import Facts, facts, start_kept_cluster
 from sage._control.durable_state import state
 from sage._control.errors import said_to_a_person
 from sage._control.explanation import explaining
-from sage._control.letters import letters
+from sage._control.letters import choose, letters
 from sage._control.program import Program
 from sage._control.projects import make_project
 from sage._control.saved import known_jobs
@@ -144,12 +144,54 @@ def run(
     program = Program(file, args)
     with _live(program) if progress or (progress is None and sys.stderr.isatty()) else nullcontext():
         program.run()
+    _tell(program)
+    sys.exit(program.exit_code)
+
+
+@letters.command("replay", cls=OfProgram, context_settings=PASSED_ON)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("program", type=FILE)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.option("--operator", help="Only letters of this operator.")
+@click.option("--number", "numbers", type=int, multiple=True, help="Only the letter with this number; give it again.")
+def replay_letters(
+    file: str, program: Path, args: tuple[str, ...], operator: str | None, numbers: tuple[int, ...]
+) -> None:
+    """Run PROGRAM with the dead letters in FILE as its only records, each put in at the operator that it failed in.
+
+    All sources are empty, services and sinks work as always, and a durable job makes no checkpoints. When the job has
+    completed, the letters are taken out of FILE; those that failed again stand there anew. If it fails, they stay, and
+    no transactional sink has a record of it. An operator that keeps a state cannot be replayed, nor can one before it.
+
+    Records that JSON does not have are unpickled, which can run code. Do it only if you trust FILE as you trust your
+    program. Options that are not listed below, and everything after --, are passed to the program.
+
+    Exit codes: as those of `sage run`; 1 if letters stay because no job took them.
+    """
+    from sage._control.letter_replay import LetterReplay
+
+    with said_to_a_person():
+        replay = LetterReplay(file, [letter for _, letter in choose(file, numbers, operator)])
+    if not replay.left:
+        click.echo("no dead letters")
+        return
+    run_program = Program(program, args)
+    with replay.changing_graphs():
+        run_program.run()
+    _tell(run_program)
+    with said_to_a_person():
+        outcome = replay.finish(run_program.reports)
+    click.echo(outcome)
+    sys.exit(run_program.exit_code or (1 if replay.left else 0))
+
+
+def _tell(program: Program) -> None:
+    """Print the reports and the error of a program that has ended."""
     if program.exit_code == CUT_OFF_CODE:
         sys.exit(CUT_OFF_CODE)  # whoever read has had enough
     for ended in program.reports:
         click.secho(str(ended), err=True, fg=_colour(ended))
     click.echo(program.error_text(), err=True, nl=False)
-    sys.exit(program.exit_code)
 
 
 @main.command("exec", options_metavar="[--]")

@@ -25,7 +25,7 @@ operator_option = click.option("--operator", help="Only letters of this operator
 
 @click.group()
 def letters() -> None:
-    """Look at dead letters that a job has stored, or drop them.
+    """Look at dead letters that a job has stored, drop them, or put them back in.
 
     They are those of `env.dead_letters(store=FILE)`.
     """
@@ -37,7 +37,7 @@ def letters() -> None:
 def list_(file: str, operator: str | None) -> None:
     """List the dead letters in FILE, each with its number, the oldest first."""
     with said_to_a_person():
-        chosen = _chosen(file, (), operator)
+        chosen = choose(file, (), operator)
     rows = [
         (
             str(number),
@@ -59,7 +59,7 @@ def list_(file: str, operator: str | None) -> None:
 def show(file: str, number: int) -> None:
     """Show the dead letter with this NUMBER in FILE, with the traceback of its error. Nothing is unpickled."""
     with said_to_a_person():
-        ((_, letter),) = _chosen(file, (number,), None)
+        ((_, letter),) = choose(file, (number,), None)
     values = letter.values
     for name in ("id", "at", "job", "operator", "attempts"):
         click.echo(printable(f"{name}: {values.get(name)}"))
@@ -84,15 +84,15 @@ def drop(file: str, numbers: tuple[int, ...], operator: str | None, yes: bool) -
     The numbers are those of `list`; afterwards the others have new ones. Jobs may append letters meanwhile.
     """
     with said_to_a_person():
-        chosen = _chosen(file, numbers, operator)
-        count = _counted(len(chosen))
+        chosen = choose(file, numbers, operator)
+        count = counted(len(chosen))
         if chosen and not yes:
             click.confirm(f"Take {count} out of {file}?", abort=True)
         take_out(file, frozenset(letter.id for _, letter in chosen))
     click.echo(f"{count} taken out of {file}")
 
 
-def _chosen(file: str, numbers: Sequence[int], operator: str | None) -> list[tuple[int, StoredLetter]]:
+def choose(file: str, numbers: Sequence[int], operator: str | None) -> list[tuple[int, StoredLetter]]:
     """Return the letters with these numbers, or all, of one operator, or of all."""
     found, unread_count = read_letters(file)
     if unread_count:
@@ -100,7 +100,7 @@ def _chosen(file: str, numbers: Sequence[int], operator: str | None) -> list[tup
     for number in numbers:
         if not 0 < number <= len(found):
             error = ConnectorError(f"{file} has no dead letter {number}", fault="user")
-            raise hint(error, f"It has {_counted(len(found))}; sage letters list {file} shows them.")
+            raise hint(error, f"It has {counted(len(found))}; sage letters list {file} shows them.")
     return [
         (number, letter)
         for number, letter in enumerate(found, 1)
@@ -118,5 +118,5 @@ def _cell(text: str) -> str:
     return text if len(text) <= CELL_LENGTH_MAX else f"{text[: CELL_LENGTH_MAX - 3]}..."
 
 
-def _counted(count: int) -> str:
+def counted(count: int) -> str:
     return "1 dead letter" if count == 1 else f"{count:,} dead letters"

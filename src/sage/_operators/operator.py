@@ -392,13 +392,13 @@ class Operator:
             self.leave(batch.slice(place, place + 1))
             return True
         self.metrics.failed += 1
+        keys = () if batch.keys is None else (batch.keys[place],)
         if self.keep_failed is not None and isinstance(error, Exception):
-            keys = () if batch.keys is None else (batch.keys[place],)
             failed = FailedRecord(batch.values[place], keys, self.port, self.node.name, error, self.began_at)
             self.keep_failed(failed)
         if not self.fails_job(error, request):
             if request is None and self.node.on_error.then == "letters":
-                letter = DeadLetter(batch.values[place], error, self.node.name, attempts)
+                letter = DeadLetter(batch.values[place], error, self.node.name, attempts, keys, self.port)
                 self.letters.append(letter)
             return True
         self.failure = self.blame(error, batch.values[place], attempts)

@@ -6,6 +6,7 @@ They are pickled on the thread of the task that made them, so that its operator 
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sage._remote.errors import pack, unpack
@@ -102,4 +103,4 @@ def _sendable(letter: DeadLetter) -> DeadLetter:
     if reason is not None:
         hint(error, f"The record was of type {type(value).__name__}; its text came, as {describe(reason)}.")
         value = short(value)
-    return DeadLetter(value, error, letter.operator, letter.attempts)
+    return replace(letter, value=value, error=error)

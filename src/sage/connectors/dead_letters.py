@@ -29,8 +29,9 @@ class StoredLetter:
 
     Attributes:
         id: names it.
-        values: its line: "id", "at", "job", "operator", "attempts", "error", "traceback", and the record. A record that
-            JSON does not have is "record_text", and pickled in base64 "record_pickled".
+        values: its line: "id", "at", "job", "operator", "attempts", "error", "traceback", the "input" of the operator,
+            the "key", if there is one, and the "record". A key or record that JSON does not have is "record_text", and
+            pickled in base64 "record_pickled".
     """
 
     id: str
@@ -184,6 +185,8 @@ class DeadLetterFile(TransactionalSink[DeadLetter]):
             "attempts": letter.attempts,
             "error": describe(letter.error),
             "traceback": "".join(traceback.format_exception(letter.error)),
+            "input": letter.port,
+            **(as_json("key", letter.keys[0]) if letter.keys else {}),
             **as_json("record", letter.value),
         }
         return f"{json.dumps(values, ensure_ascii=False)}\n".encode(errors="replace")

@@ -36,6 +36,23 @@ def as_json(name: str, value: Any) -> dict[str, Any]:
     return {**found, f"{name}_pickled": base64.b64encode(pickled).decode()}
 
 
+def from_json(name: str, values: dict[str, Any]) -> Any:
+    """Return the value that `as_json` put there. This may unpickle it, which can run code.
+
+    Raises:
+        ConnectorError: it was not pickled, or cannot be unpickled.
+    """
+    if name in values:
+        return values[name]
+    text = f"{name} {values.get(f'{name}_text')}"
+    if f"{name}_pickled" not in values:
+        raise ConnectorError(f"{text} could not be pickled, so only its text is there", fault="user")
+    try:
+        return pickle.loads(base64.b64decode(values[f"{name}_pickled"]))
+    except Exception as error:
+        raise ConnectorError(f"{text} cannot be unpickled: {describe(error)}") from error
+
+
 def _is_json(value: Any, depth: int = 0) -> bool:
     """Return whether JSON gives the value back as it is."""
     kind = type(value)
