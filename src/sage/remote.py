@@ -124,9 +124,6 @@ class RemoteEnvironment(Environment):
         from sage._ray.driver import check_supported
 
         check_supported(self.name, graph)
-        if self._budget is not None:
-            error = UnsupportedPlanError(f'environment "{self.name}" has limits, which a cluster cannot hold')
-            raise hint(error, "Leave env.limit(...) out; a LocalEnvironment holds them.")
         if keep:
             error = UnsupportedPlanError(f'environment "{self.name}" cannot keep services in a cluster')
             raise hint(error, "Leave keep_services out; LocalEnvironment can.")
@@ -146,5 +143,5 @@ class RemoteEnvironment(Environment):
         from sage._ray.driver import RemoteSettings, remote_job
 
         assert plan is not None
-        settings = RemoteSettings(**self._remote)
+        settings = RemoteSettings(**self._remote, budget=self._budget)
         return remote_job(id_, graph, plan, self._limits, settings, cluster, interrupt_timeout_s())

@@ -18,7 +18,6 @@ from sage import (
     LocalEnvironment,
     Outcome,
     ProcessFunction,
-    RemoteEnvironment,
     Retry,
     ServiceOptions,
     SourceFunction,
@@ -247,11 +246,6 @@ def test_limits_that_a_job_cannot_hold_are_refused() -> None:
     env.limit(tokens=3)
     with pytest.raises(UnsupportedPlanError, match='limits tokens, which service "llm" uses for others too'):
         env.run()
-    remote = RemoteEnvironment("remote")
-    remote.limit(wall_s=3)
-    remote.from_batch([1]).sink(print)
-    with pytest.raises(UnsupportedPlanError, match='environment "remote" has limits, which a cluster cannot hold'):
-        remote.submit()
 
 
 def test_sage_run_exits_with_3(tmp_path: Path) -> None:

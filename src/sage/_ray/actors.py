@@ -70,6 +70,7 @@ class SiteActor(ActorSide):
         self._site = Site(
             *(order.name, order.secret, _own_ip(), order.options, order.sites, self._load, self._master_lost),
             further=((ActorSide, self),),
+            budget=order.budget,
         )
         logging.getLogger().setLevel(order.level)
         logging.getLogger().addHandler(Forward(TcpRpcClient(order.driver, order.secret, {})))

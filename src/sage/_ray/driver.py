@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sage._plan.physical import PhysicalPlan
     from sage._ray.connection import Connected
     from sage._remote.protocol import Address
+    from sage._runtime.budget import BudgetLimits
     from sage.observability import HookEvent
     from sage.report import OperatorReport
     from sage.service import ServiceHandle
@@ -74,6 +75,7 @@ class RemoteSettings:
     runtime_env: Mapping[str, Any] | None = None
     on_driver_loss: str = "stop"
     start_timeout_s: float = 60.0
+    budget: BudgetLimits | None = None
 
 
 def check_supported(name: str, graph: LogicalGraph) -> None:
@@ -216,6 +218,7 @@ class DriverSupervisor(DriverSide):
             further=((DriverSide, self),),
             handles=self._handles,
             stands_for=self,
+            budget=launch.budget,
         )
 
     def handle_of(self, service: str) -> ServiceHandle[Any] | None:
@@ -404,6 +407,7 @@ class Launch:
     ) -> None:
         self.id = id_
         self.secret = secrets.token_bytes(32)
+        self.budget = settings.budget
         self._graph = graph
         self._plan = plan
         self._limits = Limits(**limits)
@@ -438,6 +442,7 @@ class Launch:
             level=_level(),
             runtime_env=self._runtime_env,
             ends_itself=ends_itself,
+            budget=self.budget,
         )
         orders = {name: ray.put(self._site_order(name, part, driver)) for name, part in self._parts.items()}
         name = actor_name(self.id, "master")
@@ -513,7 +518,7 @@ class Launch:
     def _site_order(self, name: str, part: Pickled, driver: tuple[str, int]) -> SiteLaunch:
         options = {spec.name: spec.options for spec in self._graph.services}
         path = tuple(os.path.abspath(place) for place in sys.path)
-        return SiteLaunch(self.id, name, self.secret, options, self.by_task, part, path, _level(), driver)
+        return SiteLaunch(self.id, name, self.secret, options, self.by_task, part, path, _level(), driver, self.budget)
 
 
 def _level() -> int:

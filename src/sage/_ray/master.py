@@ -20,6 +20,7 @@ from sage._ray.requests import DriverSide, MasterSide, SiteSide
 from sage._remote.errors import sendable
 from sage._remote.protocol import served
 from sage._remote.tcp import TcpRpcServer
+from sage._runtime.budget import Budget
 from sage._runtime.deployment import task_names
 from sage._runtime.dispatcher import prepare
 from sage._runtime.lifecycle import StopRequested, TaskEnded, TaskFailed
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
 WHERE_BOUND_S = 0.5
 COUNTS_BOUND_S = 2.0
+
+GATHER_S = 0.2
+"""How often the counts of all tasks are gathered if the failures of the job are limited."""
 
 LEFT_S = 15.0
 """How long a constructor that was running when a master was lost may take to end."""
@@ -182,6 +186,13 @@ class Master(MasterSide):
         names = {*order.sites, DRIVER}
         self._links = {name: self._new_link(name) for name in names}
         self._is_ready = threading.Event()
+        self._gathering = threading.Lock()
+        self._is_sealing = threading.Event()
+        # One that follows another has no tasks, whose calls it could count.
+        self._budget: Budget | None = None
+        if order.budget is not None and known is None:
+            warn = log_of("sage.job", {"job": order.job}).warning
+            self._budget = Budget(order.budget, lambda why: self.stop(StopMode.STOP, why, None, None), warn)
 
         self._listener = TcpRpcServer(
             ip, order.secret, served((MasterSide, self)), {}, "master", lambda _: self._is_ready.wait()
@@ -196,6 +207,7 @@ class Master(MasterSide):
             self._sealed,
             make_tasks=self._tasks_of,
             adopted=adopted,
+            budget=self._budget,
         )
         self._dispatcher.supervisor.listeners.append(self._note)
         self._is_ready.set()
@@ -322,7 +334,11 @@ class Master(MasterSide):
     def _start(self) -> None:
         """Let the driver and this process watch each other; not before that is anything started."""
         errors = in_parallel([lambda: self._links[DRIVER].attach(self.address, self._epoch, {})])
+        if self._budget is not None:
+            self._budget.begin(self._dispatcher.supervisor, max(0.0, time.time() - self._order.started))
         self._dispatcher.supervisor.begin()
+        if self._order.budget is not None and self._order.budget.failures is not None:
+            threading.Thread(target=self._gather_often, name="sage-counts", daemon=True).start()
         if errors:
             self._start_failed(errors)
         else:
@@ -443,6 +459,17 @@ class Master(MasterSide):
         """Note that an instance has something to clean up."""
         self._dispatcher.deferred(service, incarnation)
 
+    def permit(self, service: str) -> None:
+        """Count a call that is about to begin."""
+        permit = None if self._budget is None else self._budget.permit(service)
+        if permit is not None:
+            permit()
+
+    def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the tokens of an answer towards the budget of the job."""
+        if self._budget is not None:
+            self._budget.used(service, prompt_tokens, completion_tokens)
+
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Give the hook that runs more time."""
         self._dispatcher.extend(service, incarnation, seconds)
@@ -481,12 +508,19 @@ class Master(MasterSide):
                 self._host(name).take_counts(calls)
 
         links = [link for link in self._links.values() if link.address is not None and not link.is_gone]
-        in_parallel([partial(gather, link) for link in links])
+        with self._gathering:  # so that no older counts arrive after newer ones
+            in_parallel([partial(gather, link) for link in links])
+
+    def _gather_often(self) -> None:
+        """Have recent counts for the budget, which compares failures with records."""
+        while not self._is_sealing.wait(GATHER_S):
+            self._gather_counts()
 
     # --- the end ---
 
     def _sealed(self, ended: Ended) -> None:
         """End the processes, make the report, and hand it over; the supervisor's last act."""
+        self._is_sealing.set()
         self._gather_counts()
         workers = [link for name, link in self._links.items() if name != DRIVER]
         in_parallel([link.end for link in (*workers, *self._own.values())])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sage._plan.physical import PhysicalPlan
     from sage._ray.placement import SitePlan
     from sage._remote.protocol import Address
+    from sage._runtime.budget import BudgetLimits
     from sage._runtime.lifecycle import Limits
     from sage.service import ServiceOptions
 
@@ -47,6 +48,7 @@ class SiteLaunch:
         path: where the driver finds modules.
         level: the level of the driver's log.
         driver: where the driver listens.
+        budget: what the job may use, or None.
     """
 
     job: str
@@ -58,6 +60,7 @@ class SiteLaunch:
     path: tuple[str, ...]
     level: int
     driver: Address
+    budget: BudgetLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class JobLaunch:
         level: the level of the driver's log.
         runtime_env: the environment that Ray prepares for each process, or None.
         ends_itself: a file that the master removes when the whole job has ended, or None.
+        budget: what the job may use, or None.
     """
 
     job: str
@@ -95,6 +99,7 @@ class JobLaunch:
     level: int = 0
     runtime_env: Mapping[str, Any] | None = None
     ends_itself: str | None = None
+    budget: BudgetLimits | None = None
 
 
 class OperatorCounts(NamedTuple):

@@ -127,6 +127,16 @@ class MasterSide(Protocol):
     def deferred(self, service: str, incarnation: int) -> None:
         """Note that an instance has something to clean up."""
 
+    def permit(self, service: str) -> None:
+        """Count a call that is about to begin.
+
+        Raises:
+            HeldBackError: the budget of the job is used up.
+        """
+
+    def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the tokens of an answer towards the budget of the job."""
+
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         """Give the hook that runs more time."""
 

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from sage._remote.protocol import Address
     from sage._remote.rpc import RpcClient
     from sage._runtime.backend import CallWaits, HostFacts
+    from sage._runtime.budget import BudgetLimits
     from sage._runtime.channel import Channel
     from sage._runtime.lifecycle import TaskEvent
     from sage._runtime.task import Task
@@ -73,6 +75,7 @@ class Site(SiteSide):
         further: further protocols that it serves, and whoever does.
         handles: the handles of the services that code of this process holds, where it holds some already.
         stands_for: the job that the threads of this process belong to; the site itself by default.
+        budget: what the job may use, which its master counts, or None.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Site(SiteSide):
         further: tuple[tuple[type, object], ...] = (),
         handles: Mapping[str, ServiceHandle[Any]] | None = None,
         stands_for: Inside | None = None,
+        budget: BudgetLimits | None = None,
     ) -> None:
         self.name = name
         self.handles: dict[str, ServiceHandle[Any]] = dict(handles or {})
@@ -101,6 +105,7 @@ class Site(SiteSide):
         self._inside: Inside = stands_for or self
         self._epoch = 0
         self._ip = ip
+        self._budget = budget
         self._journal: JobJournal | None = None
         self._master: TcpRpcClient | None = None
         self._lease: Lease | None = None
@@ -350,7 +355,9 @@ class Site(SiteSide):
         self._ask_master(MasterSide.extend, service, incarnation, seconds)
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count the tokens of an answer towards the rate of its service."""
+        """Count the tokens of an answer towards the budget of the job and the rate of its service."""
+        if self._budget is not None and self._budget.counts_tokens:
+            self._ask_master(MasterSide.used, service, prompt_tokens, completion_tokens)
         self.hosts[service].used(prompt_tokens + completion_tokens)
 
     def claim(self, service: str, entry: dict[str, Any]) -> None:
@@ -397,7 +404,9 @@ class Site(SiteSide):
             threading.Thread(target=work, name=f"sage-{work.__name__.strip('_')}", daemon=True).start()
 
     def _host_of(self, spec: ServiceSpec, context: ServiceContext) -> GatedHost:
-        surroundings = HostSurroundings(self._backend, self._loop, self.handles, self, _untold, _untold)
+        is_bounded = self._budget is not None and self._budget.bounds(spec.name)
+        permit = partial(self._ask_master, MasterSide.permit, spec.name) if is_bounded else None
+        surroundings = HostSurroundings(self._backend, self._loop, self.handles, self, _untold, _untold, permit=permit)
         if spec.command is None:
             return InlineHost(spec, context, surroundings)
         from sage._guardian.job_journal import JobJournal

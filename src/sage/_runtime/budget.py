@@ -63,6 +63,10 @@ class BudgetLimits:
         """Whether services have to tell of the tokens that they used."""
         return self.tokens is not None or self.cost is not None
 
+    def bounds(self, service: str) -> bool:
+        """Return whether calls of a service need a permit."""
+        return service in self.calls or self.counts_tokens
+
     def check(self, environment: str, graph: LogicalGraph) -> None:
         """Refuse limits that a job cannot hold.
 
@@ -99,15 +103,15 @@ class Budget:
         self._tellers: set[str] = set()  # services that told of tokens
         self._reached = ""
 
-    def begin(self, supervisor: Supervisor) -> None:
-        """Watch the time and the failures of a job that is about to begin."""
+    def begin(self, supervisor: Supervisor, used_s: float = 0.0) -> None:
+        """Watch the time and the failures of a job that is about to begin, `used_s` seconds after it was submitted."""
         wall_s = self._limits.wall_s
         if wall_s is not None:
-            now_s = supervisor.backend.now()
+            began_s = supervisor.backend.now() - used_s
             supervisor.call_at(
-                now_s + WARNED_SHARE * wall_s, lambda: self._take("wall_s", WARNED_SHARE * wall_s, wall_s)
+                began_s + WARNED_SHARE * wall_s, lambda: self._take("wall_s", WARNED_SHARE * wall_s, wall_s)
             )
-            supervisor.call_at(now_s + wall_s, lambda: self._take("wall_s", wall_s, wall_s))
+            supervisor.call_at(began_s + wall_s, lambda: self._take("wall_s", wall_s, wall_s))
         if self._limits.failures is not None:
             self._look(supervisor)
 
@@ -116,8 +120,7 @@ class Budget:
 
         It raises `HeldBackError` for a call that may not begin.
         """
-        is_limited = service in self._limits.calls or self._limits.counts_tokens
-        return (lambda: self._begin_call(service)) if is_limited else None
+        return (lambda: self._begin_call(service)) if self._limits.bounds(service) else None
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of an answer."""
