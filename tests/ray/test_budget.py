@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_calls_of_all_processes_are_counted_together(
     assert (report.service("llm").calls, report.service("llm").errors) == (30, 0)
     assert report.undelivered > 0
     told = {id(record): record.getMessage() for record in caplog.records}
-    assert list(told.values()) == ['80% of the budget is used: calls of "llm", 24 of 30']
+    (warning,) = told.values()
+    assert re.fullmatch(r'80% of the budget is used: calls of "llm", 2[45] of 30', warning)
 
 
 def test_a_job_that_needs_all_its_calls_completes(ray_address: str) -> None:

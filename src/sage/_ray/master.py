@@ -406,6 +406,9 @@ class Master(MasterSide):
 
     def _gone(self, link: SiteClient, why: str) -> None:
         """Take in that a process has ended that should not have."""
+        if link.name == DRIVER and self._is_sealing.is_set():  # it has heard of the end, or `_hand_over` finds out
+            self._is_driver_there = False
+            return
         log.error("process gone site=%r why=%s", link.name, why)
         if not self._is_ready.is_set():  # `take_over` sees it
             self._is_driver_there = self._is_driver_there and link.name != DRIVER

@@ -173,8 +173,12 @@ class Budget:
             self._warn_of(name, used, limit)
 
     def _warn_of(self, name: str, used: float, limit: float) -> None:
-        if used >= WARNED_SHARE * limit and name not in self._warned:
+        if used < WARNED_SHARE * limit:
+            return
+        with self._lock:
+            is_first = name not in self._warned
             self._warned.add(name)
+        if is_first:
             self._warn(f"{WARNED_SHARE:.0%} of the budget is used: {name}, {used:,.6g} of {limit:,.6g}")
 
     def _reach(self, name: str, used: float, limit: float) -> None:
