@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -51,10 +53,29 @@ counts.sink(JsonLinesFiles("totals"))
 print(env.submit(autostop=True).report, flush=True)
 """
 
+IN_A_DATABASE = """
+import asyncio, signal, sys
+from sage import Durable, LocalEnvironment
+from sage.connectors import SqliteSink, SqliteTable
 
-def run(folder: Path, *until: str) -> tuple[int, str]:
+async def ask(row):
+    await asyncio.sleep(0.01 * (row["id"] % 5))
+    return {"id": row["id"], "answer": row["id"] * 2}
+
+env = LocalEnvironment("embed", durable=Durable("state", interval_s=0.02))
+rows = env.from_source(SqliteTable("rows.db", "rows", by="day"), name="rows")
+answers = rows.map_async(ask, concurrency=16, capacity=16, name="ask")
+answers.sink(SqliteSink("rows.db", "answers", wait_s=30), name="all", parallelism=2)
+answers.sink(SqliteSink("rows.db", "latest", key="id", wait_s=30), name="latest")
+if len(sys.argv) > 1:
+    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))  # the system ends the process, wherever it is
+print(env.submit(autostop=True).report, flush=True)
+"""
+
+
+def run(folder: Path, *until: str, program: str = PROGRAM) -> tuple[int, str]:
     """Run the program, which ends itself after so many calls or changes of files, if that is given."""
-    command = [sys.executable, "-W", "error", "-c", PROGRAM, *until]
+    command = [sys.executable, "-W", "error", "-c", program, *until]
     ended = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=50)
     return ended.returncode, ended.stdout
 
@@ -145,3 +166,27 @@ def test_ctrl_c_keeps_every_answer_and_asks_for_none_twice(tmp_path: Path) -> No
     finish(tmp_path)
     assert rows(tmp_path) == Counter(range(COUNT))
     assert Counter((tmp_path / "calls").read_text("utf-8").split()) == Counter(map(str, range(COUNT)))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.proof) for seed in range(1, 20))])
+def test_a_database_has_each_row_once_whenever_the_program_is_killed(seed: int, tmp_path: Path) -> None:
+    def rows_of(table: str) -> Counter[tuple[int, int]]:
+        with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+            return Counter(database.execute(f"SELECT id, answer FROM {table}").fetchall())
+
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database, database:
+        database.execute("CREATE TABLE rows (id INTEGER, day INTEGER)")
+        database.execute("CREATE TABLE answers (id INTEGER, answer INTEGER)")
+        database.execute("CREATE TABLE latest (id INTEGER UNIQUE, answer INTEGER)")
+        database.executemany("INSERT INTO rows VALUES (?, ?)", [(number, number // 50) for number in range(COUNT)])
+    moments = random.Random(seed)
+    kills = 0
+    for moment in (moments.uniform(0.01, 0.4), moments.uniform(0.3, 1.0), moments.uniform(0.3, 1.0)):
+        code, output = run(tmp_path, str(moment), program=IN_A_DATABASE)
+        assert code in (0, -signal.SIGALRM), output
+        assert max(rows_of("answers").values(), default=1) == 1
+        kills += code != 0
+    code, output = run(tmp_path, program=IN_A_DATABASE)
+    assert code == 0, output
+    assert kills > 0
+    assert rows_of("answers") == rows_of("latest") == Counter((number, number * 2) for number in range(COUNT)), output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,8 @@ def execute(path: Path, command: str, *values: Any) -> list[Any]:
 
 
 def insert(path: Path, *rows: tuple[Any, ...]) -> None:
-    for row in rows:
-        execute(path, "INSERT INTO orders VALUES (?, ?, ?)", *row)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.executemany("INSERT INTO orders VALUES (?, ?, ?)", rows)
 
 
 def read(path: Path, position: Any = None, records_max: int = 100, **options: Any) -> tuple[list[Any], Any]:
@@ -84,6 +85,24 @@ def test_others_may_write_while_a_source_reads(path: Path) -> None:
     assert rest is not None
     assert [row["id"] for row in rest] == list(range(3, 11))
     source.close()
+
+
+def test_a_transaction_that_a_kill_has_left_is_undone(path: Path) -> None:
+    insert(path, *((number, "a", 0) for number in range(1000)))
+    left = path.with_name("left.db")
+    with closing(sqlite3.connect(path, isolation_level=None)) as killed:
+        killed.execute("PRAGMA cache_size = 2")  # so that changes are in the file before the commit
+        killed.execute("BEGIN")
+        killed.execute("UPDATE orders SET price = 1")
+        shutil.copy(path, left)
+        shutil.copy(f"{path}-journal", f"{left}-journal")
+        killed.execute("ROLLBACK")
+    assert {row[2] for row in read(left)[0]} == {0}
+
+
+def test_a_query_that_writes_is_refused(path: Path) -> None:
+    with pytest.raises(ConnectorError, match="syntax error"):
+        source_of(path, table=None, query="DELETE FROM orders RETURNING id")
 
 
 def source_of(path: Path, **options: Any) -> None:

@@ -50,14 +50,13 @@ def _quoted(name: str) -> str:
 class _Database:
     """A database file, which is there already, and one connection to it."""
 
-    def __init__(self, owner: str, path: str | os.PathLike[str], wait_s: float, mode: str) -> None:
+    def __init__(self, owner: str, path: str | os.PathLike[str], wait_s: float) -> None:
         given: object = path
         if not isinstance(given, str | os.PathLike) or not os.fspath(given):
             raise hint(GraphError(f"{owner}: path is {short(path)}"), f'Name a file: {owner}("orders.db", ...).')
         check_seconds(f"{owner}: wait_s is", wait_s)
         self.path = os.fspath(path)
         self._wait_s = wait_s
-        self._mode = mode
 
     def open(self) -> sqlite3.Connection:
         """Connect to it.
@@ -69,7 +68,9 @@ class _Database:
             error = ConnectorError(f'no database "{self.path}"', fault="external")
             raise hint(error, f"Make it with its tables first. The program runs in {os.getcwd()}.")
         with self.naming():
-            address = f"file:{quote(os.path.abspath(self.path))}?mode={self._mode}"
+            # For writing even to read, as a transaction that a kill has left has to be undone first. SQLite opens a
+            # file that this user may not write for reading only.
+            address = f"file:{quote(os.path.abspath(self.path))}?mode=rw"
             return sqlite3.connect(address, self._wait_s, isolation_level=None, uri=True)
 
     @contextmanager
@@ -118,7 +119,7 @@ class SqliteTable(Source[Row]):
         by: str,
         wait_s: float = 5.0,
     ) -> None:
-        self._database = _Database("SqliteTable", path, wait_s, "ro")
+        self._database = _Database("SqliteTable", path, wait_s)
         if (table is None) == (query is None):
             error = GraphError("SqliteTable: it reads one table or one query")
             raise hint(error, 'Give a table, or query="SELECT ...", and not both.')
@@ -207,7 +208,7 @@ class SqliteSink(TransactionalSink[Row]):
     def __init__(
         self, path: str | os.PathLike[str], table: str, *, key: str | Sequence[str] = (), wait_s: float = 5.0
     ) -> None:
-        self._database = _Database("SqliteSink", path, wait_s, "rw")
+        self._database = _Database("SqliteSink", path, wait_s)
         self._table = table
         self._key = (key,) if isinstance(key, str) else tuple(key)
         self._connection: sqlite3.Connection | None = None
