@@ -25,6 +25,7 @@ from sage import (
     MapFunction,
     Outcome,
     Rate,
+    ServiceError,
     ServiceOptions,
     ServiceTimeoutError,
     ServiceUnavailableError,
@@ -207,13 +208,15 @@ def test_a_call_that_comes_as_a_rest_begins_is_not_lost(tmp_path: Path, host: An
     assert report.service("llm").rested > 0
 
 
-def test_no_call_is_lost_on_any_schedule() -> None:
+@pytest.mark.parametrize("call_timeout_s", [None, SOON_S])
+def test_no_call_is_lost_on_any_schedule(call_timeout_s: float | None) -> None:
     rests: list[int] = []
 
     def program(backend: Callable[[], Backend]) -> None:
         env = LocalEnvironment("schedules", backend=backend)
         journal: list[str] = []
-        llm = env.register_service("llm", Numbered, journal, options=ServiceOptions(idle_stop_s=0.1))
+        options = ServiceOptions(idle_stop_s=0.1, call_timeout_s=call_timeout_s)
+        llm = env.register_service("llm", Numbered, journal, options=options)
         answers: list[int] = []
 
         async def wait(number: int) -> int:
@@ -487,3 +490,24 @@ def test_options_that_cannot_work_are_refused_with_a_hint(given: dict[str, Any],
         ServiceOptions(**given)
     assert text in str(caught.value)
     assert caught.value.__notes__
+
+
+@pytest.mark.parametrize("call_timeout_s", [None, SOON_S])
+def test_a_coroutine_that_would_block_the_event_loop_until_the_start_is_told(call_timeout_s: float | None) -> None:
+    journal: list[str] = []
+    env = LocalEnvironment("blocking")
+    options = ServiceOptions(idle_stop_s=IDLE_S, call_timeout_s=call_timeout_s)
+    llm = env.register_service("llm", Awaited, journal, options=options)
+
+    async def ask(number: int) -> str:
+        while "llm.cleanup 1" not in journal:
+            await asyncio.sleep(0.001)
+        with pytest.raises(ServiceError) as caught:
+            llm.ask_plainly(number)
+        assert "Write `await aio(handle).method(...)` there." in caught.value.__notes__[0]
+        return str(caught.value)
+
+    answers: list[str] = []
+    env.from_batch([1]).map_async(ask).sink(answers.append)
+    run(env)
+    assert answers == ['service "llm" rests, and a coroutine must not block the event loop for its start']

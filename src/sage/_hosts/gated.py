@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,14 @@ from sage._forks import leave_if_forked, refusal, useless_after_fork
 from sage._hosts.bucket import Bucket
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.gate import ConcurrentGate, SerialGate
+from sage._hosts.uses import Uses
 from sage._hosts.waits import Waits
 from sage._runtime.backend import CallWaits, HostFacts
 from sage._runtime.coroutines import AIO_HINT, is_on_loop
 from sage.errors import HeldBackError, ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
 
     from sage._calls import CallFuture
     from sage._hosts.gate import Gate
@@ -72,10 +72,10 @@ class GatedHost(ABC):
         self._held = True  # a call that comes before the service is ready waits for it
         self._may_rest = spec.options.idle_stop_s is not None
         self._is_resting = False  # from the begin of a rest until the next instance is ready
-        self._reads_count = self._users_count = 0  # reads of attributes so far; who reads, or waits for a start, now
         self._refused = False
         self._is_forked = False
         self._changed = threading.Condition()
+        self._uses = Uses(self._changed)
         self.on_turned: Callable[[], None] = _nobody  # called when calls are let through from now on, or are not
         self.on_waiting: Callable[[], None] = _nobody  # called by a caller who waits until the service is there
         useless_after_fork(self)
@@ -217,8 +217,8 @@ class GatedHost(ABC):
     def use_count(self) -> int | None:
         """How often the service was used so far, or None while a call or the reader of an attribute runs or waits."""
         is_queued = self._bucket is not None and self._bucket.is_waited_for
-        is_used = self._users_count or self.is_calling or is_queued or not self._gate.is_idle
-        return None if is_used else self.call_count + self._reads_count
+        is_used = self._uses.running or self.is_calling or is_queued or not self._gate.is_idle
+        return None if is_used else self.call_count + self._uses.count
 
     def hold_unused(self, use_count: int) -> bool:
         """Let calls wait if the service was used so often and is not in use, and return whether that is so."""
@@ -324,6 +324,8 @@ class GatedHost(ABC):
         if is_on_loop() and self.is_coroutine(name):
             return self._awaitable(name, args, kwargs, timeout_s)
         refuse_on_foreign_loop("the answer of a service", AIO_HINT)
+        if self._is_resting:
+            timeout_s = self._left_after_start(name, timeout_s)
         return self.call_async(name, args, kwargs, timeout_s).result()
 
     def call_async(
@@ -381,6 +383,7 @@ class GatedHost(ABC):
     def _after_fork_in_child(self) -> None:
         self._is_forked = self._refused = True
         self._changed = threading.Condition()
+        self._uses, self.on_waiting = Uses(self._changed), _nobody
         for gate in (*self._earlier, self._gate):
             gate.shut_after_fork()
 
@@ -465,28 +468,24 @@ class GatedHost(ABC):
 
     def _attribute_of_resting(self, name: str) -> Any:
         """Return an attribute of a service that may rest; wait until it is there."""
-        with self._in_use():
+        with self._uses.one():
             while self._is_resting:
                 if self._refused:
                     raise self._unavailable()
                 self._wait_back(None)
-            self._reads_count += 1
             return self._attribute(name)
 
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Keep the service from its rest."""
-        with self._changed:
-            self._users_count += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._users_count -= 1
+    def _left_after_start(self, name: str, timeout_s: float | None) -> float | None:
+        """Wait for the start of a service that rests, on the caller's own thread, and return the rest of its time."""
+        timeout_s = self.spec.options.call_timeout_s if timeout_s is None else timeout_s
+        began_at = self._waits.now()
+        if not self._wait_back(timeout_s):
+            raise not_in_time(self.spec.name, name, timeout_s)
+        return None if timeout_s is None else max(timeout_s - (self._waits.now() - began_at), 0.0)
 
     def _wait_back(self, timeout_s: float | None) -> bool:
         """Wait until the service is back, or takes no calls any more, and return whether that is so."""
-        with self._in_use():  # or it might rest again before this caller has seen that it is back
+        with self._uses.one():  # or it might rest again before this caller has seen that it is back
             self.on_waiting()
             if self._is_resting and is_on_loop():
                 text = f'service "{self.spec.name}" rests, and a coroutine must not block the event loop for its start'
