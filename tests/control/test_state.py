@@ -235,6 +235,15 @@ def test_list_and_check_run_no_code_of_a_pickle(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists(), text
 
 
+def test_a_folder_that_others_can_write_is_not_unpickled(totals: Path) -> None:
+    (totals / "state").chmod(0o770)
+    for command in (["show", "state", "totals"], ["export", "state"]):
+        text = sage(totals, "state", *command, code=1)
+        assert 'folder "state" can be written by other users' in text
+        assert "chmod 700 state" in text
+    assert "totals" in sage(totals, "state", "list", "state")
+
+
 def test_drop_asks_and_the_operator_begins_anew(totals: Path) -> None:
     text = sage(totals, "state", "drop", "state", "totals", text="n\n", code=1)
     assert 'Drop the state of reduce "totals" from checkpoint 2? It will begin anew. [y/N]: ' in text
@@ -307,6 +316,7 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     assert 'such as "state" for durable="state"' in text
     sage(tmp_path, "state", "drop", ".", "x", "--yes", code=1)
     assert [*tmp_path.iterdir()] == []
+    tmp_path.chmod(0o700)
     (tmp_path / "checkpoints.sqlite").touch()  # of a program that was killed as it began
     assert sage(tmp_path, "state", "list", ".") == ". has no checkpoint yet\n"
     assert "has no checkpoint yet" in sage(tmp_path, "state", "show", ".", "x", code=1)

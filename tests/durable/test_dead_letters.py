@@ -90,10 +90,17 @@ def test_each_letter_once_whenever_it_is_killed(seed: int, tmp_path: Path) -> No
 
 def test_a_letter_that_was_appended_before_a_kill_does_not_come_again(tmp_path: Path) -> None:
     assert run(tmp_path, "prepared", "1")  # the first letters are in the file, and the rest of the commit is not done
-    before = records(tmp_path)
-    assert before
+    assert records(tmp_path)
     with (tmp_path / "failed.jsonl").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 10)  # as if the machine had lost power meanwhile
+    assert not run(tmp_path)
+    assert records(tmp_path) == Counter(range(0, COUNT, 3))
+
+
+def test_a_whole_last_line_without_a_line_end_stays(tmp_path: Path) -> None:
+    assert run(tmp_path, "prepared", "1")
+    path = tmp_path / "failed.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as some editors do
     assert not run(tmp_path)
     assert records(tmp_path) == Counter(range(0, COUNT, 3))
 
@@ -178,7 +185,10 @@ def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
     letters, unread_count = read_letters(str(path))
     assert ([letter.values["record"] for letter in letters], unread_count) == (["a", "b"], 1)
     path.chmod(0o640)
-    take_out(str(path), frozenset({letters[0].id}))
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    take_out(str(link), frozenset({letters[0].id}))
+    assert link.is_symlink()
     letters, unread_count = read_letters(str(path))
     assert ([letter.values["record"] for letter in letters], unread_count) == (["b"], 1)
     assert path.stat().st_mode & 0o777 == 0o640

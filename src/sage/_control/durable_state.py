@@ -18,7 +18,7 @@ import click
 from sage._control.errors import said_to_a_person
 from sage._operators.keyed_state import KeyedState
 from sage._plan.logical import Kind
-from sage._runtime.checkpoint_store import CheckpointReader, CheckpointStore, no_state
+from sage._runtime.checkpoint_store import CheckpointReader, CheckpointStore, check_is_private, no_state
 from sage.connectors.json_lines import as_json
 from sage.errors import CheckpointError, describe, hint, short
 from sage.report import printable, table
@@ -266,6 +266,7 @@ def _unpickled(operator: str, body: bytes) -> Any:
 
 
 def _loaded(folder: str) -> Checkpoint:
+    check_is_private(folder)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with closing(CheckpointReader(folder)) as reader:

@@ -41,7 +41,7 @@ class LetterReplay:
     """
 
     def __init__(self, path: str, letters: Sequence[StoredLetter]) -> None:
-        self._path = os.path.abspath(path)
+        self._path = os.path.realpath(path)
         self.left = list(letters)
         self._before = {letter.id for letter in read_letters(path)[0]}
 
@@ -157,7 +157,7 @@ def _check(graph: LogicalGraph, node: Node, path: str) -> None:
         for one in graph.nodes.values()
         if node.on_error.letters in one.inputs and (file := _file_of(one)) is not None
     ]
-    if not any(os.path.realpath(file) == os.path.realpath(path) for file in files):
+    if path not in files:
         error = GraphError(f'operator "{node.name}" does not store its dead letters in "{path}"')
         raise hint(error, "Give it on_error=env.dead_letters(store=...), so that a record that fails again is kept.")
     onward = ways_of(edge for edge in edges_of(graph) if not edge.letters)

@@ -444,6 +444,18 @@ def _graph(text: str) -> dict[str, tuple[str, int]]:
     return {name: (kind, int(parallelism)) for kind, parallelism, name in lines}
 
 
+def check_is_private(folder: str) -> None:
+    """Refuse a folder whose contents somebody else may have written, before they are unpickled.
+
+    Raises:
+        CheckpointError: another user can write into it.
+    """
+    status = os.stat(folder)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        error = CheckpointError(f'folder "{folder}" can be written by other users', fault="external")
+        raise hint(error, f"Checkpoints are pickles, which can run any code: chmod 700 {folder}")
+
+
 def _locked(folder: str) -> OpenFile:
     """Make the folder if needed, and return the file of its lock, which the system frees if the process dies.
 
@@ -453,10 +465,7 @@ def _locked(folder: str) -> OpenFile:
     try:
         with suppress(FileExistsError):
             os.makedirs(folder, 0o700)
-        status = os.stat(folder)
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            error = CheckpointError(f'folder "{folder}" can be written by other users', fault="external")
-            raise hint(error, f"Checkpoints are pickles, which can run any code: chmod 700 {folder}")
+        check_is_private(folder)
         lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         text = f'folder "{folder}" cannot be used for checkpoints: {describe(error)}'

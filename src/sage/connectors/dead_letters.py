@@ -10,17 +10,15 @@ import traceback
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from sage.connector import TransactionalSink
-from sage.connectors.files import PREPARED
+from sage.connectors.files import FileSink, Format, Lines
 from sage.connectors.json_lines import as_json
 from sage.errors import ConnectorError, GraphError, describe, hint, short
 from sage.failure import DeadLetter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +64,42 @@ def take_out(path: str, ids: frozenset[str]) -> None:
         ConnectorError: the file cannot be written.
     """
     with _failing(path):
-        _rewrite(path, lambda letter: letter.id not in ids)
+        _rewrite(os.path.realpath(path), lambda letter: letter.id not in ids)
 
 
-class DeadLetterFile(TransactionalSink[DeadLetter]):
+class LetterFormat(Format[DeadLetter]):
+    """Dead letters as they wait for a checkpoint, still without their id.
+
+    Args:
+        job: the name of the job.
+    """
+
+    suffix = ""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+
+    def decode(self, lines: Lines, header: Any) -> Iterator[DeadLetter]:  # noqa: ARG002
+        """Yield nothing: errors cannot be made again from their texts."""
+        return iter(())
+
+    def encode(self, record: DeadLetter) -> bytes:
+        """Return the line of a letter."""
+        values = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "job": self._job,
+            "operator": record.operator,
+            "attempts": record.attempts,
+            "error": describe(record.error),
+            "traceback": "".join(traceback.format_exception(record.error)),
+            "input": record.port,
+            **(as_json("key", record.keys[0]) if record.keys else {}),
+            **as_json("record", record.value),
+        }
+        return f"{json.dumps(values, ensure_ascii=False)}\n".encode(errors="replace")
+
+
+class DeadLetterFile(FileSink[DeadLetter]):
     """Appends dead letters to a file, with the checkpoints of a durable job.
 
     Until then they are in a file beside it whose name begins with a dot. In a job that is not durable, `append` writes
@@ -85,70 +115,36 @@ class DeadLetterFile(TransactionalSink[DeadLetter]):
         if not isinstance(given, str | os.PathLike) or not os.fspath(given):
             error = GraphError(f"dead_letters: store is {short(given)}")
             raise hint(error, 'Give the path of a file: store="failed.jsonl".')
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)
         if os.path.isdir(self.path):
             raise GraphError(f'dead_letters: store is the folder "{path}", and not a file')
-        self._job = job
+        super().__init__(os.path.dirname(self.path), LetterFormat(job))
         self._run = uuid.uuid4().hex[:12]
         self._count = 0
-        self._part = ""
-        self._file: BinaryIO | None = None
         self._may_be_there = False
 
     def append(self, letter: DeadLetter) -> None:
         """Append a letter immediately."""
         self._count += 1
         with _failing(self.path), _alone(self.path) as file:
-            _add(file, [_with_id(f"{self._run}-{self._count}", self._line(letter))])
+            _add(file, [_with_id(f"{self._run}-{self._count}", self._format.encode(letter))])
 
     def open(self, part: str, checkpoint: int) -> None:
         """Remove the letters of this part that belong to a later checkpoint."""
-        self._part = part
+        super().open(part, checkpoint)
         self._may_be_there = True
-        with _failing(self.path):
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self._writing.unlink(missing_ok=True)
-            for path in self._writing.parent.glob(f".*{PREPARED}"):
-                if self._number_of(path.name.removeprefix(".").removesuffix(PREPARED)) > checkpoint:
-                    path.unlink()
-            if os.path.exists(self.path):
-                _rewrite(self.path, lambda letter: self._number_of(letter.id.rpartition("-")[0]) <= checkpoint)
+        if os.path.exists(self.path):
+            with _failing(self.path):
+                _rewrite(self.path, lambda letter: self._checkpoint_of(letter) <= checkpoint)
 
-    def _number_of(self, token: str) -> int:
-        """Return the number of the checkpoint of a token; 0 if it is of another part."""
-        part, _, number = token.rpartition("-")
-        return int(number) if part == self._part and number.isdigit() else 0
-
-    @property
-    def _writing(self) -> Path:
-        return Path(os.path.dirname(self.path), f".{self._part}.writing")
-
-    def _prepared(self, token: str) -> Path:
-        return self._writing.with_name(f".{token}{PREPARED}")
+    def _checkpoint_of(self, letter: StoredLetter) -> int:
+        """Return the number of the checkpoint of a letter; 0 if it is of another part."""
+        part, *numbers = letter.id.rsplit("-", 2)
+        return int(numbers[0]) if part == self._part and len(numbers) == 2 and numbers[0].isdigit() else 0
 
     def begin(self) -> None:
         """Begin a transaction."""
         self._may_be_there = False
-
-    def write(self, batch: Sequence[DeadLetter]) -> None:
-        """Add letters to the transaction."""
-        with _failing(self.path):
-            if self._file is None:
-                self._file = self._writing.open("wb")
-            self._file.write(b"".join(map(self._line, batch)))
-
-    def prepare(self, number: int) -> str | None:
-        """Write the letters through to the disk."""
-        if self._file is None:
-            return None
-        file, self._file = self._file, None
-        token = f"{self._part}-{number:08}"
-        with _failing(self.path):
-            with file:
-                _sync(file)
-            self._writing.replace(self._prepared(token))
-            self._sync_folder()
-        return token
 
     def commit(self, token: str) -> None:
         """Append the letters to the file; those that a crash has left there are not appended again."""
@@ -167,37 +163,7 @@ class DeadLetterFile(TransactionalSink[DeadLetter]):
                 _add(file, [_with_id(id_, line) for id_, line in named if id_ not in there])
                 _sync(file)
             prepared.unlink()
-            self._sync_folder()
-
-    def abort(self) -> None:
-        """Drop the letters that were not prepared."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            with suppress(OSError):  # of a full disk, which the write has told of
-                file.close()
-            self._writing.unlink(missing_ok=True)
-
-    def _line(self, letter: DeadLetter) -> bytes:
-        values = {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "job": self._job,
-            "operator": letter.operator,
-            "attempts": letter.attempts,
-            "error": describe(letter.error),
-            "traceback": "".join(traceback.format_exception(letter.error)),
-            "input": letter.port,
-            **(as_json("key", letter.keys[0]) if letter.keys else {}),
-            **as_json("record", letter.value),
-        }
-        return f"{json.dumps(values, ensure_ascii=False)}\n".encode(errors="replace")
-
-    def _sync_folder(self) -> None:
-        """Write the names of the folder through to the disk."""
-        folder = os.open(self._writing.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            self._sync()
 
 
 def _letter(line: bytes) -> StoredLetter | None:
@@ -246,7 +212,9 @@ def _add(file: BinaryIO, lines: Iterable[bytes]) -> None:
 def _cut_torn_line(file: BinaryIO) -> None:
     file.seek(0)
     text = file.read()
-    file.truncate(text.rfind(b"\n") + 1)
+    end = text.rfind(b"\n") + 1
+    if _letter(text[end:]) is None:
+        file.truncate(end)
 
 
 def _rewrite(path: str, stays: Callable[[StoredLetter], bool]) -> None:
@@ -257,7 +225,7 @@ def _rewrite(path: str, stays: Callable[[StoredLetter], bool]) -> None:
         left = [line for line in lines if (letter := _letter(line)) is None or stays(letter)]
         if len(left) == len(lines):
             return
-        other = f"{path}.new"
+        other = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
         with open(other, "wb") as new:
             os.fchmod(new.fileno(), os.fstat(file.fileno()).st_mode & 0o777)
             new.writelines(left)
