@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sage import ConnectorError, Durable, FunctionError, GraphError, LocalEnvironment, Retry
 from sage.connectors import Csv, CsvFiles, JsonLines, JsonLinesFiles, Text, TextFiles
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sage.connectors.files import FileSource
+    from sage.connectors.files import FileSink, FileSource
 
 
 def read(source: FileSource[Any], position: dict[str, int] | None = None, records_max: int = 100) -> tuple[Any, Any]:
@@ -176,6 +179,50 @@ def test_options_of_the_csv_module(tmp_path: Path) -> None:
     env.run()
     (path,) = (tmp_path / "out").iterdir()
     assert path.read_bytes().decode("latin-1") == "'b';'a'\r\n2;'ä'\r\n"
+
+
+TEXTS = st.text(st.sampled_from("ab\",;\n\r\\'\t\0ä \ufeff\u2028"), max_size=6)
+DIALECTS: list[dict[str, Any]] = [
+    {},
+    {"delimiter": ";", "quotechar": "'"},
+    {"quoting": csv.QUOTE_ALL},
+    {"escapechar": "\\", "doublequote": False},
+]
+
+
+def assert_comes_back(sink: FileSink[Any], source: Callable[[], FileSource[Any]], records: list[Any]) -> None:
+    """Write the records, and read them back with a new source for each."""
+    sink.open("part", 0)
+    sink.write(records)
+    token = sink.prepare(1)
+    assert token is not None
+    sink.commit(token)
+    sink.close()
+    position = None
+    for record in records:
+        reading = source()
+        reading.open(position)
+        assert reading.read(1) == [record]
+        position = reading.position()
+        reading.close()
+    assert read(source(), position)[0] == []
+
+
+@given(
+    rows=st.lists(st.fixed_dictionaries({"\ufeffa": TEXTS, "b\n": TEXTS}), min_size=1, max_size=6),
+    dialect=st.sampled_from(DIALECTS),
+)
+@settings(deadline=None)
+def test_any_rows_come_back_from_any_position(rows: list[Any], dialect: dict[str, Any]) -> None:
+    with TemporaryDirectory() as name:
+        assert_comes_back(CsvFiles(name, **dialect), lambda: Csv(f"{name}/*.csv", **dialect), rows)
+
+
+@given(lines=st.lists(TEXTS.map(lambda text: text.replace("\n", "").rstrip("\r")), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_any_lines_come_back_from_any_position(lines: list[str]) -> None:
+    with TemporaryDirectory() as name:
+        assert_comes_back(TextFiles(name), lambda: Text(f"{name}/*.txt"), lines)
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,9 @@ class FileSink(TransactionalSink[T]):
         with _naming(f'folder "{self._folder}"', "written into"):
             if self._file is None:
                 self._file = self._writing.open("wb")
-                self._file.write(self._format.head(batch[0]))
+                lines = self._format.head(batch[0]) + lines
+                if lines.startswith(BYTE_ORDER_MARK):  # a source drops the first one
+                    lines = BYTE_ORDER_MARK + lines
             self._file.write(lines)
 
     def prepare(self, number: int) -> str | None:
