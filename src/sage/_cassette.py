@@ -89,7 +89,9 @@ class Cassette:
         if self._way == "record":
             return replace(spec, target=Recorded(spec.target, self.path, spec.name)) if spec.command is None else spec
         one = spec.options.of_one()
-        options = replace(one, host=None, shared=False, restart="never", call_timeout_s=None, rate=None)
+        options = replace(
+            one, host=None, shared=False, restart="never", call_timeout_s=None, rate=None, idle_stop_s=None
+        )
         args = (self.path, spec.name, self._numbers, spec.command is not None, self._since)
         return replace(spec, target=replayed, args=args, kwargs={}, options=options, command=None)
 

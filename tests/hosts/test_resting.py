@@ -511,3 +511,25 @@ def test_a_coroutine_that_would_block_the_event_loop_until_the_start_is_told(cal
     env.from_batch([1]).map_async(ask).sink(answers.append)
     run(env)
     assert answers == ['service "llm" rests, and a coroutine must not block the event loop for its start']
+
+
+def test_a_recorded_service_may_rest_and_its_replay_does_not(tmp_path: Path) -> None:
+    journal: list[str] = []
+    reports: list[JobReport] = []
+    for record in (True, False):
+        env = LocalEnvironment("cassette")
+        llm = env.register_service("llm", Numbered, journal, options=ServiceOptions(idle_stop_s=IDLE_S))
+        (env.record_calls if record else env.replay_calls)(str(tmp_path / "calls.db"))
+
+        def ask(number: int) -> int:
+            if number == 2:
+                until(lambda: "llm.cleanup 1" in journal)
+            return int(llm.process(number))  # noqa: B023
+
+        answers: list[int] = []
+        env.from_batch([1, 2]).map(ask).sink(answers.append)
+        reports.append(run(env))
+        assert answers == [1, 2]
+    recorded, replayed = (report.service("llm") for report in reports)
+    assert (recorded.rested > 0, recorded.calls, recorded.errors) == (True, 2, 0)
+    assert (replayed.rested, replayed.built_count, replayed.errors) == (0, 1, 0)
