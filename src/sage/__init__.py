@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from sage.report import Outcome as Outcome
     from sage.service import BaseService as BaseService
     from sage.service import ServiceOptions as ServiceOptions
+    from sage.state import ListState as ListState
+    from sage.state import MapState as MapState
+    from sage.state import ValueState as ValueState
     from sage.stream import ConnectedStreams as ConnectedStreams
     from sage.stream import DataStream as DataStream
     from sage.stream import KeyedStream as KeyedStream
@@ -95,6 +98,7 @@ __getattr__ = lazy(
         "remote": "RemoteEnvironment",
         "report": "Cleanliness JobReport Outcome",
         "service": "BaseService ServiceHandle ServiceOptions",
+        "state": "ListState MapState ValueState",
         "stream": "ConnectedStreams DataStream KeyedStream",
     },
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from copy import deepcopy
 from typing import Any
 
-from sage.errors import GraphError, hint, short
+from sage.errors import GraphError, describe, hint, short
 
 STOP_TIMEOUT_VARIABLE = "SAGE_STOP_TIMEOUT_S"
 """The environment variable with the budget of a whole stop."""
@@ -75,3 +77,21 @@ def seconds_in(variable: str) -> float | None:
         value = text
     check_seconds(f"the environment variable {variable} is", value)
     return float(value)
+
+
+def copy_of_initial(label: str, initial: object) -> Any:
+    """Return a copy of the value with which each key begins.
+
+    Raises:
+        GraphError: it cannot be copied, or it is a class or a function; `label` names it.
+    """
+    if isinstance(initial, type) or inspect.isroutine(initial):
+        error = GraphError(f"{label} is {short(initial)}, which is not a state")
+        raise hint(error, "Give the state itself, such as [] for list; each key begins with a copy of it.")
+    try:
+        return deepcopy(initial)
+    except Exception as failed:
+        error = GraphError(f"{label} is {short(initial)}, which cannot be copied: {describe(failed)}")
+        raise hint(
+            error, "Each key begins with a copy of it. Give None, and make the object in the function."
+        ) from failed

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, Unpack, overload
 
-from sage._arguments import check_count, check_seconds
+from sage._arguments import check_count, check_seconds, copy_of_initial
 from sage._compositions import Limit, Sample, aggregating, comparing, count, distinct, itself, keeping_top, passing_on
 from sage._handover import Handover
 from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
-from sage._plan.signature import async_spec, comap_spec, copy_of_initial, function_spec, place_of, plain_function
+from sage._plan.signature import async_spec, comap_spec, function_spec, place_of, plain_function
 from sage._types import Inputs, K_co, T_co
 from sage.connector import TransactionalSink
 from sage.errors import GraphError, JobError, hint, short
@@ -112,6 +112,7 @@ class DataStream(Generic[T_co]):
         inputs: tuple[int, ...] | None = None,
         **settings: object,
     ) -> int:
+        _check_states(self._builder, spec, (self,))
         parallelism = options.get("parallelism")
         return self._builder.add(
             kind,
@@ -926,7 +927,7 @@ class DataStream(Generic[T_co]):
             Kind.STATEFUL_MAP,
             spec,
             common,
-            initial=copy_of_initial(method, initial),
+            initial=copy_of_initial(f"{method}: initial", initial),
             form=form,
             emit_each=emit == "each",
             result=result,
@@ -1095,6 +1096,7 @@ class ConnectedStreams(Generic[*Inputs]):
         return self
 
     def _join(self, kind: Kind, spec: FunctionSpec, options: SourceOptions) -> DataStream[Any]:
+        _check_states(self._builder, spec, self._streams)
         inputs = tuple(stream._id for stream in self._streams)
         keyed = all(isinstance(stream, KeyedStream) for stream in self._streams)
         id_ = self._streams[0]._then(kind, spec, options, inputs=inputs)
@@ -1119,6 +1121,14 @@ def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream[Any]) -> 
     if not isinstance(stream, KeyedStream):
         error = GraphError(f'{label} ("{builder.node(stream._id).name}") has no keys')
         raise hint(error, "Call keyby(...) before it, on each of the streams.")
+
+
+def _check_states(builder: GraphBuilder, spec: FunctionSpec | None, streams: Iterable[DataStream[Any]]) -> None:
+    """Refuse a function with states of keys if the records have no keys."""
+    if spec is not None and spec.states:
+        label = f"{spec.label}.{next(iter(spec.states))} is a state of each key, and the stream"
+        for stream in streams:
+            _check_keyed(builder, label, stream)
 
 
 def _check_emit(method: str, emit: object) -> None:

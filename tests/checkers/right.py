@@ -17,8 +17,10 @@ from sage import (
     JobReport,
     KeyByFunction,
     KeyedStream,
+    ListState,
     LocalEnvironment,
     MapFunction,
+    MapState,
     ProcessFunction,
     Retry,
     ServiceHandle,
@@ -27,6 +29,7 @@ from sage import (
     Source,
     SourceFunction,
     StopSignal,
+    ValueState,
 )
 from sage.testing import run
 
@@ -128,6 +131,21 @@ class Total(ProcessFunction[int, int]):
 
     def finish(self) -> list[int]:
         return [self.total]
+
+
+class Session(ProcessFunction[str, tuple[str, int]]):
+    count = ValueState(0)
+    last = ValueState[str | None](None)
+    seen = ListState[str]()
+    by_name = MapState[str, int]()
+
+    def execute(self, data: str) -> list[tuple[str, int]]:
+        self.count.value += len(data)
+        self.seen.append(data.upper())
+        self.seen += [data]
+        self.by_name[data] = self.by_name.get(data, 0) + 1
+        before, self.last.value = self.last.value, data
+        return [((before or data) + self.seen[-1], self.count.value)]
 
 
 class Show(SinkFunction[object]):
@@ -240,6 +258,7 @@ def keys(env: LocalEnvironment) -> None:
     )
     best: DataStream[tuple[Any, list[str]]] = keyed.top_k(3, by=len)
     keyed.distinct(name="once").changed().changed(fingerprint=len).map(str.upper).sink(print)
+    keyed.process(Session, parallelism=2).map(lambda pair: pair[0].upper()).sink(print)
     print(lengths, counted, means, best)
     numbers: DataStream[float] = texts.connect(counts).comap(Both)
     numbers = texts.connect(counts).comap(Both, name="both")

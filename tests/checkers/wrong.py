@@ -4,7 +4,17 @@ from collections.abc import Iterator
 
 from right import Ask, Initial, Long, Memory, Numbers, Plain, Prefix, Question, Scaled, Show, Split, Ticks, slow
 
-from sage import DataStream, Http, LocalEnvironment, MapFunction, Retry, ServiceHandle, ServiceOptions, SinkFunction
+from sage import (
+    DataStream,
+    Http,
+    LocalEnvironment,
+    MapFunction,
+    Retry,
+    ServiceHandle,
+    ServiceOptions,
+    SinkFunction,
+    ValueState,
+)
 from sage.testing import run
 
 
@@ -26,6 +36,14 @@ def newcomers(env: LocalEnvironment) -> None:
 class Shorten(MapFunction[str, str]):
     def execute(self, data: int) -> str:  # override, reportIncompatibleMethodOverride
         return self.ctx.parallel_idx * "a"  # attr-defined, reportAttributeAccessIssue
+
+
+class Visits(MapFunction[str, int]):
+    count = ValueState(0)
+
+    def execute(self, data: str) -> int:
+        self.count.value = data  # assignment, reportAttributeAccessIssue
+        return self.count.valu  # attr-defined, reportAttributeAccessIssue
 
 
 class Store(SinkFunction[str]):

@@ -124,7 +124,7 @@ def test_the_debugger_stands_at_the_line_of_the_program(tmp_path: Path) -> None:
 
 CALLS = """
     import asyncio, itertools
-    from sage import LocalEnvironment, MapFunction, Retry
+    from sage import LocalEnvironment, MapFunction, Retry, ValueState
 
     class Model:
         numbers = itertools.count(1)
@@ -136,6 +136,12 @@ CALLS = """
 
     async def ask(record):
         return await model.ask(record)
+
+    class Kept(MapFunction):
+        count = ValueState(0)
+
+        def execute(self, data):
+            raise ArithmeticError("no state")
 
     class OfKey(MapFunction):
         def execute(self, data):
@@ -156,6 +162,8 @@ CALLS = """
     numbers = env.from_batch([1, 2]).map(lambda one: one, name="same")
     numbers.connect(env.from_batch([3])).comap([str, lambda number: number // 0], name="both").sink(print)
     numbers.keyby(lambda one: 0, name="all").reduce(total, name="total", on_error="skip").sink(print)
+    numbers.keyby(lambda one: 0, name="each").stateful_map(total, 0, name="running", on_error="skip").sink(print)
+    numbers.keyby(lambda one: 0, name="own").map(Kept, name="kept", on_error="skip").sink(print)
     env.from_batch([print]).map(lambda function: function.missing, name="odd", on_error="skip").sink(print)
     env.from_batch([lambda: 1]).sink(lambda function: 1 / 0, name="lost", on_error="skip")
     try:
@@ -170,7 +178,7 @@ def test_operators_of_each_kind(tmp_path: Path) -> None:
     recorded(tmp_path, CALLS.replace("lambda number: number // 0]", "lambda number: number // 0], on_error='skip'"))
     listed = sage(tmp_path, "replay", "run.jsonl").stdout.splitlines()[1:]
     ids = {line.split()[2]: line.split()[0] for line in listed}
-    assert sorted(ids) == ["OfKey", "ask", "both", "lost", "odd", "total"]
+    assert sorted(ids) == ["OfKey", "ask", "both", "kept", "lost", "odd", "running", "total"]
     for operator, error in {
         "ask": "LookupError: attempt 2",
         "OfKey": "ZeroDivisionError: division by zero",
@@ -182,8 +190,9 @@ def test_operators_of_each_kind(tmp_path: Path) -> None:
         assert error in ended.stderr
         assert "differently" not in ended.stderr
         assert "caught" not in ended.stderr
-    ended = sage(tmp_path, "replay", "run.jsonl", "--record", ids["total"], code=2)
-    assert 'operator "total" cannot be replayed: a reduce works with earlier records too' in ended.stderr
+    for operator, kind in {"total": "reduce", "running": "stateful_map", "kept": "map with states"}.items():
+        ended = sage(tmp_path, "replay", "run.jsonl", "--record", ids[operator], code=2)
+        assert f'operator "{operator}" cannot be replayed: a {kind} works with earlier records too' in ended.stderr
     ended = sage(tmp_path, "replay", "run.jsonl", "--record", ids["lost"], code=2)
     assert 'operator "lost" cannot be replayed: its record' in ended.stderr
     assert "cannot be pickled, so it was not kept" in ended.stderr

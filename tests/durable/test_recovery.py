@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from sage import BaseCoMapFunction, BaseJoinFunction, Durable, LocalEnvironment, ProcessFunction
+from sage import BaseCoMapFunction, BaseJoinFunction, Durable, LocalEnvironment, ProcessFunction, ValueState
 from sage._backends.threads import ThreadsBackend
 from sage._operators import keyed_state
 from sage.connectors import JsonLines, JsonLinesFiles
@@ -123,6 +123,16 @@ class Numbering(ProcessFunction[int, int]):
         self.counts = counts
 
 
+class Counting(ProcessFunction[int, int]):
+    """Does the same with a state of each key."""
+
+    count = ValueState(0)
+
+    def execute(self, data: int) -> list[int]:
+        self.count.value += 1
+        return [data % 3 * 1000 + self.count.value]
+
+
 class Apart(BaseCoMapFunction):
     """Numbers the records of each input."""
 
@@ -188,9 +198,9 @@ def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLe
         case 4:
             return stream.keyby(lambda record: record % 4).map(lambda record: record * 2, parallelism=parallelism)
         case 5:
-            function = rng.choice([plus_one, times_three])
+            asked = rng.choice([plus_one, times_three])
             return stream.map_async(
-                function, concurrency=rng.choice([1, 3, 8]), ordered=rng.random() < 0.5, parallelism=parallelism
+                asked, concurrency=rng.choice([1, 3, 8]), ordered=rng.random() < 0.5, parallelism=parallelism
             )
         case 6:
             return stream.map_batches(
@@ -206,7 +216,8 @@ def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLe
             emit: Literal["each", "last"] = rng.choice(["each", "last"])
             return keyed.reduce(added, emit=emit, parallelism=parallelism).map(flat)
         case 10:
-            return stream.keyby(lambda record: record % 3).process(Numbering, parallelism=parallelism)
+            function = rng.choice([Numbering, Counting])
+            return stream.keyby(lambda record: record % 3).process(function, parallelism=parallelism)
         case 11 | 12:
             return stateful(stream, rng, parallelism)
     return stream.rebalance()

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import BatchFunction, Durable, LocalEnvironment, Source
+from sage import (
+    BatchFunction,
+    CheckpointError,
+    Durable,
+    JobError,
+    ListState,
+    LocalEnvironment,
+    MapState,
+    ProcessFunction,
+    Source,
+    ValueState,
+)
+from sage._operators import keyed_state
 from sage.connectors import JsonLinesFiles
 from sage.testing import simulate
 
@@ -21,6 +33,13 @@ if TYPE_CHECKING:
     Build = Callable[[DataStream[int]], DataStream[Any]]
 
 COUNT = 12
+
+
+@pytest.fixture(autouse=True)
+def _short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a checkpoint write few keys that have not changed: there are few keys."""
+    monkeypatch.setattr(keyed_state, "SWEEP_MIN", 1)
+    monkeypatch.setattr(keyed_state, "SWEEP_FACTOR", 0)
 
 
 def lines(folder: Path) -> Counter[str]:
@@ -55,9 +74,28 @@ def add(total: int, number: int) -> int:
     return total + number
 
 
+class Session(ProcessFunction[int, Any]):
+    """Has each kind of state, which it replaces, changes in place, and only reads and then changes."""
+
+    count = ValueState(0)
+    seen = ListState[int]()
+    latest = MapState[str, int]()
+    groups = ValueState(list[list[int]]())
+
+    def execute(self, data: int) -> list[Any]:
+        self.count.value += 1
+        self.seen.append(data)
+        before = self.latest.get("number")
+        self.latest["number"] = data
+        self.groups.value.append([data])
+        return [[self.count.value, list(self.seen), before, list(self.groups.value)]]
+
+
 BUILDS: dict[str, Build] = {
     "stateful_map": lambda stream: stream.keyby(rest).stateful_map(lambda old, new: (new, [old, new]), 0),
     "in place": lambda stream: stream.keyby(rest).stateful_map(collect, list[int]()),
+    "process": lambda stream: stream.keyby(rest).process(Session),
+    "parallel process": lambda stream: stream.keyby(rest).process(Session, parallelism=2),
     "count": lambda stream: stream.keyby(rest).count(),
     "last count": lambda stream: stream.keyby(rest).count(emit="last"),
     "aggregate": lambda stream: stream.keyby(rest).aggregate(0, add, lambda total: -total, emit="last", parallelism=2),
@@ -92,6 +130,59 @@ def test_a_state_that_does_not_take_part_is_found() -> None:
 
     with pytest.raises(AssertionError, match=r"when it was killed before step \d+"):
         simulate(lambda backend, folder: job(folder, backend, build), seeds=range(50), crashes=2)
+
+
+class SharesADefault(ProcessFunction[int, Any]):
+    """Takes what one key has for the default of all."""
+
+    shared: list[int] = []  # noqa: RUF012
+    seen = ValueState(list[int]())
+
+    def execute(self, data: int) -> list[Any]:
+        self.seen.value = self.seen.value or self.shared
+        self.seen.value.append(data)
+        return [list(self.seen.value)]
+
+
+class ChangesWithoutTheState(ProcessFunction[int, Any]):
+    """Keeps the value itself, so that a checkpoint does not know of later changes."""
+
+    seen = ValueState(list[int]())
+
+    def __init__(self) -> None:
+        self.lists: dict[int, list[int]] = {}
+
+    def execute(self, data: int) -> list[Any]:
+        key = self.ctx.get_key()
+        if key not in self.lists:
+            self.lists[key] = self.seen.value
+        self.lists[key].append(data)
+        return [list(self.lists[key])]
+
+
+@pytest.mark.parametrize("wrong", [SharesADefault, ChangesWithoutTheState])
+def test_a_state_that_goes_around_the_attribute_is_found(wrong: Any) -> None:
+    def run(backend: Callable[[], Backend], folder: Path) -> Counter[str]:
+        wrong.shared = []  # as in a process of its own
+        return job(folder, backend, lambda stream: stream.keyby(rest).process(wrong))
+
+    with pytest.raises(AssertionError, match=r"when it was killed before step \d+"):
+        simulate(run, seeds=range(50), crashes=2)
+
+
+class Forgetful(ProcessFunction[int, int]):
+    def execute(self, data: int) -> list[int]:
+        return [data]
+
+
+def test_states_that_a_function_has_no_more_are_named(tmp_path: Path) -> None:
+    def build(function: Any) -> Build:
+        return lambda stream: stream.keyby(rest).process(function, name="session")
+
+    job(tmp_path, None, build(Session))
+    with pytest.raises((CheckpointError, JobError), match='"session" has states of keys in the checkpoint, and its'):
+        job(tmp_path, None, build(Forgetful))
+    job(tmp_path, None, build(Session))
 
 
 TABLE: list[list[list[Any]]] = [

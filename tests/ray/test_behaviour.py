@@ -16,6 +16,7 @@ MODULES = (
     "test_connected",
     "test_keys",
     "test_stateful",
+    "test_states",
     "test_loops",
     "test_batches",
     "test_async",

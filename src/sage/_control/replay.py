@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sage._control.saved import Saved, SavedFailure, SavedJob
     from sage._plan.physical import PhysicalPlan
 
-NEEDS_OTHERS = frozenset({Kind.REDUCE, Kind.JOIN})
+NEEDS_OTHERS = frozenset({Kind.REDUCE, Kind.STATEFUL_MAP, Kind.JOIN})
 """The kinds whose function gets values of earlier records too, which nothing keeps."""
 
 
@@ -205,8 +205,10 @@ def _refuse(node: Node, said: Said) -> None:
     if said.form == "lost":
         error = ControlError(f"{about}: its record {said.value} cannot be pickled, so it was not kept")
         raise hint(error, "Let records be data.")
-    if node.kind in NEEDS_OTHERS:
-        raise ControlError(f"{about}: a {node.kind} works with earlier records too, which are not kept")
+    has_states = node.function is not None and bool(node.function.states)
+    if node.kind in NEEDS_OTHERS or has_states:
+        kind = f"{node.kind} with states" if has_states else node.kind
+        raise ControlError(f"{about}: a {kind} works with earlier records too, which are not kept")
     if node.function is not None and isinstance(node.function.target, TransactionalSink):
         raise ControlError(f"{about}: a transactional sink gets records in batches, which are not kept")
 

@@ -18,15 +18,17 @@ from sage.functions import BaseFunction, is_coroutine_function
 from sage.observability import OperatorMetrics
 from sage.records import Batch
 from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod
+from sage.state import NO_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
     from sage._operators.fused import InlineCode
     from sage._operators.keyed_state import Changes, KeyedState
     from sage._plan.logical import Node
     from sage.functions import TaskContext
     from sage.records import BatchReading
+    from sage.state import KeyState
 
 
 Copied = TypeVar("Copied", bound=BaseFunction | TransactionalSink[Any])
@@ -121,6 +123,7 @@ class Operator:
             that it came from; None in any other job.
         port: the input of the batch in hand, if the operator has several.
         keyed: in a durable job, the values of its keys; None in any other job, or without any.
+        has_states: whether the function has states of keys.
         keep_failed: keeps a record that failed, for `sage replay`; None if the calls of the job are not recorded.
         began_at: when the function was called with the record in hand, in seconds since the epoch; 0.0 if nothing
             keeps the record.
@@ -135,6 +138,7 @@ class Operator:
     left: list[tuple[int, Batch]] | None = None
     port: int = 0
     keyed: KeyedState | None = None
+    has_states: bool = False
     keep_failed: Callable[[FailedRecord], None] | None = None
     began_at: float = 0.0
 
@@ -163,8 +167,25 @@ class Operator:
         if self.node.function is not None:
             self._function = self._build(self.node.function.target)
             if isinstance(self._function, BaseFunction):
+                self._bind_states(self.node.function.states)
                 self._call_now(self._function.open)
         self.prepare()
+
+    def _bind_states(self, states: Mapping[str, KeyState[Any]]) -> None:
+        """Give the function its states of keys."""
+        if not states:
+            return
+        young: dict[Any, Any] = {}
+        old: dict[Any, Any] = {}
+        if self.recovery is not None:
+            from sage._operators.keyed_state import KeyedState
+
+            self.keyed = KeyedState(self.recovery.since, self.recovery.changes)
+            young, old = self.keyed.young, self.keyed.old
+        self.has_states = True
+        self.context.key = NO_KEY
+        for state in states.values():
+            state.bind(self._function, young, old, self.context)
 
     @property
     def is_costly(self) -> bool:
@@ -224,6 +245,9 @@ class Operator:
             CheckpointError: it has none any more.
         """
         assert self.recovery is not None
+        if self.recovery.since is not None and self.keyed is None:
+            text = f'operator "{self.node.name}" has states of keys in the checkpoint, and its function has none'
+            raise hint(CheckpointError(text, operator=self.node.name, fault="user"), "Give them back to the function.")
         if self.recovery.function is None:
             return
         if not self.takes_part:

@@ -62,8 +62,7 @@ def _uncovered(node: Node) -> str:
 
 def has_state(function: FunctionSpec) -> bool:
     """Return whether a function takes part in checkpoints."""
-    owner = function.target if function.is_class else type(function.target)
-    return all(callable(getattr(owner, name, None)) for name in ("snapshot", "restore"))
+    return all(callable(getattr(function.owner, name, None)) for name in ("snapshot", "restore"))
 
 
 def promises(graph: LogicalGraph) -> Iterator[str]:

@@ -13,12 +13,14 @@ from sage.errors import DuplicateNameError, FutureError, GraphError, hint
 from sage.failure import FAIL, ErrorPolicy
 from sage.functions import BaseFunction
 from sage.service import ServiceHandle, ServiceMethod
+from sage.state import states_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sage.command import Command
     from sage.service import ServiceOptions
+    from sage.state import KeyState
 
 
 class Kind(StrEnum):
@@ -73,6 +75,16 @@ class FunctionSpec:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     capacity: int | None = None
+
+    @property
+    def owner(self) -> type:
+        """The class of the function."""
+        return self.target if self.is_class else type(self.target)
+
+    @property
+    def states(self) -> Mapping[str, KeyState[Any]]:
+        """The states of keys that a function class declares."""
+        return states_of(self.owner) if issubclass(self.owner, BaseFunction) else {}
 
     @property
     def label(self) -> str | None:

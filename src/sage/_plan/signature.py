@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_origin
@@ -13,7 +12,7 @@ from sage._arguments import check_count
 from sage._iterables import why_not_records
 from sage._plan.logical import FunctionSpec, Kind, Place
 from sage.connector import Source, TransactionalSink
-from sage.errors import GraphError, describe, hint, short
+from sage.errors import GraphError, hint, short
 from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 
 if TYPE_CHECKING:
@@ -35,6 +34,9 @@ ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
     Kind.COMAP: ((functions.BaseCoMapFunction,), 1),
     Kind.JOIN: ((functions.BaseJoinFunction,), 3),
 }
+
+WITH_STATES = frozenset({Kind.MAP, Kind.FILTER, Kind.FLATMAP, Kind.PROCESS, Kind.SINK, Kind.JOIN})
+"""The kinds that call their function with one record after another, so that it may have states of keys; comap, too."""
 
 KINDS_OF_FUNCTION = tuple(type_ for types, _ in ACCEPTED.values() for type_ in types)
 
@@ -73,7 +75,12 @@ def function_spec(kind: Kind, target: object, args: tuple[object, ...], kwargs: 
     """
     target = class_of(target)
     kwargs, capacity = _capacity(kind, target, kwargs)
-    return replace(_function_spec(kind, target, args, kwargs), capacity=capacity)
+    spec = replace(_function_spec(kind, target, args, kwargs), capacity=capacity)
+    if kind not in WITH_STATES and spec.states:
+        label = f"{spec.label}.{next(iter(spec.states))} is a state of each key"
+        error = GraphError(f"{label}, and {kind} does not call its function with one record of a key after another")
+        raise hint(error, f"Use one of {', '.join(sorted(WITH_STATES))}.")
+    return spec
 
 
 def _capacity(kind: Kind, target: object, kwargs: dict[str, Any]) -> tuple[dict[str, object], int | None]:
@@ -245,24 +252,6 @@ def plain_function(label: str, function: Any, count: int) -> Any:
         error = GraphError(f"{label} is {name}, which {found}")
         raise hint(error, f"Give a plain function of {'one argument' if count == 1 else f'{count} arguments'}.")
     return function
-
-
-def copy_of_initial(method: str, initial: object) -> object:
-    """Return a copy of the state with which each key begins.
-
-    Raises:
-        GraphError: it cannot be copied, or it is a class or a function.
-    """
-    if isinstance(initial, type) or inspect.isroutine(initial):
-        error = GraphError(f"{method}: initial is {short(initial)}, which is not a state")
-        raise hint(error, "Give the state itself, such as [] for list; each key begins with a copy of it.")
-    try:
-        return deepcopy(initial)
-    except Exception as failed:
-        error = GraphError(f"{method}: initial is {short(initial)}, which cannot be copied: {describe(failed)}")
-        raise hint(
-            error, "Each key begins with a copy of it. Give None, and make the object in the function."
-        ) from failed
 
 
 def comap_spec(target: object, args: tuple[object, ...], kwargs: dict[str, object], inputs: int) -> FunctionSpec:
