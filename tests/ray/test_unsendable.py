@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sage import DeadLetter, FunctionError, RemoteEnvironment, Retry, SourceFunction
+from sage.connectors.dead_letters import read_letters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_actor_is_left")]
 
@@ -91,11 +93,11 @@ def test_the_policy_of_the_operator_decides(ray_address: str) -> None:
     assert sum(operator.failed for operator in job.report.operators) == 2
 
 
-def test_letters_arrive_whatever_is_in_them(ray_address: str) -> None:
+def test_letters_arrive_whatever_is_in_them(ray_address: str, tmp_path: Path) -> None:
     """With texts in place of records and errors that cannot be pickled, or not be made again."""
     env = RemoteEnvironment("letters", address=ray_address)
     told: list[DeadLetter] = []
-    letters = env.dead_letters()
+    letters = env.dead_letters(store=tmp_path / "failed.jsonl")
 
     def fail(value: Any) -> Any:
         raise Locked("locked") if value == 1 else Awkward("one", "other")
@@ -107,6 +109,8 @@ def test_letters_arrive_whatever_is_in_them(ray_address: str) -> None:
     assert "_thread.lock object" in told[2].value
     assert [str(letter.error) for letter in told[:2]] == ["Locked: locked", "Awkward: one and other"]
     assert "The record was of type lock" in told[2].error.__notes__[-1]
+    stored, _ = read_letters(str(tmp_path / "failed.jsonl"))
+    assert [letter.values["record"] for letter in stored] == [letter.value for letter in told]
 
 
 def test_what_cannot_be_made_again_elsewhere_fails_the_job(ray_address: str) -> None:
