@@ -50,11 +50,15 @@ def time_left(count: int, length: int | None, rate: float) -> str:
     """Return in how much time a source will have been read at this rate, or "" if nobody knows."""
     if length is None or rate <= 0 or count >= length:
         return ""
-    left_s = (length - count) / rate
-    if left_s >= 60:
-        hours, minutes = divmod(round(left_s / 60), 60)
+    return duration((length - count) / rate)
+
+
+def duration(value_s: float) -> str:
+    """Return a time that may be long, in words."""
+    if value_s >= 60:
+        hours, minutes = divmod(round(value_s / 60), 60)
         return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-    return f"{left_s:.0f} s" if left_s >= 1 else seconds(left_s)
+    return f"{value_s:.0f} s" if value_s >= 1 else seconds(value_s)
 
 
 class ProgressLine:

@@ -85,8 +85,8 @@ class Environment:
 
     # A program that wants the plans of other programs, as `sage explain` does, sets this for the whole process.
     _instead_of_running: ClassVar[Callable[[Environment, LogicalGraph, PhysicalPlan], Job] | None] = None
-    # Changes the graphs that a program submits, as `sage letters replay` does.
-    _changed: ClassVar[Callable[[LogicalGraph], LogicalGraph] | None] = None
+    # Changes the graphs that a program submits, as `sage estimate` and `sage letters replay` do.
+    _changed: ClassVar[Callable[[Environment, LogicalGraph], LogicalGraph]] = lambda _, graph: graph
     _starts_commands = True
     _records_calls = True
 
@@ -483,7 +483,7 @@ class Environment:
         asked = self._checked_resume(resume), self._checked_drop_state(drop_state)
         with self._alone():
             self._resume, self._drop_state = asked
-            graph = self._graph()
+            graph = Environment._changed(self, self._graph())
             keep = self._kept.names(keep_services, self._services)
             if any(spec.options.has_replicas for spec in graph.services):
                 from sage._hosts.replicas import check_replicas
@@ -779,8 +779,7 @@ class Environment:
 
     def _graph(self) -> LogicalGraph:
         graph = self._builder.freeze(self.name, tuple(self._services.values()))
-        graph = graph if self._durable is None else replace(graph, is_durable=True)
-        return graph if Environment._changed is None else Environment._changed(graph)
+        return graph if self._durable is None else replace(graph, is_durable=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

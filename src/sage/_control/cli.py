@@ -251,6 +251,56 @@ def explain(file: Path, args: tuple[str, ...], form: str, svg: Path | None) -> N
     sys.exit(_explained(program, count))
 
 
+@main.command(cls=OfProgram, context_settings=PASSED_ON)
+@click.argument("file", type=FILE)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=2),
+    default=50,
+    show_default=True,
+    help="How many records of the longest source are run; of the others, as many in proportion.",
+)
+@click.option(
+    "--records",
+    type=click.IntRange(min=1),
+    help="How many records all sources of a job have; by default the length of its lists and ranges.",
+)
+@click.option(
+    "--price",
+    type=(click.FloatRange(min=0), click.FloatRange(min=0)),
+    metavar="PROMPT COMPLETION",
+    help="The prices of a million tokens; by default those of env.limit(cost=...).",
+)
+def estimate(
+    file: Path, args: tuple[str, ...], sample: int, records: int | None, price: tuple[float, float] | None
+) -> None:
+    """Run the first records of each source in FILE, and predict time, calls, tokens and cost of all of them.
+
+    The sample is real: services are started and called, which may cost money, and sinks write their results. A job with
+    a transactional sink is refused, and a durable job neither reads nor writes checkpoints. No record beyond the sample
+    is read. Each prediction has a 95 % interval. If the number of records is not known, predictions are for 1,000.
+
+    The program's own output goes to standard error. Exit codes are those of `sage run`.
+    """
+    from sage._control.estimate import sampling
+
+    output = sys.stdout
+    program = Program(file, args)
+    with sampling(sample) as jobs, redirect_stdout(sys.stderr):
+        program.run()
+    for job in jobs:
+        click.echo(job.text(records, price), file=output)
+    for ended in program.reports:
+        if ended.state is not Outcome.COMPLETED:
+            click.secho(str(ended), err=True, fg=_colour(ended))
+    click.echo(program.error_text(), err=True, nl=False)
+    if not jobs and program.error is None:
+        click.echo(f"{file} submits no environment", err=True)
+        sys.exit(1)
+    sys.exit(program.exit_code)
+
+
 @main.command()
 @click.argument("file", type=FILE)
 @click.option("--html", type=NEW_FILE, help="Write the tables and timelines to FILE as one page.")

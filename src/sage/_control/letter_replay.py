@@ -48,13 +48,13 @@ class LetterReplay:
     @contextmanager
     def changing_graphs(self) -> Iterator[None]:
         """Change the graphs of all jobs that are submitted meanwhile."""
-        Environment._changed = self._changed
+        before, Environment._changed = Environment._changed, self._changed
         try:
             yield
         finally:
-            Environment._changed = None
+            Environment._changed = before
 
-    def _changed(self, graph: LogicalGraph) -> LogicalGraph:
+    def _changed(self, _: Environment, graph: LogicalGraph) -> LogicalGraph:
         """Return the graph with letters in the place of its sources; those of a job go into its first graph only."""
         came_before = any(job.name == graph.name for job in JobManager().jobs.values())
         letters = [] if came_before else [one for one in self.left if one.values.get("job") == graph.name]

@@ -18,10 +18,33 @@ from sage.records import Batch
 from sage.serving import RequestSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sage._plan.logical import Node
     from sage.records import BatchReading
+
+
+class SourceSample:
+    """The first records of a source, in groups: each is read when all records of the one before have left the job.
+
+    Args:
+        sizes: how many records each group has.
+        observe: called before each group, and after the last one.
+
+    Attributes:
+        left: how many records of the group are still to be read.
+    """
+
+    def __init__(self, sizes: Iterable[int], observe: Callable[[], None]) -> None:
+        self._sizes = iter(sizes)
+        self._observe = observe
+        self.left = 0
+
+    def begin(self) -> bool:
+        """Begin the next group, and return whether there is one; nothing is in flight."""
+        self._observe()
+        self.left = next(self._sizes, 0)
+        return self.left > 0
 
 
 class SequenceSource(Source):
@@ -167,6 +190,7 @@ class Reader(Operator):
         ended: whether nothing follows.
         is_told: whether its task is woken when there is something to read.
         may_wait: whether a read may take long, as that of anything but a sequence.
+        sample: the groups in which its first records are read, or None if all are read.
     """
 
     source: Source
@@ -175,12 +199,14 @@ class Reader(Operator):
     may_wait = True
     delay_s: float | None = None
     bridge: Any = None
+    sample: SourceSample | None = None
     _read_before = _skipped = 0
 
     def prepare(self) -> None:
         """Build the source around the user's argument and open it."""
         self.delay_s = self.node.settings.get("delay_s")
         self.bridge = self.node.settings.get("bridge")
+        self.sample = self.node.settings.get("sample")
         self.source = self._source()
         is_awaited = isinstance(self.source, AwaitedSource)
         self.is_told = is_awaited or isinstance(self.source, RequestSource)
@@ -245,6 +271,11 @@ class Reader(Operator):
 
         A failure is left in `failure`, and a pause before the next attempt in `wake_at`.
         """
+        if self.sample is not None:
+            if not self.sample.left and not self.sample.begin():
+                self.ended = True
+                return Batch([])
+            records_max = min(records_max, self.sample.left)
         try:
             # A function that waits for requests must not keep those it has taken while it waits for another one.
             waits = self.bridge is not None and isinstance(self.source, FunctionSource)
@@ -264,6 +295,8 @@ class Reader(Operator):
             batch.requests = self.bridge.taken(len(batch))
         self.metrics.records_in += len(batch)
         self.metrics.records_out += len(batch)
+        if self.sample is not None:
+            self.sample.left -= len(batch)
         return batch
 
     def _failed(self, error: BaseException) -> None:

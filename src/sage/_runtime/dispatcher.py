@@ -110,6 +110,7 @@ class Dispatcher:
     Attributes:
         supervisor: starts and stops everything of the job.
         plan: the physical plan.
+        tokens: how many tokens services have told of: those of prompts, and those of completions.
     """
 
     supervisor: Supervisor
@@ -133,6 +134,8 @@ class Dispatcher:
         }
         self._specs = {service.name: service for service in services}
         self._dependencies = Dependencies()
+        self.tokens = (0, 0)
+        self._lock = threading.Lock()
 
     def discard(self) -> None:
         """Free everything made for a job that does not begin; hosts that it took over stay as they were."""
@@ -178,6 +181,8 @@ class Dispatcher:
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of an answer; the context of a service calls this."""
         service = self._specs[service].front or service
+        with self._lock:
+            self.tokens = (self.tokens[0] + prompt_tokens, self.tokens[1] + completion_tokens)
         if self._budget is not None:
             self._budget.used(service, prompt_tokens, completion_tokens)
         host = self.supervisor.hosts.get(service)

@@ -138,9 +138,10 @@ class Input:
             if self._now() < reader.due:
                 return None
             reader.due = None
-        if self.lockstep is not None and not self.lockstep.is_zero:
+        is_in_group = reader.sample is not None and reader.sample.left > 0
+        if self.lockstep is not None and not is_in_group and not self.lockstep.is_zero:
             return None
-        single = self.lockstep is not None or reader.delay_s is not None
+        single = (self.lockstep is not None and reader.sample is None) or reader.delay_s is not None
         started_at = self._now()
         limit = chain.limit() if not reader.may_wait else min(self._pace.read_limit(), chain.limit())
         batch = reader.read(1 if single else limit)
