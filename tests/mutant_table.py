@@ -1089,4 +1089,36 @@ DURABLE: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE)
+STATES = (
+    Mutant(
+        "keys share the state that they begin with",
+        "_operators/keyed.py",
+        "else deepcopy(self._initial)",
+        "else self._initial",
+        "tests/stream/test_stateful.py::test_a_state_that_is_changed_in_place_belongs_to_one_key[threads-20]",
+    ),
+    Mutant(
+        "keys share the default of an attribute",
+        "state.py",
+        "else deepcopy(self._default)",
+        "else self._default",
+        "tests/stream/test_states.py::test_a_default_that_is_changed_in_place_belongs_to_one_key[threads]",
+    ),
+    Mutant(
+        "a checkpoint does not know that a list was changed in place",
+        "state.py",
+        "        value = self._young[place] = self._old",
+        "        if place in self._old:\n            return self._old[place]\n"
+        "        value = self._young[place] = self._old",
+        "tests/durable/test_stateful.py::test_a_state_survives_crashes[process]",
+    ),
+    Mutant(
+        "finish works with the state of the last record's key",
+        "_operators/per_record.py",
+        "            if self.has_states:\n                self.context.key = NO_KEY\n",
+        "",
+        "tests/stream/test_states.py::test_a_state_without_a_record_in_hand_is_refused[threads-Late]",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE, *STATES)
