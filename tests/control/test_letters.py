@@ -20,8 +20,14 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 PROGRAM = """
     import os, sys
-    from sage import LocalEnvironment
+    from sage import LocalEnvironment, MapFunction, ValueState
     from sage.connectors import JsonLinesFiles
+
+    class Counted(MapFunction):
+        count = ValueState(0)
+        def execute(self, text):
+            self.count.value += 1
+            return text
 
     def parse(text):
         if text.startswith("bad") and not os.path.exists("repaired"):
@@ -250,6 +256,11 @@ def test_letters_stay_if_the_job_fails(failed: Path) -> None:
             'name="check", on_error=letters)',
             'name="check", on_error=letters).keyby(len).reduce(max, name="longest")',
             'reach "longest", which keeps a state',
+        ),
+        (
+            'name="check", on_error=letters)',
+            'name="check", on_error=letters).keyby(len).map(Counted, name="counted")',
+            'reach "counted", which keeps a state',
         ),
         (
             'LocalEnvironment("texts"',

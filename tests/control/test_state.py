@@ -191,6 +191,35 @@ def test_plain_values_are_exported_as_json(tmp_path: Path) -> None:
     assert other["value_pickled"]
 
 
+def test_states_of_a_function_are_named(tmp_path: Path) -> None:
+    python(
+        tmp_path,
+        """
+        from sage import ListState, LocalEnvironment, MapFunction, ValueState
+
+        class Seen(MapFunction):
+            count = ValueState(0)
+            lengths = ListState()
+
+            def execute(self, word):
+                self.count.value += 1
+                self.lengths.append(len(word))
+                return word
+
+        env = LocalEnvironment("job", durable="state")
+        words = env.from_batch(["ann", "bob", "al"], name="words")
+        words.keyby(lambda word: word[0]).map(Seen, name="seen").sink(print)
+        env.run()
+        """,
+    )
+    assert "    count of 'a': 2\n" in sage(tmp_path, "state", "show", "state", "seen")
+    text = sage(tmp_path, "state", "show", "state", "seen", "--key", "a")
+    assert text == "  count of 'a': 2\n  lengths of 'a': [3, 2]\n"
+    lines = [json.loads(line) for line in sage(tmp_path, "state", "export", "state").splitlines()]
+    assert {"operator": "seen", "state": "lengths", "key": "b", "value": [3]} in lines
+    assert len(lines) == 4
+
+
 def test_a_damaged_checkpoint_is_named(totals: Path) -> None:
     with sqlite3.connect(totals / "state" / "checkpoints.sqlite") as file:
         file.execute("UPDATE parts SET records = 99 WHERE number = 2 AND operator = 'orders'")

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(exists=True, file_okay=False)
 KEYS_SHOWN = 20
+ONE_STATE = frozenset({Kind.REDUCE, Kind.STATEFUL_MAP})
+"""The kinds with one state for each key; a function of any other kind may have several, by name."""
+
 VALUE_LENGTH_MAX = 200
 
 UNITS_OF_TIME = (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
@@ -93,7 +96,7 @@ def show(folder: str, operator: str, key: str | None) -> None:
         checkpoint = _loaded(folder)
         rows = _rows_of(checkpoint, operator)
         if key is not None:
-            lines = _values_of(key, operator, rows)
+            lines = _values_of(key, operator, checkpoint.graph[operator][0], rows)
         else:
             kind = checkpoint.graph[operator][0]
             lines = [line for row, keyed in rows for line in _contents(row, kind, keyed)]
@@ -120,11 +123,9 @@ def export(folder: str, operator: str | None) -> None:
             if operator is not None and not any(row.keys is not None for row, _ in rows):
                 raise CheckpointError(f'operator "{operator}" keeps nothing by key', fault="user")
             for _, keyed in rows:
-                lines = [
-                    json.dumps({"operator": name, **as_json("key", key), **as_json("value", value)}, ensure_ascii=False)
-                    for key, value in (keyed or {}).items()
-                ]
-                click.echo("".join(f"{line}\n" for line in lines).encode(), nl=False)
+                for about, key, value in _named(checkpoint.graph[name][0], keyed):
+                    line = {"operator": name, **about, **as_json("key", key), **as_json("value", value)}
+                    click.echo(f"{json.dumps(line, ensure_ascii=False)}\n".encode(), nl=False)
 
 
 @state.command()
@@ -307,8 +308,9 @@ def _contents(row: Row, kind: str, keyed: dict[Any, Any] | None) -> Iterator[str
         yield from _value("waiting for the next run", batch)
     if keyed is not None:
         yield f"  keys: {len(keyed):,}"
-        for key, value in islice(keyed.items(), KEYS_SHOWN):
-            yield f"    {short(key, VALUE_LENGTH_MAX)}: {short(value, VALUE_LENGTH_MAX)}"
+        for about, key, value in islice(_named(kind, keyed), KEYS_SHOWN):
+            name = "".join(f"{state} of " for state in about.values())
+            yield f"    {name}{short(key, VALUE_LENGTH_MAX)}: {short(value, VALUE_LENGTH_MAX)}"
         if len(keyed) > KEYS_SHOWN:
             yield f"    and {len(keyed) - KEYS_SHOWN:,} more; sage state export writes all of them"
 
@@ -320,14 +322,20 @@ def _value(name: str, value: Any) -> list[str]:
     return [f"  {name}: {first}", *(f"    {line}" for line in others)]
 
 
-def _values_of(key: str, operator: str, rows: list[tuple[Row, dict[Any, Any] | None]]) -> list[str]:
+def _named(kind: str, keyed: dict[Any, Any] | None) -> Iterator[tuple[dict[str, str], Any, Any]]:
+    """Yield the name of the state, if its function may have several, and the key and the value."""
+    for key, value in (keyed or {}).items():
+        yield ({}, key, value) if kind in ONE_STATE else ({"state": key[0]}, key[1], value)
+
+
+def _values_of(key: str, operator: str, kind: str, rows: list[tuple[Row, dict[Any, Any] | None]]) -> list[str]:
     """Return lines with the values of a key that was given as a word of the command line."""
     found = [
         line
         for _, keyed in rows
-        for one, value in (keyed or {}).items()
+        for about, one, value in _named(kind, keyed)
         if key in (str(one), repr(one))
-        for line in _value(repr(one), value)
+        for line in _value("".join([*(f"{state} of " for state in about.values()), repr(one)]), value)
     ]
     if not found:
         raise CheckpointError(f'operator "{operator}" has no key {key}', fault="user")

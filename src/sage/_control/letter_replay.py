@@ -163,6 +163,7 @@ def _check(graph: LogicalGraph, node: Node, path: str) -> None:
     onward = ways_of(edge for edge in edges_of(graph) if not edge.letters)
     for id_ in sorted(reach(node.id, onward)):
         after = graph.nodes[id_]
-        if after.kind in STATEFUL or (after.function is not None and has_state(after.function)):
+        function = after.function
+        if after.kind in STATEFUL or (function is not None and (has_state(function) or function.states)):
             error = GraphError(f'dead letters of "{node.name}" reach "{after.name}", which keeps a state')
             raise hint(error, "A replay has no state of earlier runs. Give the records to the job by a source instead.")
