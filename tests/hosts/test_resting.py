@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -264,6 +265,23 @@ def test_coroutines_wait_for_a_service_that_rests() -> None:
     assert len(answers) == 4
 
 
+def test_a_coroutine_method_is_one_while_the_service_rests_although_only_its_object_can_tell() -> None:
+    env = LocalEnvironment("factory")
+    journal: list[str] = []
+    llm = env.register_service("llm", partial(Awaited), journal, options=ServiceOptions(idle_stop_s=IDLE_S))
+
+    async def ask(number: int) -> int:
+        while "llm.cleanup 1" not in journal:
+            await asyncio.sleep(0.001)
+        answer: int = await llm.ask(number)
+        return answer
+
+    answers: list[int] = []
+    env.from_batch([7]).map_async(ask).sink(answers.append)
+    report = run(env)
+    assert (answers, report.errors, report.cleanliness) == ([9], (), Cleanliness.CLEAN)
+
+
 class Held(Numbered):
     """Stays in the start of every instance but the first until it is let go on."""
 
@@ -295,6 +313,107 @@ def test_a_call_waits_for_the_start_within_its_own_time() -> None:
     env.from_batch([7]).map(Ask).sink(answers.append)
     report = run(env)
     assert (answers, report.errors, report.cleanliness) == ([7], (), Cleanliness.CLEAN)
+
+
+def test_a_call_that_nobody_waits_for_yet_needs_no_second_thread_after_the_start() -> None:
+    """There is only one, as the service makes one call at a time."""
+    journal: list[str] = []
+    env = LocalEnvironment("asynchronous")
+    env.register_service("llm", Numbered, journal, options=ServiceOptions(idle_stop_s=IDLE_S, call_timeout_s=SOON_S))
+
+    class Ask(MapFunction):
+        def execute(self, data: int) -> Any:
+            until(lambda: "llm.cleanup 1" in journal)
+            return self.call_service_async("llm", data).result()
+
+    answers: list[int] = []
+    env.from_batch([7]).map(Ask).sink(answers.append)
+    check_sound(run(env), journal)
+    assert answers == [7]
+
+
+@pytest.mark.parametrize("way", ["inline", "process", "awaited"])
+def test_a_call_that_starts_a_service_takes_one_turn_of_its_rate(tmp_path: Path, way: Any) -> None:
+    notes = Notes(tmp_path / "notes")
+    env = LocalEnvironment("rate")
+    rate = Rate(requests_per_minute=20, burst=2)
+    host: Any = "process" if way == "process" else "inline"
+    options = ServiceOptions(host=host, idle_stop_s=IDLE_S, rate=rate, concurrency=2)
+    llm = env.register_service("llm", Lingering, notes, tmp_path / "go", options=options)
+
+    def ask(number: int) -> int:
+        llm.process(number)
+        until(lambda: "llm.stopping 1" in notes.lines())
+        (tmp_path / "go").touch()
+        until(lambda: "llm.cleanup 1" in notes.lines())
+        return int(llm.process(number))
+
+    async def ask_awaited(number: int) -> int:
+        await llm.ask(number)
+        while "llm.stopping 1" not in notes.lines():
+            await asyncio.sleep(0.001)
+        second = asyncio.ensure_future(llm.ask(number))
+        await asyncio.sleep(0)
+        (tmp_path / "go").touch()
+        answer: int = await second
+        return answer
+
+    stream = env.from_batch([7])
+    (stream.map_async(ask_awaited) if way == "awaited" else stream.map(ask)).sink(abs)
+    service = run(env).service("llm")
+    assert (service.calls, service.rate_waits) == (2, 0)
+
+
+class Lingering(Numbered):
+    """Stays in the stop of every instance until there is a file."""
+
+    def __init__(self, journal: Any, go: Path) -> None:
+        super().__init__(journal)
+        self.go = go
+
+    def process(self, data: Any) -> Any:
+        self.note("call")
+        return data
+
+    async def ask(self, data: int) -> int:
+        await asyncio.sleep(0)
+        return data
+
+    def stop(self) -> None:
+        self.note("stopping")
+        until(self.go.exists)
+        super().stop()
+
+
+def test_no_call_is_made_while_an_instance_ends_although_the_job_is_stopped(tmp_path: Path) -> None:
+    """Not one that another call keeps from its thread until then, either."""
+    journal: list[str] = []
+    env = LocalEnvironment("stopped")
+    options = ServiceOptions(idle_stop_s=IDLE_S)
+    env.register_service("llm", Lingering, journal, tmp_path / "go", options=options)
+    errors: list[str] = []
+
+    class Ask(MapFunction):
+        def execute(self, data: int) -> int:
+            until(lambda: "llm.stopping 1" in journal)
+            calls = [self.call_service_async("llm", data) for _ in range(2)]
+            asked.set()
+            for call in calls:
+                with pytest.raises(ServiceUnavailableError) as caught:
+                    call.result()
+                errors.append(str(caught.value))
+            (tmp_path / "go").touch()
+            return data
+
+    asked = threading.Event()
+    env.from_batch([1]).map(Ask).sink(abs)
+    job = env.submit()
+    asked.wait(SOON_S)
+    job.stop(drain=True)
+    report = job.wait()
+    assert (report.state, report.cleanliness, report.errors) == (Outcome.STOPPED, Cleanliness.CLEAN, ())
+    assert errors == ['service "llm" has stopped and takes no more calls'] * 2
+    assert journal == ["llm.build 1", "llm.stopping 1", "llm.stop 1", "llm.cleanup 1"]
 
 
 @pytest.mark.parametrize("by_rate", [False, True])
@@ -511,6 +630,37 @@ def test_a_coroutine_that_would_block_the_event_loop_until_the_start_is_told(cal
     env.from_batch([1]).map_async(ask).sink(answers.append)
     run(env)
     assert answers == ['service "llm" rests, and a coroutine must not block the event loop for its start']
+
+
+def test_a_coroutine_that_calls_a_service_which_rested_as_the_job_was_stopped_is_told_so() -> None:
+    journal: list[str] = []
+    methods: list[Callable[[int], int]] = []
+    env = LocalEnvironment("stopped")
+    gate = threading.Event()
+    llm = env.register_service("llm", Held, journal, gate, options=ServiceOptions(idle_stop_s=IDLE_S))
+    errors: list[str] = []
+
+    def find(number: int) -> int:
+        methods.append(llm.process)
+        return number
+
+    async def ask(number: int) -> int:
+        while "llm.cleanup 1" not in journal:
+            await asyncio.sleep(0.001)
+        with pytest.raises(ServiceUnavailableError):
+            await aio(llm).process(number)
+        with pytest.raises(ServiceUnavailableError) as caught:
+            methods[0](number)
+        errors.append(str(caught.value))
+        gate.set()
+        return number
+
+    env.from_batch([1]).map(find).map_async(ask).sink(abs)
+    job = env.submit()
+    until(lambda: "llm.build 2" in journal)
+    job.stop(drain=True)
+    job.wait()
+    assert errors == ['service "llm" has stopped and takes no more calls']
 
 
 def test_a_recorded_service_may_rest_and_its_replay_does_not(tmp_path: Path) -> None:

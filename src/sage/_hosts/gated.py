@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sage._calls import not_in_time, refuse_on_foreign_loop
+from sage._calls import current_call, not_in_time, refuse_on_foreign_loop
 from sage._current_job import wait_for
 from sage._forks import leave_if_forked, refusal, useless_after_fork
 from sage._hosts.bucket import Bucket
@@ -73,6 +73,9 @@ class GatedHost(ABC):
         self._may_rest = spec.options.idle_stop_s is not None
         self._is_resting = False  # from the begin of a rest until the next instance is ready
         self._refused = False
+        self._finishes_calls = (
+            False  # whether calls that were taken in pass the closed gate, as the drain waits for them
+        )
         self._is_forked = False
         self._changed = threading.Condition()
         self._uses = Uses(self._changed)
@@ -244,6 +247,7 @@ class GatedHost(ABC):
     def refuse(self) -> None:
         """Let calls fail at once."""
         with self._changed:
+            self._finishes_calls = self._finishes_calls or not (self._refused or self._held)
             self._held = False
             self._refused = True
             self._gate.close()
@@ -417,7 +421,7 @@ class GatedHost(ABC):
         """Return a coroutine method behind the gate, or None where threads have to call it."""
         gate = self._gate  # before the method: one that is open later lets calls through to this same instance
         method = self._coroutine_method(name)
-        if method is None or not isinstance(gate, ConcurrentGate):
+        if method is None or self._held or not isinstance(gate, ConcurrentGate):
             return None
         method = self._permitted_coroutine(method)
         return gate.bind_coroutine(method, lambda *args, **kwargs: self.call_async(name, args, kwargs, None))
@@ -444,13 +448,13 @@ class GatedHost(ABC):
         if method is not None and isinstance(gate, ConcurrentGate):
             # It takes its place on the loop: a thread that kept one meanwhile would keep others from going on there.
             method = self._permitted_coroutine(method)
-            gated = gate.bind_coroutine(method, _closed, passes_closed=self._refused)
+            gated = gate.bind_coroutine(method, _closed, passes_closed=self._finishes_calls)
             answer = self._around.loop.run(gated(*args, **kwargs))
             return self._later(name, *args, **kwargs) if answer is CLOSED else answer
         call = partial(self._found(name), *args, **kwargs)
 
         def late() -> Any:
-            if self._refused and self._is_there:
+            if self._finishes_calls and self._is_there:
                 return self._gate.bind(call, call, passes_closed=True)()
             return self._later(name, *args, **kwargs)
 
@@ -487,7 +491,7 @@ class GatedHost(ABC):
         """Wait until the service is back, or takes no calls any more, and return whether that is so."""
         with self._uses.one():  # or it might rest again before this caller has seen that it is back
             self.on_waiting()
-            if self._is_resting and is_on_loop():
+            if self._is_resting and self._held and is_on_loop():
                 text = f'service "{self.spec.name}" rests, and a coroutine must not block the event loop for its start'
                 error = ServiceError(text, service=self.spec.name)
                 raise hint(error, f"{AIO_HINT} Read attributes in a plain function.")
@@ -520,6 +524,8 @@ class GatedHost(ABC):
         """Wait on a thread for the rate of the service, if it has one."""
         if self._bucket is None:
             return
+        if self._held:  # or the call would need a second turn when the service is back
+            self._wait_back(self.spec.options.call_timeout_s)
         with self._bucket.turn() as turn:
             while pause_s := self._bucket.pause_s(turn):
                 self._check_held_back()
@@ -575,6 +581,8 @@ class GatedHost(ABC):
         with self._changed:
             if self._refused or not (self._gate.is_open or self._held):  # it may be away again
                 raise self._unavailable()
+        if current_call(self.spec.name) is not None:  # another thread may not be free for it
+            return self._admitted(name, args, kwargs)
         return self.method(name)(*args, **kwargs)
 
     def _unavailable(self) -> ServiceUnavailableError:

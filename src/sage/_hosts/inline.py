@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.gate import ConcurrentGate
@@ -27,6 +28,7 @@ class InlineHost(GatedHost):
         self._instance: Instance | None = None
         # The one whose hooks run: its constructor may have raised after it had deferred something.
         self._latest = Instance(spec.name, surroundings.loop)
+        self._kind: type = object  # of an instance that was forgotten
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -43,8 +45,12 @@ class InlineHost(GatedHost):
         self._lane.run(self._forget)
 
     def _forget(self) -> None:
-        self._instance = None
+        self._instance, self._kind = None, self._latest.kind
         self._latest = Instance(self.spec.name, self._around.loop)
+
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether `name` is a coroutine method, also of an instance that was forgotten."""
+        return super().is_coroutine(name) or inspect.iscoroutinefunction(getattr(self._kind, name, None))
 
     @property
     def _is_there(self) -> bool:

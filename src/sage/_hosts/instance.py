@@ -42,6 +42,11 @@ class Instance:
         has_deferred = self._context is not None and self._context.has_deferred
         return frozenset(self._hooks) | ({"cleanup"} if has_deferred or self._tape is not None else set())
 
+    @property
+    def kind(self) -> type:
+        """Its class."""
+        return type(self._target)
+
     def build(
         self, make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: ServiceContext
     ) -> None:
