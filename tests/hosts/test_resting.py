@@ -416,6 +416,26 @@ def test_no_call_is_made_while_an_instance_ends_although_the_job_is_stopped(tmp_
     assert journal == ["llm.build 1", "llm.stopping 1", "llm.stop 1", "llm.cleanup 1"]
 
 
+def test_a_service_rests_between_two_checks_of_its_health_however_long_they_take() -> None:
+    journal: list[str] = []
+    env = LocalEnvironment("checked")
+    options = ServiceOptions(idle_stop_s=2 * IDLE_S, health_interval_s=0.01)
+    env.register_service("llm", Checked, journal, options=options)
+
+    def wait(number: int) -> int:
+        until(lambda: "llm.cleanup 1" in journal)
+        return number
+
+    env.from_batch([1]).map(wait).sink(abs)
+    check_sound(run(env), journal)
+
+
+class Checked(Numbered):
+    def health(self) -> bool:
+        threading.Event().wait(IDLE_S)
+        return True
+
+
 @pytest.mark.parametrize("by_rate", [False, True])
 def test_a_call_that_runs_or_waits_keeps_a_service_from_its_rest(by_rate: bool) -> None:
     """One that takes long and one that waits behind it, or one that waits for the rate."""

@@ -50,19 +50,18 @@ class IdleWatch:
             self._host.forget_instance()
 
     def _look(self) -> None:
-        use_count = self._host.use_count if self._can_rest() else None
+        use_count = self._host.use_count if self._is_up() else None
         is_quiet = use_count is not None and use_count == self._use_count
         self._quiet_looks = self._quiet_looks + 1 if is_quiet else 0
         self._use_count = use_count
-        if use_count is not None and self._quiet_looks >= LOOKS:
+        is_checked = self._supervisor.state.services[self._name].hook == "health"
+        if use_count is not None and self._quiet_looks >= LOOKS and not is_checked:
             self._rest(use_count)
         self._supervisor.call_at(self._supervisor.backend.now() + self._idle_stop_s / LOOKS, self._look)
 
-    def _can_rest(self) -> bool:
+    def _is_up(self) -> bool:
         state = self._supervisor.state
-        record = state.services[self._name]
-        is_free = record.hook in (None, "health-pause")
-        return state.job is JobState.RUNNING and record.state is ServiceState.READY and is_free
+        return state.job is JobState.RUNNING and state.services[self._name].state is ServiceState.READY
 
     def _rest(self, use_count: int) -> None:
         """Hold calls back, and let the service rest; if another service needs it, it goes on."""
