@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -525,6 +527,33 @@ def test_a_guard_is_counted(environment: dict[str, str], monkeypatch: pytest.Mon
     third = GuardianLease.acquire()
     assert third.cookie != first.cookie
     third.release()
+
+
+def test_the_next_guardian_gets_no_file_of_the_program(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has got the number of the guard socket of a service, which the program has closed."""
+    monkeypatch.setattr("tempfile.tempdir", environment["TMPDIR"])
+    guard = GuardianLease.acquire()
+    ours, guarded = socket.socketpair()
+    theirs, far = socket.socketpair()
+    with guarded, far:
+        try:
+            number = ours.detach()
+            guard.give(("j1", "a", 1), number)
+            with theirs:
+                os.dup2(theirs.fileno(), number)
+            first = guard.guardian_pid
+            os.kill(first, signal.SIGKILL)
+            due, pause = time.monotonic() + WAIT_S, threading.Event()
+            while guard.guardian_pid == first:
+                assert time.monotonic() < due
+                pause.wait(0.01)
+            os.close(number)
+            far.settimeout(WAIT_S)
+            assert far.recv(1) == b""
+        finally:
+            guard.release()
 
 
 def test_what_is_left_of_a_service_does_not_count_what_it_released(

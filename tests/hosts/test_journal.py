@@ -267,9 +267,25 @@ def test_a_journal_is_replaced_all_at_once(tmp_path: Path) -> None:
     assert (first.is_in_place(), second.is_in_place()) == (False, True)
     second.write(encode(ENTRIES[3]))
     assert read_lines(str(tmp_path)) == [*map(encode, ENTRIES[:4]), b""]
-    assert lines_from(first.descriptor) == [encode(ENTRIES[0]), b""]
+    assert lines_from(first.file.descriptor) == [encode(ENTRIES[0]), b""]
     first.close()
     second.close()
+
+
+def test_a_file_of_the_program_with_the_number_of_the_journal_keeps_its_time(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.write(encode(ENTRIES[0]))
+    theirs = tmp_path / "theirs"
+    theirs.touch()
+    for path in (theirs, tmp_path / "journal.jsonl"):
+        os.utime(path, (1, 1))
+    number = journal.file.descriptor
+    os.close(number)
+    assert os.open(theirs, os.O_RDONLY) == number
+    journal.keep_fresh()
+    os.close(number)
+    assert theirs.stat().st_mtime == 1
+    assert (tmp_path / "journal.jsonl").stat().st_mtime > 1
 
 
 @pytest.mark.parametrize("mode", [0o750, 0o701, 0o710, 0o702])
@@ -284,7 +300,7 @@ def test_a_folder_that_anybody_else_may_enter_is_refused(tmp_path: Path, mode: i
 def test_what_did_not_fit_is_a_line_of_its_own_and_what_follows_is_read(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
     journal.write(encode(ENTRIES[0]))
-    size = os.fstat(journal.descriptor).st_size
+    size = os.fstat(journal.file.descriptor).st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
     try:

@@ -272,7 +272,7 @@ class Journal:
         lines: the first lines; they take the place of a journal that is there already, all at once.
 
     Attributes:
-        descriptor: the open file; it can be read from as well, also after somebody has removed the file.
+        file: the open file; it can be read from as well, also after somebody has removed the file.
         lines_count: how many lines were written.
 
     Raises:
@@ -287,8 +287,7 @@ class Journal:
             with suppress(FileNotFoundError):
                 os.unlink(path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = OpenFile(os.open(path, flags, 0o600))
-        self.descriptor = self._file.descriptor
+        self.file = OpenFile(os.open(path, flags, 0o600))
         self.lines_count = 0
         self._bytes_count = 0
         self._is_torn = False
@@ -307,11 +306,11 @@ class Journal:
             found = os.lstat(self._path)
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) == self._file.file and found.st_size >= self._bytes_count
+        return (found.st_dev, found.st_ino) == self.file.file and found.st_size >= self._bytes_count
 
     def keep_fresh(self) -> None:
         """Let the file look as if it had just been written, so that it is not removed because of its age."""
-        os.utime(self.descriptor)
+        os.utime(self._path, follow_symlinks=False)
 
     def write(self, line: bytes) -> None:
         """Write one line, which has no line break.
@@ -321,17 +320,17 @@ class Journal:
         """
         data = (b"\n" if self._is_torn else b"") + line + b"\n"
         self._is_torn = True
-        written = self._file.write(data)
+        written = self.file.write(data)
         self._bytes_count += written
         if written < len(data):
             raise OSError(f"{written} of {len(data)} bytes were written")
         self._is_torn = False
         self.lines_count += 1
-        os.fsync(self.descriptor)
+        os.fsync(self.file.descriptor)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
 
 def read_lines(folder: str) -> list[bytes]:

@@ -163,8 +163,8 @@ class GuardianLease:
         The driver keeps its own copy for the next guardian, so that a service sees end-of-file only when both are gone.
         """
         with self._lock_of_run:
-            self._given[key] = OpenFile(descriptor)
-            self._hand_over(key, descriptor)
+            self._given[key] = end = OpenFile(descriptor)
+            self._hand_over(key, end)
 
     def rename(self, key: Key, new: Key) -> None:
         """Know a service by another key: its job kept it, and the next one takes it over."""
@@ -172,7 +172,7 @@ class GuardianLease:
             end = self._given.pop(key, None)
             if end is not None:
                 self._given[new] = end
-                self._hand_over(new, end.descriptor)
+                self._hand_over(new, end)
                 self._send({"do": "take", "key": key})
 
     def take_back(self, key: Key) -> None:
@@ -256,7 +256,7 @@ class GuardianLease:
         self._close_journal()
         self._journal = journal
         self._lines_max = max(LINES_MIN, 2 * journal.lines_count)
-        self._send({"do": "journal"}, journal.descriptor)
+        self._send({"do": "journal"}, journal.file)
 
     def _keep(self) -> None:
         """See that the run's folder stays: restore removed files, and refresh the times of the others."""
@@ -297,24 +297,28 @@ class GuardianLease:
             self._lease.close()
         self._lease = lease
         if self._journal is not None:
-            self._send({"do": "journal"}, self._journal.descriptor)
+            self._send({"do": "journal"}, self._journal.file)
         for unwritten in self._unwritten:
             self._send({"do": "note", "entry": unwritten})
         for key, end in self._given.items():
-            self._hand_over(key, end.descriptor)
+            self._hand_over(key, end)
 
-    def _send(self, word: dict[str, object], *descriptors: int) -> None:
+    def _send(self, word: dict[str, object], *files: OpenFile) -> None:
+        """Tell the guardian something, and hand it files; not if the program has closed one of them."""
+        if not all(file.is_open for file in files):
+            return
+        descriptors = [file.descriptor for file in files]
         try:
             assert self._lease is not None
-            socket.send_fds(self._lease, [json.dumps(word).encode()], list(descriptors), socket.MSG_DONTWAIT)
+            socket.send_fds(self._lease, [json.dumps(word).encode()], descriptors, socket.MSG_DONTWAIT)
         except BlockingIOError:
             # It has not read for long, as if stopped, and would not act either; the next one is told everything.
             self._guardian.kill()
         except OSError:
             pass  # It has died; whoever watches the lease starts the next one and tells it everything.
 
-    def _hand_over(self, key: Key, descriptor: int) -> None:
-        self._send({"do": "give", "key": key}, descriptor)
+    def _hand_over(self, key: Key, end: OpenFile) -> None:
+        self._send({"do": "give", "key": key}, end)
 
     def _watch(self) -> None:
         """Wait for the death of the guardian, which ends the lease, and start the next one; keep the folder."""
