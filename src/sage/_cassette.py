@@ -74,7 +74,9 @@ class Cassette:
         # How often each call was replayed, over all jobs of an environment: a later one goes on where it was.
         self._numbers: Counter[tuple[str, str, str]] = Counter()
         try:
-            Tape(path, "", may_write=way == "record").close()
+            if way == "record":
+                Tape(path, "", may_write=True).close()
+            Tape(path, "", may_write=False).close()  # whose columns are looked at
         except sqlite3.Error as error:
             missing = way == "replay" and not os.path.exists(path)
             text = f"cassette {path!r} cannot be used: {'it is missing' if missing else error}"

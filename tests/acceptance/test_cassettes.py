@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,16 @@ def test_a_file_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
             use(tmp_path / "text.db")
     with pytest.raises(GraphError, match=r"absent/calls\.db' cannot be used: unable to open"):
         env.record_calls(tmp_path / "absent" / "calls.db")
+
+
+@pytest.mark.parametrize("way", ["record_calls", "replay_calls"])
+def test_a_cassette_of_another_form_is_refused_before_anything_is_asked(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "earlier.db"
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("CREATE TABLE calls(service TEXT, method TEXT, hash TEXT, number INTEGER, answer BLOB)")
+    with pytest.raises(GraphError, match=r"earlier\.db' cannot be used: no such column: ended_at") as caught:
+        getattr(LocalEnvironment("earlier"), way)(str(path))
+    assert caught.value.__notes__ == ["Give the path of a new file, or of one that env.record_calls made."]
 
 
 def test_a_later_job_goes_on_with_the_answers(tmp_path: Path) -> None:
