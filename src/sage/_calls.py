@@ -43,7 +43,14 @@ def not_in_time(service: str, method: str, timeout_s: float | None) -> ServiceTi
 
 
 class CallFuture(Future[Any]):
-    """The future of a call, which fails with `ServiceTimeoutError` when its time is over; a coroutine may await it."""
+    """The future of a call, which fails with `ServiceTimeoutError` when its time is over; a coroutine may await it.
+
+    Attributes:
+        before_wait: waits for the start of the service, so many seconds at most, on each thread that waits for the
+            answer: its job may have other tasks go on meanwhile.
+    """
+
+    before_wait: Callable[[float | None], object] | None = None
 
     def __init__(self, service: str, method: str, timeout_s: float | None) -> None:
         super().__init__()
@@ -90,6 +97,9 @@ class CallFuture(Future[Any]):
         return super().exception(0 if self.done() else timeout)
 
     def _wait(self, timeout: float | None) -> None:
+        if self.before_wait is not None and not self.done():
+            left_s = None if self._due is None else max(self._due - time.monotonic(), 0)
+            self.before_wait(min((bound for bound in (timeout, left_s) if bound is not None), default=None))
         if self._due is None or self.done():
             return
         left = self._due - time.monotonic()

@@ -235,6 +235,32 @@ def test_no_call_is_lost_on_any_schedule(call_timeout_s: float | None) -> None:
     assert sum(rests) > 40
 
 
+@pytest.mark.parametrize("call_timeout_s", [None, SOON_S])
+def test_others_go_on_while_a_function_waits_for_a_call_that_it_began_before(call_timeout_s: float | None) -> None:
+    class Ask(MapFunction):
+        def execute(self, data: int) -> Any:
+            return self.call_service_async("llm", data).result()
+
+    def program(backend: Callable[[], Backend]) -> None:
+        env = LocalEnvironment("schedules", backend=backend)
+        journal: list[str] = []
+        options = ServiceOptions(idle_stop_s=0.1, call_timeout_s=call_timeout_s)
+        env.register_service("llm", Numbered, journal, options=options)
+        answers: list[int] = []
+
+        async def wait(number: int) -> int:
+            await asyncio.sleep(0.3)
+            return number
+
+        env.from_batch(range(4)).map_async(wait, concurrency=1).map(Ask).sink(answers.append)
+        report = run(env)
+        assert sorted(answers) == list(range(4))
+        assert report.service("llm").rested > 0
+        check_sound(report, journal)
+
+    simulate(program, seeds=range(20))
+
+
 class Awaited(Numbered):
     """Has a coroutine method, and one that is not."""
 

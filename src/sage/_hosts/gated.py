@@ -341,7 +341,10 @@ class GatedHost(ABC):
         threads = self._own_threads()
         if self._is_there and not self._may_rest:
             self._attribute(name)  # an unknown one is known at once
-        return threads.submit(name, lambda: self._admitted(name, args, kwargs), timeout_s)
+        future = threads.submit(name, lambda: self._admitted(name, args, kwargs), timeout_s)
+        if self._is_resting:
+            future.before_wait = self._wait_back
+        return future
 
     # --- the part of each host ---
 
