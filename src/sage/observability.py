@@ -186,7 +186,7 @@ class SessionLogs:
 
 
 class ReportFile:
-    """The file that tells of jobs in JSON Lines while they run: each event and hook, and the report at the end.
+    """The file that tells of jobs in JSON Lines while they run: events, hooks, records that failed, and the report.
 
     Each line is written at once and in one piece, so that a killed process leaves everything up to that moment, and
     several jobs may write to the same file; `job` in a line says which it was. After the first write that fails nothing
