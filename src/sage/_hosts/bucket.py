@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 MINUTE_S = 60.0
 
+LOOK_S = 0.25
+"""How often a coroutine that waits for its turn looks whether the job ends."""
+
 PAUSE_LEAST_S = 0.001
 """How long a call waits at least, such as for another one that is before it and may begin now."""
 
@@ -75,6 +78,15 @@ class Bucket:
         finally:
             with self._lock:
                 self._turns.pop(turn, None)
+
+    async def wait(self, check: Callable[[], None]) -> None:
+        """Wait in a coroutine until it is its turn; `check` raises if that does not come."""
+        import asyncio
+
+        with self.turn() as turn:
+            while pause_s := self.pause_s(turn):
+                check()
+                await asyncio.sleep(min(pause_s, LOOK_S))
 
     @property
     def is_waited_for(self) -> bool:

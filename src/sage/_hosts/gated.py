@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from sage.service import ServiceContext, ServiceOptions
 
 
-LOOK_S = 0.25
-"""How often a coroutine that waits for the rate looks whether the job ends."""
-
 CLOSED = object()
 """Stands for the answer of a call that found its gate closed."""
 
@@ -509,16 +506,9 @@ class GatedHost(ABC):
 
         return call
 
-    def _paced_coroutine(
-        self, bucket: Bucket, gated: Callable[..., Coroutine[Any, Any, Any]]
-    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+    def _paced_coroutine(self, bucket: Bucket, gated: Callable[..., Any]) -> Callable[..., Any]:
         async def call(*args: Any, **kwargs: Any) -> Any:
-            import asyncio
-
-            with bucket.turn() as turn:
-                while pause_s := bucket.pause_s(turn):
-                    self._check_held_back()
-                    await asyncio.sleep(min(pause_s, LOOK_S))
+            await bucket.wait(self._check_held_back)
             return await gated(*args, **kwargs)
 
         return call
