@@ -250,6 +250,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "pattern": (lambda: Text(""), "Text: pattern is ''"),
     "bad_lines": (lambda: Csv("*", bad_lines="ignore"), "Csv: bad_lines is 'ignore'"),
     "encoding": (lambda: Text("*", encoding="utf-16"), "Text: encoding is 'utf-16', which does not divide"),
+    "no encoding": (lambda: Text("*", encoding="undefined"), "Text: encoding is 'undefined'"),
     "unknown encoding": (lambda: TextFiles("out", encoding="klingon"), "TextFiles: encoding is 'klingon'"),
     "option": (lambda: Csv("*", separator=";"), "Csv: .*'separator' is an invalid keyword argument"),
     "delimiter": (lambda: CsvFiles("out", delimiter=";;"), 'CsvFiles: "delimiter" must be a 1-character string'),
@@ -323,6 +324,27 @@ def test_a_record_that_cannot_be_written_is_named(name: str, tmp_path: Path) -> 
         raise cause
     assert note in cause.__notes__[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_a_kill_has_left_do_not_disturb_a_sink_whose_name_begins_theirs(tmp_path: Path) -> None:
+    killed = TextFiles(tmp_path)
+    killed.open("job-out-0-0", 0)
+    killed.write(["one"])
+    sink = TextFiles(tmp_path)
+    sink.open("job-out-0", 0)
+    sink.write(["two"])
+    sink.commit(sink.prepare(1) or "")
+    assert (tmp_path / "job-out-0-00000001.txt").read_text() == "two\n"
+    killed.abort()
+
+
+def test_a_sink_that_serves_a_second_job_takes_the_columns_anew(tmp_path: Path) -> None:
+    sink = CsvFiles(tmp_path)
+    for row in ({"a": 1}, {"b": 2}):
+        env = LocalEnvironment("job")
+        env.from_batch([row]).sink(sink)
+        env.run()
+    assert sorted(path.read_text().split() for path in tmp_path.iterdir()) == [["a", "1"], ["b", "2"]]
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import contextmanager, suppress
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic
@@ -47,7 +48,7 @@ def check_encoding(owner: str, encoding: str) -> None:
     """
     try:
         is_usable = "\n".encode(encoding) == LINE_END
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError):
         is_usable = False
     if not is_usable:
         error = GraphError(f"{owner}: encoding is {short(encoding)}, which does not divide a file into lines")
@@ -297,13 +298,14 @@ class FileSink(TransactionalSink[T]):
 
     def __init__(self, folder: str | os.PathLike[str], format: Format[T]) -> None:
         self._folder = Path(folder)
-        self._format = format
+        self._format = self._writer = format
         self._part = ""
         self._file: BinaryIO | None = None
 
     def open(self, part: str, checkpoint: int) -> None:
         """Make the folder, and remove files of this part that belong to no checkpoint."""
         self._part = part
+        self._writer = copy(self._format)  # it may remember the first record, and the sink may serve another job later
         with _naming(f'folder "{self._folder}"', "written into"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._writing.touch()
@@ -311,7 +313,7 @@ class FileSink(TransactionalSink[T]):
         for path in self._folder.iterdir():
             name = path.name.removeprefix(".").removesuffix(PREPARED).removesuffix(self._format.suffix)
             begin, _, number = name.rpartition("-")
-            if begin == part and int(number) > checkpoint:
+            if begin == part and number.isdecimal() and int(number) > checkpoint:
                 path.unlink()
 
     @property
@@ -327,11 +329,11 @@ class FileSink(TransactionalSink[T]):
         Raises:
             ConnectorError: a record cannot be written in this format, or the file cannot be written.
         """
-        lines = b"".join(map(self._format.encode, batch))
+        lines = b"".join(map(self._writer.encode, batch))
         with _naming(f'folder "{self._folder}"', "written into"):
             if self._file is None:
                 self._file = self._writing.open("wb")
-                lines = self._format.head(batch[0]) + lines
+                lines = self._writer.head(batch[0]) + lines
                 if lines.startswith(BYTE_ORDER_MARK):  # a source drops the first one
                     lines = BYTE_ORDER_MARK + lines
             self._file.write(lines)
