@@ -62,6 +62,30 @@ def test_rows_with_the_value_of_the_last_one_are_not_lost(path: Path, records_ma
     assert read(path, position, records_max, **options) == ([], position)
 
 
+@pytest.mark.parametrize("by", ["id", "name"])
+def test_a_row_that_changes_is_not_read_again_if_its_value_is_unique(path: Path, by: str) -> None:
+    """Otherwise, a job that notes in the table what it has done with a row would have its last row forever."""
+    execute(path, "CREATE UNIQUE INDEX one_name ON orders (name)")
+    insert(path, (1, "a", 0), (2, "b", 0))
+    found, position = read(path, by=by)
+    assert len(found) == 2
+    execute(path, "UPDATE orders SET price = 5")
+    assert read(path, position, by=by) == ([], position)
+    insert(path, (3, "c", 0))
+    assert read(path, position, by=by)[0] == [(3, "c", 0)]
+
+
+@pytest.mark.parametrize(
+    "index", ["UNIQUE INDEX one ON orders (price, name)", "UNIQUE INDEX one ON orders (price) WHERE id < 3"]
+)
+def test_an_index_of_more_or_less_does_not_make_a_column_unique(path: Path, index: str) -> None:
+    execute(path, f"CREATE {index}")
+    insert(path, (1, "a", 7), (2, "b", 8))
+    _, position = read(path, by="price")
+    insert(path, (3, "c", 8))
+    assert read(path, position, by="price")[0] == [(3, "c", 8)]
+
+
 def test_values_that_only_the_table_takes_for_equal(path: Path) -> None:
     insert(path, (1, "b", 0), (2, "B", 0), (3, "a", 0), (4, "A", 0))
     found, position = read(path, records_max=1, by="name")

@@ -38,6 +38,11 @@ COMMITS = """CREATE TABLE IF NOT EXISTS sage_commits (
     checkpoint INTEGER NOT NULL,
     committed_at TEXT NOT NULL
 )"""
+IS_UNIQUE = """
+SELECT 1 FROM pragma_table_info(:table) WHERE pk GROUP BY pk > 0 HAVING count(*) = 1 AND name = :column
+UNION ALL
+SELECT 1 FROM pragma_index_list(:table) AS found, pragma_index_info(found.name) AS part
+WHERE "unique" AND NOT partial GROUP BY found.name HAVING count(*) = 1 AND part.name = :column"""
 COMMITTED = "SELECT checkpoint FROM sage_commits WHERE part = ?"
 COMMIT = "INSERT OR REPLACE INTO sage_commits VALUES (?, ?, datetime('now'))"
 
@@ -99,7 +104,7 @@ class SqliteTable(Source[Row]):
 
     It ends after the last row. Its position is the last value of the column and the rows with this value, so that a
     durable job that runs again reads only rows that are new, also if they have the same value. A row that comes later
-    with a smaller value is not read. No transaction stays open between two reads, so that others can write.
+    with a smaller value is not read, nor one that changes, if the column of the table is unique. No transaction stays open between two reads, so that others can write.
 
     Args:
         path: the database.
@@ -129,6 +134,7 @@ class SqliteTable(Source[Row]):
         self._connection: sqlite3.Connection | None = None
         self._names: list[str] = []
         self._place = 0
+        self._is_unique = False
         self._last: Any = None
         self._seen: list[tuple[Any, ...]] = []
 
@@ -151,6 +157,8 @@ class SqliteTable(Source[Row]):
             if self._by not in names:
                 raise database.lacks(f"column {_quoted(self._by)} in {self._rows.strip()}", names)
             self._place = names.index(self._by)
+            place = {"table": self._table, "column": self._by}
+            self._is_unique = connection.execute(IS_UNIQUE, place).fetchone() is not None
             empty = connection.execute(f"SELECT 1 FROM {self._rows} WHERE {_quoted(self._by)} IS NULL LIMIT 1")
             if empty.fetchone() is not None:
                 text = (
@@ -162,11 +170,13 @@ class SqliteTable(Source[Row]):
         """Return the next rows."""
         assert self._connection is not None
         by = f"{_quoted(self._by)} COLLATE BINARY"  # values that are equal here must be equal in Python, too
-        where, values = ("", []) if not self._seen else (f"WHERE {by} >= ?", [self._last])
+        # A row that has changed cannot be told from a new one, unless there is only one with its value.
+        sign, known = (">", []) if self._is_unique else (">=", self._seen)
+        where, values = ("", []) if not self._seen else (f"WHERE {by} {sign} ?", [self._last])
         command = f"SELECT * FROM {self._rows} {where} ORDER BY {by} LIMIT ?"
         with self._database.naming():
-            found = self._connection.execute(command, [*values, records_max + len(self._seen)]).fetchall()
-        seen = Counter(self._seen)
+            found = self._connection.execute(command, [*values, records_max + len(known)]).fetchall()
+        seen = Counter(known)
         rows = []
         for row in found:
             if seen[row] > 0:
