@@ -1055,8 +1055,8 @@ DURABLE: tuple[Mutant, ...] = (
     Mutant(
         "a repeated commit inserts its rows again",
         "connectors/sqlite.py",
-        "if committed < number:",
-        "if committed <= number:",
+        "if committed >= number:",
+        "if committed > number:",
         "tests/durable/test_sinks.py::test_records_appear_with_the_commit_and_once[SqliteSink]",
     ),
     Mutant(

@@ -347,3 +347,20 @@ def test_a_commit_that_found_the_database_locked_comes_in_the_next_run(path: Pat
         sink.commit(token)
     sink.close()
     assert execute(path, "SELECT id FROM orders") == [(1,)]
+
+
+def test_a_row_that_another_one_excludes_at_the_commit_is_named(path: Path) -> None:
+    sink = SqliteSink(path, "orders")
+    sink.open("part", 0)
+    sink.write([{"id": 1, "name": "a"}, {"id": 2, "name": "b"}])
+    token = sink.prepare(1)
+    assert token is not None
+    insert(path, (2, "other", 0))
+    with pytest.raises(ConnectorError, match=r"record {'id': 2, 'name': 'b'} .*UNIQUE constraint failed") as caught:
+        sink.commit(token)
+    assert "If a row of another task or program excludes it" in caught.value.__notes__[0]
+    assert execute(path, "SELECT id FROM orders") == [(2,)]
+    execute(path, "DELETE FROM orders")
+    sink.commit(token)
+    sink.close()
+    assert execute(path, "SELECT id FROM orders") == [(1,), (2,)]

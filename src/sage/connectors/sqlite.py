@@ -104,7 +104,8 @@ class SqliteTable(Source[Row]):
 
     It ends after the last row. Its position is the last value of the column and the rows with this value, so that a
     durable job that runs again reads only rows that are new, also if they have the same value. A row that comes later
-    with a smaller value is not read, nor one that changes, if the column of the table is unique. No transaction stays open between two reads, so that others can write.
+    with a smaller value is not read, nor one that changes, if the column of the table is unique. No transaction stays
+    open between two reads, so that others can write.
 
     Args:
         path: the database.
@@ -313,35 +314,42 @@ class SqliteSink(TransactionalSink[Row]):
         rows, self._written = self._written, []
         if not rows:
             return None
-        with self._database.naming():
-            try:
-                with _transaction(self._connection, commits=False):
-                    self._put(rows)
-            except (sqlite3.Error, UnicodeError, OverflowError):
-                with _transaction(self._connection, commits=False):
-                    for row in rows:
-                        self._try(row)
-                raise
+        self._put_all(rows, None, "Nothing of its checkpoint was written. Correct it before the sink.")
         return number, rows
 
-    def _try(self, row: Cells) -> None:
+    def commit(self, token: tuple[int, list[Cells]]) -> None:
+        """Insert the rows, unless the database has this checkpoint."""
+        number, rows = token
+        note = "The next run tries again. If a row of another task or program excludes it, remove that row before."
+        self._put_all(rows, number, note)
+
+    def _put_all(self, rows: list[Cells], number: int | None, note: str) -> None:
+        """Insert the rows of a checkpoint, unless the database has it; without a number, only try."""
+        assert self._connection is not None
+        connection = self._connection
+        with self._database.naming(), _transaction(connection, commits=number is not None):
+            if number is not None:
+                (committed,) = connection.execute(COMMITTED, [self._part]).fetchone() or (0,)
+                if committed >= number:
+                    return
+                connection.execute(COMMIT, [self._part, number])
+            try:
+                self._put(rows)
+            except (sqlite3.Error, UnicodeError, OverflowError):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                with _transaction(connection, commits=False):
+                    for row in rows:
+                        self._try(row, note)
+                raise
+
+    def _try(self, row: Cells, note: str) -> None:
         try:
             self._put([row])
         except (sqlite3.Error, UnicodeError, OverflowError) as error:
             record = short(dict(zip(*row, strict=True)))
             text = f"record {record} cannot be written into table {_quoted(self._table)}: {describe(error)}"
-            refused = ConnectorError(f'database "{self._database.path}": {text}')
-            raise hint(refused, "Nothing of its checkpoint was written. Correct it before the sink.") from error
-
-    def commit(self, token: tuple[int, list[Cells]]) -> None:
-        """Insert the rows, unless the database has this checkpoint."""
-        assert self._connection is not None
-        number, rows = token
-        with self._database.naming(), _transaction(self._connection):
-            (committed,) = self._connection.execute(COMMITTED, [self._part]).fetchone() or (0,)
-            if committed < number:
-                self._put(rows)
-                self._connection.execute(COMMIT, [self._part, number])
+            raise hint(ConnectorError(f'database "{self._database.path}": {text}'), note) from error
 
     def _put(self, rows: list[Cells]) -> None:
         assert self._connection is not None
