@@ -11,7 +11,7 @@ from sage._types import K, T, V
 from sage.errors import hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Self
 
 
@@ -149,6 +149,15 @@ class ListState(KeyState[list[T]], MutableSequence[T]):
         """Add values at the end."""
         self._of_key().extend(values)
 
+    def sort(self, *, key: Callable[[T], Any] | None = None, reverse: bool = False) -> None:
+        """Sort the values as `list.sort` does."""
+        values: list[Any] = self._of_key()
+        values.sort(key=key, reverse=reverse)
+
+    def copy(self) -> list[T]:
+        """Return a list of the values."""
+        return self._of_key().copy()
+
     def clear(self) -> None:
         """Remove all values."""
         self._of_key().clear()
@@ -174,6 +183,10 @@ class MapState(KeyState[dict[K, V]], MutableMapping[K, V]):
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._of_key())
+
+    def copy(self) -> dict[K, V]:
+        """Return a dict of the values."""
+        return self._of_key().copy()
 
 
 def states_of(owner: type) -> dict[str, KeyState[Any]]:

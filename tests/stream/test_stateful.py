@@ -83,7 +83,7 @@ def test_a_state_that_is_changed_in_place_belongs_to_one_key(backend: Backends, 
     assert given == []
 
 
-@pytest.mark.parametrize("result", [7, [1, 2], "ab"])
+@pytest.mark.parametrize("result", [7, [1, 2], "ab", (1, 2, 3)])
 def test_a_result_that_is_not_a_pair_names_operator_and_record(backend: Backends, result: Any) -> None:
     def wrong(state: int, number: int) -> Any:
         return result if number == 3 else (state, number)

@@ -95,6 +95,9 @@ class Lists(ProcessFunction[int, Any]):
         self.some += [7]
         self.some[-1] = 8
         del self.some[1:2]
+        self.some.sort(reverse=True)
+        self.some.reverse()
+        assert self.some.copy() == list(self.some)
         yield before, self.some[0], self.some[-2:], list(self.some), 8 in self.some
         self.some.clear()
 
@@ -106,6 +109,7 @@ class Maps(ProcessFunction[int, Any]):
         self.by_name["last"] = data
         self.by_name[str(data)] = data
         gone = self.by_name.pop("2", None)
+        assert self.by_name.copy() == dict(self.by_name)
         yield self.by_name.get("last"), "1" in self.by_name, len(self.by_name), dict(self.by_name), gone
 
 

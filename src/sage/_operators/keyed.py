@@ -200,7 +200,7 @@ class StatefulMap(Keeping):
         states = self._states
         for value, key in zip(records, self._keys, strict=False):
             pair = function(states[key], value)
-            if not isinstance(pair, tuple):  # only looked at in the first batches, which run here
+            if not isinstance(pair, tuple) or len(pair) != 2:  # only looked at in the first batches, which run here
                 error = TypeError(f"{short(pair)} is not a pair of the new state and a result")
                 raise hint(error, "Return (state, result).")
             states[key], result = pair
