@@ -1115,7 +1115,7 @@ STATES = (
     Mutant(
         "finish works with the state of the last record's key",
         "_operators/per_record.py",
-        "            if self.has_states:\n                self.context.key = NO_KEY\n",
+        "            self.forget_key()\n",
         "",
         "tests/stream/test_states.py::test_a_state_without_a_record_in_hand_is_refused[threads-Late]",
     ),

@@ -11,9 +11,11 @@ from sage import (
     BatchFunction,
     CheckpointError,
     Durable,
+    FunctionError,
     JobError,
     ListState,
     LocalEnvironment,
+    MapFunction,
     MapState,
     ProcessFunction,
     Source,
@@ -168,6 +170,27 @@ def test_a_state_that_goes_around_the_attribute_is_found(wrong: Any) -> None:
 
     with pytest.raises(AssertionError, match=r"when it was killed before step \d+"):
         simulate(run, seeds=range(50), crashes=2)
+
+
+class SnapshotsAKey(MapFunction[int, int]):
+    count = ValueState(0)
+
+    def execute(self, data: int) -> int:
+        self.count.value += 1
+        return data
+
+    def snapshot(self) -> int:
+        return self.count.value
+
+    def restore(self, count: int) -> None:
+        raise AssertionError
+
+
+def test_a_state_is_not_there_in_a_snapshot_which_belongs_to_no_key(tmp_path: Path) -> None:
+    env = LocalEnvironment("job", durable=tmp_path / "state")
+    env.from_batch([1, 2], name="numbers").keyby(lambda x: x).map(SnapshotsAKey, name="counted").sink(print)
+    with pytest.raises(FunctionError, match=r'"counted" .*a state of a key is used while no record is in hand'):
+        env.run()
 
 
 class Forgetful(ProcessFunction[int, int]):

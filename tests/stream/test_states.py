@@ -207,6 +207,21 @@ def test_a_state_without_a_record_in_hand_is_refused(backend: Backends, wrong: A
         run(range(3), lambda stream: stream.keyby(rest).process(wrong), backend=backend)
 
 
+class Closing(MapFunction[int, int]):
+    count = ValueState(0)
+
+    def execute(self, data: int) -> int:
+        return data + self.count.value
+
+    def close(self) -> None:
+        self.count.value = 3
+
+
+def test_a_state_is_refused_after_the_last_record(backend: Backends) -> None:
+    with pytest.raises((FunctionError, JobError), match="a state of a key is used while no record is in hand"):
+        run(range(3), lambda stream: stream.keyby(rest).map(Closing), backend=backend)
+
+
 class Assigns(Sessions):
     def execute(self, data: int) -> list[tuple[int, int]]:
         self.count = 3  # type: ignore[assignment]

@@ -123,7 +123,6 @@ class Operator:
             that it came from; None in any other job.
         port: the input of the batch in hand, if the operator has several.
         keyed: in a durable job, the values of its keys; None in any other job, or without any.
-        has_states: whether the function has states of keys.
         keep_failed: keeps a record that failed, for `sage replay`; None if the calls of the job are not recorded.
         began_at: when the function was called with the record in hand, in seconds since the epoch; 0.0 if nothing
             keeps the record.
@@ -138,7 +137,7 @@ class Operator:
     left: list[tuple[int, Batch]] | None = None
     port: int = 0
     keyed: KeyedState | None = None
-    has_states: bool = False
+    _has_states: bool = False
     keep_failed: Callable[[FailedRecord], None] | None = None
     began_at: float = 0.0
 
@@ -182,10 +181,15 @@ class Operator:
 
             self.keyed = KeyedState(self.recovery.since, self.recovery.changes)
             young, old = self.keyed.young, self.keyed.old
-        self.has_states = True
-        self.context.key = NO_KEY
+        self._has_states = True
+        self.forget_key()
         for state in states.values():
             state.bind(self._function, young, old, self.context)
+
+    def forget_key(self) -> None:
+        """Let the states of the function be refused, as no record is in hand."""
+        if self._has_states:
+            self.context.key = NO_KEY
 
     @property
     def is_costly(self) -> bool:
@@ -236,7 +240,10 @@ class Operator:
 
     def function_state(self) -> Any:
         """Return what the function's own `snapshot` returns, or None without one."""
-        return self._function.snapshot() if self.takes_part else None
+        if not self.takes_part:
+            return None
+        self.forget_key()
+        return self._function.snapshot()
 
     def restore_function(self) -> None:
         """Give the function the state that it had.
@@ -287,6 +294,7 @@ class Operator:
     def close(self) -> None:
         """Close the user's function; called once if `open` began."""
         if isinstance(self._function, BaseFunction):
+            self.forget_key()
             close: Callable[[], object] = self._function.close
             closing = close()
             if inspect.iscoroutine(closing):

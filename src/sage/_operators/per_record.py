@@ -13,7 +13,6 @@ from sage._operators.operator import Operator, into_list
 from sage.errors import HeldBackError, hint, short
 from sage.functions import FlatMapFunction
 from sage.records import BATCH_RECORDS_MAX, Batch
-from sage.state import NO_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -372,8 +371,7 @@ class Process(FlatMap):
     def finish(self) -> Batch | None:
         """Return the records of the function's `finish`, as far as there is room; the rest is read in further calls."""
         if not self.more:
-            if self.has_states:
-                self.context.key = NO_KEY
+            self.forget_key()
             finishing = getattr(self._function, "finish", None)
             result = None if finishing is None else self._collecting(lambda: self._call_now(finishing))()
             if result is None:
