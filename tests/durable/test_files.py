@@ -347,6 +347,14 @@ def test_a_sink_that_serves_a_second_job_takes_the_columns_anew(tmp_path: Path) 
     assert sorted(path.read_text().split() for path in tmp_path.iterdir()) == [["a", "1"], ["b", "2"]]
 
 
+def test_a_sink_may_have_a_long_name(tmp_path: Path) -> None:
+    for records in (["a"], ["a", "b"]):
+        env = LocalEnvironment("job", durable=tmp_path / "state")
+        env.from_batch(records, name="records").sink(TextFiles(tmp_path / "out"), name="ä" * 100)
+        env.run()
+    assert read(Text(tmp_path / "out" / "*.txt"))[0] == ["a", "b"]
+
+
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     seen: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import sys
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from sage.durable import Durable
 
 log = log_of("sage.checkpoints")
+
+NAME_LENGTH_MAX = 150
 
 
 class DurableRun:
@@ -109,7 +112,7 @@ class DurableRun:
 
     def recovery(self, node: Node, index: int) -> Recovery:
         """Return the part of one operator in one task."""
-        part = f"{self._store.key}-{quote(node.name, safe='')}-{index}"
+        part = f"{self._store.key}-{_in_file_names(node.name)}-{index}"
         if (node.name, index) not in self._rows_found:
             return Recovery(part, self.number)
         row, (state, left, function) = self._rows_found.pop((node.name, index))
@@ -233,6 +236,12 @@ def _without(names: Sequence[str], found: Checkpoint) -> tuple[Checkpoint, list[
         f'the state of "{name}" was dropped' if name in had else f'"{name}" had no state to drop' for name in names
     ]
     return replace(found, rows=rows, changes=changes), lines
+
+
+def _in_file_names(name: str) -> str:
+    """Return the name of an operator for names of files, which may have 255 bytes."""
+    quoted = quote(name, safe="")
+    return quoted if len(quoted) <= NAME_LENGTH_MAX else hashlib.sha256(name.encode()).hexdigest()
 
 
 def _unpickled(operator: str, body: bytes) -> Any:
