@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sage._control.letter_replay import LetterReplay
+from sage.connectors.dead_letters import StoredLetter
+from sage.report import Cleanliness, JobReport, Outcome
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -226,6 +230,31 @@ def test_replay_keeps_the_input_of_an_operator_with_two(tmp_path: Path) -> None:
     (tmp_path / "repaired").touch()
     sage(tmp_path, "letters", "replay", "failed.jsonl", "program.py")
     assert written(tmp_path) == [["first", 1], ["second", 2]]
+
+
+def test_the_letters_that_went_through_are_not_looked_for_one_by_one(tmp_path: Path) -> None:
+    compared = 0
+
+    class Id(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    letters = [StoredLetter(Id(number), {"job": f"job {number % 2}", "operator": "o"}) for number in range(100)]
+    file = tmp_path / "failed.jsonl"
+    file.write_text("".join(f"{json.dumps({'id': one.id, **one.values})}\n" for one in letters))
+    replay = LetterReplay(str(file), letters)
+    report = JobReport("id", "job 1", Outcome.COMPLETED, Cleanliness.CLEAN, "", 0.0, 0.0, 0.0)
+    line = replay.finish([report])
+    assert line.startswith("50 dead letters put back in, of which 0 failed again; 50 dead letters left")
+    assert replay.left == letters[::2]
+    assert len(file.read_text().splitlines()) == 50
+    assert compared < 500
 
 
 def test_letters_stay_if_the_job_fails(failed: Path) -> None:

@@ -65,7 +65,7 @@ class LetterReplay:
         first = {report.name: report for report in reversed(reports)}
         completed = {name for name, report in first.items() if report.state is Outcome.COMPLETED}
         done = [letter for letter in self.left if letter.values.get("job") in completed]
-        self.left = [letter for letter in self.left if letter not in done]
+        self.left = [letter for letter in self.left if letter.values.get("job") not in completed]
         again = sum(letter.id not in self._before for letter in read_letters(self._path)[0])
         take_out(self._path, frozenset(letter.id for letter in done))
         line = f"{counted(len(done))} put back in, of which {again:,} failed again"
