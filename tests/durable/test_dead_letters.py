@@ -17,7 +17,7 @@ from sage import ConnectorError, DeadLetter, GraphError, LocalEnvironment, Retry
 from sage.connectors.dead_letters import DeadLetterFile, read_letters, take_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from sage._runtime.backend import Backend
@@ -123,7 +123,7 @@ def test_letters_of_a_checkpoint_that_was_left_out_are_taken_back(tmp_path: Path
     assert [letter.values["record"] for letter in read_letters(str(path))[0]] == ["one", "other"]
 
 
-def fail(folder: Path, values: list[Any], backend: Callable[[], Backend] | None = None) -> None:
+def fail(folder: Path, values: Iterable[Any], backend: Callable[[], Backend] | None = None) -> None:
     env = LocalEnvironment("failing", backend=backend)
     letters = env.dead_letters(store=folder / "new" / "failed.jsonl")
 
@@ -201,9 +201,16 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert caught.value.__notes__ == ['Give the path of a file: store="failed.jsonl".']
     with pytest.raises(GraphError, match=f'dead_letters: store is the folder "{tmp_path}", and not a file'):
         env.dead_letters(store=tmp_path)
-    (tmp_path / "new").touch()
+
+    def records() -> Iterator[str]:
+        (tmp_path / "new").touch()
+        yield "a"
+
     with pytest.raises(Exception, match=r'dead letters cannot be written to ".*failed.jsonl": FileExistsError'):
-        fail(tmp_path, ["a"])
+        fail(tmp_path, records())
+    with pytest.raises(GraphError, match=r'dead_letters: store ".*failed.jsonl" cannot be written') as caught:
+        env.dead_letters(store=tmp_path / "new" / "failed.jsonl")
+    assert caught.value.__notes__ == [f'"{tmp_path / "new"}" must be a file or folder that this user may write.']
     with pytest.raises(ConnectorError, match="cannot be read: NotADirectoryError"):
         read_letters(str(tmp_path / "new" / "failed.jsonl"))
 

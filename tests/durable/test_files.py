@@ -256,6 +256,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "delimiter": (lambda: CsvFiles("out", delimiter=";;"), 'CsvFiles: "delimiter" must be a 1-character string'),
     "line end": (lambda: CsvFiles("out", lineterminator="\n"), "CsvFiles: lineterminator cannot be set"),
     "columns": (lambda: CsvFiles("out", columns=["a", "a"]), "CsvFiles: has two columns 'a'"),
+    "no list": (lambda: Csv("*", columns="id"), "Csv: columns is 'id'"),
+    "no columns": (lambda: CsvFiles("out", columns=[]), r"CsvFiles: columns is \[\]"),
     "no names": (lambda: Csv("*", columns=[1]), "Csv: has a column 1, which is not a string"),  # type: ignore[list-item]
 }
 

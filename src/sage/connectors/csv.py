@@ -30,6 +30,8 @@ class CsvFormat(Format[Row]):
 
     def __init__(self, owner: str, columns: Sequence[str] | None, encoding: str, options: dict[str, Any]) -> None:
         check_encoding(owner, encoding)
+        if isinstance(columns, str) or (columns is not None and not columns):
+            raise hint(GraphError(f"{owner}: columns is {short(columns)}"), 'Name them: columns=["id", "name"].')
         self._columns = None if columns is None else tuple(columns)
         self._encoding = encoding
         self._options = {"strict": True, **options}

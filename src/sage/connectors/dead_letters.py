@@ -118,6 +118,12 @@ class DeadLetterFile(FileSink[DeadLetter]):
         self.path = os.path.realpath(path)
         if os.path.isdir(self.path):
             raise GraphError(f'dead_letters: store is the folder "{path}", and not a file')
+        there = self.path
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        if not os.access(there, os.W_OK) or (there != self.path and not os.path.isdir(there)):
+            error = GraphError(f'dead_letters: store "{path}" cannot be written')
+            raise hint(error, f'"{there}" must be a file or folder that this user may write.')
         super().__init__(os.path.dirname(self.path), LetterFormat(job))
         self._run = uuid.uuid4().hex[:12]
         self._count = 0
