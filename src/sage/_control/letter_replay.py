@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from sage._control.letters import counted
-from sage._plan.durability import has_state
+from sage._plan.durability import keeps_state
 from sage._plan.logical import FunctionSpec, Kind, LogicalGraph, Node
 from sage._plan.rules import edges_of, reach, ways_of
 from sage._runtime.manager import JobManager
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from sage.connectors.dead_letters import StoredLetter
     from sage.report import JobReport
-
-STATEFUL = frozenset({Kind.REDUCE, Kind.STATEFUL_MAP, Kind.JOIN})
 
 ROOM = 1_000
 """How many ids there are for the operators that are put in before each one."""
@@ -163,7 +161,6 @@ def _check(graph: LogicalGraph, node: Node, path: str) -> None:
     onward = ways_of(edge for edge in edges_of(graph) if not edge.letters)
     for id_ in sorted(reach(node.id, onward)):
         after = graph.nodes[id_]
-        function = after.function
-        if after.kind in STATEFUL or (function is not None and (has_state(function) or function.states)):
+        if keeps_state(after):
             error = GraphError(f'dead letters of "{node.name}" reach "{after.name}", which keeps a state')
             raise hint(error, "A replay has no state of earlier runs. Give the records to the job by a source instead.")

@@ -15,6 +15,7 @@ import click
 from sage._cassette import Cassette, Said, Tape
 from sage._control.explanation import explaining
 from sage._control.program import EXIT_FAILED, is_own, text_of
+from sage._plan.durability import STATEFUL
 from sage._plan.logical import FunctionSpec, Kind, LogicalGraph, Node
 from sage.connector import TransactionalSink
 from sage.environment import LocalEnvironment
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from sage._control.program import Program
     from sage._control.saved import Saved, SavedFailure, SavedJob
     from sage._plan.physical import PhysicalPlan
-
-NEEDS_OTHERS = frozenset({Kind.REDUCE, Kind.STATEFUL_MAP, Kind.JOIN})
-"""The kinds whose function gets values of earlier records too, which nothing keeps."""
 
 
 def failures_of(saved: Saved, report: Path) -> list[tuple[SavedJob, SavedFailure]]:
@@ -206,7 +204,7 @@ def _refuse(node: Node, said: Said) -> None:
         error = ControlError(f"{about}: its record {said.value} cannot be pickled, so it was not kept")
         raise hint(error, "Let records be data.")
     has_states = node.function is not None and bool(node.function.states)
-    if node.kind in NEEDS_OTHERS or has_states:
+    if node.kind in STATEFUL or has_states:
         kind = f"{node.kind} with states" if has_states else node.kind
         raise ControlError(f"{about}: a {kind} works with earlier records too, which are not kept")
     if node.function is not None and isinstance(node.function.target, TransactionalSink):

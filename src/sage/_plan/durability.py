@@ -38,6 +38,9 @@ COVERED = frozenset(
 )
 """The kinds of operators whose state a checkpoint has. A function has one if it has `snapshot` and `restore`."""
 
+STATEFUL = frozenset({Kind.REDUCE, Kind.STATEFUL_MAP, Kind.JOIN})
+"""The kinds whose function gets values of earlier records too."""
+
 IN_MEMORY = (list, set, dict, deque, Handover)
 
 
@@ -63,6 +66,12 @@ def _uncovered(node: Node) -> str:
 def has_state(function: FunctionSpec) -> bool:
     """Return whether a function takes part in checkpoints."""
     return all(callable(getattr(function.owner, name, None)) for name in ("snapshot", "restore"))
+
+
+def keeps_state(node: Node) -> bool:
+    """Return whether an operator works with earlier records too."""
+    function = node.function
+    return node.kind in STATEFUL or (function is not None and (has_state(function) or bool(function.states)))
 
 
 def promises(graph: LogicalGraph) -> Iterator[str]:
