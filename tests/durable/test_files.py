@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 from tempfile import TemporaryDirectory
@@ -290,6 +291,49 @@ def test_a_file_that_goes_before_its_turn_is_named(tmp_path: Path) -> None:
     (tmp_path / "1").unlink()
     with pytest.raises(ConnectorError, match=f'file "{tmp_path / "1"}" cannot be read: FileNotFoundError'):
         source.read(1)
+
+
+def test_records_before_a_file_that_cannot_be_opened_are_not_lost(tmp_path: Path) -> None:
+    for name in "12":
+        (tmp_path / name).write_text(f"{name}\n")
+    source = Text(tmp_path / "*")
+    source.open()
+    (tmp_path / "2").rename(tmp_path / "away")
+    assert source.read(100) == ["1"]
+    with pytest.raises(ConnectorError, match="cannot be read: FileNotFoundError"):
+        source.read(100)
+    (tmp_path / "away").rename(tmp_path / "2")
+    assert source.read(100) == ["2"]
+    assert source.read(100) is None
+    source.close()
+
+
+@pytest.mark.parametrize("kind", [Csv, JsonLines])
+def test_a_read_that_fails_is_repeated_from_the_last_record(
+    kind: Callable[[Path], FileSource[Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "1"
+    rows = [{"id": f"{number}\n" * 200} for number in range(5_000)]
+    write = "id\n" + "".join(f'"{row["id"]}"\n' for row in rows)
+    path.write_text(write if kind is Csv else "".join(f"{json.dumps(row)}\n" for row in rows))
+    source = kind(path)
+    source.open()
+    found = source.read(1) or []
+    assert source._lines is not None
+    descriptor = source._lines._file.fileno()
+    kept, folder = os.dup(descriptor), os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, descriptor)  # a folder cannot be read
+    with pytest.raises(ConnectorError, match="cannot be read: IsADirectoryError"):  # noqa: PT012
+        while True:
+            found += source.read(100) or []
+    os.dup2(kept, descriptor)
+    os.lseek(descriptor, source.position()[str(path)], os.SEEK_SET)
+    while (records := source.read(100)) is not None:
+        found += records
+    assert found == rows
+    source.close()
+    os.close(kept)
+    os.close(folder)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], object, str, str]] = {

@@ -213,31 +213,41 @@ class FileSource(Source[T]):
         bad_count = 0
         while len(records) + bad_count < records_max and (self._lines is not None or self._left):
             path = self._left[0] if self._lines is None else self._lines.path
-            with _naming(f'file "{path}"', "read"):
-                lines = self._lines or self._begin(path)
-                room = records_max - bad_count - len(records)
-                is_bad = False
-                try:
-                    for record in islice(self._records, room):
-                        records.append(record)
-                except ValueError as error:
-                    is_bad = True
-                    if not self._skips:
-                        lines.seek(lines.start)
-                    self._records = self._format.decode(lines, self._header)
-                    if self._skips:
+            is_bad = False
+            try:
+                with _naming(f'file "{path}"', "read"):
+                    lines = self._lines or self._begin(path)
+                    try:
+                        self._read_on(lines, records, records_max - bad_count)
+                    except ValueError as error:
+                        is_bad = True
+                        self._records = self._format.decode(lines, self._header)
+                        if not self._skips:
+                            note = 'Correct the line, or leave such lines out with bad_lines="skip".'
+                            raise self._failure(lines, error, note) from error
                         bad_count += 1
                         self._skip(lines, error)
-                    elif records:
-                        break  # those before it go on first
-                    else:
-                        note = 'Correct the line, or leave such lines out with bad_lines="skip".'
-                        raise self._failure(lines, error, note) from error
-                finally:
-                    self._offsets[path] = lines.offset
+                    finally:
+                        self._offsets[path] = lines.offset
+            except ConnectorError:
+                if records:
+                    break  # those before it go on first
+                raise
             if not is_bad and len(records) + bad_count < records_max:
                 self.close()
         return records if records or self._lines is not None or self._left else None
+
+    def _read_on(self, lines: Lines, records: list[T], records_max: int) -> None:
+        """Add the next records until there are so many."""
+        offset = lines.offset
+        try:
+            for record in islice(self._records, records_max - len(records)):
+                records.append(record)
+                offset = lines.offset
+        except OSError:
+            lines.seek(offset)  # a retry goes on there
+            self._records = self._format.decode(lines, self._header)
+            raise
 
     def _begin(self, path: str) -> Lines:
         """Open the next file at its position."""
