@@ -193,3 +193,26 @@ def test_the_interval_is_that_of_the_ratio() -> None:
     assert found.half == pytest.approx(2.776 * (10 / 20) ** 0.5 / 10)
     assert prediction([3, 1], [6, 2]) == (2.0, 0.0)
     assert prediction([4], [8]) == (2.0, None)
+
+
+PAGES = """
+    from sage import LocalEnvironment, Source
+
+    class Pages(Source):
+        def open(self):
+            self.left = 20
+
+        def read(self, records_max):
+            self.left -= 1
+            return [self.left] * 100 if self.left else None
+
+    env = LocalEnvironment("pages")
+    env.from_source(Pages, name="pages").sink(lambda record: print("wrote", record), name="out")
+    env.run()
+"""
+
+
+def test_a_source_that_gives_more_than_it_should_does_not_enlarge_the_sample(tmp_path: Path) -> None:
+    ended = sage(tmp_path, "estimate", write(tmp_path, PAGES), "--sample", "10")
+    assert ended.stderr.count("wrote") == 10
+    assert "a sample of 10 records in 5 groups" in ended.stdout

@@ -291,12 +291,13 @@ class Reader(Operator):
             self.ended = True
             return Batch([])
         batch = Batch(records if type(records) in (list, range) else list(records))
+        if self.sample is not None:
+            batch = batch.slice(0, records_max)  # also if the source gives more
+            self.sample.left -= len(batch)
         if self.bridge is not None and len(batch):
             batch.requests = self.bridge.taken(len(batch))
         self.metrics.records_in += len(batch)
         self.metrics.records_out += len(batch)
-        if self.sample is not None:
-            self.sample.left -= len(batch)
         return batch
 
     def _failed(self, error: BaseException) -> None:
