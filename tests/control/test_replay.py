@@ -16,7 +16,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 PROGRAM = """
     import itertools, sys
     from dataclasses import dataclass
-    from sage import LocalEnvironment, ServiceOptions
+    from sage import LocalEnvironment, MapFunction, ServiceOptions
 
     print("the program runs", sys.argv[1:])
 
@@ -75,10 +75,24 @@ def recorded(folder: Path, program: str, *, code: int = 0) -> None:
     sage(folder, "run", write(folder, program), "--report", "run.jsonl", "--record", "calls.db", code=code)
 
 
+OF_KEYS = """
+
+    class Parse(MapFunction):
+        def execute(self, data):
+            return parse(data)
+
+    env = """
+
+
 @pytest.mark.parametrize("host", ["None", '"process"'])
-def test_a_record_fails_again_with_its_own_answers(tmp_path: Path, host: str) -> None:
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_a_record_fails_again_with_its_own_answers(tmp_path: Path, host: str, has_keys: bool) -> None:
     """Only the second "same" was answered 3; the first one went through with 1."""
-    recorded(tmp_path, PROGRAM.replace("HOST", host))
+    program = PROGRAM.replace("HOST", host)
+    if has_keys:
+        program = program.replace("\n    env = ", OF_KEYS)
+        program = program.replace(".map(lambda one: one).map(parse", '.keyby(lambda one: 0).map(Parse, name="parse"')
+    recorded(tmp_path, program)
     before = (tmp_path / "calls.db").read_bytes(), (tmp_path / "run.jsonl").read_bytes()
     listed = sage(tmp_path, "replay", "run.jsonl").stdout.splitlines()
     assert [line.split()[:3] for line in listed] == [

@@ -351,7 +351,7 @@ class Operator:
             reading = span.begin(values if begun == 0 else values[begun:])
             records = reading if self.keep_failed is None else self._timed(reading)
             if self._sees_keys and batch.keys is not None:
-                records = _telling_keys(reading, batch.keys[begun:], self.context)
+                records = _telling_keys(records, batch.keys[begun:], self.context)
             try:
                 loop(records, function, out)
                 done = total - len(span.end())
@@ -519,9 +519,9 @@ class Operator:
         return self._surroundings.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
-def _telling_keys(reading: Iterator[object], keys: list[object], context: TaskContext) -> Iterator[Any]:
+def _telling_keys(records: Iterator[object], keys: list[object], context: TaskContext) -> Iterator[Any]:
     """Yield the records, with the key of each in the context."""
-    for value, context.key in zip(reading, keys, strict=False):
+    for value, context.key in zip(records, keys, strict=False):
         yield value
 
 
