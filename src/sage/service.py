@@ -230,6 +230,9 @@ class UserContext:
         # The methods of each service that was asked for, which its handle finds, and forgets with the job.
         self._found: dict[str, dict[str | None, Callable[..., Any]]] = {}
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # whoever runs a copy of the function, here or elsewhere, gives it a context of its own
+
     def service(self, name: str) -> ServiceHandle[Any]:
         """Return the handle of the service `name`.
 

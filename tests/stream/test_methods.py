@@ -414,6 +414,21 @@ def test_parallel_tasks_share_no_instance(backend: Backends) -> None:
     assert given.seen == 0
 
 
+def test_an_instance_of_an_earlier_job_can_be_copied_for_each_task(backend: Backends) -> None:
+    class Named(MapFunction):
+        def execute(self, data: int) -> tuple[str, int]:
+            return self.name, data
+
+    given = Named()
+    for name, parallelism in (("first", 1), ("second", 3)):
+        arrived = run(
+            range(9),
+            lambda stream: stream.map(given, parallelism=parallelism, name=name),  # noqa: B023
+            backend=backend,
+        )
+        assert sorted(arrived) == [(name, number) for number in range(9)]
+
+
 def test_sink_returns_the_stream_before_it(backend: Backends) -> None:
     seen: list[int] = []
 
