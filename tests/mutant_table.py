@@ -90,6 +90,20 @@ CHANNELS = (
         CHANNEL + "test_a_producer_that_gives_up_lets_the_next_one_have_its_room",
     ),
     Mutant(
+        "a queue loses the last record of each batch",
+        "_runtime/channel.py",
+        "self._elements.append((port, element, size))",
+        "self._elements.append((port, element if len(element) < 2 else element.slice(0, len(element) - 1), size))",
+        "tests/test_report.py::test_each_record_of_a_job_is_accounted_for",
+    ),
+    Mutant(
+        "an operator takes dead letters as sent that failed the job",
+        "_runtime/outcome.py",
+        "found[edge.source].failed - fatal[edge.source]",
+        "found[edge.source].failed + fatal[edge.source]",
+        "tests/simulation/test_simulation.py::test_no_schedule_breaks_a_promise[0-99]",
+    ),
+    Mutant(
         "a closed channel forgets to wake the producers that wait",
         "_runtime/channel.py",
         "        for wake in waiting:\n            wake()\n        return sum(",

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from sage import FunctionError, GraphError, JobErrorGroup, JobReport, LocalEnvironment, Outcome, ServiceOptions
+from sage import (
+    FunctionError,
+    GraphError,
+    JobError,
+    JobErrorGroup,
+    JobReport,
+    LocalEnvironment,
+    Outcome,
+    ServiceOptions,
+)
 from sage._control import timeline
 from sage._control.saved import read
 from sage.observability import ReportFile
-from sage.report import Cleanliness, HookReport, ServiceReport
+from sage.report import Cleanliness, HookReport, OperatorReport, ServiceReport
 
 
 class Stubborn:
@@ -59,6 +70,51 @@ def test_what_was_not_cleaned_says_why_and_where() -> None:
     assert errors.splitlines()[0].startswith('  FunctionError: operator "invert" failed on record 0')
     assert "stands here" not in errors
     assert text.count("its thread stands here:") == 1
+
+
+def test_each_record_of_a_job_is_accounted_for() -> None:
+    env = LocalEnvironment("accounted")
+    letters = env.dead_letters()
+    letters.sink(lambda _: None)
+    numbers = env.from_batch(range(10_000)).map(lambda n: 1 // (n % 10), parallelism=2, on_error=letters)
+    odd = numbers.rebalance().filter(lambda n: n % 2, parallelism=2)
+    both = odd.union(numbers.broadcast().map(lambda n: n, parallelism=3))
+    both.keyby(lambda n: n).reduce(max, emit="last", parallelism=2).sink(lambda _: None)
+    env.submit(autostop=True)
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert isinstance(report, JobReport)
+    assert report.operator("dead letters").records_in == 1_000
+    assert {operator.missing for operator in report.operators} == {0}
+    assert report.is_accounted is True
+    assert JobReport.from_dict(report.to_dict()).is_accounted is True
+
+
+def test_records_that_were_in_flight_have_their_places() -> None:
+    env = LocalEnvironment("cancelled")
+
+    def cancel(number: int) -> int:
+        if number == 5:
+            env.jobmanager.jobs[env.env_uuid].cancel(wait=False)
+        return number
+
+    env.from_batch(range(10_000)).rebalance().map(cancel, name="cancel").rebalance().map(str, name="text").sink(len)
+    with suppress(JobError):
+        env.submit(autostop=True)
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert isinstance(report, JobReport)
+    missing = report.operator("cancel").missing
+    assert missing
+    assert sum(operator.missing or 0 for operator in report.operators) == report.undelivered
+    assert f"{report.undelivered:,} records were in flight and not delivered: {missing:,} before cancel" in str(report)
+    assert report.is_accounted is True
+
+
+def test_records_that_are_lost_are_told() -> None:
+    sink = OperatorReport("sink", "sink", 1, 9, 0, 0, 0.0, missing=1)
+    report = replace(dirty_report(), operators=(sink,), undelivered=0)
+    assert report.is_accounted is False
+    assert "records are not accounted for: 1 before sink; this is a bug of SAGE, please report it" in str(report)
+    assert replace(report, operators=(replace(sink, missing=None),)).is_accounted is None
 
 
 def test_a_saved_report_prints_the_same() -> None:

@@ -78,17 +78,19 @@ class OperatorMetrics:
         records_in: records that the function was called with, or that a source read.
         records_out: records that went on.
         failed: records whose function raised, after the last attempt.
+        fatal: those of them that failed the job.
         busy_s: time in the operator, in seconds.
         full_s: time in which all calls ran that may run at once, in seconds.
     """
 
-    __slots__ = ("busy_s", "failed", "full_s", "operator", "records_in", "records_out")
+    __slots__ = ("busy_s", "failed", "fatal", "full_s", "operator", "records_in", "records_out")
 
     def __init__(self, operator: str) -> None:
         self.operator = operator
         self.records_in = 0
         self.records_out = 0
         self.failed = 0
+        self.fatal = 0
         self.busy_s = 0.0
         self.full_s = 0.0
 

@@ -135,6 +135,8 @@ class OperatorReport:
         full_s: of `map_async`: time in which all `concurrency` calls ran, in seconds, over all tasks.
         waited_s: for how long tasks waited to send it records, in seconds, all together.
         concurrency: of `map_async`: how many calls each task may make at once.
+        missing: records that were sent to it and that it did not take; None if that is not known, as on Ray, in a
+            durable job, with a served pipeline, or if a task was abandoned.
     """
 
     name: str
@@ -147,6 +149,7 @@ class OperatorReport:
     full_s: float = 0.0
     waited_s: float = 0.0
     concurrency: int | None = None
+    missing: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +217,17 @@ class JobReport:
         found = found or [*filter(None, map(self._operator_bottleneck, self.operators))]
         waited_s, line = max(found, default=(0.0, None))
         return line if waited_s >= least_s else None
+
+    @property
+    def is_accounted(self) -> bool | None:
+        """Whether each record that an operator sent was taken, failed the job, or counts as undelivered.
+
+        None if that is not known; see `OperatorReport.missing`.
+        """
+        missing = [operator.missing for operator in self.operators if operator.missing is not None]
+        if not missing:
+            return None
+        return min(missing) >= 0 and sum(missing) == self.undelivered
 
     def _service_bottleneck(self, service: ServiceReport) -> tuple[float, str] | None:
         if service.rate_waited_s >= WAITED_SHARE * self.running_s:
@@ -303,7 +317,9 @@ class JobReport:
         lines = [f'job "{self.name}": {self.state.upper()}{cleaned} after {self.duration_s:.3f} s ({self.why})']
         lines += self.notes
         if self.undelivered:
-            lines.append(f"{self.undelivered} records were in flight and not delivered")
+            lines.append(f"{self.undelivered:,} records were in flight and not delivered{self._places()}")
+        if self.is_accounted is False:
+            lines.append(f"records are not accounted for{self._places()}; this is a bug of SAGE, please report it")
         lines += table(
             ("operator", "tasks", "in", "out", "failed", "busy"),
             [
@@ -332,6 +348,11 @@ class JobReport:
         if len(self.errors) > ERRORS_SHOWN:
             lines.append(f"  and {len(self.errors) - ERRORS_SHOWN} more")
         return "\n".join(printable(line) for part in lines for line in part.splitlines() or [""])
+
+    def _places(self) -> str:
+        """Return where records are missing, for the end of a line."""
+        places = [f"{one.missing:,} before {one.name}" for one in self.operators if one.missing]
+        return f": {', '.join(places)}" if places else ""
 
     def _service_lines(self) -> list[str]:
         hosted = any(service.host != "inline" for service in self.services)

@@ -237,6 +237,11 @@ class Oracle:
         for name, count in missing.items():
             if count < 0:
                 yield f"{name} took {-count} records more than it was sent"
+        reported = {one.name: one.missing for one in run.report.operators if one.missing is not None}
+        if reported and {name: count for name, count in reported.items() if name in missing} != missing:
+            yield f"the report says that these are missing: {reported}, and not: {missing}"
+        if run.report.is_accounted is False:
+            yield f"the report does not account for its records: {run.report}"
         if sum(missing.values()) != undelivered:
             yield f"{undelivered} records are counted as undelivered, but these are missing: {missing}"
         # A loop is ended by dropping what comes back.

@@ -222,6 +222,7 @@ class MapBatches(BufferingOperator):
         for place in range(len(batch)):
             if not self.give_up(batch, place, error, attempts):
                 self.metrics.failed += len(batch) - place - 1
+                self.metrics.fatal += len(batch) - place - 1
                 self.failure = self._blamed(batch, error, attempts)
                 return Batch([])
         self.metrics.records_in += len(batch)

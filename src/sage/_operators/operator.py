@@ -433,6 +433,7 @@ class Operator:
                 letter = DeadLetter(batch.values[place], error, self.node.name, attempts, keys, self.port)
                 self.letters.append(letter)
             return True
+        self.metrics.fatal += 1
         self.failure = self.blame(error, batch.values[place], attempts)
         return False
 

@@ -16,7 +16,7 @@ from sage._logs import flush, log_of
 from sage._plan.logical import Kind, LogicalGraph
 from sage._runtime.interrupts import Interrupts
 from sage._runtime.lifecycle import FailureKind, StopRequested
-from sage._runtime.outcome import operator_reports, seal, so_far, to_raise
+from sage._runtime.outcome import accounted, operator_reports, seal, so_far, to_raise
 from sage._runtime.states import JobState, StopMode
 from sage._standard_streams import CUT_OFF_CODE, has_unread_output, is_of_output, let_go
 from sage.errors import InternalError, JobError, describe, hint
@@ -323,6 +323,8 @@ class Job:
         """Make the report; called by the supervisor, once, as its last act."""
         notes = () if self._durable is None else self._durable.notes(self.dispatcher.supervisor.tasks.values())
         report = seal(ended, self.dispatcher, self._graph, self.id, self._started, self._reason, notes)
+        if self._durable is None:
+            report = accounted(report, self.dispatcher, self._graph)
         self._take(report, to_raise(report, ended.state.failures), ended)
 
     def _take(self, report: JobReport, error: Exception | None, ended: Ended) -> None:

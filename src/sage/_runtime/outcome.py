@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sage._plan.logical import Kind
+from sage._plan.logical import Kind, Route
+from sage._plan.rules import edges_of
 from sage._runtime.lifecycle import FAILS_JOB, Failure, FailureKind
-from sage._runtime.states import ServiceState, StopMode
+from sage._runtime.states import ServiceState, StopMode, TaskState
 from sage.errors import (
     CleanupError,
     CleanupTimeoutError,
@@ -239,6 +241,34 @@ def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[Opera
         )
         for node, total in ((graph.nodes[id_], total) for id_, total in counts.items())
     )
+
+
+def accounted(report: JobReport, dispatcher: Dispatcher, graph: LogicalGraph) -> JobReport:
+    """Add for each operator how many records were sent to it that it did not take.
+
+    Args:
+        report: the report of a job whose tasks were all in this process, and began with nothing.
+        dispatcher: the dispatcher that ran the job.
+        graph: the user's pipeline.
+    """
+    if any(task.state == TaskState.ABANDONED for task in report.tasks):
+        return report  # it may still count
+    if any(node.kind is Kind.REPLY for node in graph.nodes.values()):
+        return report  # a request whose caller has gone is dropped wherever it is
+    fatal: Counter[int] = Counter()
+    for task in dispatcher.supervisor.tasks.values():
+        for operator in task.operators:
+            fatal[operator.node.id] += operator.metrics.fatal
+    found = dict(zip(graph.nodes, report.operators, strict=True))
+    missing = Counter({id_: -one.records_in - fatal[id_] for id_, one in found.items() if one.kind != Kind.SOURCE})
+    for edge in edges_of(graph):
+        if edge.letters:
+            missing[edge.target] += found[edge.source].failed - fatal[edge.source]
+        else:
+            is_broadcast = graph.nodes[edge.source].route is Route.BROADCAST
+            copies = graph.nodes[edge.target].parallelism if is_broadcast else 1
+            missing[edge.target] += found[edge.source].records_out * copies
+    return replace(report, operators=tuple(replace(one, missing=missing[id_]) for id_, one in found.items()))
 
 
 def to_raise(report: JobReport, failures: Iterable[Failure]) -> Exception | None:
