@@ -287,7 +287,7 @@ class CheckpointStore(CheckpointReader):
             path = os.path.join(folder, FILE)
             # The folder may have been there, and be open to read.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._file = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._file = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             self._file.execute("PRAGMA synchronous = FULL")
             self._file.executescript(SCHEMA)
             self._begin()
@@ -429,7 +429,8 @@ def _missing_changes(number: int, parts: Iterable[Part], verified: dict[tuple[in
 
 
 def _opened_to_read(path: str) -> sqlite3.Connection:
-    return sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", BUSY_TIMEOUT_S, isolation_level=None, uri=True)
+    address = f"{Path(path).absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(address, timeout=BUSY_TIMEOUT_S, isolation_level=None, uri=True)
 
 
 def _other_version(folder: str, version: object) -> CheckpointError:

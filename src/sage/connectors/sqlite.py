@@ -76,7 +76,7 @@ class _Database:
             # For writing even to read, as a transaction that a kill has left has to be undone first. SQLite opens a
             # file that this user may not write for reading only.
             address = f"file:{quote(os.path.abspath(self.path))}?mode=rw"
-            return sqlite3.connect(address, self._wait_s, isolation_level=None, uri=True)
+            return sqlite3.connect(address, timeout=self._wait_s, isolation_level=None, uri=True)
 
     @contextmanager
     def naming(self) -> Iterator[None]:
