@@ -252,7 +252,7 @@ def test_a_cassette_is_only_read(tmp_path: Path) -> None:
 def test_an_answer_is_not_lost_with_its_copy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     env, found = job(["a"])
     env.record_calls(tmp_path / "calls.db")
-    with sqlite3.connect(tmp_path / "calls.db") as file:
+    with closing(sqlite3.connect(tmp_path / "calls.db")) as file, file:
         file.execute("DROP TABLE calls")
         file.execute("CREATE VIEW calls AS SELECT 1 AS service, 2 AS method, 3 AS hash, 4 AS number")
     env.submit(autostop=True)
@@ -293,8 +293,8 @@ def test_the_command_records_and_replays(tmp_path: Path) -> None:
     assert (first.returncode, second.returncode) == (0, 0), second.stderr
     assert len(first.stdout.splitlines()) == 3
     assert second.stdout == first.stdout
-    (count,) = sqlite3.connect(tmp_path / "calls.db").execute("SELECT COUNT(*) FROM calls").fetchone()
-    assert count == 3
+    with closing(sqlite3.connect(tmp_path / "calls.db")) as file:
+        assert file.execute("SELECT COUNT(*) FROM calls").fetchall() == [(3,)]
     assert "exclude each other" in run("--record", "x.db", "--replay", "calls.db").stderr
 
 

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -221,7 +222,7 @@ def test_states_of_a_function_are_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named(totals: Path) -> None:
-    with sqlite3.connect(totals / "state" / "checkpoints.sqlite") as file:
+    with closing(sqlite3.connect(totals / "state" / "checkpoints.sqlite")) as file, file:
         file.execute("UPDATE parts SET records = 99 WHERE number = 2 AND operator = 'orders'")
     file.close()
     text = sage(totals, "state", "check", "state", code=1)
@@ -238,7 +239,7 @@ def test_a_checkpoint_that_lacks_an_earlier_one_is_damaged(tmp_path: Path) -> No
     for number in (1, 2, 3):
         store.write(number, graph, [Row("sums", 0, 0, b"", 2 if number == 3 else 1, b"changes", 5)], 3)
     store.close()
-    with sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite") as file:
+    with closing(sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite")) as file, file:
         file.execute("UPDATE parts SET changes = x'00' WHERE number = 1")
     file.close()
     text = sage(tmp_path, "state", "check", "state", code=1)

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_a_graph_may_change_where_there_is_no_state(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, number: int) -> None:
-    with sqlite3.connect(folder / "state" / "checkpoints.sqlite") as file:
+    with closing(sqlite3.connect(folder / "state" / "checkpoints.sqlite")) as file, file:
         file.execute("UPDATE parts SET body = CAST(body || x'00' AS BLOB) WHERE number = ?", (number,))
     file.close()
 
@@ -201,7 +202,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match='state" cannot be opened: DatabaseError: file is not a database'):
         run(tmp_path)
     run(tmp_path.joinpath("other"))
-    with sqlite3.connect(tmp_path / "other" / "state" / "checkpoints.sqlite") as file:
+    with closing(sqlite3.connect(tmp_path / "other" / "state" / "checkpoints.sqlite")) as file, file:
         file.execute("UPDATE about SET value = 99 WHERE name = 'version'")
     file.close()
     with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 3") as caught:
@@ -265,7 +266,7 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_job(tmp_path: Path) -> No
     env = LocalEnvironment("job", durable=tmp_path / "state")
 
     def spoil(record: int) -> int:
-        with sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite") as file:
+        with closing(sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite")) as file, file:
             file.execute("DROP TABLE checkpoints")
         file.close()
         return record
@@ -291,7 +292,7 @@ def test_only_as_many_checkpoints_are_kept(tmp_path: Path) -> None:
         env = LocalEnvironment("job", durable=Durable(tmp_path, keep=2))
         env.from_batch(range(count), name="in").sink(seen.append)
         env.run()
-    with sqlite3.connect(tmp_path / "checkpoints.sqlite") as file:
+    with closing(sqlite3.connect(tmp_path / "checkpoints.sqlite")) as file, file:
         assert file.execute("SELECT number FROM checkpoints").fetchall() == [(4,), (5,)]
         assert file.execute("SELECT DISTINCT number FROM parts").fetchall() == [(4,), (5,)]
     file.close()
@@ -311,7 +312,7 @@ class CommitsWhatIsWritten(TransactionalSink[int]):
         return number
 
     def commit(self, token: int) -> None:
-        with sqlite3.connect(self.file) as file:
+        with closing(sqlite3.connect(self.file)) as file, file:
             found = file.execute("SELECT 1 FROM checkpoints WHERE number = ?", (token,)).fetchall()
         file.close()
         self.commits.append((token, bool(found)))

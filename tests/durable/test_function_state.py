@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+from contextlib import closing
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,7 @@ def test_the_values_of_a_task_that_ended_are_written_once(tmp_path: Path) -> Non
     totals(env.from_source(EndsEarly(), name="early")).sink(print)
     env.from_batch(range(400), name="late").map_batches(lambda some: some, max_records=1).sink(lambda _: None)
     env.run()
-    with sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite") as file:
+    with closing(sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite")) as file, file:
         sizes = [row[0] for row in file.execute("SELECT length(changes) FROM parts WHERE changes IS NOT NULL")]
     file.close()
     assert len(sizes) > 1

@@ -48,7 +48,8 @@ PROGRAM = """
 
 def test_a_forked_child_does_not_own_the_job() -> None:
     began_at = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM)], capture_output=True, text=True, timeout=50)
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", textwrap.dedent(PROGRAM)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     lines = done.stdout.splitlines()
     assert lines[0] == "not running 0", done.stderr
     assert lines[1].startswith('job "forked" runs in process ')

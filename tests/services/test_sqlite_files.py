@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ def test_a_path_may_be_of_bytes(kind: str, tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file_of_vectors(tmp_path: Path) -> None:
     """The same is told of it as of the other files."""
     (tmp_path / "junk").write_text("A letter.\n" * 1000)
-    with sqlite3.connect(tmp_path / "other") as connection:
+    with closing(sqlite3.connect(tmp_path / "other")) as connection, connection:
         connection.execute("CREATE TABLE t (x)")
     connection.close()
     for name, text, note in [
@@ -169,7 +170,7 @@ def test_a_newer_version(kind: str, tmp_path: Path) -> None:
     store = made(kind, path)
     store.setup()
     store.cleanup()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE sage_kinds SET version = 99")
     connection.close()
     error = problem(kind, path)
