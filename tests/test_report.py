@@ -7,6 +7,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -107,6 +108,42 @@ def test_records_that_were_in_flight_have_their_places() -> None:
     assert sum(operator.missing or 0 for operator in report.operators) == report.undelivered
     assert f"{report.undelivered:,} records were in flight and not delivered: {missing:,} before cancel" in str(report)
     assert report.is_accounted is True
+
+
+class Echo:
+    def process(self, record: object) -> object:
+        return record
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("map", {}),
+        ("filter", {}),
+        ("flatmap", {}),
+        ("map_async", {"concurrency": 3}),
+        ("map_batches", {"max_records": 4}),
+    ],
+)
+def test_records_whose_calls_were_held_back_are_accounted_for(method: str, options: dict[str, int]) -> None:
+    env = LocalEnvironment("limited")
+    echo = env.register_service("echo", Echo)
+    env.limit(calls={"echo": 5})
+
+    def ask(record: Any) -> Any:
+        return echo(record)
+
+    async def ask_soon(record: Any) -> Any:
+        return echo(record)
+
+    function = ask_soon if method == "map_async" else ask
+    numbers = env.from_batch([[n] for n in range(1, 50)])
+    getattr(numbers, method)(function, name="ask", **options).sink(lambda _: None)
+    env.submit(autostop=True)
+    report = env.jobmanager.jobs[env.env_uuid].report
+    assert isinstance(report, JobReport)
+    assert report.state == Outcome.STOPPED
+    assert report.is_accounted is True, str(report)
 
 
 def test_records_that_are_lost_are_told() -> None:

@@ -166,4 +166,5 @@ def report_of(env: LocalEnvironment) -> JobReport:
     """Return the report of the environment's latest job, as somebody who has not got the job finds it."""
     report: JobReport | None = env.jobmanager.jobs[env.env_uuid].report
     assert report is not None
+    assert report.is_accounted is not False, str(report)
     return report

@@ -422,6 +422,7 @@ class Operator:
             request.fail(error)
         if is_held_back(error):
             self.leave(batch.slice(place, place + 1))
+            self.metrics.records_in -= 1  # whoever goes on counts it as taken
             return True
         self.metrics.failed += 1
         keys = () if batch.keys is None else (batch.keys[place],)
