@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.recording_services import report_of
 
-from sage import FunctionError, KeyByFunction, MapFunction, Retry
+from sage import FunctionError, KeyByFunction, LocalEnvironment, MapFunction, Retry
 from sage.testing import run
 
 if TYPE_CHECKING:
@@ -174,6 +175,15 @@ def test_a_key_that_has_no_stable_hash_is_refused(backend: Backends) -> None:
     with pytest.raises(FunctionError) as caught:
         run([1, 2], lambda stream: stream.keyby(lambda x: Opaque()).map(Where, parallelism=2), backend=backend)
     assert "Opaque" in str(caught.value)
+
+
+@pytest.mark.in_one_process
+def test_records_with_a_key_that_is_refused_are_accounted_for(backend: Backends) -> None:
+    env = LocalEnvironment("opaque", backend=backend)
+    env.from_batch([1, 2]).keyby(lambda x: object()).map(Where, parallelism=2).sink(lambda _: None)
+    with pytest.raises(FunctionError, match="a key that cannot be used"):
+        env.submit(autostop=True)
+    assert report_of(env).is_accounted is True
 
 
 NAN = float("nan")

@@ -31,6 +31,7 @@ class Outbox:
         self._pace = pace
         self._has_ended = False
         self._deliveries: list[Callable[[], bool]] | None = None
+        self._refused_count = 0  # records with a key that cannot be used, with all that came in their batch
 
     def put(
         self,
@@ -60,11 +61,16 @@ class Outbox:
             self._pace.has_emitted(len(batch), batch.bytes_count)
         count_copies(batch, outlets)
         fits = len(batch) <= BATCH_RECORDS_MAX
-        for outlet in outlets:
+        for number, outlet in enumerate(outlets):
             if fits and outlet.takes_whole:
                 self.queue.append((outlet, 0, batch))
                 continue
-            for target, part in outlet.partitioner.split(batch):
+            try:
+                parts = list(outlet.partitioner.split(batch))
+            except BaseException:
+                self._refused_count += len(batch) * sum(one.partitioner.copies for one in outlets[number:])
+                raise
+            for target, part in parts:
                 channel = outlet.channels[target]
                 for portion in part.portions(channel.portion if channel.is_remote else BATCH_RECORDS_MAX):
                     self.queue.append((outlet, target, channel.prepare(portion, refuse)))
@@ -109,8 +115,9 @@ class Outbox:
         if self.queue:
             outlet, target, _ = self.queue[0]
             outlet.channels[target].give_up(wake)
-        dropped = sum(len(element) for _, _, element in self.queue)
+        dropped = sum(len(element) for _, _, element in self.queue) + self._refused_count
         self.queue.clear()
+        self._refused_count = 0
         return dropped
 
     def _all(self) -> list[Outlet]:
