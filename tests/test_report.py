@@ -131,10 +131,10 @@ def test_records_whose_calls_were_held_back_are_accounted_for(method: str, optio
     env.limit(calls={"echo": 5})
 
     def ask(record: Any) -> Any:
-        return echo(record)
+        return echo.process(record)
 
     async def ask_soon(record: Any) -> Any:
-        return echo(record)
+        return echo.process(record)
 
     function = ask_soon if method == "map_async" else ask
     numbers = env.from_batch([[n] for n in range(1, 50)])

@@ -23,8 +23,8 @@ from sage.testing import assert_clean
 
 RECORDS = 3
 
-OF_OTHERS = "shared memory */sem.mp-*"
-"""What multiprocessing makes for a moment, also in programs beside this one."""
+OF_OTHERS = ("shared memory */sem.mp-*", "shared memory */own-*")
+"""What programs beside this one make: multiprocessing for a moment, and tests of durable jobs."""
 
 
 def mark(marks: str, text: str) -> None:
@@ -135,7 +135,7 @@ class Run:
         ending = threading.Thread(target=self.tried_to_end, args=(lambda: job_of(env),))
         left = ""
         try:
-            with assert_clean(within_s=3.0, ignore=(*self.deed.ignore, OF_OTHERS)):
+            with assert_clean(within_s=3.0, ignore=(*self.deed.ignore, *OF_OTHERS)):
                 ending.start()
                 try:
                     env.submit(autostop=True)
