@@ -181,15 +181,18 @@ class SampledJob:
         self._observations.append(Observation(time.monotonic(), self._records(job), calls, job.dispatcher.tokens))
 
     def _end(self) -> None:
-        """Add the records of a source that ended within a group, or after the last one, if the job was completed."""
+        """Add what came within a group, or after the last one, if the job was completed.
+
+        A source may have ended there, or have read a record whose call was not over.
+        """
         job, seen = self._job, self._observations
         if job is None or job.is_running or job.report.state is not Outcome.COMPLETED:
             return
         records = self._records(job)
-        if records > seen[-1].records:
-            calls = tuple(job.report.service(service).calls for service in self._services)
+        calls = tuple(job.report.service(service).calls for service in self._services)
+        if (records, calls) != (seen[-1].records, seen[-1].calls):
             at_s = seen[0].at_s + job.report.running_s
-            if len(seen) > self._groups:
+            if len(seen) > self._groups or (len(seen) > 1 and records == seen[-1].records):
                 seen.pop()
             seen.append(Observation(at_s, records, calls, job.dispatcher.tokens))
 
