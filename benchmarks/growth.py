@@ -496,13 +496,10 @@ def exponents_of_time(points: Sequence[Pair]) -> list[float]:
 
 
 def figures_of(case: Case, points: Sequence[Pair]) -> Iterator[Figure]:
-    """Return the exponents of a case, and how it does beside the other side.
-
-    Where the loop grows by more than the bound, as a dict does that is larger than the caches, that is the bound.
-    """
+    """Return the exponents of a case, and how it does beside the other side."""
     sizes = [ours.size for ours, _ in points]
-    time, of_the_work = exponents_of_time(points)
-    yield at_most(f"{case.name}: time", "exponent of growth", max(case.exponent_max, of_the_work), [time])
+    time, _ = exponents_of_time(points)
+    yield at_most(f"{case.name}: time", "exponent of growth", case.exponent_max, [time])
     memory = exponent(sizes, [max(ours.peak_mb, MEMORY_LEAST_MB) for ours, _ in points])
     yield at_most(f"{case.name}: memory", "exponent of growth", case.exponent_max, [memory])
     for ours, by_hand in points:
