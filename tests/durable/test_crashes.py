@@ -6,8 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.numbers import Numbers, lines
 
-from sage import Durable, GraphError, LocalEnvironment, MapFunction, Source, TransactionalSink
+from sage import Durable, GraphError, LocalEnvironment, MapFunction, TransactionalSink
 from sage.connectors import JsonLinesFiles
 from sage.testing import simulate
 
@@ -16,26 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sage._runtime.backend import Backend
-
-COUNT = 12
-
-
-def lines(folder: Path) -> Counter[str]:
-    return Counter(line for path in folder.glob("out/*") for line in path.read_text("utf-8").splitlines())
-
-
-class Numbers(Source[int]):
-    def open(self, position: Any = None) -> None:
-        self.at = position or 0
-
-    def read(self, records_max: int) -> list[int] | None:
-        if self.at == COUNT:
-            return None
-        self.at += 1
-        return [self.at]
-
-    def position(self) -> int:
-        return self.at
 
 
 class Running(MapFunction[int, int]):

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.numbers import Numbers, lines
 
 from sage import (
     BatchFunction,
@@ -18,7 +19,6 @@ from sage import (
     MapFunction,
     MapState,
     ProcessFunction,
-    Source,
     ValueState,
 )
 from sage._operators import keyed_state
@@ -34,32 +34,12 @@ if TYPE_CHECKING:
 
     Build = Callable[[DataStream[int]], DataStream[Any]]
 
-COUNT = 12
-
 
 @pytest.fixture(autouse=True)
 def _short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a checkpoint write few keys that have not changed: there are few keys."""
     monkeypatch.setattr(keyed_state, "SWEEP_MIN", 1)
     monkeypatch.setattr(keyed_state, "SWEEP_FACTOR", 0)
-
-
-def lines(folder: Path) -> Counter[str]:
-    return Counter(line for path in folder.glob("out/*.jsonl") for line in path.read_text("utf-8").splitlines())
-
-
-class Numbers(Source[int]):
-    def open(self, position: Any = None) -> None:
-        self.at = position or 0
-
-    def read(self, records_max: int) -> list[int] | None:
-        if self.at == COUNT:
-            return None
-        self.at += 1
-        return [self.at]
-
-    def position(self) -> int:
-        return self.at
 
 
 def rest(number: int) -> int:

@@ -70,9 +70,7 @@ class GatedHost(ABC):
         self._may_rest = spec.options.idle_stop_s is not None
         self._is_resting = False  # from the begin of a rest until the next instance is ready
         self._refused = False
-        self._finishes_calls = (
-            False  # whether calls that were taken in pass the closed gate, as the drain waits for them
-        )
+        self._finishes_calls = False  # whether calls taken in pass the closed gate, as the drain waits for them
         self._is_forked = False
         self._changed = threading.Condition()
         self._uses = Uses(self._changed)
