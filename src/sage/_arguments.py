@@ -23,6 +23,27 @@ def check_name(kind: str, name: object) -> None:
         raise hint(GraphError(f"the name of {kind} is {short(name)}"), "Give a string of printable characters.")
 
 
+def check_text(label: str, value: object, advice: str) -> None:
+    """Refuse a value that is not a string, or is an empty one.
+
+    Raises:
+        GraphError: `label` says which value is wrong, and `advice` what to give.
+    """
+    if not isinstance(value, str) or not value:
+        raise hint(GraphError(f"{label} is {short(value)}"), advice)
+
+
+def path_of(label: str, value: object, advice: str) -> str:
+    """Return a path as a string.
+
+    Raises:
+        GraphError: it is empty, or not a path; `label` says which value is wrong, and `advice` what to give.
+    """
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    check_text(label, path, advice)
+    return str(path)
+
+
 def check_count(label: str, value: object, *, least: int = 1) -> None:
     """Refuse a value that is not a whole number of at least `least`.
 

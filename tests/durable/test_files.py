@@ -249,6 +249,8 @@ def test_a_header_needs_a_value_in_each_row(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "pattern": (lambda: Text(""), "Text: pattern is ''"),
+    "folder": (lambda: JsonLinesFiles(5), "JsonLinesFiles: folder is 5"),  # type: ignore[arg-type]
+    "no folder": (lambda: CsvFiles(""), "CsvFiles: folder is ''"),
     "bad_lines": (lambda: Csv("*", bad_lines="ignore"), "Csv: bad_lines is 'ignore'"),
     "encoding": (lambda: Text("*", encoding="utf-16"), "Text: encoding is 'utf-16', which does not divide"),
     "no encoding": (lambda: Text("*", encoding="undefined"), "Text: encoding is 'undefined'"),

@@ -218,6 +218,12 @@ WRONG: dict[str, Callable[[], object]] = {
     "SqliteTable: path is ''": lambda: SqliteTable("", "orders", by="id"),
     "SqliteTable: it reads one table or one query": lambda: SqliteTable("orders.db", by="id"),
     "SqliteSink: path is 5": lambda: SqliteSink(5, "orders"),  # type: ignore[arg-type]
+    "SqliteTable: table is 5": lambda: SqliteTable("orders.db", 5, by="id"),  # type: ignore[arg-type]
+    "SqliteTable: query is ''": lambda: SqliteTable("orders.db", query="", by="id"),
+    "SqliteTable: by is None": lambda: SqliteTable("orders.db", "orders", by=None),  # type: ignore[arg-type]
+    "SqliteSink: table is None": lambda: SqliteSink("orders.db", None),  # type: ignore[arg-type]
+    "SqliteSink: a column of key is 5": lambda: SqliteSink("orders.db", "orders", key=5),  # type: ignore[arg-type]
+    "SqliteSink: a column of key is ''": lambda: SqliteSink("orders.db", "orders", key=["id", ""]),
     "SqliteSink: wait_s is -1": lambda: SqliteSink("orders.db", "orders", wait_s=-1),
 }
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from sage._arguments import path_of
 from sage.connectors.files import FileSink, Format, Lines
 from sage.connectors.json_lines import as_json
-from sage.errors import ConnectorError, GraphError, describe, hint, short
+from sage.errors import ConnectorError, GraphError, describe, hint
 from sage.failure import DeadLetter
 
 if TYPE_CHECKING:
@@ -111,11 +112,8 @@ class DeadLetterFile(FileSink[DeadLetter]):
     """
 
     def __init__(self, path: str | os.PathLike[str], job: str) -> None:
-        given: object = path
-        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-            error = GraphError(f"dead_letters: store is {short(given)}")
-            raise hint(error, 'Give the path of a file: store="failed.jsonl".')
-        self.path = os.path.realpath(path)
+        given = path_of("dead_letters: store", path, 'Give the path of a file: store="failed.jsonl".')
+        self.path = os.path.realpath(given)
         if os.path.isdir(self.path):
             raise GraphError(f'dead_letters: store is the folder "{path}", and not a file')
         there = self.path

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic
 
+from sage._arguments import path_of
 from sage._types import T
 from sage.connector import Source, TransactionalSink
 from sage.errors import ConnectorError, GraphError, describe, hint, short
@@ -166,12 +167,9 @@ class FileSource(Source[T]):
 
     def __init__(self, pattern: str | os.PathLike[str], format: Format[T], bad_lines: str) -> None:
         owner = type(self).__name__
-        given: object = pattern
-        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-            raise hint(GraphError(f"{owner}: pattern is {short(pattern)}"), f'Name files: {owner}("in/*").')
+        self._pattern = path_of(f"{owner}: pattern", pattern, f'Name files: {owner}("in/*").')
         if bad_lines not in BAD_LINES:
             raise hint(GraphError(f"{owner}: bad_lines is {short(bad_lines)}"), 'Give "fail" or "skip".')
-        self._pattern = os.fspath(pattern)
         self._format = format
         self._skips = bad_lines == "skip"
         self._offsets: dict[str, int] = {}
@@ -307,7 +305,8 @@ class FileSink(TransactionalSink[T]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], format: Format[T]) -> None:
-        self._folder = Path(folder)
+        owner = type(self).__name__
+        self._folder = Path(path_of(f"{owner}: folder", folder, f'Name a folder: {owner}("out").'))
         self._format = self._writer = format
         self._part = ""
         self._file: BinaryIO | None = None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from sage._arguments import check_seconds
+from sage._arguments import check_seconds, check_text, path_of
 from sage.connector import Source, TransactionalSink
 from sage.errors import ConnectorError, GraphError, describe, hint, short
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 Row = dict[str, Any]
 Cells = tuple[tuple[str, ...], tuple[Any, ...]]
@@ -56,11 +57,8 @@ class _Database:
     """A database file, which is there already, and one connection to it."""
 
     def __init__(self, owner: str, path: str | os.PathLike[str], wait_s: float) -> None:
-        given: object = path
-        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-            raise hint(GraphError(f"{owner}: path is {short(path)}"), f'Name a file: {owner}("orders.db", ...).')
+        self.path = path_of(f"{owner}: path", path, f'Name a file: {owner}("orders.db", ...).')
         check_seconds(f"{owner}: wait_s is", wait_s)
-        self.path = os.fspath(path)
         self._wait_s = wait_s
 
     def open(self) -> sqlite3.Connection:
@@ -129,6 +127,9 @@ class SqliteTable(Source[Row]):
         if (table is None) == (query is None):
             error = GraphError("SqliteTable: it reads one table or one query")
             raise hint(error, 'Give a table, or query="SELECT ...", and not both.')
+        given = {"by": by} | ({"table": table} if query is None else {"query": query})
+        for name, value in given.items():
+            check_text(f"SqliteTable: {name}", value, 'Give a string: SqliteTable("orders.db", "orders", by="id").')
         self._table = table
         self._rows = _quoted(table) if table is not None else f"({str(query).strip().rstrip(';')}\n)"
         self._by = by
@@ -221,7 +222,12 @@ class SqliteSink(TransactionalSink[Row]):
     ) -> None:
         self._database = _Database("SqliteSink", path, wait_s)
         self._table = table
-        self._key = (key,) if isinstance(key, str) else tuple(key)
+        check_text("SqliteSink: table", table, 'Give its name: SqliteSink("orders.db", "orders").')
+        given: Any = key
+        is_one = isinstance(given, str) or not isinstance(given, Iterable)
+        self._key: tuple[str, ...] = (given,) if is_one else tuple(given)
+        for column in self._key:
+            check_text("SqliteSink: a column of key", column, 'Give names of columns: key=["user", "day"].')
         self._connection: sqlite3.Connection | None = None
         self._columns: dict[str, None] = {}
         self._part = ""
