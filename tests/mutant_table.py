@@ -1061,16 +1061,16 @@ DURABLE: tuple[Mutant, ...] = (
     ),
     Mutant(
         "rows with the value of the last one are lost",
-        "connectors/sqlite.py",
+        "connectors/tables.py",
         '(">=", self._seen)',
         '(">", self._seen)',
         "tests/durable/test_sqlite.py::test_rows_with_the_value_of_the_last_one_are_not_lost[2]",
     ),
     Mutant(
         "a repeated commit inserts its rows again",
-        "connectors/sqlite.py",
-        "if committed >= number:",
-        "if committed > number:",
+        "connectors/tables.py",
+        "sage_commits.checkpoint < excluded.checkpoint",
+        "sage_commits.checkpoint <= excluded.checkpoint",
         "tests/durable/test_sinks.py::test_records_appear_with_the_commit_and_once[SqliteSink]",
     ),
     Mutant(

@@ -65,7 +65,12 @@ class TransactionalSink(ABC, Generic[A_contra]):
     with records, and at each checkpoint `prepare` and `begin`; when the checkpoint is complete, `commit`. In the end
     come `abort` and `close`, also after a failure. In a job that is not durable, all records are one transaction, which
     is committed when the inputs have ended.
+
+    Attributes:
+        durable: whether the job is durable, so that a commit may be repeated; set before `open`.
     """
+
+    durable: bool = True
 
     def open(self, part: str, checkpoint: int) -> None:
         """Acquire resources, and drop everything of `part` that belongs to a later checkpoint than `checkpoint`.

@@ -370,3 +370,10 @@ def test_a_row_that_another_one_excludes_at_the_commit_is_named(path: Path) -> N
     sink.commit(token)
     sink.close()
     assert execute(path, "SELECT id FROM orders") == [(1,), (2,)]
+
+
+def test_a_job_that_is_not_durable_leaves_no_commit(path: Path) -> None:
+    for number in (1, 2):
+        run(path, [{"id": number, "name": "a"}])
+    assert execute(path, "SELECT id FROM orders") == [(1,), (2,)]
+    assert execute(path, "SELECT name FROM sqlite_master WHERE name = 'sage_commits'") == []

@@ -35,6 +35,7 @@ class TransactionSink(Sink):
         self._prepared: dict[int, Any] = {}
         recovery = self.recovery or Recovery(uuid.uuid4().hex)
         sink = self._sink = self._function
+        sink.durable = self.recovery is not None
         sink.open(recovery.part, recovery.checkpoint)
         for token in recovery.state or ():
             sink.commit(token)
