@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 IDLE_S = 0.05
 SOON_S = 30.0
+STOPPED = 'service "llm" has stopped and takes no more calls'
 UP = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
 
 
@@ -411,35 +412,38 @@ class Lingering(Numbered):
         super().stop()
 
 
-def test_no_call_is_made_while_an_instance_ends_although_the_job_is_stopped(tmp_path: Path) -> None:
-    """Not one that another call keeps from its thread until then, either."""
+@pytest.mark.parametrize("drain", [True, False])
+def test_no_call_is_made_while_an_instance_ends_although_the_job_is_stopped(tmp_path: Path, drain: bool) -> None:
+    """Not one that another call keeps from its thread until then, either; in a drain, the next instance makes them."""
     journal: list[str] = []
     env = LocalEnvironment("stopped")
     options = ServiceOptions(idle_stop_s=IDLE_S)
     env.register_service("llm", Lingering, journal, tmp_path / "go", options=options)
-    errors: list[str] = []
+    outcomes: list[str] = []
 
     class Ask(MapFunction):
         def execute(self, data: int) -> int:
             until(lambda: "llm.stopping 1" in journal)
             calls = [self.call_service_async("llm", data) for _ in range(2)]
-            asked.set()
+            env.stop(drain)
+            if drain:
+                (tmp_path / "go").touch()
             for call in calls:
-                with pytest.raises(ServiceUnavailableError) as caught:
-                    call.result()
-                errors.append(str(caught.value))
+                try:
+                    outcomes.append(str(call.result()))
+                except ServiceUnavailableError as error:
+                    outcomes.append(str(error))
             (tmp_path / "go").touch()
             return data
 
-    asked = threading.Event()
     env.from_batch([1]).map(Ask).sink(abs)
-    job = env.submit()
-    asked.wait(SOON_S)
-    job.stop(drain=True)
-    report = job.wait()
-    assert (report.state, report.cleanliness, report.errors) == (Outcome.STOPPED, Cleanliness.CLEAN, ())
-    assert errors == ['service "llm" has stopped and takes no more calls'] * 2
-    assert journal == ["llm.build 1", "llm.stopping 1", "llm.stop 1", "llm.cleanup 1"]
+    report = env.submit().wait()
+    state = Outcome.STOPPED if drain else Outcome.CANCELLED
+    assert (report.state, report.cleanliness, report.errors) == (state, Cleanliness.CLEAN, ())
+    assert outcomes == ["1" if drain else STOPPED] * 2
+    first, *later = (["llm.build 1", "llm.stopping 1", "llm.stop 1", "llm.cleanup 1"], "llm.build 2", "llm.call 2")
+    assert journal[:4] == first
+    assert journal[4:7] == ([*later, "llm.call 2"] if drain else [])
 
 
 def test_a_service_rests_between_two_checks_of_its_health_however_long_they_take() -> None:
@@ -547,30 +551,60 @@ def test_a_job_that_is_stopped_while_a_service_rests_ends_clean() -> None:
     assert (report.service("llm").state, report.service("llm").rested) == ("stopped", 1)
 
 
-def test_a_call_that_waits_for_the_start_as_the_job_is_stopped_fails_at_once() -> None:
+@pytest.mark.parametrize("host", ["inline", "process"])
+@pytest.mark.parametrize("drain", [True, None])
+def test_a_service_that_rests_is_started_for_the_calls_on_their_way_as_the_job_is_stopped(
+    tmp_path: Path, host: Any, drain: bool | None
+) -> None:
+    """Every record that was taken in before the stop arrives."""
+    notes = Notes(tmp_path / "notes")
+    env = LocalEnvironment("drained")
+    llm = env.register_service("llm", Numbered, notes, options=ServiceOptions(host=host, idle_stop_s=IDLE_S))
+
+    def stop(numbers: list[int]) -> list[int]:
+        until(lambda: "llm.cleanup 1" in notes.lines())
+        env.stop(drain)
+        return numbers
+
+    answers: list[int] = []
+    env.from_batch([[1, 2, 3]]).flatmap(stop).map(llm.process).sink(answers.append)
+    report = env.submit().wait()
+    assert (report.state, report.cleanliness, report.errors) == (Outcome.STOPPED, Cleanliness.CLEAN, ())
+    # A start makes the function that waits for it a costly one, and only a drain goes on with calls of those.
+    assert answers == [1, 2, 3][: 3 if drain else max(len(answers), 1)]
+    assert (len(answers) + report.undelivered, report.service("llm").errors) == (3, 0)
+    assert notes.lines() == [f"llm.{hook} {number}" for number in (1, 2) for hook in HOOKS]
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_call_that_waits_for_the_start_is_made_in_a_drain_and_fails_at_once_in_a_cancel(drain: bool) -> None:
     journal: list[str] = []
     gate = threading.Event()
     env = LocalEnvironment("stopped")
-    llm = env.register_service("llm", Held, journal, gate, options=ServiceOptions(idle_stop_s=IDLE_S))
-    errors: list[ServiceUnavailableError] = []
+    env.register_service("llm", Held, journal, gate, options=ServiceOptions(idle_stop_s=IDLE_S))
+    outcomes: list[str] = []
 
-    def ask(number: int) -> int:
-        until(lambda: "llm.cleanup 1" in journal)
-        try:
-            return int(llm.process(number))
-        except ServiceUnavailableError as error:
-            errors.append(error)
-            gate.set()
-            return 0
+    class Ask(MapFunction):
+        def execute(self, data: int) -> int:
+            until(lambda: "llm.cleanup 1" in journal)
+            answer = self.call_service_async("llm", data)
+            until(lambda: "llm.build 2" in journal)
+            env.stop(drain)
+            if drain:
+                gate.set()
+            try:
+                outcomes.append(str(answer.result()))
+            except ServiceUnavailableError as error:
+                outcomes.append(str(error))
+                gate.set()
+            return data
 
-    env.from_batch([1]).map(ask).sink(abs)
-    job = env.submit()
-    until(lambda: "llm.build 2" in journal)
-    job.stop(drain=True)
-    report = job.wait()
-    assert [str(error) for error in errors] == ['service "llm" has stopped and takes no more calls']
-    assert (report.state, report.cleanliness, report.errors) == (Outcome.STOPPED, Cleanliness.CLEAN, ())
-    assert journal[-2:] == ["llm.set up 2", "llm.cleanup 2"]
+    env.from_batch([1]).map(Ask).sink(abs)
+    report = env.submit().wait()
+    state, outcome = (Outcome.STOPPED, "1") if drain else (Outcome.CANCELLED, STOPPED)
+    assert outcomes == [outcome]
+    assert (report.state, report.cleanliness, report.errors) == (state, Cleanliness.CLEAN, ())
+    assert journal[-2:] == (["llm.stop 2", "llm.cleanup 2"] if drain else ["llm.set up 2", "llm.cleanup 2"])
 
 
 class FailsLater(Numbered):
@@ -610,8 +644,7 @@ def test_a_start_that_fails_after_a_rest_counts_as_at_a_restart(how: str) -> Non
     else:
         report = run(env)
         assert report.service("llm").restarts == (how == "restarted")
-    refused = 'service "llm" has stopped and takes no more calls'
-    assert outcomes == (["7"] if how == "restarted" else [refused])
+    assert outcomes == (["7"] if how == "restarted" else [STOPPED])
     assert [line for line in journal if line.startswith("llm.build")][:2] == ["llm.build 1", "llm.build 2"]
 
 
@@ -678,12 +711,12 @@ def test_a_coroutine_that_would_block_the_event_loop_until_the_start_is_told(cal
     assert answers == ['service "llm" rests, and a coroutine must not block the event loop for its start']
 
 
-def test_a_coroutine_that_calls_a_service_which_rested_as_the_job_was_stopped_is_told_so() -> None:
+def test_a_coroutine_that_calls_a_service_which_could_not_be_started_again_is_told_so() -> None:
     journal: list[str] = []
     methods: list[Callable[[int], int]] = []
-    env = LocalEnvironment("stopped")
-    gate = threading.Event()
-    llm = env.register_service("llm", Held, journal, gate, options=ServiceOptions(idle_stop_s=IDLE_S))
+    env = LocalEnvironment("failing")
+    options = ServiceOptions(idle_stop_s=IDLE_S, required=False)
+    llm = env.register_service("llm", FailsLater, journal, options=options)
     errors: list[str] = []
 
     def find(number: int) -> int:
@@ -698,15 +731,11 @@ def test_a_coroutine_that_calls_a_service_which_rested_as_the_job_was_stopped_is
         with pytest.raises(ServiceUnavailableError) as caught:
             methods[0](number)
         errors.append(str(caught.value))
-        gate.set()
         return number
 
     env.from_batch([1]).map(find).map_async(ask).sink(abs)
-    job = env.submit()
-    until(lambda: "llm.build 2" in journal)
-    job.stop(drain=True)
-    job.wait()
-    assert errors == ['service "llm" has stopped and takes no more calls']
+    run(env)
+    assert errors == [STOPPED]
 
 
 def test_a_recorded_service_may_rest_and_its_replay_does_not(tmp_path: Path) -> None:

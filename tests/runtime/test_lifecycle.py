@@ -366,20 +366,25 @@ def test_a_service_that_fails_before_it_could_rest_is_restarted() -> None:
     assert job.service_states() == {"a": "backoff"}
 
 
-def test_stopping_ends_a_service_that_rests_and_refuses_the_calls_that_wait_for_it() -> None:
+ENDING = [StopRequested(StopMode.CANCEL), TaskFailed("t", OSError("no disk"))]
+
+
+@pytest.mark.parametrize("end", ENDING)
+def test_the_end_of_a_job_refuses_the_calls_that_wait_for_a_service_that_rests(end: LifecycleEvent) -> None:
     job = resting(service("a"))
     hooks = len(job.hook_order)
-    assert job.post(StopRequested(StopMode.DRAIN), WakeRequested("a")) == ["stop_task t"]
+    assert job.post(end, WakeRequested("a")) == ["cancel_task t"]
     assert calls_of(job)[-1] == "refuse_calls a"
     job.post(TaskEnded("t", TaskState.DONE))
     assert (job.service_states(), len(job.hook_order)) == ({"a": "stopped"}, hooks)
 
 
-def test_stopping_ends_a_service_that_is_started_again_and_refuses_the_calls_that_wait_for_it() -> None:
+@pytest.mark.parametrize("end", ENDING)
+def test_the_end_of_a_job_refuses_the_calls_that_wait_for_the_start_of_a_service(end: LifecycleEvent) -> None:
     job = resting(service("a"))
     job.post(WakeRequested("a"))
     assert job.end("a", "build") == ["run_hook a setup"]
-    job.post(StopRequested(StopMode.DRAIN))
+    job.post(end)
     assert calls_of(job)[-1] == "refuse_calls a"
     job.post(TaskEnded("t", TaskState.DONE))
     assert job.end("a", "setup") == ["run_hook a cleanup"]
@@ -387,12 +392,61 @@ def test_stopping_ends_a_service_that_is_started_again_and_refuses_the_calls_tha
     assert job.service_states() == {"a": "stopped"}
 
 
-def test_stopping_ends_a_service_that_is_about_to_rest_although_it_was_wanted() -> None:
+@pytest.mark.parametrize("end", ENDING)
+def test_the_end_of_a_job_ends_a_service_that_is_about_to_rest_although_it_was_wanted(end: LifecycleEvent) -> None:
     job = Job(service("a")).run()
-    job.post(RestRequested("a", 1), WakeRequested("a"), StopRequested(StopMode.DRAIN))
+    job.post(RestRequested("a", 1), WakeRequested("a"), end)
     assert calls_of(job)[-1] == "refuse_calls a"
     job.gone("a")
     assert (job.service_states(), job.hook_order.count("a.build")) == ({"a": "stopped"}, 1)
+
+
+DRAINS = [StopRequested(StopMode.DRAIN), StopRequested(StopMode.STOP)]
+
+
+@pytest.mark.parametrize("moment", ["rests", "starts", "ends"])
+@pytest.mark.parametrize("end", DRAINS)
+def test_a_drain_starts_a_service_that_rests_for_the_calls_on_their_way(end: StopRequested, moment: str) -> None:
+    job = Job(service("a")).run() if moment == "ends" else resting(service("a"))
+    if moment == "ends":
+        job.post(RestRequested("a", 1))
+    if moment == "starts":
+        job.post(WakeRequested("a"))
+    job.post(end, WakeRequested("a"))
+    if moment == "ends":
+        job.gone("a")
+    job.ready("a")
+    assert calls_of(job)[-1] == "admit_calls a"
+    assert job.post(RestRequested("a", 2)) == []  # nothing rests any more
+    job.post(TaskEnded("t", TaskState.DONE))
+    job.gone("a")
+    assert (job.service_states(), job.state.is_failed) == ({"a": "stopped"}, False)
+    assert job.post(WakeRequested("a")) == []
+
+
+def test_a_drain_restarts_no_service_and_refuses_its_calls() -> None:
+    job = Job(service("a", restart="on_failure")).run()
+    job.post(ServiceFailed("a", 1, "it is gone"))
+    job.gone("a")
+    assert job.service_states() == {"a": "backoff"}
+    job.post(StopRequested(StopMode.DRAIN), WakeRequested("a"))
+    assert calls_of(job)[-1] == "refuse_calls a"
+    assert job.at(job.now + 1.0) == []
+
+
+@pytest.mark.parametrize("hangs", ["build", "setup"])
+def test_a_start_in_a_drain_ends_with_the_drain(hangs: str) -> None:
+    job = resting(service("a", start_timeout_s=1000.0))
+    job.post(StopRequested(StopMode.DRAIN), WakeRequested("a"))
+    if hangs == "setup":
+        job.end("a", "build")
+    assert job.at(job.state.drain_due)[0] == "cancel_task t"
+    assert calls_of(job)[-1] == "refuse_calls a"
+    due = job.state.services["a"].due
+    assert due is not None
+    assert due < job.state.deadline
+    job.post(TaskEnded("t", TaskState.CANCELLED))
+    assert job.at(due)[0] == f"abandon_hook a {hangs}"
 
 
 def test_a_service_that_cannot_be_started_again_fails_the_job() -> None:
@@ -706,7 +760,7 @@ def test_ready_is_not_asked_again_after_stopping_began() -> None:
     for hook in ("build", "setup", "start"):
         job.end("a", hook)
     job.end("a", "ready", False)
-    job.post(StopRequested(StopMode.DRAIN))
+    job.post(StopRequested(StopMode.CANCEL))
     assert job.at(8.0) == []
     assert job.post(TaskEnded("t", TaskState.DONE)) == ["run_hook a cleanup"]
 

@@ -54,6 +54,7 @@ from sage._runtime.transitions import step
 from sage.service import ServiceOptions
 
 BEFORE_STOP = (JobState.NEW, JobState.STARTING, JobState.RUNNING)
+CALLS_COME = (*BEFORE_STOP, JobState.DRAINING)
 HOOKS = ("setup", "start", "ready", "health", "drain", "stop", "cleanup")
 EXIT = frozenset({"exit"})
 START_ACTIONS = ("build", "setup", "start", "ready", "health")
@@ -238,7 +239,7 @@ class LifecycleMachine(RuleBasedStateMachine):
                 self.task_phase[action.target] = "over"
             case ActionKind.ADMIT_CALLS:
                 assert self.noted[action.target] == ServiceState.READY
-                assert self.noted[""] in BEFORE_STOP, "calls are let in after stopping began"
+                assert self.noted[""] in CALLS_COME, "calls are let in after the drain"
             case ActionKind.HOLD_CALLS:
                 assert self.noted[""] in BEFORE_STOP, "calls are held for a restart that never comes"
             case ActionKind.SEAL:
@@ -254,6 +255,9 @@ class LifecycleMachine(RuleBasedStateMachine):
                 assert TaskState(action.after) in TASK_NEXT[TaskState(action.before)]
             case "service":
                 assert ServiceState(action.after) in SERVICE_NEXT[ServiceState(action.before)]
+        if action.after == ServiceState.STARTING and self.noted[""] not in BEFORE_STOP:
+            assert action.before == ServiceState.RESTING, f"{action.target} is restarted after stopping began"
+            assert not self.plans[action.target].front, f"{action.target} takes a place after stopping began"
         if action.after == JobState.STOPPING_SERVICES:
             assert all(self.noted[name] in TASK_TERMINAL for name in self.state.tasks), "a task outlives the services"
         self.noted[action.target] = action.after
@@ -264,7 +268,8 @@ class LifecycleMachine(RuleBasedStateMachine):
         assert action.due is not None, "a hook without a bound"
         before_stop = self.noted[""] in BEFORE_STOP
         if hook in START_ACTIONS:
-            assert before_stop, f"{hook} of {name} begins after stopping began"
+            calls_come = self.noted[""] in CALLS_COME and hook != "health"
+            assert before_stop or calls_come, f"{hook} of {name} begins after stopping began"
         key = (name, action.incarnation, hook)
         self.runs[key] = self.runs.get(key, 0) + 1
         if hook not in ("ready", "health"):

@@ -56,7 +56,7 @@ def take_service(t: Transition, event: ServiceEvent) -> None:
         return
     record = t.services[event.service]
     if isinstance(event, WakeRequested):
-        if record.state is S.RESTING and not t.stopping:
+        if record.state is S.RESTING and t.may_wake(event.service):
             _wake(t, event.service)
         elif record.rests and record.state in STOP_STATES:
             _change(t, event.service, wanted=True)
@@ -111,7 +111,7 @@ def _take_start_hook(t: Transition, event: HookEnded) -> None:
         record = _change(t, name, hooks=record.hooks | event.value)
     if event.error is not None:
         _start_failed(t, name, FailureKind.START, event.hook, event.error)
-    elif t.stopping:
+    elif t.starting_ends:
         pass  # advance() tears it down in its turn
     elif event.hook == "ready" and not event.value:
         _change(t, name, hook="ready-pause", due=_next_try(t, name))
@@ -209,7 +209,7 @@ def start_service(t: Transition, name: str) -> None:
         name,
         S.STARTING,
         incarnation=record.incarnation + 1,
-        start_due=t.now + plan.options.start_timeout_s,
+        start_due=_within_budget(t, name, t.now + plan.options.start_timeout_s),
         hooks=plan.own_hooks,
         hook=None,
         again=False,
@@ -428,7 +428,7 @@ def _next_stop_hook(t: Transition, name: str, last: str) -> None:
 
 def _end_service(t: Transition, name: str) -> None:
     record = t.services[name]
-    if record.rests and not t.stopping and record.goal is not S.ABANDONED:
+    if record.rests and t.may_wake(name) and record.goal is not S.ABANDONED:
         t.move_service(name, S.RESTING, hook=None, due=None, rests=False, again=False, wanted=False)
         if record.wanted:
             _wake(t, name)
@@ -505,7 +505,7 @@ def expire_service(t: Transition, name: str, record: ServiceRecord) -> None:
             interval_s = t.start.service_plans[name].options.health_interval_s
             _run_hook(t, name, "health", t.now + max(interval_s, HEALTH_LEAST_S))
     elif hook == "ready-pause":
-        if t.stopping:
+        if t.starting_ends:
             pass  # advance() tears it down in its turn
         elif t.now >= record.start_due:
             _start_failed(t, name, FailureKind.NOT_READY, "ready")
@@ -541,7 +541,7 @@ def _late_start(t: Transition, name: str, hook: str, record: ServiceRecord) -> N
     required = t.start.service_plans[name].options.required
     # A hook that hangs on a thread cannot be ended, so that a second instance would stand beside the first.
     again = "exit" in record.hooks and _may_restart(t, name)
-    t.fail(FailureKind.NOT_READY, name, hook, counts=required and not again and not t.stopping)
+    t.fail(FailureKind.NOT_READY, name, hook, counts=required and not again and not t.starting_ends)
     _change(t, name, again=again)
     end = _late_end(t, name, hook)
     if end is S.KILLED or not again:

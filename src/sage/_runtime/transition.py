@@ -177,6 +177,8 @@ class Transition:
         assert after in JOB_NEXT[before], f"job: {before} -> {after}"
         self.job = after
         self.do(ActionKind.NOTE, subject="job", before=before, after=after)
+        if self.stopping and after is not JobState.SEALED:
+            self.end_starts()
 
     def move_task(self, name: str, after: TaskState, due: float | None = None) -> None:
         """Change the state of a task, which is late at `due`."""
@@ -207,6 +209,15 @@ class Transition:
     @property
     def stopping(self) -> bool:
         return self.job not in (JobState.NEW, JobState.STARTING, JobState.RUNNING)
+
+    @property
+    def starting_ends(self) -> bool:
+        """Whether no start goes on: calls on their way in a drain may wait for one."""
+        return self.stopping and self.job is not JobState.DRAINING
+
+    def may_wake(self, name: str) -> bool:
+        """Return whether a service that rests may be started; in a drain only for calls, and not to take a place."""
+        return not self.stopping or (self.job is JobState.DRAINING and not self.start.service_plans[name].front)
 
     @property
     def tasks_over(self) -> bool:
@@ -252,14 +263,23 @@ class Transition:
         self.drain_due = self.now + drain_s
         for name, record in self.services.items():
             late = self.now + self.start.service_plans[name].options.stop_timeout_s
-            self.bring_forward(name, deadline if record.state in STOP_STATES else min(late, deadline))
-            is_away = record.state in (ServiceState.STARTING, ServiceState.BACKOFF, ServiceState.RESTING)
-            if is_away or record.again or (record.rests and record.state in STOP_STATES):
-                # No restart begins any more, so a call that waits for one would keep its task from ending.
-                self.do(ActionKind.REFUSE_CALLS, name)
+            has_begun = record.state in STOP_STATES or record.state is ServiceState.STARTING
+            self.bring_forward(name, deadline if has_begun else min(late, deadline))
         for name, task in self.tasks.items():
             if task.due is not None:
                 self.put_task(name, replace(task, due=min(task.due, self.tasks_due)))
+
+    def end_starts(self) -> None:
+        """Refuse the calls of services that do not come back, as they would keep their tasks from ending."""
+        for name, record in self.services.items():
+            starts = record.state is ServiceState.STARTING
+            rests = record.state is ServiceState.RESTING or (record.rests and record.state in STOP_STATES)
+            restarts = record.again or record.state is ServiceState.BACKOFF
+            if restarts or (starts and self.starting_ends) or (rests and not self.may_wake(name)):
+                self.do(ActionKind.REFUSE_CALLS, name)
+            if starts and self.starting_ends:
+                late = self.now + self.start.service_plans[name].options.stop_timeout_s
+                self.bring_forward(name, min(late, self.deadline))
 
     def bring_forward(self, name: str, due: float) -> None:
         """Bring the deadline of the service's current hook or pause forward to `due`."""
