@@ -98,9 +98,9 @@ CHANNELS = (
     ),
     Mutant(
         "an operator takes dead letters as sent that failed the job",
-        "_runtime/outcome.py",
-        "found[edge.source].failed - fatal[edge.source]",
-        "found[edge.source].failed + fatal[edge.source]",
+        "_runtime/accounts.py",
+        "source.failed - source.fatal",
+        "source.failed + source.fatal",
         "tests/simulation/test_simulation.py::test_no_schedule_breaks_a_promise[0-99]",
     ),
     Mutant(
@@ -1002,6 +1002,34 @@ DURABLE: tuple[Mutant, ...] = (
         "return self._held() or None, -self.held",
         "return None, -self.held",
         "tests/durable/test_recovery.py::test_records_that_wait_for_a_batch_are_in_the_checkpoint",
+    ),
+    Mutant(
+        "a checkpoint counts records that wait as taken",
+        "_runtime/durable_task.py",
+        "waiting + operator.held,",
+        "waiting,",
+        RECOVERY,
+    ),
+    Mutant(
+        "a run counts anew what earlier ones have taken",
+        "_runtime/durable_run.py",
+        "one.plus(self.before.get(name, Counts()))",
+        "one",
+        RECOVERY,
+    ),
+    Mutant(
+        "a task that is cancelled before it has recovered forgets what waits there",
+        "_runtime/durable_task.py",
+        "return never_taken_in + ",
+        "return ",
+        "tests/durable/test_accounts.py::test_a_run_that_is_cancelled_at_its_start_leaves_everything_to_the_next",
+    ),
+    Mutant(
+        "a checkpoint that loses records does not say so",
+        "_runtime/durable_run.py",
+        "one._replace(lost=lost[name])",
+        "one",
+        "tests/durable/test_accounts.py::test_a_record_that_a_checkpoint_loses_is_missed_in_all_later_runs",
     ),
     Mutant(
         "a source forgets what earlier runs have read",

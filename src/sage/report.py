@@ -135,8 +135,11 @@ class OperatorReport:
         full_s: of `map_async`: time in which all `concurrency` calls ran, in seconds, over all tasks.
         waited_s: for how long tasks waited to send it records, in seconds, all together.
         concurrency: of `map_async`: how many calls each task may make at once.
-        missing: records that were sent to it and that it did not take; None if that is not known, as on Ray, in a
-            durable job, with a served pipeline, or if a task was abandoned.
+        missing: records that were sent to it and that it did not take; None if that is not known, as on Ray, with a
+            served pipeline, or if a task was abandoned.
+        earlier_in: `records_in` of earlier runs of a durable job, up to the checkpoint that this run began with.
+        earlier_out: `records_out` of them.
+        earlier_failed: `failed` of them.
     """
 
     name: str
@@ -150,6 +153,9 @@ class OperatorReport:
     waited_s: float = 0.0
     concurrency: int | None = None
     missing: int | None = None
+    earlier_in: int = 0
+    earlier_out: int = 0
+    earlier_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +191,7 @@ class JobReport:
         services: the account of each service, in the order of registration.
         tasks: how each task ended.
         undelivered: records that were in flight and dropped by a stop, a cancel or a failure.
+        waiting: records that wait for the next run of a durable job.
         errors: everything that went wrong, the first cause first.
         running_s: for how long records flowed, after the start of the services and before their end, in seconds.
         notes: lines about the checkpoints of a durable job, such as the one that it was resumed from.
@@ -205,6 +212,7 @@ class JobReport:
     errors: tuple[Exception, ...] = ()
     running_s: float = 0.0
     notes: tuple[str, ...] = ()
+    waiting: int = 0
 
     @property
     def bottleneck(self) -> str | None:
@@ -220,14 +228,14 @@ class JobReport:
 
     @property
     def is_accounted(self) -> bool | None:
-        """Whether each record that an operator sent was taken, failed the job, or counts as undelivered.
+        """Whether each record that an operator sent was taken, failed the job, or counts as undelivered or waiting.
 
-        None if that is not known; see `OperatorReport.missing`.
+        That is over all runs of a durable job. None if it is not known; see `OperatorReport.missing`.
         """
         missing = [operator.missing for operator in self.operators if operator.missing is not None]
         if not missing:
             return None
-        return min(missing) >= 0 and sum(missing) == self.undelivered
+        return min(missing) >= 0 and sum(missing) == self.undelivered + self.waiting
 
     def _service_bottleneck(self, service: ServiceReport) -> tuple[float, str] | None:
         if service.rate_waited_s >= WAITED_SHARE * self.running_s:
@@ -274,7 +282,17 @@ class JobReport:
             )
         plain = {
             key: getattr(self, key)
-            for key in ("id", "name", "why", "started_at", "ended_at", "duration_s", "running_s", "undelivered")
+            for key in (
+                "id",
+                "name",
+                "why",
+                "started_at",
+                "ended_at",
+                "duration_s",
+                "running_s",
+                "undelivered",
+                "waiting",
+            )
         }
         return {
             **plain,
@@ -318,22 +336,13 @@ class JobReport:
         lines += self.notes
         if self.undelivered:
             lines.append(f"{self.undelivered:,} records were in flight and not delivered{self._places()}")
-        if self.is_accounted is False:
+        if self.waiting:
+            lines.append(f"{self.waiting:,} records wait for the next run{self._places()}")
+        if self.is_accounted:
+            lines.append("every record is accounted for")
+        elif self.is_accounted is False:
             lines.append(f"records are not accounted for{self._places()}; this is a bug of SAGE, please report it")
-        lines += table(
-            ("operator", "tasks", "in", "out", "failed", "busy"),
-            [
-                (
-                    operator.name,
-                    str(operator.parallelism),
-                    f"{operator.records_in:,}",
-                    f"{operator.records_out:,}",
-                    f"{operator.failed:,}",
-                    seconds(operator.busy_s),
-                )
-                for operator in self.operators
-            ],
-        )
+        lines += self._operator_lines()
         lines += self._service_lines()
         if self.bottleneck is not None:
             lines.append(f"bottleneck: {self.bottleneck}")
@@ -348,6 +357,17 @@ class JobReport:
         if len(self.errors) > ERRORS_SHOWN:
             lines.append(f"  and {len(self.errors) - ERRORS_SHOWN} more")
         return "\n".join(printable(line) for part in lines for line in part.splitlines() or [""])
+
+    def _operator_lines(self) -> list[str]:
+        header = ("operator", "tasks", "in", "out", "failed", "busy")
+        has_earlier = any(one.earlier_in for one in self.operators)
+        rows = []
+        for one in self.operators:
+            counts = (one.records_in, one.records_out, one.failed)
+            sums = (one.earlier_in + counts[0], one.earlier_out + counts[1], one.earlier_failed + counts[2])
+            row = (one.name, str(one.parallelism), *map("{:,}".format, counts), seconds(one.busy_s))
+            rows.append((*row, *map("{:,}".format, sums)) if has_earlier else row)
+        return table((*header, *(("in all runs: in", "out", "failed") if has_earlier else ())), rows)
 
     def _places(self) -> str:
         """Return where records are missing, for the end of a line."""

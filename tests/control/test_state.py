@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sage._runtime.checkpoint_store import CheckpointStore
+from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 from sage._runtime.checkpoints import Row
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ KILLED_IN_A_WRITE = """
     file.execute("BEGIN IMMEDIATE")
     file.execute("UPDATE parts SET body = x'00'")
     for number in range(1000):
-        file.execute("INSERT INTO parts VALUES (9, 'x', 0, 0, zeroblob(1000), NULL, NULL, NULL)")
+        file.execute("INSERT INTO parts VALUES (9, 'x', 0, 0, zeroblob(1000), NULL, NULL, NULL, 0)")
     os._exit(9)
 """
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_lacks_an_earlier_one_is_damaged(tmp_path: Path) -> No
     store = CheckpointStore(str(tmp_path / "state"))
     graph = {"sums": ("reduce", 1)}
     for number in (1, 2, 3):
-        store.write(number, graph, [Row("sums", 0, 0, b"", 2 if number == 3 else 1, b"changes", 5)], 3)
+        store.write(Checkpoint(number, graph, (Row("sums", 0, 0, b"", 2 if number == 3 else 1, b"changes", 5),)), 3)
     store.close()
     with closing(sqlite3.connect(tmp_path / "state" / "checkpoints.sqlite")) as file, file:
         file.execute("UPDATE parts SET changes = x'00' WHERE number = 1")
@@ -254,7 +254,7 @@ def test_list_and_check_run_no_code_of_a_pickle(tmp_path: Path) -> None:
     bomb = b"cposix\nmkdir\n(S'ran'\ntR."
     store = CheckpointStore(str(tmp_path / "state"))
     graph = {"in": ("source", 1), "sums": ("reduce", 1)}
-    store.write(1, graph, [Row("in", 0, 3, bomb), Row("sums", 0, 0, bomb, 1, bomb, 1)], 3)
+    store.write(Checkpoint(1, graph, (Row("in", 0, 3, bomb), Row("sums", 0, 0, bomb, 1, bomb, 1))), 3)
     store.close()
     assert "not plain data: it has a posix.mkdir" in sage(tmp_path, "state", "list", "state")
     sage(tmp_path, "state", "check", "state")

@@ -205,17 +205,17 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "other" / "state" / "checkpoints.sqlite")) as file, file:
         file.execute("UPDATE about SET value = 99 WHERE name = 'version'")
     file.close()
-    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 3") as caught:
+    with pytest.raises(CheckpointError, match="have version 99; this SAGE reads 4") as caught:
         run(tmp_path.joinpath("other"), resume="never")
     assert notes(caught.value) == "Use the SAGE that wrote them, or delete the folder to begin anew."
 
 
 def test_a_state_that_cannot_be_unpickled_names_its_operator(tmp_path: Path) -> None:
-    from sage._runtime.checkpoint_store import CheckpointStore
+    from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
     from sage._runtime.checkpoints import Row
 
     store = CheckpointStore(str(tmp_path / "state"))
-    store.write(1, {"in": ("source", 1)}, [Row("in", 0, 3, b"cno_such_module\nThing\n.")], 3)
+    store.write(Checkpoint(1, {"in": ("source", 1)}, (Row("in", 0, 3, b"cno_such_module\nThing\n."),)), 3)
     store.close()
     with pytest.raises(CheckpointError, match='state of operator "in" cannot be unpickled: ModuleNotFoundError'):
         run(tmp_path)
@@ -250,14 +250,14 @@ def test_a_second_program_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_program_that_was_taken_for_dead_cannot_write(tmp_path: Path) -> None:
-    from sage._runtime.checkpoint_store import CheckpointStore
+    from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 
     first = CheckpointStore(str(tmp_path / "state"))
     first._let_go()  # as on a file system that forgets locks
     second = CheckpointStore(str(tmp_path / "state"))
-    second.write(1, {}, [], 3)
+    second.write(Checkpoint(1, {}, ()), 3)
     with pytest.raises(CheckpointError, match="were taken over by another program"):
-        first.write(2, {}, [], 3)
+        first.write(Checkpoint(2, {}, ()), 3)
     second.close()
     first.close()
 

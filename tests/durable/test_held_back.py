@@ -97,9 +97,14 @@ def test_after_a_budget_the_next_run_asks_for_the_rest(
     assert stopped.undelivered == 0
     assert results() == Counter(number * 2 for number in asked)
     assert len(asked) == LIMIT
-    assert any(note.endswith("records wait for the next run") for note in stopped.notes)
+    assert stopped.waiting > 0
+    assert f"{stopped.waiting} records wait for the next run: {stopped.waiting} before " in str(stopped)
     done = f"resumed from checkpoint 1 ({LIMIT} records done)"
-    assert run().notes == ((done,) if stopped.operator("numbers").records_in < COUNT else (done, NOTHING_NEW))
+    last = run()
+    assert last.notes == ((done,) if stopped.operator("numbers").records_in < COUNT else (done, NOTHING_NEW))
+    assert (stopped.is_accounted, last.is_accounted, last.waiting) == (True, True, 0)
+    assert [one.earlier_in for one in last.operators] == [one.records_in for one in stopped.operators]
+    assert last.operators[-1].earlier_in + last.operators[-1].records_in == COUNT
     assert Counter(asked) == Counter(range(COUNT))
     assert results() == Counter(range(0, 2 * COUNT, 2))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from contextlib import closing
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage._operators.keyed_state import KeyedState
-from sage._runtime.checkpoint_store import CheckpointStore
+from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 from sage._runtime.checkpoints import Row, without_changes
 from sage.errors import CheckpointError
 
@@ -30,7 +31,7 @@ def values(state: KeyedState) -> dict[int, object]:
 
 
 def write(store: CheckpointStore, state: KeyedState, number: int, keep: int = 2) -> None:
-    store.write(number, GRAPH, [Row("count", 0, 0, b"", *state.take(number))], keep)
+    store.write(Checkpoint(number, GRAPH, (Row("count", 0, 0, b"", *state.take(number)),)), keep)
 
 
 def loaded(store: CheckpointStore) -> tuple[int, KeyedState]:
@@ -41,9 +42,9 @@ def loaded(store: CheckpointStore) -> tuple[int, KeyedState]:
 
 
 @given(rounds=st.lists(st.dictionaries(st.integers(0, 5_000), st.integers(), max_size=3), max_size=25), data=st.data())
-def test_any_checkpoint_loads_as_it_was(tmp_path_factory, rounds, data) -> None:  # type: ignore[no-untyped-def]
+def test_any_checkpoint_loads_as_it_was(rounds, data) -> None:  # type: ignore[no-untyped-def]
     # An example that Hypothesis gives up ends in the middle.
-    with closing(CheckpointStore(str(tmp_path_factory.mktemp("state") / "state"))) as store:
+    with TemporaryDirectory() as folder, closing(CheckpointStore(folder)) as store:
         state, wanted = KeyedState(), {}
         for key in range(3_000):  # more than one sweep writes
             change(state, key, 0)
@@ -71,7 +72,7 @@ def test_a_checkpoint_costs_as_much_as_what_changed_and_the_folder_stays_small(t
             change(state, key, number)
         since, body = state.take(number)
         assert len(body) < whole / 10
-        store.write(number, GRAPH, [Row("count", 0, 0, b"", since, body)], 2)
+        store.write(Checkpoint(number, GRAPH, (Row("count", 0, 0, b"", since, body),)), 2)
         sizes.append((tmp_path / "state" / "checkpoints.sqlite").stat().st_size)
     assert values(loaded(store)[1]) == values(state)
     assert max(sizes) < 5 * whole
@@ -111,9 +112,9 @@ def test_a_task_that_ended_is_not_written_again(tmp_path: Path) -> None:
     for key in range(5_000):
         change(state, key, key)
     row = Row("count", 0, 0, b"", *state.take(1))
-    store.write(1, GRAPH, [row], 2)
+    store.write(Checkpoint(1, GRAPH, (row,)), 2)
     for number in range(2, 8):
-        store.write(number, GRAPH, [without_changes(row)], 2)
+        store.write(Checkpoint(number, GRAPH, (without_changes(row),)), 2)
     assert [values(found) for _, found in [loaded(store)]] == [values(state)]
     (size,) = store._file.execute("SELECT sum(length(changes)) FROM parts").fetchone()
     assert size == len(row.changes or b"")

@@ -265,21 +265,24 @@ def written(folder: Path) -> dict[str, Counter[int]]:
     }
 
 
-def expected(seed: int, folder: Path, build: Build) -> dict[str, Counter[int]]:
+def expected(seed: int, folder: Path, build: Build) -> tuple[dict[str, Counter[int]], dict[str, int]]:
+    """Return all rows of an undisturbed job, and how many records each operator took."""
     env = LocalEnvironment("random", backend=lambda: StepBackend(seed))
     build(env, seed, folder)
-    env.run()
-    return written(folder)
+    report = env.submit(autostop=True).report
+    return written(folder), {one.name: one.records_in for one in report.operators}
 
 
 def check(seed: int, folder: Path, build: Build = build) -> int:
     """Kill a random graph at random steps, run each again, and return how many were resumed from a checkpoint."""
-    wanted = expected(seed, folder / str(seed), build)
+    wanted, taken = expected(seed, folder / str(seed), build)
     resumed = 0
 
     def program(backend: Callable[[], Backend], disturbed: Path) -> dict[str, Counter[int]]:
         nonlocal resumed
         report = run(seed, disturbed, backend, build)
+        assert report.is_accounted is True, report
+        assert {one.name: one.earlier_in + one.records_in for one in report.operators} == taken, report
         resumed += any(note.startswith("resumed from checkpoint") for note in report.notes)
         assert written(disturbed) == wanted, report
         if seed % 5 == 0:
@@ -306,10 +309,11 @@ def test_threads_write_each_row_once(first: int, folder: Path) -> None:
     for seed in range(first, first + 20):
         one = folder / str(seed)
         one.mkdir()
-        wanted = expected(seed, one / "undisturbed", build)
+        wanted, taken = expected(seed, one / "undisturbed", build)
         (one / "threads").mkdir()
         report = run(seed, one / "threads", ThreadsBackend)
         assert written(one / "threads") == wanted, f"seed {seed}: {report}"
+        assert {one.name: one.records_in for one in report.operators} == taken, report
 
 
 def test_records_that_wait_for_a_batch_are_in_the_checkpoint(folder: Path) -> None:

@@ -66,7 +66,7 @@ class AwaitedSource(HoldingSource):
 
     def read(self, records_max: int) -> list[Any] | None:
         """Return records that are there, or ask for some."""
-        is_over = self._ended or self.held is not None  # looked at first: a record may come before the end
+        is_over = self._ended or self.held_error is not None  # looked at first: a record may come before the end
         records: list[object] = []
         while self._ready and len(records) < records_max:
             records.append(self._ready.popleft())
@@ -129,7 +129,7 @@ class AwaitedSource(HoldingSource):
             self._ended = True
         except BaseException as error:  # the records before it go on first
             if not (self._is_stopped and isinstance(error, asyncio.CancelledError)):
-                self.held = error
+                self.held_error = error
         finally:
             self._task = None
             self._has_begun = self._is_asked = False

@@ -11,11 +11,11 @@ class HoldingSource(Source):
     """Hands on the records that it read before an error, and raises that at the next read.
 
     Attributes:
-        held: the error, until it is raised.
+        held_error: the error, until it is raised.
         generator: the generator, if it reads one: it cannot go on after an error, and is closed in the end.
     """
 
-    held: BaseException | None = None
+    held_error: BaseException | None = None
     generator: Any = None
 
     @property
@@ -25,7 +25,7 @@ class HoldingSource(Source):
 
     def raise_held(self) -> None:
         """Raise the error, if there is one."""
-        error, self.held = self.held, None
+        error, self.held_error = self.held_error, None
         if error is not None:
             raise error
 

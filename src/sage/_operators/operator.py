@@ -71,6 +71,7 @@ class Recovery:
         function: what the function's own `snapshot` returned, or None.
         since: the number of the first checkpoint with changes, or None.
         changes: what `KeyedState.take` pickled at each checkpoint since then.
+        held: how many records of `state` and `left` will be counted as taken.
     """
 
     part: str
@@ -80,6 +81,7 @@ class Recovery:
     function: Any = None
     since: int | None = None
     changes: Sequence[Changes] = ()
+    held: int = 0
 
 
 Loop = Callable[[Iterable[Any], Callable[..., Any], list[Any]], None]

@@ -98,7 +98,7 @@ class IterableSource(HoldingSource):
         except BaseException as error:  # the records before it go on first
             if not records:
                 raise
-            self.held = error
+            self.held_error = error
             return records
         finally:
             self._span.end()
@@ -141,7 +141,7 @@ class FunctionSource(HoldingSource):
         except BaseException as error:  # the records before it go on first
             if not records:
                 raise
-            self.held = error
+            self.held_error = error
         finally:
             self._span.end()
         return None if self._ended and not records else records
@@ -317,10 +317,10 @@ class Reader(Operator):
     def overtaken(self) -> FunctionError | None:
         """Return the error that the source holds, and that nobody will ask for any more."""
         source = getattr(self, "source", None)
-        if not isinstance(source, HoldingSource) or source.held is None:
+        if not isinstance(source, HoldingSource) or source.held_error is None:
             return None
-        held, source.held = source.held, None
-        return None if is_held_back(held) else self._blamed(held)
+        error, source.held_error = source.held_error, None
+        return None if is_held_back(error) else self._blamed(error)
 
     def _blamed(self, error: BaseException) -> FunctionError:
         self.metrics.failed += 1

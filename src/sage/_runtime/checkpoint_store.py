@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING
 
 from sage._descriptors import OpenFile
 from sage._forks import useless_after_fork
+from sage._runtime.accounts import Counts
 from sage._runtime.checkpoints import Row
 from sage.errors import CheckpointError, describe, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
-VERSION = 3
+VERSION = 4
 """The form of the file; it is changed with the form of what operators write."""
 
 FILE = "checkpoints.sqlite"
@@ -32,16 +34,18 @@ SOURCE = "source"
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS checkpoints (number INTEGER PRIMARY KEY, made_at REAL, graph TEXT, checksum BLOB);
+CREATE TABLE IF NOT EXISTS checkpoints (
+    number INTEGER PRIMARY KEY, made_at REAL, graph TEXT, accounts TEXT, checksum BLOB
+);
 CREATE TABLE IF NOT EXISTS parts (
     number INTEGER, operator TEXT, place INTEGER, records INTEGER, body BLOB, since INTEGER, changes BLOB,
-    keys INTEGER
+    keys INTEGER, held INTEGER
 );
 CREATE INDEX IF NOT EXISTS parts_of ON parts (number);
 """
 
-LISTED = "SELECT number, made_at, graph, checksum FROM checkpoints ORDER BY number"
-ROW_COLUMNS = "operator, place, records, body, since, changes, keys"
+LISTED = "SELECT number, made_at, graph, accounts, checksum FROM checkpoints ORDER BY number"
+ROW_COLUMNS = "operator, place, records, body, since, changes, keys, held"
 
 BUSY_TIMEOUT_S = 60.0
 """How long a program waits while another one reads or writes the file, in seconds."""
@@ -58,12 +62,14 @@ class Checkpoint:
         graph: the operators that the job had, by name, each with its kind and its parallelism.
         rows: the states of those that had one.
         changes: the changes of keyed states by operator and index, the oldest first.
+        accounts: the records of each operator up to here, by its name, over all runs.
     """
 
     number: int
     graph: dict[str, tuple[str, int]]
     rows: tuple[Row, ...]
     changes: dict[tuple[str, int], list[bytes]] = field(default_factory=dict)
+    accounts: dict[str, Counts] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -184,11 +190,11 @@ class CheckpointReader:
             if self._version() is None:
                 return []
             listed = self._file.execute(LISTED).fetchall()
-            for number, made_at, graph, checksum in listed:
+            for number, made_at, graph, accounts, checksum in listed:
                 rows = self._all_rows(number)
                 operators = _graph(graph)
                 parts = tuple(_part(row, operators) for row in rows)
-                problem = "" if _checksum(number, graph, rows) == checksum else "the checksum does not match"
+                problem = "" if _checksum(number, graph, accounts, rows) == checksum else "the checksum does not match"
                 if not problem:
                     verified.update(((number, part.operator, part.index), part) for part in parts)
                     problem = _missing_changes(number, parts, verified)
@@ -209,11 +215,11 @@ class CheckpointReader:
             if self._version() is None:
                 return None
             listed = self._file.execute(LISTED).fetchall()
-            for number, _, graph, _ in reversed(listed):
+            for number, _, graph, accounts, _ in reversed(listed):
                 changes: dict[tuple[str, int], list[bytes]] = {}
                 rows = self._rows(number)
                 if rows is not None and self._has_changes(number, rows, changes):
-                    return Checkpoint(number, _graph(graph), tuple(rows), changes)
+                    return Checkpoint(number, _graph(graph), tuple(rows), changes, _accounts(accounts))
                 self.skipped.append(number)
             if self.skipped and listed != self._file.execute(LISTED).fetchall():
                 self.skipped.clear()  # those that were left out are not there any more: a job has made others
@@ -227,9 +233,10 @@ class CheckpointReader:
 
     def _rows(self, number: int) -> list[Row] | None:
         """Return the rows of a checkpoint, or None if it is damaged or not there."""
-        about = self._file.execute("SELECT graph, checksum FROM checkpoints WHERE number = ?", (number,)).fetchone()
+        query = "SELECT graph, accounts, checksum FROM checkpoints WHERE number = ?"
+        about = self._file.execute(query, (number,)).fetchone()
         rows = self._all_rows(number)
-        return rows if about is not None and _checksum(number, about[0], rows) == about[1] else None
+        return rows if about is not None and _checksum(number, about[0], about[1], rows) == about[2] else None
 
     def _all_rows(self, number: int) -> list[Row]:
         """Return the rows of a checkpoint, read one by one: nothing can be written during a query."""
@@ -322,13 +329,17 @@ class CheckpointStore(CheckpointReader):
         except sqlite3.Error as error:
             raise self._failed("be written", error) from error
 
-    def write(self, number: int, graph: dict[str, tuple[str, int]], rows: Sequence[Row], keep: int) -> None:
+    def write(self, made: Checkpoint, keep: int) -> None:
         """Add a checkpoint in one transaction, which also deletes those that are not kept.
+
+        The changes of keyed states are in its rows.
 
         Raises:
             CheckpointError: it cannot be written, or another program has taken the folder over.
         """
-        text = "".join(f"{kind}\t{parallelism}\t{name}\n" for name, (kind, parallelism) in graph.items())
+        number, rows = made.number, made.rows
+        graph = "".join(f"{kind}\t{parallelism}\t{name}\n" for name, (kind, parallelism) in made.graph.items())
+        accounts = json.dumps(made.accounts)
         try:
             with self._file:
                 self._file.execute("BEGIN IMMEDIATE")
@@ -340,9 +351,9 @@ class CheckpointStore(CheckpointReader):
                 for table in ("parts", "checkpoints"):
                     self._file.execute(f"DELETE FROM {table} WHERE number >= ? OR number < ?", (number, first))
                 plain = [(number, *_columns(row)) for row in rows]
-                self._file.executemany("INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", plain)
-                values = (number, time.time(), text, _checksum(number, text, rows))
-                self._file.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", values)
+                self._file.executemany("INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", plain)
+                values = (number, time.time(), graph, accounts, _checksum(number, graph, accounts, rows))
+                self._file.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?)", values)
         except sqlite3.Error as error:
             raise self._failed("be written", error) from error
 
@@ -362,10 +373,10 @@ class CheckpointStore(CheckpointReader):
             with self._file:
                 self._file.execute("BEGIN IMMEDIATE")
                 self._check_epoch()
-                query = "SELECT graph FROM checkpoints WHERE number = ?"
-                (graph,) = self._file.execute(query, (number,)).fetchone()
+                query = "SELECT graph, accounts FROM checkpoints WHERE number = ?"
+                graph, accounts = self._file.execute(query, (number,)).fetchone()
                 self._file.execute("DELETE FROM parts WHERE number = ? AND operator = ?", (number, operator))
-                values = (_checksum(number, graph, left), number)
+                values = (_checksum(number, graph, accounts, left), number)
                 self._file.execute("UPDATE checkpoints SET checksum = ? WHERE number = ?", values)
         except sqlite3.Error as error:
             raise self._failed("be written", error) from error
@@ -396,15 +407,15 @@ def no_state(operator: str, found: Checkpoint | None) -> CheckpointError:
     return hint(error, f"These have one: {', '.join(names) or 'none'}.")
 
 
-def _columns(row: Row) -> tuple[str, int, int, bytes, int | None, bytes | None, int | None]:
-    return row.operator, row.index, row.records, row.body, row.since, row.changes, row.keys
+def _columns(row: Row) -> tuple[str, int, int, bytes, int | None, bytes | None, int | None, int]:
+    return row.operator, row.index, row.records, row.body, row.since, row.changes, row.keys, row.held
 
 
-def _checksum(number: int, graph: str, rows: Iterable[Row]) -> bytes:
-    digest = hashlib.sha256(f"{number}\n{graph}".encode())
+def _checksum(number: int, graph: str, accounts: str, rows: Iterable[Row]) -> bytes:
+    digest = hashlib.sha256(f"{number}\n{graph}\n{accounts}".encode())
     for row in rows:
         changes = row.changes or b""
-        sizes = f"{len(row.body)}\n{row.since}\n{len(changes)}\n{row.keys}"
+        sizes = f"{len(row.body)}\n{row.since}\n{len(changes)}\n{row.keys}\n{row.held}"
         digest.update(f"\n{row.operator}\n{row.index}\n{row.records}\n{sizes}\n".encode())
         digest.update(row.body)
         digest.update(changes)
@@ -443,6 +454,10 @@ def _other_version(folder: str, version: object) -> CheckpointError:
 def _graph(text: str) -> dict[str, tuple[str, int]]:
     lines = (line.split("\t", 2) for line in text.splitlines())
     return {name: (kind, int(parallelism)) for kind, parallelism, name in lines}
+
+
+def _accounts(text: str) -> dict[str, Counts]:
+    return {name: Counts(*numbers) for name, numbers in json.loads(text).items()}
 
 
 def check_is_private(folder: str) -> None:

@@ -6,8 +6,14 @@ sources are asked for it, each task gives its part, all parts are written, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sage._runtime.accounts import Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class Row:
         since: the number of the first checkpoint that is needed for the values of its keys, or None without any.
         changes: those of them that this checkpoint writes, pickled; empty if nothing has changed.
         keys: how many keys it has, or None if it keeps nothing by key.
+        held: how many records wait in it that it does not count as taken.
     """
 
     operator: str
@@ -31,6 +38,7 @@ class Row:
     since: int | None = None
     changes: bytes | None = None
     keys: int | None = None
+    held: int = 0
 
 
 def without_changes(row: Row) -> Row:
@@ -49,11 +57,19 @@ class Due(CheckpointEvent):
 
 @dataclass(frozen=True, slots=True)
 class PartGiven(CheckpointEvent):
-    """A task has given its part of checkpoint `number`, or its last one (None), as its inputs have ended."""
+    """A task has given its part of checkpoint `number`, or its last one (None), as its inputs have ended.
+
+    Attributes:
+        task: its name.
+        number: the number of the checkpoint, or None.
+        rows: the states of its operators.
+        counts: the records of its operators in this run.
+    """
 
     task: str
     number: int | None
     rows: tuple[Row, ...] = ()
+    counts: Mapping[str, Counts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from sage._logs import log_of
 from sage._operators.operator import Recovery
 from sage._plan.durability import promises
 from sage._plan.logical import Kind
+from sage._runtime.accounts import Counts, not_taken, total, ways_of_records
 from sage._runtime.aligning_channel import AligningChannel
 from sage._runtime.checkpoint_store import FRESH_HINT, Checkpoint, CheckpointStore
 from sage._runtime.checkpoints import (
@@ -51,6 +53,11 @@ NAME_LENGTH_MAX = 150
 class DurableRun:
     """Makes the checkpoints of a job; `handle` is called by the supervisor's thread.
 
+    Attributes:
+        number: the number of the checkpoint that the job goes on from, or 0.
+        before: the records of each operator up to there, by its name, over all runs.
+        waiting: how many records wait there in each operator, with those that were lost before.
+
     Raises:
         CheckpointError: the folder cannot be used, or its checkpoint does not fit the graph or cannot be read; with
             `resume="must"`, also if it has no checkpoint.
@@ -65,8 +72,9 @@ class DurableRun:
         self._promises = tuple(promises(graph))
         self._store = CheckpointStore(folder)
         self._lane: Lane | None = None
-        self._rows: dict[str, tuple[Row, ...]] = {}
-        self._last_rows: dict[str, tuple[Row, ...]] = {}
+        self._parts: dict[str, PartGiven] = {}
+        self._last_parts: dict[str, PartGiven] = {}
+        self._ways = ways_of_records(graph)
         try:
             if resume == "never":
                 self._store.clear()
@@ -87,6 +95,9 @@ class DurableRun:
             self._store.close()
             raise
         self.number = loaded.number
+        self.before = loaded.accounts
+        self.waiting = _held(loaded.rows)
+        self.waiting.update({name: one.lost for name, one in self.before.items()})
 
     def _check(self, found: Checkpoint) -> None:
         """Refuse a checkpoint with a state for which the graph has no place."""
@@ -117,7 +128,7 @@ class DurableRun:
             return Recovery(part, self.number)
         row, (state, left, function) = self._rows_found.pop((node.name, index))
         changes = self._changes.pop((node.name, index), [])
-        return Recovery(part, self.number, state, left, function, row.since, changes)
+        return Recovery(part, self.number, state, left, function, row.since, changes, row.held)
 
     def task(self, *parts: Any) -> DurableTask:
         """Return a task of the job; `parts` are the arguments of `Task`."""
@@ -164,17 +175,13 @@ class DurableRun:
         sources = [task.operators[0] for task in tasks if task.nodes[0].kind is Kind.SOURCE]
         has_read = any(operator.metrics.records_in for operator in sources)
         nothing = [] if self._resumed is None or has_read else ["nothing new: the sources have no further records"]
-        left = sum(len(batch) for task in tasks for operator in task.operators for _, batch in operator.left or ())
-        waiting = [f"{left:,} records wait for the next run"] if left else []
-        return (*self._beginning(), *nothing, *waiting)
+        return (*self._beginning(), *nothing)
 
     def handle(self, event: CheckpointEvent) -> None:
         """Take one step, and carry out its actions."""
         match event:
-            case PartGiven(task, None, rows):
-                self._last_rows[task] = rows
-            case PartGiven(task, _, rows):
-                self._rows[task] = rows
+            case PartGiven(task, number):
+                (self._last_parts if number is None else self._parts)[task] = event
             case WriteFailed(error):
                 self._fail(error)
                 return
@@ -192,26 +199,35 @@ class DurableRun:
                 for name in action.tasks:
                     tasks[name].request_part(action.number)
             case ActionKind.WRITE:
-                parts = self._rows | {name: self._last_rows[name] for name in action.tasks}
-                self._rows = {}
-                rows = [row for name in sorted(parts) for row in parts[name]]
+                parts = self._parts | {name: self._last_parts[name] for name in action.tasks}
+                self._parts = {}
+                rows = tuple(row for name in sorted(parts) for row in parts[name].rows)
+                made = Checkpoint(action.number, self._graph, rows, accounts=self._accounts(parts.values(), rows))
                 for name in action.tasks:  # later checkpoints need no more of a task that has ended
-                    self._last_rows[name] = tuple(without_changes(row) for row in self._last_rows[name])
+                    self._last_parts[name] = replace(parts[name], rows=tuple(map(without_changes, parts[name].rows)))
                 assert self._lane is not None
-                self._lane.run(lambda: self._write(action.number, rows))
+                self._lane.run(lambda: self._write(made))
             case ActionKind.COMPLETE:
                 log.debug("checkpoint complete number=%d", action.number)
                 for name, task in tasks.items():
                     task.request_commit(action.number, is_last=name in action.tasks)
 
-    def _write(self, number: int, rows: list[Row]) -> None:
+    def _accounts(self, parts: Iterable[PartGiven], rows: Iterable[Row]) -> dict[str, Counts]:
+        """Return the records of all operators up to a checkpoint, and those that it would lose."""
+        counts = total(part.counts for part in parts)
+        lost = not_taken(self._ways, counts, self.waiting)
+        lost.subtract(_held(rows))
+        sums = {name: one.plus(self.before.get(name, Counts())) for name, one in counts.items()}
+        return {name: one._replace(lost=lost[name]) for name, one in sums.items()}
+
+    def _write(self, made: Checkpoint) -> None:
         """Write a checkpoint, on a thread that nothing else waits for."""
         try:
-            self._store.write(number, self._graph, rows, self._settings.keep)
+            self._store.write(made, self._settings.keep)
         except JobError as error:
             self._supervisor.post(WriteFailed(error))
         else:
-            self._supervisor.post(Written(number))
+            self._supervisor.post(Written(made.number))
 
     def _fail(self, error: Exception) -> None:
         """Fail the job. All of its tasks that have not ended depend on the checkpoint, so any of them may say it."""
@@ -225,6 +241,13 @@ class DurableRun:
         if self._lane is not None:
             self._lane.close(wait=True)
         self._store.close()
+
+
+def _held(rows: Iterable[Row]) -> Counter[str]:
+    held: Counter[str] = Counter()
+    for row in rows:
+        held[row.operator] += row.held
+    return held
 
 
 def _without(names: Sequence[str], found: Checkpoint) -> tuple[Checkpoint, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any
 
+from sage._runtime.accounts import counted
 from sage._runtime.aligning_channel import AligningChannel
 from sage._runtime.checkpoints import CheckpointEvent, PartGiven, Row
 from sage._runtime.states import Phase, Step
@@ -39,7 +40,16 @@ class DurableTask(Task):
         # In one attribute: a task that saw its release, and not the checkpoint that led to it, would end uncommitted.
         self._complete: tuple[int, bool] = (number, False)
         self._asked: int | None = None
-        self._has_recovered = self._has_given_last = False
+        self._has_given_last = False
+        self._recovered = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many records wait here for the next run."""
+        never_taken_in = sum(
+            operator.recovery.held for operator in self.operators[self._recovered :] if operator.recovery
+        )
+        return never_taken_in + sum(len(batch) for operator in self.operators for _, batch in operator.left or ())
 
     def request_part(self, number: int) -> None:
         """Ask a source for its part of a checkpoint; any thread may call this."""
@@ -59,14 +69,14 @@ class DurableTask(Task):
         return super().step()
 
     def _run(self) -> Step:
-        if not self._has_recovered:
+        if not self._recovered:
             self._recover()
         if self._complete[0] > self._committed:
             self._commit(self._complete[0])
         if not (self.chain.stash or self.chain.failures):
             number = self._next_barrier()
             if number is not None:
-                self._tell_part(PartGiven(self.name, number, self._rows(number)))
+                self._tell_part(PartGiven(self.name, number, self._rows(number), counted(self.operators)))
                 self.outbox.send(Barrier(number))
                 return Step.PROGRESSED
         return super()._run()
@@ -75,7 +85,7 @@ class DurableTask(Task):
         """Wait until the last part is in a checkpoint that is complete."""
         if not self._has_given_last:
             self._has_given_last = True
-            self._tell_part(PartGiven(self.name, None, self._rows(self._number + 1)))
+            self._tell_part(PartGiven(self.name, None, self._rows(self._number + 1), counted(self.operators)))
         number, is_released = self._complete
         if number > self._committed:
             self._commit(number)
@@ -92,8 +102,8 @@ class DurableTask(Task):
 
     def _recover(self) -> None:
         """Take in the records that were in flight at the checkpoint; the deepest are stashed last."""
-        self._has_recovered = True
         for place, operator in enumerate(self.operators):
+            self._recovered += 1
             assert operator.recovery is not None
             operator.restore_function()
             operator.recover()
@@ -125,7 +135,8 @@ class DurableTask(Task):
         left = tuple(operator.left or ())
         if state is None and function is None and not left and operator.keyed is None:
             return None
-        records -= sum(len(batch) for _, batch in left)
+        waiting = sum(len(batch) for _, batch in left)
+        records -= waiting
         since, changes, keys = None, None, None
         try:
             # At once: the functions behind this operator may change the records.
@@ -139,4 +150,13 @@ class DurableTask(Task):
             failed = FunctionError(f'operator "{name}" {holds} that cannot be pickled: {describe(error)}')
             hint(failed, "A durable job writes them down. Keep the data that the object is made from instead.")
             raise failed from error
-        return Row(operator.node.name, operator.context.parallel_index, records, body, since, changes, keys)
+        return Row(
+            operator.node.name,
+            operator.context.parallel_index,
+            records,
+            body,
+            since,
+            changes,
+            keys,
+            waiting + operator.held,
+        )

@@ -323,8 +323,7 @@ class Job:
         """Make the report; called by the supervisor, once, as its last act."""
         notes = () if self._durable is None else self._durable.notes(self.dispatcher.supervisor.tasks.values())
         report = seal(ended, self.dispatcher, self._graph, self.id, self._started, self._reason, notes)
-        if self._durable is None:
-            report = accounted(report, self.dispatcher, self._graph)
+        report = accounted(report, self.dispatcher, self._graph, self._durable)
         self._take(report, to_raise(report, ended.state.failures), ended)
 
     def _take(self, report: JobReport, error: Exception | None, ended: Ended) -> None:

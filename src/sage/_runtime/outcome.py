@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sage._plan.logical import Kind, Route
-from sage._plan.rules import edges_of
+from sage._plan.logical import Kind
+from sage._runtime.accounts import Counts, counted, not_taken, ways_of_records
 from sage._runtime.lifecycle import FAILS_JOB, Failure, FailureKind
 from sage._runtime.states import ServiceState, StopMode, TaskState
 from sage.errors import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sage._plan.logical import LogicalGraph
     from sage._runtime.backend import Host, HostFacts
     from sage._runtime.dispatcher import Dispatcher
+    from sage._runtime.durable_run import DurableRun
     from sage._runtime.lifecycle import State
     from sage._runtime.supervisor import Ended
 
@@ -243,32 +244,34 @@ def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[Opera
     )
 
 
-def accounted(report: JobReport, dispatcher: Dispatcher, graph: LogicalGraph) -> JobReport:
+def accounted(report: JobReport, dispatcher: Dispatcher, graph: LogicalGraph, durable: DurableRun | None) -> JobReport:
     """Add for each operator how many records were sent to it that it did not take.
 
     Args:
-        report: the report of a job whose tasks were all in this process, and began with nothing.
+        report: the report of a job whose tasks were all in this process.
         dispatcher: the dispatcher that ran the job.
         graph: the user's pipeline.
+        durable: has the counts of earlier runs; None for a job without any.
     """
+    tasks = dispatcher.supervisor.tasks.values()
+    if durable is not None:
+        none = Counts()
+        earlier = [durable.before.get(one.name, none) for one in report.operators]
+        report = replace(
+            report,
+            waiting=sum(task.waiting for task in tasks),
+            operators=tuple(
+                replace(one, earlier_in=counts.taken, earlier_out=counts.given, earlier_failed=counts.failed)
+                for one, counts in zip(report.operators, earlier, strict=True)
+            ),
+        )
     if any(task.state == TaskState.ABANDONED for task in report.tasks):
         return report  # it may still count
     if any(node.kind is Kind.REPLY for node in graph.nodes.values()):
         return report  # a request whose caller has gone is dropped wherever it is
-    fatal: Counter[int] = Counter()
-    for task in dispatcher.supervisor.tasks.values():
-        for operator in task.operators:
-            fatal[operator.node.id] += operator.metrics.fatal
-    found = dict(zip(graph.nodes, report.operators, strict=True))
-    missing = Counter({id_: -one.records_in - fatal[id_] for id_, one in found.items() if one.kind != Kind.SOURCE})
-    for edge in edges_of(graph):
-        if edge.letters:
-            missing[edge.target] += found[edge.source].failed - fatal[edge.source]
-        else:
-            is_broadcast = graph.nodes[edge.source].route is Route.BROADCAST
-            copies = graph.nodes[edge.target].parallelism if is_broadcast else 1
-            missing[edge.target] += found[edge.source].records_out * copies
-    return replace(report, operators=tuple(replace(one, missing=missing[id_]) for id_, one in found.items()))
+    counts = counted(operator for task in tasks for operator in task.operators)
+    missing = not_taken(ways_of_records(graph), counts, {} if durable is None else durable.waiting)
+    return replace(report, operators=tuple(replace(one, missing=missing[one.name]) for one in report.operators))
 
 
 def to_raise(report: JobReport, failures: Iterable[Failure]) -> Exception | None:

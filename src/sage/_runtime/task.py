@@ -85,6 +85,11 @@ class Task:
         return self.chain.undelivered
 
     @property
+    def waiting(self) -> int:
+        """How many records wait here for the next run of a durable job."""
+        return 0
+
+    @property
     def wake_at(self) -> float | None:
         """When to step again although nobody wakes it, in seconds of the backend's clock, or None."""
         if self.chain.retries_at is not None or self.outbox.queue:
