@@ -12,16 +12,17 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 T = TypeVar("T")
+
+PROC = "/proc"
 
 COOKIE_VARIABLE = "SAGE_COOKIE"
 """Holds a chain `outer:inner:...` of tokens: one of the run, one of the service, and so on inwards."""
 
 GUARDIAN_VARIABLE = "SAGE_GUARDIAN"
 """Marks a guardian and the processes that it starts for its own work."""
-GUARDIAN_MARK = f"{GUARDIAN_VARIABLE}=".encode()
 
 TERM_GRACE_S = 2.0
 KILL_BOUND_S = 5.0
@@ -44,8 +45,12 @@ EXITING = 0x00000004
 KERNEL_THREAD = 0x00200000
 """Flags of a process, PF_EXITING and PF_KTHREAD of the kernel."""
 
-_STATE, _PARENT, _SESSION, _FLAGS, _STARTED = 0, 1, 3, 6, 19
+STATE, PARENT, _SESSION, _FLAGS, STARTED = 0, 1, 3, 6, 19
 """Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6, 9, 22 of proc(5))."""
+
+
+ENDED_STATES = (b"Z", b"X")
+"""The states of a process that has ended."""
 
 
 class Process(NamedTuple):
@@ -93,9 +98,9 @@ class Grace:
 def process(pid: int) -> Process | None:
     """Return the process that has this pid now, or None if none lives; a zombie has ended."""
     fields = _stat(pid)
-    if fields is None or fields[_STATE] in (b"Z", b"X"):
+    if fields is None or fields[STATE] in ENDED_STATES:
         return None
-    return Process(pid, int(fields[_STARTED]))
+    return Process(pid, int(fields[STARTED]))
 
 
 def is_alive(one: Process) -> bool:
@@ -115,18 +120,18 @@ def resident_bytes(pid: int) -> int:
 def is_ending(one: Process) -> bool:
     """Return whether a process has ended or is about to: whoever it was connected with may know before its parent."""
     fields = _stat(one.pid)
-    if fields is None or int(fields[_STARTED]) != one.started:
+    if fields is None or int(fields[STARTED]) != one.started:
         return True
-    return fields[_STATE] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & EXITING)
+    return fields[STATE] in ENDED_STATES or bool(int(fields[_FLAGS]) & EXITING)
 
 
 def parent_of(pid: int) -> int | None:
     """Return the pid of the parent, or None if the process has gone."""
     fields = _stat(pid)
-    return None if fields is None else int(fields[_PARENT])
+    return None if fields is None else int(fields[PARENT])
 
 
-def command_of(pid: int, proc: str | os.PathLike[str] = "/proc") -> str:
+def command_of(pid: int, proc: str | os.PathLike[str] = PROC) -> str:
     """Return the command line of a process, or the name of its program in brackets if it shows none.
 
     Raises:
@@ -162,12 +167,31 @@ def with_cookie(token: str) -> set[Process]:
     return found
 
 
-def has_cookie(one: Process) -> bool:
-    """Return whether a job of SAGE started a process, as far as it may be read."""
-    try:
-        return _read(f"/proc/{one.pid}/environ").find(f"{COOKIE_VARIABLE}=".encode()) >= 0
-    except OSError:
-        return False
+def variable_of(pid: int, name: str, proc: str | os.PathLike[str] = PROC) -> str | None:
+    """Return a variable of the environment that the program of a process began with, or None if it had none.
+
+    Between fork and exec a process shows the environment of its parent, and when it has ended it shows none.
+
+    Raises:
+        OSError: the process has vanished, or may not be read.
+    """
+    _, begins, rest = (b"\0" + _read(os.path.join(proc, str(pid), "environ"))).partition(f"\0{name}=".encode())
+    return os.fsdecode(rest.partition(b"\0")[0]) if begins else None
+
+
+def has_variable(pid: int, name: str, proc: str | os.PathLike[str] = PROC) -> bool:
+    """Return whether the program of a process began with a variable, as far as it may be read."""
+    with suppress(OSError):
+        return variable_of(pid, name, proc) is not None
+    return False
+
+
+def stats(proc: str | os.PathLike[str] = PROC) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield the pid and the fields of `stat` of each process that can be read."""
+    for name in patiently(os.listdir, proc):
+        fields = _stat(int(name), proc) if name.isdecimal() else None
+        if fields is not None:
+            yield int(name), fields
 
 
 def pause(seconds: float) -> None:
@@ -193,7 +217,7 @@ def _carriers(token: str) -> tuple[set[Process], bool]:
                 found.add(carrier)
             elif variables == [b""] and not _read(f"/proc/{name}/cmdline"):
                 fields = _stat(carrier.pid)
-                is_loading |= fields is not None and fields[_STATE] != b"Z" and not int(fields[_FLAGS]) & KERNEL_THREAD
+                is_loading |= fields is not None and fields[STATE] != b"Z" and not int(fields[_FLAGS]) & KERNEL_THREAD
     return found, is_loading
 
 
@@ -201,12 +225,11 @@ def in_session(leader: Process) -> set[Process]:
     """Return the processes of the session that a process began, whether or not it still lives."""
     if process(leader.pid) not in (None, leader):
         return set()  # A pid is given away again only when the session of that number is empty.
-    found = set()
-    for name in patiently(os.listdir, "/proc"):
-        fields = _stat(int(name)) if name.isdecimal() else None
-        if fields is not None and int(fields[_SESSION]) == leader.pid and fields[_STATE] not in (b"Z", b"X"):
-            found.add(Process(int(name), int(fields[_STARTED])))
-    return found
+    return {
+        Process(pid, int(fields[STARTED]))
+        for pid, fields in stats()
+        if int(fields[_SESSION]) == leader.pid and fields[STATE] not in ENDED_STATES
+    }
 
 
 def zombies_of_init() -> set[Process]:
@@ -214,7 +237,7 @@ def zombies_of_init() -> set[Process]:
 
     Elsewhere, nothing: a child of another process is that one's matter.
     """
-    return {Process(pid, int(fields[_STARTED])) for pid, fields in _zombies()}
+    return {Process(pid, int(fields[STARTED])) for pid, fields in _zombies()}
 
 
 def reap_orphans(session: int, known: Iterable[Process]) -> None:
@@ -224,7 +247,7 @@ def reap_orphans(session: int, known: Iterable[Process]) -> None:
     """
     known = set(known)
     for pid, fields in _zombies():
-        if int(fields[_SESSION]) == session or Process(pid, int(fields[_STARTED])) in known:
+        if int(fields[_SESSION]) == session or Process(pid, int(fields[STARTED])) in known:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 
@@ -232,12 +255,7 @@ def reap_orphans(session: int, known: Iterable[Process]) -> None:
 def _zombies() -> list[tuple[int, list[bytes]]]:
     if os.getpid() != INIT_PID:
         return []
-    found = []
-    for name in patiently(os.listdir, "/proc"):
-        fields = _stat(int(name)) if name.isdecimal() else None
-        if fields is not None and fields[_STATE] == b"Z" and int(fields[_PARENT]) == INIT_PID:
-            found.append((int(name), fields))
-    return found
+    return [one for one in stats() if one[1][STATE] == b"Z" and int(one[1][PARENT]) == INIT_PID]
 
 
 def descendants(root: Process) -> set[Process]:
@@ -247,24 +265,17 @@ def descendants(root: Process) -> set[Process]:
     run.
     """
     children: dict[int, list[Process]] = {}
-    for name in patiently(os.listdir, "/proc"):
-        fields = _stat(int(name)) if name.isdecimal() else None
-        if fields is not None and fields[_STATE] not in (b"Z", b"X"):
-            children.setdefault(int(fields[_PARENT]), []).append(Process(int(name), int(fields[_STARTED])))
+    for pid, fields in stats():
+        if fields[STATE] not in ENDED_STATES:
+            children.setdefault(int(fields[PARENT]), []).append(Process(pid, int(fields[STARTED])))
     found: set[Process] = set()
     todo = [root] if is_alive(root) else []
     while todo:
         for child in children.get(todo.pop().pid, ()):
-            if not _is_guardian(child.pid):
+            if not has_variable(child.pid, GUARDIAN_VARIABLE):
                 found.add(child)
                 todo.append(child)
     return found
-
-
-def _is_guardian(pid: int) -> bool:
-    with suppress(OSError):
-        return any(variable.startswith(GUARDIAN_MARK) for variable in _read(f"/proc/{pid}/environ").split(b"\0"))
-    return False
 
 
 def with_descendants(roots: Iterable[Process], among: Iterable[Process]) -> set[Process]:
@@ -401,10 +412,10 @@ def processor_wait_s() -> float:
     return 0.0
 
 
-def _stat(pid: int) -> list[bytes] | None:
+def _stat(pid: int, proc: str | os.PathLike[str] = PROC) -> list[bytes] | None:
     try:
         # The name of the program stands in parentheses and may hold spaces and parentheses of its own.
-        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return _read(os.path.join(proc, str(pid), "stat")).rpartition(b")")[2].split()
     except OSError as error:
         if error.errno in SCARCE:
             raise  # it may well live

@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sage._processes import described, has_cookie, process
+from sage._processes import COOKIE_VARIABLE, described, has_variable, process
 from sage.command import ADDRESS
 from sage.errors import ServiceError, hint
 
@@ -64,7 +64,7 @@ def _taken(port: int, whose: str, service: str) -> ServiceError:
     if holders:
         text += f"; {described(holders[0])} listens there"
     error = ServiceError(text, service=service, fault="external")
-    if holders and has_cookie(holders[0]):
+    if holders and has_variable(holders[0].pid, COOKIE_VARIABLE):
         hint(error, "A job of SAGE started that process: `sage gc` ends what dead jobs have left.")
     return hint(error, "Stop what uses it, or leave port= out: a free port is chosen then.")
 

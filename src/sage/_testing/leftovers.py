@@ -17,8 +17,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sage._processes import COOKIE_VARIABLE, command_of
-from sage._testing.cookie import PROC, processes_with, variable_of
+from sage._processes import (
+    COOKIE_VARIABLE,
+    ENDED_STATES,
+    PARENT,
+    PROC,
+    STARTED,
+    STATE,
+    command_of,
+    has_variable,
+    stats,
+    variable_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
@@ -105,20 +115,14 @@ class Process(NamedTuple):
 
     parent: int
     has_ended: bool
-    started: str
+    started: bytes
 
 
 def process_table(proc: Path) -> dict[int, Process]:
     """Return all processes of the machine by their id."""
-    table: dict[int, Process] = {}
-    for name in os.listdir(proc):
-        if name.isdecimal():
-            with suppress(OSError):
-                # The name of the program stands in parentheses, and may hold blanks and parentheses itself.
-                with open(f"{proc}/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].decode().split()
-                table[int(name)] = Process(int(fields[1]), fields[0] in "ZX", fields[19])
-    return table
+    return {
+        pid: Process(int(fields[PARENT]), fields[STATE] in ENDED_STATES, fields[STARTED]) for pid, fields in stats(proc)
+    }
 
 
 def lineage(table: dict[int, Process], pid: int) -> list[int]:
@@ -140,7 +144,7 @@ def family(proc: Path, table: dict[int, Process]) -> tuple[set[int], set[int]]:
     here = os.getpid()
     above = lineage(table, here)
     below = {pid for pid in table if here in lineage(table, pid)} - {here}
-    with_cookie = processes_with(None, proc).keys() & table.keys() - above
+    with_cookie = {pid for pid in table.keys() - above if has_variable(pid, COOKIE_VARIABLE, proc)}
     ours: set[int] = set()
     for carrier in with_cookie:
         owner = next((pid for pid in lineage(table, carrier) if pid not in with_cookie), None)
@@ -369,7 +373,7 @@ def snapshot(proc: Path) -> Snapshot:
 class CleanBlock:
     """Compares before and after a block; see `assert_clean`. Serves `with` and, in a coroutine, `async with`."""
 
-    def __init__(self, within_s: float, ignore: tuple[str, ...], proc: Path = PROC) -> None:
+    def __init__(self, within_s: float, ignore: tuple[str, ...], proc: Path = Path(PROC)) -> None:
         self._within_s = within_s
         self._ignore = ignore
         self._proc = proc
