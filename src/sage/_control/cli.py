@@ -17,7 +17,7 @@ from sage._control import plan_drawing, timeline
 from sage._control.clusters import Facts, facts, start_kept_cluster
 from sage._control.durable_state import state
 from sage._control.errors import said_to_a_person
-from sage._control.explanation import explaining
+from sage._control.explanation import changing_graphs, explaining
 from sage._control.letters import choose, letters
 from sage._control.program import Program
 from sage._control.projects import make_project
@@ -176,7 +176,7 @@ def replay_letters(
         click.echo("no dead letters")
         return
     run_program = Program(program, args)
-    with replay.changing_graphs():
+    with changing_graphs(replay.changed):
         run_program.run()
     _tell(run_program)
     with said_to_a_person():

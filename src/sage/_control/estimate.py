@@ -11,12 +11,13 @@ from itertools import pairwise
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
+from sage._control.explanation import changing_graphs
 from sage._operators.sources import SourceSample
 from sage._plan.logical import Kind
 from sage._progress import duration
 from sage._runtime.budget import PRICED_TOKENS
 from sage.connector import TransactionalSink
-from sage.environment import Environment, LocalEnvironment
+from sage.environment import LocalEnvironment
 from sage.errors import GraphError, UnsupportedPlanError, hint
 from sage.report import Outcome, table
 from sage.serving import PipelineService
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from sage._plan.logical import LogicalGraph, Node
     from sage._runtime.job import Job
+    from sage.environment import Environment
 
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """The 97.5 % points of Student's t distribution, by degrees of freedom."""
@@ -219,19 +221,12 @@ def sampling(records_max: int) -> Iterator[list[SampledJob]]:
         jobs.append(job)
         return job.sampled()
 
-    before, Environment._changed = Environment._changed, sample
-    try:
+    with changing_graphs(sample):
         yield jobs
-    finally:
-        Environment._changed = before
 
 
 def _refuse(environment: Environment, graph: LogicalGraph) -> None:
-    """Refuse a job of which no sample can be run.
-
-    Raises:
-        GraphError: it is one.
-    """
+    """Raise GraphError for a job of which no sample can be run."""
     if not isinstance(environment, LocalEnvironment):
         raise UnsupportedPlanError(f'environment "{graph.name}" runs on a cluster, where no sample can be taken')
     for node in graph.nodes.values():

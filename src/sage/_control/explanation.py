@@ -36,7 +36,6 @@ class PlannedJob(Job):
 
     @property
     def plan(self) -> PhysicalPlan:
-        """The physical plan."""
         return self._plan
 
     def events(self) -> tuple[Event, ...]:
@@ -48,7 +47,6 @@ class PlannedJob(Job):
         return self.report.operators
 
     def wait(self, timeout_s: float | None = None) -> JobReport:  # noqa: ARG002
-        """Return the report at once."""
         return self.report
 
     def _finish_up(self, timeout_s: float | None = None) -> None:
@@ -70,3 +68,13 @@ def explaining(show: Callable[[LogicalGraph, PhysicalPlan], None]) -> Iterator[s
         yield shown
     finally:
         Environment._instead_of_running = None
+
+
+@contextmanager
+def changing_graphs(change: Callable[[Environment, LogicalGraph], LogicalGraph]) -> Iterator[None]:
+    """Change the graph of every environment that is submitted, in any thread, before it is run."""
+    before, Environment._changed = Environment._changed, change
+    try:
+        yield
+    finally:
+        Environment._changed = before

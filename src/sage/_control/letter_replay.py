@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from sage._plan.rules import edges_of, reach, ways_of
 from sage._runtime.manager import JobManager
 from sage.connectors.dead_letters import DeadLetterFile, read_letters, take_out
 from sage.connectors.json_lines import from_json
-from sage.environment import Environment
 from sage.errors import GraphError, hint
 from sage.failure import FAIL
 from sage.report import Outcome
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sage.connectors.dead_letters import StoredLetter
+    from sage.environment import Environment
     from sage.report import JobReport
 
 ROOM = 1_000
@@ -43,16 +42,7 @@ class LetterReplay:
         self.left = list(letters)
         self._before = {letter.id for letter in read_letters(path)[0]}
 
-    @contextmanager
-    def changing_graphs(self) -> Iterator[None]:
-        """Change the graphs of all jobs that are submitted meanwhile."""
-        before, Environment._changed = Environment._changed, self._changed
-        try:
-            yield
-        finally:
-            Environment._changed = before
-
-    def _changed(self, _: Environment, graph: LogicalGraph) -> LogicalGraph:
+    def changed(self, _: Environment, graph: LogicalGraph) -> LogicalGraph:
         """Return the graph with letters in the place of its sources; those of a job go into its first graph only."""
         came_before = any(job.name == graph.name for job in JobManager().jobs.values())
         letters = [] if came_before else [one for one in self.left if one.values.get("job") == graph.name]
