@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from threading import Condition
 
+    from sage._guardian.job_journal import JobJournal
     from sage._plan.logical import ServiceSpec
-    from sage._processes import Process
     from sage._runtime.coroutines import CoroutineLoop
     from sage._runtime.pace import Pace
     from sage._runtime.supervisor import Supervisor
@@ -76,40 +76,6 @@ class CallWaits(NamedTuple):
     rate_waited_s: float = 0.0
 
 
-class ServiceGuard(Protocol):
-    """Watches over the processes and claims of a job's services, so that nothing is left whoever is killed."""
-
-    def claim(self, service: str, entry: dict[str, object]) -> None:
-        """Record a thing to reap; see `Supervision`."""
-
-    def depends(self, service: str, requires: str) -> None:
-        """Note that a service was seen to ask for another."""
-
-    def shares(self, service: str, owner: str) -> None:
-        """Note that the job `owner` runs a service for all who share it."""
-
-    def announce(self, service: str, incarnation: int, host: str, requires: Iterable[str]) -> str:
-        """Write down that a process will be started, and return the cookie that its environment has to carry."""
-
-    def started(
-        self, service: str, incarnation: int, pid: int, descriptor: int | None = None, stop_signal: int | None = None
-    ) -> None:
-        """Write down the process right after it was started."""
-
-    @property
-    def folder(self) -> str:
-        """A folder for temporary files, which is removed in the end, whoever is killed before."""
-
-    def left_of(self, cookie: str, known: Iterable[Process] = ()) -> set[Process]:
-        """Return the processes that carry the cookie or are known to be of it, but for those that were released."""
-
-    def ended(self, service: str, incarnation: int) -> None:
-        """Let go of a process that has ended."""
-
-    def reap(self, service: str) -> list[str]:
-        """Act on the claims of a service that was lost or killed, and return the failures."""
-
-
 @dataclass(frozen=True, slots=True)
 class HostSurroundings:
     """The parts of a job that the host of one of its services works with.
@@ -132,12 +98,12 @@ class HostSurroundings:
     supervision: Supervision
     on_died: Callable[[int, str], None]
     on_failed: Callable[[int, str], None]
-    guard: ServiceGuard | None = None
+    guard: JobJournal | None = None
     address: str = "127.0.0.1"
     permit: Callable[[], None] | None = None
 
     @property
-    def process_guard(self) -> ServiceGuard:
+    def process_guard(self) -> JobJournal:
         """The guard, for a host that starts a process."""
         assert self.guard is not None
         return self.guard

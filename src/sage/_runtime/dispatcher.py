@@ -19,9 +19,10 @@ from sage.service import ServiceContext, no_journal
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sage._guardian.job_journal import JobJournal
     from sage._plan.logical import ServiceSpec
     from sage._plan.physical import PhysicalPlan
-    from sage._runtime.backend import Backend, Host, ServiceGuard
+    from sage._runtime.backend import Backend, Host
     from sage._runtime.budget import Budget
     from sage._runtime.lifecycle import LifecycleEvent, Limits, TaskEvent
     from sage._runtime.supervisor import Ended
@@ -44,7 +45,7 @@ def prepare(
     make_tasks: MakeTasks = deploy,
     keep: frozenset[str] = frozenset(),
     adopted: Mapping[str, Host] = MappingProxyType({}),
-    guard: ServiceGuard | None = None,
+    guard: JobJournal | None = None,
     budget: Budget | None = None,
     until_asked: bool = False,
 ) -> Dispatcher:
@@ -121,7 +122,7 @@ class Dispatcher:
         services: tuple[ServiceSpec, ...],
         backend: Backend,
         adopted: frozenset[str],
-        guard: ServiceGuard | None,
+        guard: JobJournal | None,
         budget: Budget | None,
     ) -> None:
         self.plan = plan
