@@ -14,42 +14,26 @@ STOP_TIMEOUT_VARIABLE = "SAGE_STOP_TIMEOUT_S"
 
 
 def check_name(kind: str, name: object) -> None:
-    """Refuse a name that cannot be shown in a report, a plan or a line of a log.
-
-    Raises:
-        GraphError: the name cannot be used; `kind` says what it names.
-    """
+    """Raise GraphError for a name that cannot be shown in a report, a plan or a line of a log; `kind` says which."""
     if not isinstance(name, str) or not name or not name.isprintable():
         raise hint(GraphError(f"the name of {kind} is {short(name)}"), "Give a string of printable characters.")
 
 
 def check_text(label: str, value: object, advice: str) -> None:
-    """Refuse a value that is not a string, or is an empty one.
-
-    Raises:
-        GraphError: `label` says which value is wrong, and `advice` what to give.
-    """
+    """Raise GraphError, with `label` and `advice`, for a value that is not a string, or is an empty one."""
     if not isinstance(value, str) or not value:
         raise hint(GraphError(f"{label} is {short(value)}"), advice)
 
 
 def path_of(label: str, value: object, advice: str) -> str:
-    """Return a path as a string.
-
-    Raises:
-        GraphError: it is empty, or not a path; `label` says which value is wrong, and `advice` what to give.
-    """
+    """Return a path as a string; GraphError, with `label` and `advice`, if it is empty or not a path."""
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     check_text(label, path, advice)
     return str(path)
 
 
 def check_count(label: str, value: object, *, least: int = 1) -> None:
-    """Refuse a value that is not a whole number of at least `least`.
-
-    Raises:
-        GraphError: the value is wrong; `label` names it.
-    """
+    """Raise GraphError, with `label`, for a value that is not a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         wanted = "a positive number" if least == 1 else f"a number of at least {least}"
         raise hint(GraphError(f"{label} {short(value)}, which is not {wanted}"), "Give a whole number.")
@@ -61,22 +45,14 @@ def is_number(value: object) -> bool:
 
 
 def check_seconds(label: str, value: Any, *, may_be_zero: bool = True) -> None:
-    """Refuse a value that is not a finite number of seconds.
-
-    Raises:
-        GraphError: the value is wrong; `label` names it.
-    """
+    """Raise GraphError, with `label`, for a value that is not a finite number of seconds."""
     if not is_number(value) or not (0 <= value < float("inf")) or (value == 0 and not may_be_zero):
         least = "0 or more" if may_be_zero else "more than 0"
         raise hint(GraphError(f"{label} {short(value)}"), f"Give a finite number of seconds, {least}.")
 
 
 def check_backoff(label: str, value: object) -> None:
-    """Refuse a value that is not a pair of first and longest pause.
-
-    Raises:
-        GraphError: the value is wrong; `label` names it.
-    """
+    """Raise GraphError, with `label`, for a value that is not a pair of first and longest pause."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise hint(GraphError(f"{label} {short(value)}"), "Give the first and the longest pause: (0.1, 10.0).")
     for pause_s in value:
@@ -84,11 +60,7 @@ def check_backoff(label: str, value: object) -> None:
 
 
 def seconds_in(variable: str) -> float | None:
-    """Return the number of seconds in an environment variable, or None if it is not set.
-
-    Raises:
-        GraphError: it holds something else.
-    """
+    """Return the seconds in an environment variable, None if it is not set; GraphError if it holds something else."""
     text = os.environ.get(variable)
     if text is None:
         return None

@@ -63,7 +63,6 @@ class Sample(FilterFunction[Any]):
         self.random = self._generator.random
 
     def execute(self, data: object, /) -> bool:  # noqa: ARG002
-        """Draw for one record."""
         return self.random() < self.fraction
 
     def snapshot(self) -> object:
@@ -120,5 +119,4 @@ def comparing(fingerprint: Callable[[Any], object]) -> Callable[[Any, Any], tupl
 
 
 def itself(value: Any) -> Any:
-    """Return the value."""
     return value

@@ -83,7 +83,6 @@ class ThreadsBackend(Backend):
         return ThreadLane(name, self, must_start=must_start)
 
     def start(self, supervisor: Supervisor) -> None:
-        """Start the supervisor's thread."""
         self.supervisor = supervisor
         self._zombies_before = zombies_of_init()
         thread = threading.Thread(target=self._supervise, args=(supervisor,), name="sage-supervisor", daemon=True)
@@ -206,7 +205,6 @@ class ThreadLane:
         self._thread = self._begin(must_start=must_start)
 
     def run(self, function: Callable[[], None]) -> None:
-        """Run `function` after those given before."""
         if self._thread is None:
             self._thread = self._begin(must_start=False)
         if self._thread is None:

@@ -59,11 +59,7 @@ def listing(failures: list[tuple[SavedJob, SavedFailure]]) -> str:
 
 
 def chosen(failures: list[tuple[SavedJob, SavedFailure]], id_: int, report: Path) -> tuple[SavedJob, SavedFailure]:
-    """Return the failed record with an ID.
-
-    Raises:
-        ControlError: no record has it.
-    """
+    """Return the failed record with an ID; ControlError if no record has it."""
     if id_ > len(failures):
         error = ControlError(f"{report} has no failed record {id_}")
         raise hint(error, f"It has {len(failures)}; `sage replay {report}` lists them with their IDs.")
@@ -71,11 +67,7 @@ def chosen(failures: list[tuple[SavedJob, SavedFailure]], id_: int, report: Path
 
 
 def program_of(job: SavedJob) -> Path:
-    """Return the program that submitted a job.
-
-    Raises:
-        ControlError: the report does not name it, or the file is not there.
-    """
+    """Return the program that submitted a job; ControlError if the report does not name it, or it is not there."""
     if job.program is None:
         error = ControlError(f'the report does not name the program of job "{job.name}"')
     elif not Path(job.program).is_file():
@@ -86,11 +78,7 @@ def program_of(job: SavedJob) -> Path:
 
 
 def cassette_of(failure: SavedFailure) -> Path:
-    """Return the cassette that has the answers of a failed record.
-
-    Raises:
-        ControlError: it is not there.
-    """
+    """Return the cassette that has the answers of a failed record; ControlError if it is not there."""
     path = Path(failure.cassette)
     if not path.is_file():
         raise hint(ControlError(f"the cassette {path} is missing"), "If you have moved it, give --cassette FILE.")
@@ -194,11 +182,7 @@ class Replay:
 
 
 def _refuse(node: Node, said: Said) -> None:
-    """Refuse a record that cannot be run alone.
-
-    Raises:
-        ControlError: it cannot.
-    """
+    """Raise ControlError for a record that cannot be run alone."""
     about = f'operator "{node.name}" cannot be replayed'
     if said.form == "lost":
         error = ControlError(f"{about}: its record {said.value} cannot be pickled, so it was not kept")

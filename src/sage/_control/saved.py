@@ -96,7 +96,6 @@ class SavedJob:
         return "\n".join(map(printable, lines))
 
     def hooks_of(self, service: str) -> tuple[HookReport, ...]:
-        """Return the hooks of one service."""
         return tuple(hook.report for hook in self.hooks if hook.service == service)
 
     def _last_states(self) -> dict[tuple[str, str], str]:
@@ -138,11 +137,7 @@ def read(path: Path) -> Saved:
 
 
 def known_jobs(path: Path) -> Saved:
-    """Read a report file that has to tell of a job.
-
-    Raises:
-        ControlError: it does not, or it cannot be read.
-    """
+    """Read a report file; ControlError if it tells of no job, or cannot be read."""
     try:
         saved = read(path)
     except OSError as error:

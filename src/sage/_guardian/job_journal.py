@@ -133,7 +133,6 @@ class JobJournal:
         return found - with_descendants(guard.released(), found)
 
     def reap(self, service: str) -> list[str]:
-        """Act on the claims of a service that was lost or killed, and return the failures; it may take long."""
         guard = self._guard
         return [] if guard is None else guard.reap(self._id, service)
 

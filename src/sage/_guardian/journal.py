@@ -470,12 +470,7 @@ def make_private(folder: str) -> None:
 
 
 def check_private(folder: str) -> None:
-    """See that a folder is this user's own and that nobody else can enter it.
-
-    Raises:
-        PermissionError: it is not.
-        FileNotFoundError: it is not there.
-    """
+    """Raise PermissionError unless a folder is this user's own and nobody else can enter it."""
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode):
         problem = "is a link" if stat.S_ISLNK(found.st_mode) else "is not a folder"

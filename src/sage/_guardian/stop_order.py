@@ -29,7 +29,6 @@ Key = tuple[str, str, int]
 
 
 def key_of(service: ServiceLine) -> Key:
-    """Return the key of a service."""
     return (service.job, service.name, service.incarnation)
 
 

@@ -93,7 +93,6 @@ class CallThreads:
                 thread.join()
 
     def cancel_waiting(self) -> None:
-        """Cancel waiting calls."""
         while True:
             try:
                 entry = self._queue.get_nowait()

@@ -76,7 +76,6 @@ class CommandHost(GatedHost):
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The names of the hooks that the command has."""
         polled = {"ready": self._command.ready, "health": self._command.health}
         return frozenset({"stop", "exit", *(hook for hook, probe in polled.items() if probe is not None)})
 
@@ -91,14 +90,12 @@ class CommandHost(GatedHost):
         return frozenset({"ready", "health"})
 
     def facts(self) -> HostFacts:
-        """Return the facts about the process for the report."""
         child = self._child
         if child is None:
             return HostFacts("command")
         return HostFacts("command", child.own.pid, child.own.exit_code, child.lines(), self._unready)
 
     def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
-        """Let another job run the hooks of a command that is kept."""
         super().adopt(context, surroundings)
         with self._lock:
             self._is_kept = False
@@ -126,7 +123,6 @@ class CommandHost(GatedHost):
                 log.error("folder cannot be removed service=%r folder=%s error=%s", self.spec.name, self._folder, error)
 
     def hurry(self, due: float) -> None:
-        """Move the `due` of the "exit" that runs forward."""
         if self._child is not None:
             self._child.own.hurry(self._left(due))
 

@@ -79,7 +79,6 @@ class SerialGate:
     def bind(
         self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
-        """Return `method` behind the lock."""
         # The hot path of services: one lock, one test and a plain call, about as long as the call itself. Handing on a
         # tuple and a dictionary would cost as much again, and most calls have one argument. Only calls that have to
         # wait are measured.
@@ -150,7 +149,6 @@ class SerialGate:
         self.call_count -= 1
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until no call runs."""
         if not self._lock.acquire(timeout=max(timeout_s, 0)):
             return False
         self._lock.release()
@@ -202,7 +200,6 @@ class ConcurrentGate:
     def bind(
         self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
-        """Return `method` behind the limit."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             me = threading.get_ident()
@@ -268,12 +265,10 @@ class ConcurrentGate:
             return is_idle
 
     def take_back(self) -> None:
-        """Count a call less that was let through and not made."""
         with self._lock:
             self.call_count -= 1
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until no call runs."""
         with self._lock:
             self._waiting += 1
             try:

@@ -80,7 +80,6 @@ class GatedHost(ABC):
 
     @property
     def options(self) -> ServiceOptions:
-        """The options that the lifecycle of this job uses."""
         return self.spec.options
 
     @property
@@ -100,7 +99,6 @@ class GatedHost(ABC):
 
     @property
     def waits(self) -> CallWaits:
-        """How long calls of this job waited for their turn, over all instances."""
         bucket, total = self._bucket, self._waits.total()
         return total if bucket is None else CallWaits(*total[:3], bucket.waits_count, bucket.waited_s)
 
@@ -121,7 +119,6 @@ class GatedHost(ABC):
 
     @property
     def local_hooks(self) -> frozenset[str]:
-        """The names of the hooks that run in this process although the service has one of its own."""
         return frozenset()
 
     def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
@@ -187,15 +184,12 @@ class GatedHost(ABC):
         is_idle.wait()
 
     def hurry(self, due: float) -> None:
-        """Move the `due` of an "exit" that runs forward."""
         raise NotImplementedError("a host without a process of its own has no exit")
 
     def facts(self) -> HostFacts:
-        """Return the facts about the host for the report."""
         return HostFacts()
 
     def admit(self) -> None:
-        """Let calls through."""
         with self._changed:
             self._gate.is_open = True
             self._held = self._is_resting = False
@@ -205,7 +199,6 @@ class GatedHost(ABC):
         self.on_turned()
 
     def hold(self) -> None:
-        """Let calls wait."""
         with self._changed:
             self._held = True
             self._gate.close()
@@ -229,18 +222,15 @@ class GatedHost(ABC):
             return self._held
 
     def hold_back(self) -> None:
-        """Refuse calls that would have to wait for the rate of the service, as the job ends."""
         with self._changed:
             self._is_held_back = True
             self._changed.notify_all()
 
     def used(self, tokens: int) -> None:
-        """Count the tokens of an answer towards the rate of the service."""
         if self._bucket is not None:
             self._bucket.used(tokens)
 
     def refuse(self) -> None:
-        """Let calls fail at once."""
         with self._changed:
             self._finishes_calls = self._finishes_calls or not (self._refused or self._held)
             self._held = False
@@ -280,7 +270,6 @@ class GatedHost(ABC):
         self._lane.close(wait=True)
 
     def close(self) -> None:
-        """Free the threads."""
         if self._threads is not None:
             self._threads.close()
         self._lane.close(wait=True)

@@ -32,11 +32,9 @@ class InlineHost(GatedHost):
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The names of the hooks that the instance has."""
         return self._latest.hooks
 
     def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
-        """Let another job run the hooks of an instance that is kept."""
         super().adopt(context, surroundings)
         self._latest.loop = surroundings.loop
 

@@ -79,7 +79,6 @@ class ProcessHost(GatedHost):
 
     @property
     def own_hooks(self) -> frozenset[str]:
-        """The end of the process."""
         return frozenset({"exit"})
 
     def facts(self) -> HostFacts:
@@ -98,12 +97,10 @@ class ProcessHost(GatedHost):
                 self._around.on_died(self._incarnation, self._death)
 
     def release(self) -> None:
-        """Free the thread of a service that is kept; its process stays."""
         super().release()
         self._is_kept = True
 
     def hurry(self, due: float) -> None:
-        """Move the `due` of an "exit" that runs forward."""
         if self._process is not None:
             self._process.hurry(self._left(due))
 
@@ -114,7 +111,6 @@ class ProcessHost(GatedHost):
         return stack
 
     def close(self) -> None:
-        """Free the threads and the link."""
         super().close()
         self._close_link()
 
@@ -357,7 +353,6 @@ class ServiceRequests(JobSide):
         self._host = host
 
     def know(self, service: str) -> None:
-        """Refuse an unknown service, and note one that this one depends on."""
         self._host.handle(service)
 
     def attribute(self, service: str, name: str) -> tuple[bool, Any]:
@@ -369,14 +364,12 @@ class ServiceRequests(JobSide):
     def call(
         self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
     ) -> Any:
-        """Call another service."""
         handle = self._host.handle(service)
         if timeout_s is None:
             return getattr(handle, name)(*args, **kwargs)
         return handle._require().call(name, args, kwargs, timeout_s)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Take in a log record."""
         forward(values)
 
     # A kept service counts its incarnations in its first job, the host in the present one.
@@ -390,7 +383,6 @@ class ServiceRequests(JobSide):
         self._host.supervision.extend(service, self._host.incarnation, seconds)
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count the tokens of an answer."""
         self._host.supervision.used(service, prompt_tokens, completion_tokens)
 
     def claim(self, service: str, entry: dict[str, Any]) -> None:

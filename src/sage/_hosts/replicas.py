@@ -146,7 +146,6 @@ class ReplicasHost(GatedHost):
         return frozenset()
 
     def facts(self) -> HostFacts:
-        """Return that it is a front."""
         return HostFacts("replicas", recycled=0 if self.recycler is None else self.recycler.count)
 
     def is_coroutine(self, name: str) -> bool:

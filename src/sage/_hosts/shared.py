@@ -206,7 +206,6 @@ class SharedHost(GatedHost):
             self.fail(*self._failure)
 
     def facts(self) -> HostFacts:
-        """Return where the instance runs."""
         facts = HostFacts(self.spec.options.host or "inline") if self.instance is None else self.instance.host.facts()
         return replace(facts, released=self.is_released)
 

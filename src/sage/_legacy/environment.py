@@ -167,11 +167,9 @@ class OldStream(DataStream):
         return Transformation.of(self._builder.freeze("").nodes[self._id])
 
     def map(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `DataStream.map`."""
         return self._old(super().map, Kind.MAP, function, args, kwargs)
 
     def filter(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `DataStream.filter`."""
         return self._old(super().filter, Kind.FILTER, function, args, kwargs)
 
     def flatmap(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,21 +182,17 @@ class OldStream(DataStream):
     flat_map = flatmap
 
     def sink(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `DataStream.sink`."""
         return self._old(super().sink, Kind.SINK, function, args, kwargs)
 
     def keyby(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `DataStream.keyby`."""
         return self._old(super().keyby, Kind.KEYBY, function, args, kwargs)
 
     key_by = keyby
 
     def connect(self, other: Any) -> Any:
-        """See `DataStream.connect`."""
         return OldConnectedStreams(self._builder, super().connect(other)._streams)
 
     def union(self, *others: Any) -> Any:
-        """See `DataStream.union`."""
         return old_stream(super().union(*others))
 
     def _old(
@@ -224,22 +218,18 @@ class OldConnectedStreams(ConnectedStreams):
     _builder: Builder
 
     def connect(self, other: Any) -> Any:
-        """See `ConnectedStreams.connect`."""
         return OldConnectedStreams(self._builder, super().connect(other)._streams)
 
     def keyby(self, *functions: Any, **kwargs: Any) -> Any:
-        """See `ConnectedStreams.keyby`."""
         return OldConnectedStreams(self._builder, super().keyby(*functions, **kwargs)._streams)
 
     key_by = keyby
 
     def comap(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `ConnectedStreams.comap`."""
         adapted = self._builder.adapted(function, Kind.COMAP)
         return old_stream(super().comap(adapted, *args, **without_ineffective(function, kwargs)))
 
     def join(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `ConnectedStreams.join`."""
         adapted = self._builder.adapted(function, Kind.JOIN)
         return old_stream(super().join(adapted, *args, **without_ineffective(function, kwargs)))
 
@@ -320,11 +310,9 @@ class OldManners(environment.Environment):
     from_collection = from_batch  # type: ignore[assignment]
 
     def from_source(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """See `Environment.from_source`."""
         return old_stream(super().from_source(function, *args, **without_ineffective(function, kwargs)))
 
     def from_future(self, name: str) -> Any:
-        """See `Environment.from_future`."""
         return old_stream(super().from_future(name))
 
     # --- services ---
@@ -380,7 +368,6 @@ class OldManners(environment.Environment):
         return Submitted.of(super().submit(autostop, **options))
 
     def set_console_log_level(self, level: str) -> None:
-        """See `Environment.set_console_log_level`."""
         super().set_console_log_level(level)
         self.console_log_level = level.upper()
 

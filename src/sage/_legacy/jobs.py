@@ -90,11 +90,7 @@ class JobManager:
         return env.submit(autostop=autostop)
 
     def get_job_status(self, job_uuid: object) -> dict[str, Any]:
-        """Return a job's id, name and state, and its report once it has ended.
-
-        Raises:
-            JobNotFoundError: no job has the id.
-        """
+        """Return a job's id, name and state, and its report once it has ended; JobNotFoundError for an unknown id."""
         return {"uuid": str(job_uuid), **manager.JobManager().get_job_status(job_uuid)}
 
     def continue_job(self, job_uuid: object) -> dict[str, Any]:
@@ -127,11 +123,7 @@ class JobManagerClient:
         return jobs
 
     def get_job_status(self, job_uuid: object) -> dict[str, Any]:
-        """Return a job's id, name and state, and its report once it has ended.
-
-        Raises:
-            JobNotFoundError: no job has the id.
-        """
+        """Return a job's id, name and state, and its report once it has ended; JobNotFoundError for an unknown id."""
         return self._manager().get_job_status(job_uuid)
 
     def get_server_info(self) -> dict[str, Any]:

@@ -48,7 +48,6 @@ class FileSource(SourceFunction):
         self._file: Any = None
 
     def open(self) -> None:
-        """Open the file."""
         self._file = self._path.open(encoding="utf-8")
 
     def execute(self) -> Any:
@@ -59,7 +58,6 @@ class FileSource(SourceFunction):
         return line.strip() if line else None
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -101,7 +99,6 @@ class TerminalSink(SinkFunction):
         self.config = config or {}
 
     def execute(self, data: Any) -> None:
-        """Print one record."""
         pair = question_and_answer(data)
         print(data if pair is None else f"[Q] Question :{pair[0]}\n[A] Answer :{pair[1]}")
 
@@ -114,7 +111,6 @@ class PrintSink(SinkFunction):
         self._print = _printer(prefix, separator, colored)
 
     def execute(self, data: Any) -> None:
-        """Print one record."""
         self._print(data)
 
 
@@ -131,17 +127,14 @@ class FileSink(SinkFunction):
         self._file: Any = None
 
     def open(self) -> None:
-        """Create the file and its folder."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w", encoding="utf-8")
 
     def execute(self, data: Any) -> None:
-        """Write one record."""
         pair = question_and_answer(data)
         self._file.write(f"{data}\n" if pair is None else f"[Q] Question: {pair[0]}\n[A] Answer  : {pair[1]}\n\n")
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -197,7 +190,6 @@ class OpenAIGenerator(MapFunction):
         self._model: Any = None
 
     def open(self) -> None:
-        """Make the client."""
         from sage.services.models.openai import OpenAILLM
 
         extra = {name: self._config[name] for name in ("seed",) if self._config.get(name) is not None}
@@ -207,7 +199,6 @@ class OpenAIGenerator(MapFunction):
         self._model.setup()
 
     def execute(self, data: Any) -> Any:
-        """Return question and answer."""
         asked, messages = data if isinstance(data, list | tuple) and len(data) == 2 else (data, data)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -215,7 +206,6 @@ class OpenAIGenerator(MapFunction):
         return {**asked, "generated": answer} if isinstance(asked, dict) else (asked, answer)
 
     def close(self) -> None:
-        """Close the client."""
         if self._model is not None:
             self._model.cleanup()
 
@@ -260,6 +250,5 @@ class TextLoader(MapFunction):
         return self.execute(None)
 
     def execute(self, data: Any) -> dict[str, Any]:
-        """Return the document at a path."""
         path = self._path or data
         return {"content": Path(path).read_text(encoding=self._encoding), "metadata": {"source": str(path)}}

@@ -236,11 +236,9 @@ class MapAsync(BufferingOperator):
 
     @property
     def calls_running(self) -> int:
-        """How many coroutines run."""
         return len(self._running)
 
     def where(self) -> str:
-        """Return where each coroutine waits."""
         slots = [(slot, slot.task) for slot in tuple(self._running)]
         return "".join(
             f"record {short(slot.value)}:\n{_where(task, self._thread_id)}" for slot, task in slots if task is not None

@@ -61,7 +61,6 @@ class AwaitedSource(HoldingSource):
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more can come, as after an error of a generator."""
         return self.generator is not None and getattr(self.generator, "ag_frame", None) is None
 
     def read(self, records_max: int) -> list[Any] | None:

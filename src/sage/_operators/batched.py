@@ -58,7 +58,6 @@ class MapBatches(BufferingOperator):
         return self.held < self._records_max
 
     def take(self, batch: Batch) -> None:
-        """Put records behind those that wait."""
         if not self.held:
             self.due = self._surroundings.now() + self._wait_s
         self.held += len(batch)
@@ -146,7 +145,6 @@ class MapBatches(BufferingOperator):
         return True
 
     def drop(self) -> int:
-        """Forget waiting records."""
         held, self.held = self.held, 0
         self._waiting.clear()
         self._again = self.due = None
@@ -167,7 +165,6 @@ class MapBatches(BufferingOperator):
         return self._held() or None, -self.held
 
     def recover(self) -> None:
-        """Let the records wait again."""
         assert self.recovery is not None
         for batch in self.recovery.state or ():
             self.take(batch)

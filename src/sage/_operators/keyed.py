@@ -220,7 +220,6 @@ class Join(FlatMap):
     """Calls the function with each record, its key and its input; the function keeps records for later matches."""
 
     def process(self, batch: Batch, port: int) -> Batch:
-        """Return the matches."""
         self.port = port
         call = self._call
         keys = iter(batch.keys or ())

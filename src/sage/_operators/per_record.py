@@ -58,7 +58,6 @@ class Pass(Operator):
     keeps_records = True
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return the batch."""
         self.metrics.records_in += len(batch)
         return batch
 
@@ -72,7 +71,6 @@ class Map(Operator):
         self._drops_none = self.is_function_class
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return the results."""
         results: list[Any] = []
         batch = self.apply(batch, into_list, self._call, results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
@@ -104,11 +102,9 @@ class Filter(Operator):
     keeps_records = True
 
     def prepare(self) -> None:
-        """Bind the function."""
         self._call = self.callable_of()
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return the records that stay."""
         kept: list[object] = []
         if batch.keys is None and batch.requests is None:
             self.apply(batch, keeping, self._call, kept)
@@ -119,7 +115,6 @@ class Filter(Operator):
         return batch.select(kept)
 
     def inlined(self, *, has_key: bool) -> InlineCode | None:
-        """Return the question and the drop."""
         if has_key and self._sees_keys:
             return None
         return InlineCode(("if not {call}(value):", *DROP), self._call)
@@ -140,7 +135,6 @@ class Sink(Operator):
     is_costly = False
 
     def prepare(self) -> None:
-        """Bind the function."""
         self._call = self.callable_of()
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
@@ -151,7 +145,6 @@ class Sink(Operator):
         return NOTHING
 
     def inlined(self, *, has_key: bool) -> InlineCode | None:
-        """Return the call."""
         return None if has_key and self._sees_keys else InlineCode(("{call}(value)",), self._call, gives=False)
 
 
@@ -176,17 +169,14 @@ class KeyBy(Operator):
     keeps_records = True
 
     def prepare(self) -> None:
-        """Bind the function."""
         self._call = self.callable_of()
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return the records with their keys."""
         keys: list[object] = []
         batch = self.apply(batch, into_keys, self._call, keys)
         return Batch(batch.values, keys, batch.requests)
 
     def inlined(self, *, has_key: bool) -> InlineCode | None:
-        """Return the call."""
         if has_key and self._sees_keys:
             return None
         lines = ("key = {call}(value)", "if key.__class__ not in {state}:", "    {state}.check(key)")
@@ -210,7 +200,6 @@ class CoMap(Operator):
             self._drops_none = True
 
     def process(self, batch: Batch, port: int) -> Batch:
-        """Return the results."""
         self.port = port
         results: list[Any] = []
         batch = self.apply(batch, into_list, self._calls[port], results)
@@ -236,7 +225,6 @@ class FlatMap(Operator):
         self._most = BATCH_RECORDS_MAX
 
     def prepare(self) -> None:
-        """Bind the function and its collector."""
         call = self.callable_of()
         self._call = self._collecting(call) if isinstance(self._function, FlatMapFunction) else call
 
@@ -347,11 +335,7 @@ class FlatMap(Operator):
 
 
 def refuse_single(result: object) -> None:
-    """Refuse a result of a function that would be taken apart into something other than records.
-
-    Raises:
-        TypeError: it is one.
-    """
+    """Raise TypeError for a result of a function that would be taken apart into something other than records."""
     found = why_not_records(result)
     if found is not None:
         what, note = found

@@ -55,7 +55,6 @@ class SequenceSource(Source):
         self._at = 0
 
     def read(self, records_max: int) -> Sequence[object] | None:
-        """Return the next slice."""
         records = self._values[self._at : self._at + records_max]
         self._at += len(records)
         return records or None

@@ -43,7 +43,6 @@ class TransactionSink(Sink):
         self._call = sink.write
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        """Return nothing."""
         batch = self.apply(batch, writing, self._call, [])
         if batch.requests is not None:
             drop_requests(batch.requests)

@@ -285,11 +285,7 @@ def comap_spec(target: object, args: tuple[object, ...], kwargs: dict[str, objec
 
 
 def check_service_arguments(name: str, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Check that the constructor of a service takes the arguments it was registered with.
-
-    Raises:
-        TypeError: it does not.
-    """
+    """Raise TypeError if the constructor of a service does not take the arguments it was registered with."""
     try:
         _constructor(target).bind(*args, **kwargs)
     except TypeError as error:

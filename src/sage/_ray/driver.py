@@ -114,7 +114,6 @@ class RemoteJob(Job):
     def _request(
         self, way: StopMode, reason: str, budget_s: float | None = None, hook_cap_s: float | None = None
     ) -> None:
-        """Ask for the end without waiting for it; any thread may."""
         if self.is_running:
             self._reason = self._reason or reason
             self._remote.stop(way, reason, budget_s, hook_cap_s)
@@ -222,7 +221,6 @@ class DriverSupervisor(DriverSide):
         )
 
     def handle_of(self, service: str) -> ServiceHandle[Any] | None:
-        """Return the handle of a service of the job, or None."""
         return self._handles.get(service)
 
     def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
@@ -282,7 +280,6 @@ class DriverSupervisor(DriverSide):
     # --- messages of the master ---
 
     def attach(self, master: Address, epoch: int, addresses: Mapping[str, Address]) -> None:
-        """Follow this master, and ask it for everything from now on."""
         self.site.attach(master, epoch, addresses)
         with self._lock:
             before, self._master = self._master, TcpRpcClient(master, self._launch.secret, {})
@@ -293,7 +290,6 @@ class DriverSupervisor(DriverSide):
             self.stop(*request)
 
     def notice(self, event: Event | HookEvent) -> None:
-        """Take in a change of state."""
         if isinstance(event, Event):
             self.events.append(event)
             match event.subject:

@@ -77,7 +77,6 @@ class RemoteHost:
 
     @property
     def options(self) -> ServiceOptions:
-        """The options that the lifecycle of this job uses."""
         return self.spec.options
 
     @property
@@ -113,7 +112,6 @@ class RemoteHost:
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The names of the hooks of the instance that is there."""
         return self._hooks | self.own_hooks
 
     def adopt(self, _: ServiceContext, surroundings: HostSurroundings) -> None:
@@ -148,29 +146,24 @@ class RemoteHost:
         """Move the `due` of an "exit" that runs forward: it ends by force as soon as the process was asked once."""
 
     def facts(self) -> HostFacts:
-        """Return the facts about the host for the report."""
         if self._facts is not None:
             return self._facts
         kind = "ray" if self._site is None else "inline"
         return HostFacts(kind, self._link.pid if self._link is not None else None)
 
     def admit(self) -> None:
-        """Let calls through."""
         self._tell_gate(SiteSide.admit)
 
     def hold(self) -> None:
-        """Let calls wait."""
         self._tell_gate(SiteSide.hold)
 
     def hold_back(self) -> None:
-        """Refuse calls that would have to wait for the rate of the service."""
         self._tell_gate(SiteSide.hold_back)
 
     def used(self, tokens: int) -> None:
         """Do nothing: the process of the service counts them."""
 
     def refuse(self) -> None:
-        """Let calls fail at once."""
         with self._changed:
             self._refused = True
             self._changed.notify_all()
@@ -192,7 +185,6 @@ class RemoteHost:
         return stack
 
     def release(self) -> None:
-        """Free the thread."""
         self._lane.close(wait=True)
 
     def close(self) -> None:

@@ -84,11 +84,7 @@ class SiteClient:
         return self._is_gone.is_set()
 
     def begin(self, process: ActorProcess, timeout_s: float) -> Began:
-        """Wait until the process answers, watch it from now on, and return where it is.
-
-        Raises:
-            ServiceUnavailableError: it does not come.
-        """
+        """Wait until the process answers, watch it, and return where it is; ServiceUnavailableError otherwise."""
         with self._lock:
             self.process = process
             is_given_up = self._is_ending
@@ -101,11 +97,7 @@ class SiteClient:
         return began
 
     def reach(self, address: Address) -> None:
-        """Watch the process at an address from now on.
-
-        Raises:
-            ServiceUnavailableError: it is not there.
-        """
+        """Watch the process at an address from now on; ServiceUnavailableError if it is not there."""
         peer = TcpRpcClient(address, self._secret, {})
         try:
             self._lease = Lease(peer, self._lost)
@@ -131,11 +123,7 @@ class SiteClient:
     def ask_within(
         self, timeout_s: float | None, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Ask the site.
-
-        Raises:
-            ServiceUnavailableError: its process is gone.
-        """
+        """Ask the site; ServiceUnavailableError if its process is gone."""
         if self.peer is None:
             raise ServiceUnavailableError(f"{self.name} is not there{self._reason()}")
         try:

@@ -92,11 +92,9 @@ class RemoteTask:
             return f"{self.link.name} (process {self.link.pid}) does not say where it stands"
 
     def request_open(self) -> None:
-        """Let the task build and open its functions."""
         self.link.tell(SiteSide.open_task, self.name)
 
     def request_run(self) -> None:
-        """Let records flow."""
         self.link.tell(SiteSide.run_task, self.name)
 
     def request_stop(self) -> None:
@@ -109,15 +107,12 @@ class RemoteTask:
 
     @property
     def calls_running(self) -> int:
-        """How many calls of costly functions run there, which is not asked."""
         return 0
 
     def request_cancel(self) -> None:
-        """Drop everything and close."""
         self.link.tell(SiteSide.cancel_task, self.name)
 
     def take_counts(self, counts: TaskCounts) -> None:
-        """Take in the counts of the task."""
         self.undelivered, self.waited_s = counts.undelivered, counts.waited_s
         by_node = {one.node: one for one in counts.operators}
         for operator in self.operators:
@@ -455,11 +450,9 @@ class Master(MasterSide):
         self._dispatcher.note_dependency(service, other)
 
     def service_died(self, service: str, incarnation: int, text: str) -> None:
-        """Take in that a command ended by itself."""
         self._host(service).command_died(incarnation, text)
 
     def deferred(self, service: str, incarnation: int) -> None:
-        """Note that an instance has something to clean up."""
         self._dispatcher.deferred(service, incarnation)
 
     def permit(self, service: str) -> None:
@@ -469,12 +462,10 @@ class Master(MasterSide):
             permit()
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count the tokens of an answer towards the budget of the job."""
         if self._budget is not None:
             self._budget.used(service, prompt_tokens, completion_tokens)
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
-        """Give the hook that runs more time."""
         self._dispatcher.extend(service, incarnation, seconds)
 
     def task_event(self, event: TaskEvent, counts: TaskCounts | None) -> None:
@@ -487,12 +478,10 @@ class Master(MasterSide):
         self._post(event)
 
     def stop(self, way: int, reason: str, budget_s: float | None, hook_cap_s: float | None) -> None:
-        """End the job."""
         self._reason = self._reason or reason
         self._post(StopRequested(StopMode(way), budget_s, hook_cap_s))
 
     def operators(self) -> tuple[OperatorReport, ...]:
-        """Return the counts of every operator."""
         self._gather_counts()
         return operator_reports(self._dispatcher, self._order.graph)
 

@@ -43,11 +43,7 @@ class Parcel:
         return Parcel, (self._records_count, data, tuple(buffers))
 
     def unpacked(self) -> Batch:
-        """Return the batch.
-
-        Raises:
-            Exception: it cannot be unpickled here; the type depends on it.
-        """
+        """Return the batch; any error if it cannot be unpickled here."""
         return Batch(*pickle.loads(self._data, buffers=self._buffers))
 
 

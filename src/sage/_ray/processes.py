@@ -205,7 +205,6 @@ def _store() -> Any:
 
 
 def actor_name(job: str, site: str) -> str:
-    """Return the name of an actor of a job."""
     return f"sage/{job}/{site}"
 
 

@@ -126,7 +126,6 @@ class Site(SiteSide):
         self.listener.begin()
 
     def handle_of(self, service: str) -> ServiceHandle[Any] | None:
-        """Return the handle of a service of the job, or None."""
         return self.handles.get(service)
 
     def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
@@ -184,7 +183,6 @@ class Site(SiteSide):
             lease.end()
 
     def close_services(self) -> None:
-        """End the threads of the services; a hook that hangs in one of them keeps this from returning."""
         for host in self.hosts.values():
             host.close()
         self._loop.close()
@@ -236,11 +234,9 @@ class Site(SiteSide):
             self._attached.notify_all()
 
     def meet(self, addresses: Mapping[str, Address]) -> None:
-        """Take in where the processes of the other tasks are; no record flows before."""
         self._addresses = dict(addresses)
 
     def left(self, service: str) -> tuple[int, frozenset[str]]:
-        """Wait for the hook of a service that runs, and return which incarnation is here, or 0, and its hooks."""
         host = self.hosts[service]
         host.wait_idle()
         return host.incarnation, host.hooks
@@ -251,23 +247,18 @@ class Site(SiteSide):
         self.tasks[task].request_open()
 
     def run_task(self, task: str) -> None:
-        """Let records flow."""
         self.tasks[task].request_run()
 
     def stop_task(self, task: str) -> None:
-        """End the source, or a loop that begins here."""
         self.tasks[task].request_stop()
 
     def hold_back_task(self, task: str) -> None:
-        """Begin no further call of a costly function."""
         self.tasks[task].request_hold_back()
 
     def cancel_task(self, task: str) -> None:
-        """Drop everything and close."""
         self.tasks[task].request_cancel()
 
     def where(self, task: str) -> str:
-        """Return where the thread of a task stands."""
         return self._backend.where(self.tasks[task])
 
     def put(self, task: str, port: int, element: Element | Parcel) -> int:
@@ -275,19 +266,15 @@ class Site(SiteSide):
         return take_in(self.tasks[task], port, element)
 
     def admit(self, service: str) -> None:
-        """Let calls of a service through."""
         self.hosts[service].admit()
 
     def hold(self, service: str) -> None:
-        """Let calls of a service wait."""
         self.hosts[service].hold()
 
     def hold_back(self, service: str) -> None:
-        """Refuse calls of a service that would have to wait for its rate."""
         self.hosts[service].hold_back()
 
     def refuse(self, service: str) -> None:
-        """Let calls of a service fail at once."""
         self.hosts[service].refuse()
 
     def abandon(self, service: str) -> str:
@@ -321,7 +308,6 @@ class Site(SiteSide):
         return host.method(name)(*args, **kwargs)
 
     def attribute(self, service: str, name: str) -> tuple[bool, Any]:
-        """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""
         host = self.hosts[service]
         host.wait_there()  # a value is not one to call later, as a method is
         attribute = host.method(name)
@@ -331,11 +317,9 @@ class Site(SiteSide):
         return False, attribute
 
     def facts(self, service: str) -> HostFacts:
-        """Return the facts about the host of a service."""
         return self.hosts[service].facts()
 
     def counts(self) -> tuple[dict[str, TaskCounts], dict[str, tuple[int, int, CallWaits]]]:
-        """Return the counts of the tasks and of the calls."""
         sys.stdout.flush()  # it may be the last that is asked for before the end
         tasks = {name: _counts_of(task) for name, task in self.tasks.items()}
         return tasks, {name: (host.call_count, host.error_count, host.waits) for name, host in self.hosts.items()}
@@ -351,7 +335,6 @@ class Site(SiteSide):
         self._ask_master(MasterSide.deferred, service, incarnation)
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
-        """Ask for more time for the hook that runs."""
         self._ask_master(MasterSide.extend, service, incarnation, seconds)
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:

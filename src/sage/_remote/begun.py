@@ -41,7 +41,6 @@ class BegunCalls:
             self._free.append(place)
 
     def has_begun(self, place: int) -> bool:
-        """Return whether the call was begun."""
         return place == UNKNOWN or self._marks[place] == 1
 
     def close(self) -> None:

@@ -144,19 +144,16 @@ class ServiceProcess(ServiceSide):
             self._given_up.discard(number)
 
     def give_up(self, number: int) -> None:
-        """Cancel the coroutine of a call, which may not have begun yet."""
         self._given_up.add(number)
         running = self._running.get(number)
         if running is not None:
             running.cancel()
 
     def attribute(self, name: str) -> tuple[bool, Any]:
-        """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""
         attribute = self._instance.attribute(name)
         return (True, self._instance.coroutine_method(name) is not None) if callable(attribute) else (False, attribute)
 
     def where(self) -> str:
-        """Return where the threads of this process stand, but for those that only wait for requests."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = []
         for ident, frame in sys._current_frames().items():
@@ -167,7 +164,6 @@ class ServiceProcess(ServiceSide):
         return "".join(stacks)
 
     def exit(self) -> None:
-        """End the process."""
         self._is_told = True
         self._over.set()
 
@@ -178,7 +174,6 @@ class ServiceProcess(ServiceSide):
         self.link.ask(JobSide.deferred, service, incarnation)
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
-        """Ask for more time for the hook that runs."""
         self.link.ask(JobSide.extend, service, incarnation, seconds)
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
@@ -299,7 +294,6 @@ class OwnCalls:
         return self._instance.attribute(name)
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
-        """Call a method."""
         return self.call_async(name, args, kwargs, timeout_s).result()
 
     def call_async(

@@ -176,11 +176,7 @@ class RpcClient(Connections, ABC):
         return result
 
     def tell(self, method: Callable[Concatenate[Any, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Send a request that has no answer.
-
-        Raises:
-            RpcClosedError: the other side is gone.
-        """
+        """Send a request that has no answer; RpcClosedError if the other side is gone."""
         # One that is there already has a thread on the other side, which could perhaps not start another one any more.
         try:
             connection = self._idle.pop()
@@ -315,11 +311,7 @@ class RpcServer(Connections):
 
 
 def encode_answer(value: object) -> Frame:
-    """Return the frame of an answer.
-
-    Raises:
-        ServiceError: it cannot be pickled.
-    """
+    """Return the frame of an answer; ServiceError if it cannot be pickled."""
     try:
         return encode((value,))
     except Exception as error:
@@ -385,7 +377,6 @@ class SocketPairRpc(RpcClient, RpcServer):
         return connection
 
     def shut(self) -> None:
-        """Let every request end at once, here and there."""
         with self._lock:
             self._closed = True
             with suppress(OSError):

@@ -74,11 +74,7 @@ class Connection:
         self._end = 0
 
     def send(self, frame: Frame) -> None:
-        """Send the result of `encode`.
-
-        Raises:
-            OSError: the other end is gone.
-        """
+        """Send the result of `encode`; OSError if the other end is gone."""
         data, buffers = frame
         header = HEADER.pack(len(buffers), len(data))
         if not buffers and len(data) <= INBOX_BYTES:

@@ -71,7 +71,6 @@ class AligningChannel(Channel):
         return super().get_nowait()
 
     def close(self) -> int:
-        """Drop waiting, held and later elements, and return how many records were dropped."""
         with self._lock:
             held = sum(len(element) for _, element, _ in self._held)
             held_up, self._held_up = self._held_up, {}

@@ -461,11 +461,7 @@ def _accounts(text: str) -> dict[str, Counts]:
 
 
 def check_is_private(folder: str) -> None:
-    """Refuse a folder whose contents somebody else may have written, before they are unpickled.
-
-    Raises:
-        CheckpointError: another user can write into it.
-    """
+    """Raise CheckpointError for a folder into which somebody else may have written, before it is unpickled."""
     status = os.stat(folder)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
         error = CheckpointError(f'folder "{folder}" can be written by other users', fault="external")

@@ -79,11 +79,7 @@ class CoroutineLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
     def begin(self) -> None:
-        """Start the loop now, so that it cannot fail later.
-
-        Raises:
-            RuntimeError: it is closed, or the system has no more threads.
-        """
+        """Start the loop now, so that it cannot fail later; RuntimeError if it is closed, or without more threads."""
         self._started()
 
     def answer(self, coroutine: Coroutine[object, object, object]) -> Any:

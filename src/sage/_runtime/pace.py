@@ -96,7 +96,6 @@ class TimedPace:
         self.is_slow = False
 
     def limit(self) -> int:
-        """Return how many records the next step takes at most."""
         return self._limit
 
     def measured(self, records: int, elapsed_s: float) -> None:
@@ -110,7 +109,6 @@ class TimedPace:
             self._limit = min(self._fits, self._limit * growth)
 
     def read_limit(self) -> int:
-        """Return how many records the next read of a source that may wait asks for at most."""
         return min(self._limit, self._read_limit, self._read_fits)
 
     def has_read(self, records: int, began_at: float, ended_at: float, size: int | None = None) -> None:

@@ -153,7 +153,6 @@ class Supervisor:
             self._carry_out(action)
 
     def handle_of(self, service: str) -> ServiceHandle[object] | None:
-        """Return the handle of a service of the job, or None."""
         host = self.hosts.get(service)
         return None if host is None else host.spec.handle
 
