@@ -49,6 +49,9 @@ STATE, PARENT, _SESSION, _FLAGS, STARTED = 0, 1, 3, 6, 19
 """Where these fields of /proc/PID/stat stand after the name of the program (fields 3, 4, 6, 9, 22 of proc(5))."""
 
 
+TCP_LISTEN = "0A"
+"""The state of a socket that listens, in /proc/net/tcp."""
+
 ENDED_STATES = (b"Z", b"X")
 """The states of a process that has ended."""
 
@@ -184,6 +187,31 @@ def has_variable(pid: int, name: str, proc: str | os.PathLike[str] = PROC) -> bo
     with suppress(OSError):
         return variable_of(pid, name, proc) is not None
     return False
+
+
+def targets_of(pid: int | str, proc: str | os.PathLike[str] = PROC) -> dict[int, str]:
+    """Return the targets of a process's descriptors; OSError if they may not be read."""
+    folder = os.path.join(proc, str(pid), "fd")
+    targets: dict[int, str] = {}
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):  # such as the one that the list was read with
+            targets[int(name)] = os.readlink(os.path.join(folder, name))
+    return targets
+
+
+def socket_table(name: str, proc: str | os.PathLike[str] = PROC) -> list[list[str]]:
+    """Return the rows of a table of sockets; a kernel without such sockets has no such table."""
+    with suppress(FileNotFoundError), open(os.path.join(proc, "net", name), errors="replace") as lines:
+        return [line.split() for line in lines][1:]
+    return []
+
+
+def listening(name: str, proc: str | os.PathLike[str] = PROC) -> Iterator[tuple[str, str, int]]:
+    """Yield the target of a descriptor, the address in digits, and the port of each socket of TCP that listens."""
+    for fields in socket_table(name, proc):
+        if fields[3] == TCP_LISTEN:
+            digits, _, port = fields[1].partition(":")
+            yield f"socket:[{fields[9]}]", digits, int(port, 16)
 
 
 def stats(proc: str | os.PathLike[str] = PROC) -> Iterator[tuple[int, list[bytes]]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sage._hosts.waits import Waits
 from sage._runtime.coroutines import is_on_loop
@@ -24,7 +25,7 @@ _inside: ContextVar[frozenset[object]] = ContextVar("inside", default=frozenset(
 """The gates that let through the call in which a coroutine runs."""
 
 
-class Gate(Protocol):
+class Gate(ABC):
     """Lets calls through to one instance of a service until it is closed.
 
     Attributes:
@@ -33,36 +34,45 @@ class Gate(Protocol):
         error_count: how many of them raised.
     """
 
-    is_open: bool
-    call_count: int
-    error_count: int
+    def __init__(self, waits: Waits) -> None:
+        self.is_open = False
+        self.call_count = 0
+        self.error_count = 0
+        self._waits = waits
 
     @property
+    @abstractmethod
     def is_idle(self) -> bool:
         """Whether no call runs or waits; a moment later, that may be otherwise."""
 
+    @abstractmethod
     def bind(
         self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
     ) -> Callable[..., Any]:
         """Return `method` behind the gate; a call that finds it closed goes to `otherwise`, unless it may pass."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let nothing more through."""
 
+    @abstractmethod
     def close_if_idle(self) -> bool:
         """Let nothing more through unless a call runs or waits, and return whether that is so; never wait."""
 
+    @abstractmethod
     def take_back(self) -> None:
         """Count a call less that was let through and not made."""
 
+    @abstractmethod
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call runs and return whether that is so."""
 
+    @abstractmethod
     def shut_after_fork(self) -> None:
         """Let nothing through, and wait for none of the threads that a forked process does not have."""
 
 
-class SerialGate:
+class SerialGate(Gate):
     """One call at a time. A service that calls itself gets through, as the lock is reentrant.
 
     Args:
@@ -70,11 +80,8 @@ class SerialGate:
     """
 
     def __init__(self, waits: Waits | None = None) -> None:
-        self.is_open = False
-        self.call_count = 0
-        self.error_count = 0
+        super().__init__(waits or Waits(time.monotonic, is_serial=True))
         self._lock = threading.RLock()
-        self._waits = waits or Waits(time.monotonic, is_serial=True)
 
     def bind(
         self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
@@ -130,14 +137,12 @@ class SerialGate:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call has the lock."""
         is_free = self._lock.acquire(blocking=False)
         if is_free:
             self._lock.release()
         return is_free
 
     def close_if_idle(self) -> bool:
-        """Stop letting calls through, unless a call has the lock."""
         if not self._lock.acquire(blocking=False):
             return False
         self.is_open = False
@@ -162,7 +167,7 @@ class SerialGate:
             lock._at_fork_reinit()
 
 
-class ConcurrentGate:
+class ConcurrentGate(Gate):
     """Several calls at a time, up to a limit or without one: of threads, and of coroutines, which do not block.
 
     A plain method that is called on an event loop runs between the awaits of the coroutines there, so it does not wait
@@ -181,9 +186,7 @@ class ConcurrentGate:
         going_on: Callable[[], AbstractContextManager[None]] = nullcontext,
         waits: Waits | None = None,
     ) -> None:
-        self.is_open = False
-        self.call_count = 0
-        self.error_count = 0
+        super().__init__(waits or Waits(time.monotonic, is_serial=calls_max == 1))
         self._calls_max = calls_max
         self._going_on = going_on
         self._running: dict[object, int] = {}  # by the identity of a thread, or an object for the call of a coroutine
@@ -192,7 +195,6 @@ class ConcurrentGate:
         self._waiting = 0
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._waits = waits or Waits(time.monotonic, is_serial=calls_max == 1)
         self._waits_behind = calls_max is None and self._waits.is_serial
         self._late: dict[object, Wait] = {}  # of the calls of a serial service that had to wait
         self._left_at = 0.0
@@ -254,11 +256,9 @@ class ConcurrentGate:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call runs or waits for its place."""
         return not (self._running or self._waiting or self._awaiting)
 
     def close_if_idle(self) -> bool:
-        """Stop letting calls through, unless a call runs or waits for its place."""
         with self._lock:
             is_idle = self.is_idle
             self.is_open = self.is_open and not is_idle

@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sage._processes import COOKIE_VARIABLE, described, has_variable, process
+from sage._processes import COOKIE_VARIABLE, described, has_variable, listening, process, targets_of
 from sage.command import ADDRESS
 from sage.errors import ServiceError, hint
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 _chosen: set[int] = set()
 """The ports that commands of this process have chosen, and not opened yet."""
 _lock = threading.Lock()
-
-LISTEN = "0A"
-"""The state of a socket that listens, in /proc/net/tcp."""
 
 
 def choose_ports(service: str, command: Command, earlier: Mapping[str, int], host: str = ADDRESS) -> dict[str, int]:
@@ -57,7 +54,7 @@ def choose_ports(service: str, command: Command, earlier: Mapping[str, int], hos
 
 def _taken(port: int, whose: str, service: str) -> ServiceError:
     """Return the error for a port that somebody else has, with who that is."""
-    links = {f"socket:[{inode}]" for inode in _listening().get(port, set())}
+    links = _listening().get(port, set())
     pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()] if links else []
     holders = [one for pid in pids if links & _open_files(pid) and (one := process(pid)) is not None]
     text = f"port {port} is in use, but {whose} needs it"
@@ -88,34 +85,23 @@ def in_use(host: str, ports: Iterable[int]) -> list[int]:
 
 def held_by_others(ports: Iterable[int], own: Iterable[Process]) -> list[int]:
     """Return those of the ports on which another program listens, and none of the `own` processes."""
-    listening = _listening()
-    sockets = {link for one in own for link in _open_files(one.pid)}
-    return [
-        port
-        for port in ports
-        if (inodes := listening.get(port, set())) and not {f"socket:[{inode}]" for inode in inodes} & sockets
-    ]
+    links, sockets = _listening(), {link for one in own for link in _open_files(one.pid)}
+    return [port for port in ports if port in links and not links[port] & sockets]
 
 
 def _listening() -> dict[int, set[str]]:
-    """Return the inodes of the sockets that listen, by port."""
+    """Return the sockets that listen, as targets of descriptors, by port."""
     found: dict[int, set[str]] = {}
     for table in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/net/{table}", encoding="ascii") as file:
-            for line in list(file)[1:]:
-                fields = line.split()
-                if fields[3] == LISTEN:
-                    found.setdefault(int(fields[1].rpartition(":")[2], 16), set()).add(fields[9])
+        for target, _, port in listening(table):
+            found.setdefault(port, set()).add(target)
     return found
 
 
 def _open_files(pid: int) -> set[str]:
-    found = set()
     with suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                found.add(os.readlink(entry.path))
-    return found
+        return set(targets_of(pid).values())
+    return set()
 
 
 def _take(host: str, port: int, held: list[socket.socket], fixed: int | None = None) -> int | None:

@@ -26,7 +26,10 @@ from sage._processes import (
     STATE,
     command_of,
     has_variable,
+    listening,
+    socket_table,
     stats,
+    targets_of,
     variable_of,
 )
 
@@ -45,7 +48,6 @@ COMMAND_CHARACTERS_MAX = 200
 SHARED_MEMORY = Path("/dev/shm")
 STANDARD_LIBRARY = os.path.dirname(os.__file__)
 BOOTSTRAP = frozenset({"_bootstrap", "_bootstrap_inner"})
-TCP_LISTEN = "0A"
 UNIX_LISTEN = 0x10000
 
 
@@ -201,25 +203,14 @@ def keeper(attribute: str) -> int | None:
 # --- descriptors and sockets ------------------------------------------------------------------------------------------
 
 
-def targets_of(pid: int | str, proc: Path) -> dict[int, str]:
-    """Return the targets of a process's descriptors."""
-    folder = proc / str(pid) / "fd"
-    targets: dict[int, str] = {}
-    for name in os.listdir(folder):
-        # The descriptor that the list was read with is closed again.
-        with suppress(FileNotFoundError):
-            targets[int(name)] = os.readlink(folder / name)
-    return targets
-
-
 def descriptors(proc: Path) -> dict[Hashable, Leftover]:
     """Return the descriptors of this process."""
     targets = targets_of("self", proc)
-    listening = addresses(proc, [target for number, target in targets.items() if may_listen(number, target)])
+    sockets = addresses(proc, [target for number, target in targets.items() if may_listen(number, target)])
     found: dict[Hashable, Leftover] = {}
     for number, target in targets.items():
         if number != keeper("_fd"):
-            socket_line = f", listening socket {listening[target]}" if target in listening else ""
+            socket_line = f", listening socket {sockets[target]}" if target in sockets else ""
             line = f"file descriptor {number} -> {target}{socket_line}"
             found[number, target] = Leftover("file descriptor", target, line)
     return found
@@ -241,13 +232,13 @@ def listening_sockets(proc: Path, pids: Iterable[int]) -> dict[Hashable, Leftove
     for pid in pids:
         with suppress(OSError):
             targets[pid] = set(targets_of(pid, proc).values())
-    listening = addresses(proc, set().union(*targets.values()))
+    sockets = addresses(proc, set().union(*targets.values()))
     found: dict[Hashable, Leftover] = {}
     for pid, own in targets.items():
-        for target in own & listening.keys():
+        for target in own & sockets.keys():
             with suppress(OSError):
-                line = f"listening socket {listening[target]}, of process {pid}, {shortened(command_of(pid, proc))}"
-                found[pid, target] = Leftover("listening socket", listening[target], line)
+                line = f"listening socket {sockets[target]}, of process {pid}, {shortened(command_of(pid, proc))}"
+                found[pid, target] = Leftover("listening socket", sockets[target], line)
     return found
 
 
@@ -258,22 +249,12 @@ def addresses(proc: Path, targets: Collection[str]) -> dict[str, str]:
     if not any(target.startswith("socket:") for target in targets):
         return found
     for name, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for fields in rows(proc / "net" / name):
-            if fields[3] == TCP_LISTEN:
-                host, _, port = fields[1].partition(":")
-                found[f"socket:[{fields[9]}]"] = f"tcp {address(kind, host)}:{int(port, 16)}"
-    for fields in rows(proc / "net" / "unix"):
+        for target, digits, port in listening(name, proc):
+            found[target] = f"tcp {address(kind, digits)}:{port}"
+    for fields in socket_table("unix", proc):
         if int(fields[3], 16) & UNIX_LISTEN:
             found[f"socket:[{fields[6]}]"] = f"unix {' '.join(fields[7:])}"
     return {target: found[target] for target in targets if target in found}
-
-
-def rows(path: Path) -> list[list[str]]:
-    """Return the rows of a table of sockets; a kernel without such sockets has no such table."""
-    try:
-        return [line.split() for line in path.read_text(errors="replace").splitlines()[1:]]
-    except FileNotFoundError:
-        return []
 
 
 def address(kind: socket.AddressFamily, digits: str) -> str:
