@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
+from support import postgres_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
     whole = TemporaryDirectory(prefix="own-", dir=memory if memory.is_dir() else None)
     config.add_cleanup(whole.cleanup)
     config.stash[MEMORY] = whole.name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_server_is_left() -> Iterator[None]:
+    yield
+    postgres_server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from support.postgres_server import execute, needs_postgres, server
 
 from sage import ConnectorError, Durable, FunctionError, LocalEnvironment
 from sage.connectors import (
@@ -18,6 +19,8 @@ from sage.connectors import (
     CsvFiles,
     JsonLines,
     JsonLinesFiles,
+    PostgresSink,
+    PostgresTable,
     SqliteSink,
     SqliteTable,
     Text,
@@ -50,13 +53,29 @@ def rows_in(folder: Path, **options: Any) -> SqliteSink:
     return SqliteSink(folder / "rows.db", "rows", **options)
 
 
+def rows_in_postgres(folder: Path, **options: Any) -> PostgresSink:
+    address = server().address(folder)
+    execute(address, "CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, text TEXT NOT NULL)")
+    return PostgresSink(address, "rows", **options)
+
+
+def back_from_postgres(folder: Path) -> PostgresTable:
+    return PostgresTable(server().address(folder), "rows", by="id")
+
+
+def share(folder: Path, other: Path) -> None:
+    """Let the sinks of another folder find the same rows: transactions are not among them until their commit."""
+    server().share(folder, other)
+
+
 class Case(NamedTuple):
-    """A sink: how it is made, its record for a number, a record that it cannot write, and how it is read back."""
+    """A sink: how it is made, its record for a number, one that it cannot write, how it is read back, and copied."""
 
     sink: Callable[[Path], TransactionalSink[Any]]
     record: Callable[[int], Any]
     refused: Any
     source: Callable[[Path], Source[Any]]
+    copy: Callable[[Path, Path], object] = shutil.copytree
 
 
 SINKS = {
@@ -76,10 +95,14 @@ SINKS = {
         {"text": "no key"},
         lambda folder: SqliteTable(folder / "rows.db", "rows", by="id"),
     ),
+    "PostgresSink": Case(rows_in_postgres, value, {"name": 1}, back_from_postgres, share),
+    "PostgresSink with a key": Case(
+        lambda folder: rows_in_postgres(folder, key="id"), value, {"text": "no key"}, back_from_postgres, share
+    ),
 }
 
 
-@pytest.fixture(params=SINKS)
+@pytest.fixture(params=[pytest.param(name, marks=[needs_postgres] * name.startswith("Postgres")) for name in SINKS])
 def case(request: pytest.FixtureRequest) -> Case:
     return SINKS[request.param]
 
@@ -155,7 +178,7 @@ def test_a_checkpoint_that_was_not_complete_leaves_nothing(case: Case, tmp_path:
     first.prepare(2)
     first.begin()
     first.write(records(case, 3))
-    shutil.copytree(killed, left)
+    case.copy(killed, left)
     first.abort()
     first.close()
     second = opened(case, left, 1)
@@ -209,7 +232,10 @@ def test_a_job_that_is_not_durable_writes_all_or_nothing(case: Case, tmp_path: P
     assert rows(case, tmp_path) == wanted(case, *numbers)
 
 
-def test_a_job_that_is_killed_anywhere_writes_each_record_once(case: Case) -> None:
+@pytest.mark.parametrize("name", [name for name in SINKS if not name.startswith("Postgres")])
+def test_a_job_that_is_killed_anywhere_writes_each_record_once(name: str) -> None:
+    """A server does not go back with its folder, so test_postgres.py kills whole programs."""
+    case = SINKS[name]
     numbers = range(40)
 
     def program(backend: Callable[[], Backend], folder: Path) -> Counter[str]:

@@ -11,9 +11,10 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from support.postgres_server import execute, needs_postgres, server
 
 from sage import ConnectorError, Durable, LocalEnvironment
-from sage.connectors import Csv, JsonLines, JsonLinesFiles, SqliteTable, Text
+from sage.connectors import Csv, JsonLines, JsonLinesFiles, PostgresTable, SqliteTable, Text
 from sage.testing import simulate
 
 if TYPE_CHECKING:
@@ -62,6 +63,17 @@ def append_rows(folder: Path, numbers: Sequence[int]) -> None:
         )
 
 
+def append_to_postgres(folder: Path, numbers: Sequence[int]) -> None:
+    address = server().address(folder)
+    execute(address, "CREATE TABLE IF NOT EXISTS rows (at INTEGER, id TEXT, text TEXT)")
+    for number in sorted(numbers, reverse=True):
+        execute(address, "INSERT INTO rows VALUES ($1, $2, $3)", *ticket(number).values())
+
+
+def postgres(folder: Path, **options: Any) -> PostgresTable:
+    return PostgresTable(server().address(folder), **options, by="at")
+
+
 def ticket(number: int) -> dict[str, Any]:
     """Seven rows in a row have the same time."""
     return {"at": number // 7, **value(number)}
@@ -89,10 +101,17 @@ SOURCES = {
         ticket,
         is_ordered=False,
     ),
+    "PostgresTable": Case(append_to_postgres, lambda folder: postgres(folder, table="rows"), ticket, is_ordered=False),
+    "PostgresTable of a query": Case(
+        append_to_postgres,
+        lambda folder: postgres(folder, query="SELECT * FROM rows WHERE text NOT LIKE '%100%' -- all of them\n;"),
+        ticket,
+        is_ordered=False,
+    ),
 }
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(params=[pytest.param(name, marks=[needs_postgres] * name.startswith("Postgres")) for name in SOURCES])
 def case(request: pytest.FixtureRequest) -> Case:
     return SOURCES[request.param]
 
@@ -100,9 +119,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 def read(source: Source[Any], position: Any = None, records_max: int = 100, reads: int = 100) -> tuple[list[Any], Any]:
     """Return the records of so many reads from a position on, and the position after them."""
     open_at: Any = source.open
-    open_at(pickle.loads(pickle.dumps(position)))
     found: list[Any] = []
     try:
+        open_at(pickle.loads(pickle.dumps(position)))
         while reads and (records := source.read(records_max)) is not None:
             assert len(records) <= records_max
             found += records
@@ -157,10 +176,13 @@ def test_a_source_that_was_opened_is_closed_without_a_read(case: Case, tmp_path:
     source.close()
 
 
-def test_nothing_to_read_from_is_an_error_that_says_where_the_program_runs(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(ConnectorError, match=r"^no (file|database)") as caught:
-        case.source(tmp_path).open()
-    assert any("The program runs in" in note for note in caught.value.__notes__)
+def test_nothing_to_read_from_is_an_error_that_says_where_it_looked(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ConnectorError, match=r"^no (file|database)|has no table|does not exist") as caught:
+        read(case.source(tmp_path))
+    assert any(
+        any(word in note for word in ("The program runs in", "There are: ", "search_path"))
+        for note in caught.value.__notes__
+    )
 
 
 def test_a_job_that_is_killed_anywhere_has_each_record_once(case: Case, tmp_path: Path) -> None:

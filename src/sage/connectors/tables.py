@@ -192,6 +192,7 @@ class TableSource(Source[Row]):
                 seen[repr(row)] -= 1
             else:
                 rows.append(row)
+        rows = rows[:records_max]  # rows with the same value have any order, so known ones may be behind these
         if not rows:
             return None
         place = found.columns.index(self._by)
