@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 from copy import deepcopy
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 from sage.errors import GraphError, describe, hint, short
+
+T = TypeVar("T")
 
 STOP_TIMEOUT_VARIABLE = "SAGE_STOP_TIMEOUT_S"
 """The environment variable with the budget of a whole stop."""
 
 
-def check_name(kind: str, name: object) -> None:
-    """Raise GraphError for a name that cannot be shown in a report, a plan or a line of a log; `kind` says which."""
+def check_name(kind: str, name: object) -> str:
+    """Return a name, or raise GraphError if it cannot be shown in a report, a plan or a log; `kind` says which."""
     if not isinstance(name, str) or not name or not name.isprintable():
         raise hint(GraphError(f"the name of {kind} is {short(name)}"), "Give a string of printable characters.")
+    return name
 
 
 def check_text(label: str, value: object, advice: str) -> None:
@@ -32,23 +35,25 @@ def path_of(label: str, value: object, advice: str) -> str:
     return str(path)
 
 
-def check_count(label: str, value: object, *, least: int = 1) -> None:
-    """Raise GraphError, with `label`, for a value that is not a whole number of at least `least`."""
+def check_count(label: str, value: object, *, least: int = 1) -> int:
+    """Return a whole number of at least `least`, or raise GraphError, with `label`, for any other value."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         wanted = "a positive number" if least == 1 else f"a number of at least {least}"
         raise hint(GraphError(f"{label} {short(value)}, which is not {wanted}"), "Give a whole number.")
+    return value
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether a value is a number, and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_seconds(label: str, value: Any, *, may_be_zero: bool = True) -> None:
-    """Raise GraphError, with `label`, for a value that is not a finite number of seconds."""
+def check_seconds(label: str, value: object, *, may_be_zero: bool = True) -> float:
+    """Return a finite number of seconds, or raise GraphError, with `label`, for any other value."""
     if not is_number(value) or not (0 <= value < float("inf")) or (value == 0 and not may_be_zero):
         least = "0 or more" if may_be_zero else "more than 0"
         raise hint(GraphError(f"{label} {short(value)}"), f"Give a finite number of seconds, {least}.")
+    return value
 
 
 def check_backoff(label: str, value: object) -> None:
@@ -65,14 +70,13 @@ def seconds_in(variable: str) -> float | None:
     if text is None:
         return None
     try:
-        value: Any = float(text)
+        value: float | str = float(text)
     except ValueError:
         value = text
-    check_seconds(f"the environment variable {variable} is", value)
-    return float(value)
+    return check_seconds(f"the environment variable {variable} is", value)
 
 
-def copy_of_initial(label: str, initial: object) -> Any:
+def copy_of_initial(label: str, initial: T) -> T:
     """Return a copy of the value with which each key begins.
 
     Raises:

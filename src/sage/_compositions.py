@@ -10,26 +10,31 @@ from sage.functions import FilterFunction, is_coroutine_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
+
+    from sage._types import T, V
+
+    Before: TypeAlias = tuple[object] | None
 
 
-def passing_on(function: Callable[[Any], Any]) -> Callable[[object], object]:
+def passing_on(function: Callable[[T], object]) -> Callable[[T], object]:
     """Return a function that calls `function` with a record and returns the record."""
     if is_coroutine_function(function):
 
-        async def tap_async(record: object) -> object:
+        async def tap_async(record: T) -> T:
             await function(record)
             return record
 
         return tap_async
 
-    def tap(record: object) -> object:
+    def tap(record: T) -> T:
         function(record)
         return record
 
     return tap
 
 
-class Limit(FilterFunction[Any]):
+class Limit(FilterFunction[object]):
     """Lets the first records pass."""
 
     def __init__(self, count: int) -> None:
@@ -49,7 +54,7 @@ class Limit(FilterFunction[Any]):
         self.left = left
 
 
-class Sample(FilterFunction[Any]):
+class Sample(FilterFunction[object]):
     """Lets a random part of the records pass; the same part each time if there is a seed."""
 
     def __init__(self, fraction: float, seed: int | None) -> None:
@@ -69,7 +74,7 @@ class Sample(FilterFunction[Any]):
         """Return the state of the generator."""
         return self._generator.getstate()
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: tuple[int, tuple[int, ...], float | None]) -> None:
         """Go on from a checkpoint."""
         self._generator.setstate(state)
 
@@ -80,20 +85,20 @@ def count(before: int, _: object) -> tuple[int, int]:
     return before, before
 
 
-def aggregating(add: Callable[[Any, Any], Any], result: Callable[[Any], object]) -> Callable[..., tuple[Any, Any]]:
+def aggregating(add: Callable[[V, T], V], result: Callable[[V], object]) -> Callable[[V, T], tuple[V, object]]:
     """Return a function that adds a record and makes the result."""
 
-    def aggregate(before: object, record: object) -> tuple[object, object]:
+    def aggregate(before: V, record: T) -> tuple[V, object]:
         after = add(before, record)
         return after, after if result is itself else result(after)
 
     return aggregate
 
 
-def keeping_top(k: int, by: Callable[[Any], Any]) -> Callable[[list[Any], Any], list[Any]]:
+def keeping_top(k: int, by: Callable[[T], Any]) -> Callable[[list[T], T], list[T]]:
     """Return a function that adds a record to a list of the `k` greatest, the first of equal ones first."""
 
-    def top_k(best: list[Any], record: object) -> list[Any]:
+    def top_k(best: list[T], record: T) -> list[T]:
         if len(best) == k and not by(best[-1]) < by(record):
             return best
         return sorted([*best, record], key=by, reverse=True)[:k]
@@ -106,10 +111,10 @@ def distinct(seen: bool, _: object) -> tuple[bool, bool]:
     return True, not seen
 
 
-def comparing(fingerprint: Callable[[Any], object]) -> Callable[[Any, Any], tuple[Any, bool]]:
+def comparing(fingerprint: Callable[[T], object]) -> Callable[[Before, T], tuple[Before, bool]]:
     """Return a function that says whether a record differs from the one before."""
 
-    def changed(before: tuple[Any] | None, record: object) -> tuple[Any, bool]:
+    def changed(before: Before, record: T) -> tuple[Before, bool]:
         after = (fingerprint(record),)
         if after == before:
             return before, False
@@ -118,5 +123,5 @@ def comparing(fingerprint: Callable[[Any], object]) -> Callable[[Any, Any], tupl
     return changed
 
 
-def itself(value: Any) -> Any:
+def itself(value: T) -> T:
     return value

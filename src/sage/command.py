@@ -15,7 +15,7 @@ from sage.errors import GraphError, ServiceError, hint, short
 from sage.service import ServiceHandle, ServiceMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sage.service import ServiceOptions
 
@@ -96,7 +96,7 @@ class RunningCommand:
 
 Probe = Http | Port | Line
 if TYPE_CHECKING:
-    Ready = Probe | type[Port] | Callable[[RunningCommand], Any]
+    Ready = Probe | type[Port] | Callable[[RunningCommand], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ class Command:
 
     name: str
     words: tuple[Word, ...]
-    ready: Any = None
-    health: Any = None
+    ready: Ready | None = None
+    health: Ready | None = None
     environment: tuple[tuple[str, Word], ...] = ()
     cwd: str | None = None
     port: int | None = None
@@ -210,15 +210,15 @@ def unescaped(text: str) -> str:
 
 def command_of(
     name: str,
-    argv: object,
-    ready: Any,
-    health: object,
-    environment: Any,
-    cwd: Any,
-    port: Any,
-    url: Any,
-    stop_signal: Any,
-    exit_codes: Any,
+    argv: Sequence[Word],
+    ready: Ready | None,
+    health: Ready | None,
+    environment: Mapping[str, Word] | None,
+    cwd: str | os.PathLike[str] | None,
+    port: int | None,
+    url: str | None,
+    stop_signal: int,
+    exit_codes: Iterable[int],
     options: ServiceOptions,
 ) -> Command:
     """Return the arguments of `Environment.register_command` as a value.
@@ -248,7 +248,7 @@ def command_of(
     return command
 
 
-def unknown_keyword(name: Any, argv: Any, unknown: Iterable[str], known: Iterable[str]) -> TypeError:
+def unknown_keyword(name: object, argv: object, unknown: Iterable[str], known: Iterable[str]) -> TypeError:
     """Return the error for keywords that are unknown."""
     words = ", ".join(f'"{key}"' for key in unknown)
     error = TypeError(f'register_command("{name}", {short(argv)}) has no keyword {words}')
@@ -269,7 +269,7 @@ def own_value(word: Word) -> str:
     return str(value)
 
 
-def _words_of(name: str, argv: Any) -> tuple[Word, ...]:
+def _words_of(name: str, argv: Sequence[Word]) -> tuple[Word, ...]:
     if isinstance(argv, str | bytes):
         error = GraphError(f'the command of service "{name}" is {short(argv)}, a string and not a list of words')
         raise hint(error, f"Write {short(str(argv).split())}; no shell reads it.")
@@ -310,7 +310,7 @@ def _wrong_words(command: Command) -> GraphError | None:
             return hint(error, f"Words are strings or paths.{hinted}")
         if not isinstance(word, ServiceMethod) and "\0" in os.fspath(word):
             return GraphError(f'command {command.label} of service "{command.name}" has a word with a null byte')
-    variables: tuple[tuple[object, Any], ...] = command.environment
+    variables: tuple[tuple[object, object], ...] = command.environment
     for key, value in variables:
         if not isinstance(key, str) or not isinstance(value, str | os.PathLike | ServiceMethod):
             return GraphError(
@@ -332,7 +332,7 @@ def _wrong_settings(command: Command) -> GraphError | None:
     if port is not None and (type(port) is not int or not 0 < port <= PORT_MAX):
         return GraphError(f"port {where} is {short(port)}, not a number from 1 to {PORT_MAX}")
     try:
-        number: Any = command.stop_signal
+        number = command.stop_signal
         stops = not isinstance(number, bool) and signal.Signals(number) not in (signal.SIGKILL, signal.SIGSTOP)
     except ValueError:
         stops = False
@@ -360,7 +360,8 @@ def _wrong_placeholders(command: Command) -> GraphError | None:
 
 
 def _wrong_probes(command: Command) -> GraphError | None:
-    for key, probe in (("ready", command.ready), ("health", command.health)):
+    probes: dict[str, object] = {"ready": command.ready, "health": command.health}
+    for key, probe in probes.items():
         where = f'{key} of service "{command.name}", command {command.label},'
         match probe:
             case None:

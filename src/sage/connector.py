@@ -45,7 +45,7 @@ class Source(ABC, Generic[T_co]):
                 first.
         """
 
-    def position(self) -> Any:
+    def position(self) -> object:
         """Return the place of the next record, as a value that can be pickled; durable jobs ask for it between reads.
 
         A source that has this method takes its position back: its `open(position=None)` begins there after a restart. A
@@ -91,7 +91,7 @@ class TransactionalSink(ABC, Generic[A_contra]):
         """Add records to the transaction; the list is not to be changed."""
 
     @abstractmethod
-    def prepare(self, number: int) -> Any:
+    def prepare(self, number: int) -> object:
         """Make the transaction durable, but not visible yet.
 
         Args:

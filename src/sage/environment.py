@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sage._cassette import Cassette
     from sage._guardian.job_journal import JobJournal
     from sage._plan.physical import PhysicalPlan
-    from sage._runtime.backend import Backend
+    from sage._runtime.backend import Backend, Host
     from sage._runtime.budget import BudgetLimits
     from sage._runtime.job import Job
     from sage._runtime.supervisor import Ended
@@ -90,7 +90,7 @@ class Environment:
     _starts_commands = True
     _records_calls = True
 
-    def __init__(self, name: str, config: dict[str, Any] | None = None) -> None:
+    def __init__(self, name: str, config: Mapping[str, Any] | None = None) -> None:
         check_name("an environment", name)
         self.name = name
         self.config = dict(config or {})
@@ -122,21 +122,21 @@ class Environment:
 
     @overload
     def from_batch(
-        self, source: Callable[..., Opens[T]], *args: Any, parallelism: int | None, **kwargs: Any
+        self, source: Callable[..., Opens[T]], *args: object, parallelism: int | None, **kwargs: object
     ) -> DataStream[T]: ...
     @overload
     def from_batch(
-        self, source: Callable[..., Opens[T]], *args: Any, name: str | None, **kwargs: Any
+        self, source: Callable[..., Opens[T]], *args: object, name: str | None, **kwargs: object
     ) -> DataStream[T]: ...
     @overload
     def from_batch(
-        self, source: Callable[..., Opens[T]], *args: Any, on_error: OnError, **kwargs: Any
+        self, source: Callable[..., Opens[T]], *args: object, on_error: OnError, **kwargs: object
     ) -> DataStream[T]: ...
     @overload
     def from_batch(self, source: Callable[P, Opens[T]], *args: P.args, **kwargs: P.kwargs) -> DataStream[T]: ...
     @overload
     def from_batch(self, source: Bounded[T], **options: Unpack[SourceOptions]) -> DataStream[T]: ...
-    def from_batch(self, source: Any, *args: Any, **options: Any) -> Any:
+    def from_batch(self, source: object, *args: object, **options: object) -> object:
         """Begin a bounded stream.
 
         Args:
@@ -153,22 +153,24 @@ class Environment:
 
     @overload
     def from_source(
-        self, function: UnboundedClass[T], *args: Any, parallelism: int | None, **options: Any
+        self, function: UnboundedClass[T], *args: object, parallelism: int | None, **options: object
     ) -> DataStream[T]: ...
     @overload
     def from_source(
-        self, function: UnboundedClass[T], *args: Any, name: str | None, **options: Any
+        self, function: UnboundedClass[T], *args: object, name: str | None, **options: object
     ) -> DataStream[T]: ...
     @overload
     def from_source(
-        self, function: UnboundedClass[T], *args: Any, on_error: OnError, **options: Any
+        self, function: UnboundedClass[T], *args: object, on_error: OnError, **options: object
     ) -> DataStream[T]: ...
     @overload
     def from_source(
-        self, function: UnboundedClass[T], *args: Any, delay: float | None, **options: Any
+        self, function: UnboundedClass[T], *args: object, delay: float | None, **options: object
     ) -> DataStream[T]: ...
     @overload
-    def from_source(self, function: UnboundedClass[T], *args: Any, lockstep: bool, **options: Any) -> DataStream[T]: ...
+    def from_source(
+        self, function: UnboundedClass[T], *args: object, lockstep: bool, **options: object
+    ) -> DataStream[T]: ...
     @overload
     def from_source(
         self, function: Callable[P, Unbounded[T] | Yielded[T]], *args: P.args, **kwargs: P.kwargs
@@ -177,7 +179,7 @@ class Environment:
     def from_source(
         self,
         function: Unbounded[T] | Callable[..., Yielded[T]],
-        *args: Any,
+        *args: object,
         delay: float | None = None,
         lockstep: bool = False,
         **options: Unpack[SourceOptions],
@@ -186,7 +188,7 @@ class Environment:
     def from_source(
         self,
         function: Callable[..., T | StopSignal | None],
-        *args: Any,
+        *args: object,
         delay: float | None = None,
         lockstep: bool = False,
         **options: Unpack[SourceOptions],
@@ -195,7 +197,9 @@ class Environment:
     def from_source(
         self, function: Callable[P, T | StopSignal | None], *args: P.args, **kwargs: P.kwargs
     ) -> DataStream[T]: ...
-    def from_source(self, function: Any, *args: Any, delay: Any = None, lockstep: Any = False, **options: Any) -> Any:
+    def from_source(
+        self, function: object, *args: object, delay: object = None, lockstep: object = False, **options: object
+    ) -> object:
         """Begin an unbounded stream.
 
         Args:
@@ -210,7 +214,7 @@ class Environment:
         """
         return self._source(function, args, options, bounded=False, delay_s=delay, lockstep=lockstep)
 
-    def from_future(self, name: str) -> DataStream[Any]:
+    def from_future(self, name: str) -> DataStream:
         """Return a stream that is filled later by `stream.fill_future(...)`: the way to build a loop."""
         return DataStream(self._builder, self._builder.add(Kind.FUTURE, name=name))
 
@@ -224,7 +228,7 @@ class Environment:
             store: a file to which they are appended as JSON Lines, with the checkpoints if the job is durable and
                 otherwise immediately. `sage letters` shows them and puts them back in.
         """
-        target: Any = None
+        target: DeadLetterFile | Callable[[DeadLetter], None] | None = None
         if store is not None:
             from sage.connectors.dead_letters import DeadLetterFile
 
@@ -236,12 +240,13 @@ class Environment:
         return letters
 
     def _source(
-        self, source: Any, args: tuple[object, ...], options: dict[str, Any], **settings: Any
+        self, source: object, args: tuple[object, ...], options: dict[str, object], *, bounded: bool, **settings: object
     ) -> DataStream[object]:
         common, kwargs = options_and_arguments(options)
+        settings["bounded"] = bounded
         if settings.get("delay_s") is not None:
             check_seconds("from_source: delay is", settings["delay_s"])
-        spec = source_spec(source, args, kwargs, bounded=settings["bounded"])
+        spec = source_spec(source, args, kwargs, bounded=bounded)
         policy = error_policy(self._builder, common.get("on_error"))
         if policy.then != "fail":
             error = GraphError(f"source {short(source)}: on_error cannot skip, because it does not have a record yet")
@@ -251,12 +256,11 @@ class Environment:
             settings["bridge"] = bridge
         if getattr(source, "use_metronome", False):
             settings["lockstep"] = True
-        parallelism = common.get("parallelism")
         id_ = self._builder.add(
             Kind.SOURCE,
             name=common.get("name"),
             function=spec,
-            parallelism=1 if parallelism is None else parallelism,
+            parallelism=common.get("parallelism"),
             on_error=policy,
             settings=settings,
         )
@@ -266,11 +270,13 @@ class Environment:
 
     @overload
     def register_service(
-        self, name: str, cls: Callable[..., T], *args: Any, options: ServiceOptions | None, **kwargs: Any
+        self, name: str, cls: Callable[..., T], *args: object, options: ServiceOptions | None, **kwargs: object
     ) -> T: ...
     @overload
     def register_service(self, name: str, cls: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
-    def register_service(self, name: str, cls: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
+    def register_service(
+        self, name: str, cls: object, *args: object, options: object = None, **kwargs: object
+    ) -> object:
         """Register a service and return its handle, which type checkers take for the service itself.
 
         Args:
@@ -284,7 +290,7 @@ class Environment:
             DuplicateNameError: the name is taken and `options.replace` is not set.
             GraphError: `cls` is not callable.
         """
-        options = self._checked_name(name, options)
+        checked = self._checked_name(name, options)
         cls = class_of(cls)
         if not callable(cls):
             error = GraphError(f'service "{name}": {short(cls)} is not callable')
@@ -293,10 +299,10 @@ class Environment:
             raise GraphError(f'service "{name}": {cls.__name__} is a function of a stream, not a service')
         check_service_arguments(name, cls, args, kwargs)
         handle = self._handle(name, cls)
-        self._add_service(ServiceSpec(name, cls, args, kwargs, options, handle))
+        self._add_service(ServiceSpec(name, cls, args, kwargs, checked, handle))
         return handle
 
-    def use(self, name: str, other: Any, *args: Any, **kwargs: Any) -> Any:
+    def use(self, name: str, other: object, *args: object, **kwargs: object) -> Any:
         """Put another service in the place of a registered one, as a test does; handles given out lead to the other.
 
         Args:
@@ -319,7 +325,7 @@ class Environment:
     def serve(
         self,
         name: str,
-        build: Callable[[DataStream[Any]], DataStream[U]],
+        build: Callable[[DataStream], DataStream[U]],
         *,
         timeout_s: float | None = None,
         stream: bool = False,
@@ -530,6 +536,14 @@ class Environment:
             drop_state=drop_state,
         ).report
 
+    def _submit_for(self, over: Callable[[object], None]) -> Job:
+        """Run the pipeline, and call `over` when its job is over."""
+        self._when_over = over
+        try:
+            return self.submit()
+        finally:
+            self._when_over = None
+
     def stop(self, drain: bool | None = None) -> None:
         """Stop the running job; services that are kept stay. Does nothing twice.
 
@@ -637,7 +651,7 @@ class Environment:
         graph: LogicalGraph,
         plan: PhysicalPlan | None,
         backend: Backend,
-        adopted: dict[str, Any],
+        adopted: dict[str, Host],
         keep: frozenset[str] = frozenset(),
     ) -> Job:
         from sage._assembly import assemble
@@ -754,7 +768,7 @@ class Environment:
             raise hint(error, "Only a durable job has states in checkpoints.")
         return tuple(given)
 
-    def _checked_name(self, name: str, options: ServiceOptions | None) -> ServiceOptions:
+    def _checked_name(self, name: str, options: object) -> ServiceOptions:
         check_name("a service", name)
         options = DEFAULT_OPTIONS if options is None else options
         if not isinstance(options, ServiceOptions):
@@ -764,7 +778,7 @@ class Environment:
             raise _registered_twice(name)
         return options
 
-    def _handle(self, name: str, target: object) -> ServiceHandle[Any]:
+    def _handle(self, name: str, target: object) -> ServiceHandle:
         """Return the handle of a name: the one that was given out for an earlier service, if there is one."""
         handle = self._services[name].handle if name in self._services else ServiceHandle(name, target)
         handle._target = target
@@ -859,7 +873,7 @@ class Environment:
     def _new_kept(self) -> KeptServices:
         return KeptServices(self.name, self._begin_to_close, lambda: self._job is not None and self._job.is_running)
 
-    def _begin_to_close(self, kept: dict[str, Any]) -> Job:
+    def _begin_to_close(self, kept: dict[str, Host]) -> Job:
         """Stop services that were kept, by a job without tasks."""
         specs = tuple(host.spec for host in kept.values())
         job = self._new_job(str(uuid.uuid4()), LogicalGraph(self.name, {}, (), specs), None, self._backend(), kept)
@@ -911,7 +925,7 @@ class LocalEnvironment(Environment):
     def __init__(
         self,
         name: str = "localenvironment",
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         *,
         log_dir: str | os.PathLike[str] | None = None,
         report_file: str | os.PathLike[str] | None = None,

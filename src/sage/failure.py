@@ -45,8 +45,8 @@ class FailedRecord:
         began_at: when the function was last called with it, in seconds since the epoch.
     """
 
-    value: Any
-    keys: tuple[Any, ...]
+    value: object
+    keys: tuple[object, ...]
     port: int
     operator: str
     error: BaseException
@@ -65,7 +65,7 @@ class Retry:
 
     attempts_max: int = 3
     backoff_s: tuple[float, float] = (0.1, 10.0)
-    then: Any = "fail"
+    then: object = "fail"
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""

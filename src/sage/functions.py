@@ -12,7 +12,8 @@ from sage._types import A_contra, B_contra, K_co, T, T_co, U_co
 from sage.service import ServiceUser, UserContext
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+    from typing import TypeGuard
 
     from sage.service import ServiceHandle
 
@@ -70,7 +71,7 @@ class TaskContext(UserContext):
     def __init__(
         self,
         name: str,
-        services: dict[str, ServiceHandle[Any]],
+        services: Mapping[str, ServiceHandle],
         parallel_index: int,
         parallelism: int,
         stopping: Stopping,
@@ -219,7 +220,7 @@ class FutureFunction(BaseFunction):
     """Stands for a stream that is filled later; see `Environment.from_future`."""
 
 
-def is_coroutine_function(target: object) -> bool:
+def is_coroutine_function(target: object) -> TypeGuard[Callable[..., Coroutine[object, object, object]]]:
     """Return whether calling `target` gives a coroutine, also for objects with `__call__`."""
     if isinstance(target, FunctionType) and not target.__dict__:  # as most are: nothing is wrapped or marked
         return bool(target.__code__.co_flags & inspect.CO_COROUTINE)

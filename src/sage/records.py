@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import chain, compress, repeat
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sage._sizes import size_of_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
+
+X = TypeVar("X")
 
 BATCH_RECORDS_MAX = 2048
 """No operator takes more records than this at once, so that a stop or a slow record waits for little.
@@ -19,6 +21,32 @@ With twice as many, a chain of cheap functions gains 2 %; with half as many it l
 
 BATCH_BYTES_MAX = 512 << 10
 """A task that has emitted a larger batch takes fewer records next time."""
+
+
+class RecordRequest(Protocol):
+    """The call of a served pipeline that a record belongs to; it counts the records that came of it."""
+
+    is_streamed: bool
+    is_given_up: bool
+
+    def add(self, count: int) -> None:
+        """Count records that came of one of this request's."""
+
+    def drop(self) -> None:
+        """Count off a record that has ended."""
+
+    def answer(self, record: object) -> None:
+        """Give a record that arrived at the end."""
+
+    def fail(self, error: BaseException) -> None:
+        """Give an error instead of an answer."""
+
+
+class Change(Protocol):
+    """Picks from a lane of a batch, whatever it holds."""
+
+    def __call__(self, lane: Sequence[X], /) -> Sequence[X]:
+        """Return the part of the lane that remains."""
 
 
 class Batch:
@@ -37,9 +65,9 @@ class Batch:
 
     def __init__(
         self,
-        values: Sequence[Any],
-        keys: list[Any] | None = None,
-        requests: list[Any] | None = None,
+        values: Sequence[object],
+        keys: Sequence[object] | None = None,
+        requests: Sequence[RecordRequest | None] | None = None,
     ) -> None:
         self.values = values
         self.keys = keys
@@ -86,7 +114,7 @@ class Batch:
         """Return every `step`-th record from `start` on."""
         return self._each(lambda lane: lane[start::step])
 
-    def select(self, mask: Sequence[Any]) -> Batch:
+    def select(self, mask: Sequence[object]) -> Batch:
         """Return the records whose place in `mask` is true."""
         return self._each(lambda lane: list(compress(lane, mask)))
 
@@ -94,14 +122,14 @@ class Batch:
         """Return the records at `places`, in that order."""
         return self._each(lambda lane: [lane[place] for place in places])
 
-    def replace(self, values: Sequence[Any]) -> Batch:
+    def replace(self, values: Sequence[object]) -> Batch:
         """Return a batch of as many other values with the same keys and requests."""
         return Batch(values, self.keys, self.requests)
 
-    def expand(self, values: list[Any], counts: list[int]) -> Batch:
+    def expand(self, values: list[object], counts: list[int]) -> Batch:
         """Return `values` as a batch in which record i of this one stands `counts[i]` times."""
 
-        def spread(lane: list[Any]) -> list[Any]:
+        def spread(lane: Sequence[X]) -> list[X]:
             return list(chain.from_iterable(map(repeat, lane, counts)))
 
         return Batch(
@@ -110,7 +138,7 @@ class Batch:
             None if self.requests is None else spread(self.requests),
         )
 
-    def _each(self, change: Callable[[Any], Any]) -> Batch:
+    def _each(self, change: Change) -> Batch:
         return Batch(
             change(self.values),
             None if self.keys is None else change(self.keys),
@@ -173,12 +201,12 @@ class BatchReading:
 
     def __init__(self) -> None:
         # In one attribute, since a cut must never put the records of one reading to the rest of another.
-        self._work: tuple[Iterator[Any], list[Any]] = (iter(()), [])
+        self._work: tuple[Iterator[object], list[object]] = (iter(()), [])
         self.started_at: float | None = None
         self.cancelled = False
         self.is_cut = False
 
-    def begin(self, values: Sequence[Any]) -> Iterator[Any]:
+    def begin(self, values: Sequence[object]) -> Iterator[object]:
         """Return an iterator over `values`, which is not changed."""
         reading = iter(values)
         self._work = (reading, [])
@@ -188,7 +216,7 @@ class BatchReading:
             self.cut()
         return reading
 
-    def end(self) -> list[Any]:
+    def end(self) -> list[object]:
         """Stop reading, and return the unread records."""
         self.started_at = None
         reading, left = self._work

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_METHOD = "process"
 
-ABSENT: Any = object()
+ABSENT = object()
 """Stands for an argument that was not given."""
 
 logging.getLogger("sage").addHandler(logging.NullHandler())
@@ -39,11 +39,11 @@ class ServiceCalls(Protocol):
             UnknownServiceError: the service has no such attribute; the known methods are listed.
         """
 
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+    def call(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None) -> object:
         """Call a method and return its answer, or raise its exception, or `ServiceTimeoutError`."""
 
     def call_async(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
+        self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
     ) -> CallFuture:
         """Start a call on the service's own threads; a coroutine of a job may await the future."""
 
@@ -81,7 +81,7 @@ class ServiceHandle(Generic[T]):
             self.__dict__[name] = method
         return method
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call the service's `process`."""
         return getattr(self, DEFAULT_METHOD)(*args, **kwargs)
 
@@ -94,7 +94,7 @@ class ServiceHandle(Generic[T]):
     def __deepcopy__(self, memo: object) -> ServiceHandle[T]:
         return self
 
-    def __reduce__(self) -> tuple[Callable[[str], ServiceHandle[Any]], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[[str], ServiceHandle], tuple[str]]:
         # In another process it leads to the same service by another way.
         return handle_of, (self._name,)
 
@@ -129,12 +129,12 @@ class ServiceHandle(Generic[T]):
         return self._calls
 
 
-def resolve_handles(handles: Mapping[str, ServiceHandle[Any]]) -> None:
+def resolve_handles(handles: Mapping[str, ServiceHandle]) -> None:
     """Set the meaning of handles that are unpickled on this thread from now on."""
     here.handles = handles
 
 
-def handle_of(name: str) -> ServiceHandle[Any]:
+def handle_of(name: str) -> ServiceHandle:
     """Return the object that a pickled handle becomes: the handle of the same name in the surrounding job.
 
     Outside a job, calls of the handle raise `ServiceUnavailableError`.
@@ -153,11 +153,11 @@ class ServiceMethod:
     not running.
     """
 
-    def __init__(self, handle: ServiceHandle[Any], name: str) -> None:
+    def __init__(self, handle: ServiceHandle, name: str) -> None:
         self.handle = handle
         self.__name__ = name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call the method on the running service."""
         return self.resolve()(*args, **kwargs)
 
@@ -169,8 +169,7 @@ class ServiceMethod:
         return repr(self) if is_method else str(self.resolve())
 
     def __index__(self) -> int:
-        value: Any = self.resolve()
-        return index(value)
+        return index(self.resolve())
 
     def __copy__(self) -> ServiceMethod:
         return self
@@ -178,17 +177,16 @@ class ServiceMethod:
     def __deepcopy__(self, memo: object) -> ServiceMethod:
         return self
 
-    def __reduce__(self) -> tuple[type[ServiceMethod], tuple[ServiceHandle[Any], str]]:
+    def __reduce__(self) -> tuple[type[ServiceMethod], tuple[ServiceHandle, str]]:
         return ServiceMethod, (self.handle, self.__name__)
 
-    def resolve(self) -> Callable[..., Any]:
-        """Return the target of a call while the service runs.
+    def resolve(self) -> Any:
+        """Return the attribute of the running service.
 
         Raises:
             ServiceUnavailableError: the service is not running.
         """
-        method: Callable[..., Any] = self.handle._require().method(self.__name__)
-        return method
+        return self.handle._require().method(self.__name__)
 
 
 class Supervision(Protocol):
@@ -203,7 +201,7 @@ class Supervision(Protocol):
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of an answer, and return when they count."""
 
-    def claim(self, service: str, entry: dict[str, Any]) -> None:
+    def claim(self, service: str, entry: dict[str, object]) -> None:
         """Record a thing to reap if the service's process is lost, and return when the entry is safe on disk.
 
         An entry is one of `{"claim": "path", "path": str}`, `{"claim": "process", "pid": int}`,
@@ -222,7 +220,7 @@ class UserContext:
     """
 
     def __init__(
-        self, name: str, services: dict[str, ServiceHandle[Any]], note: Callable[[str], None] | None = None
+        self, name: str, services: Mapping[str, ServiceHandle], note: Callable[[str], None] | None = None
     ) -> None:
         self.name = name
         self._services = services
@@ -233,7 +231,7 @@ class UserContext:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # whoever runs a copy of the function, here or elsewhere, gives it a context of its own
 
-    def service(self, name: str) -> ServiceHandle[Any]:
+    def service(self, name: str) -> ServiceHandle:
         """Return the handle of the service `name`.
 
         Raises:
@@ -262,7 +260,7 @@ class ServiceContext(UserContext):
     def __init__(
         self,
         name: str,
-        services: dict[str, ServiceHandle[Any]],
+        services: Mapping[str, ServiceHandle],
         note: Callable[[str], None] | None = None,
         supervision: Supervision | None = None,
         incarnation: int = 0,
@@ -310,7 +308,7 @@ class ServiceContext(UserContext):
         """Declare a process that is to be ended if the service is lost."""
         self._claim(claim="process", pid=pid)
 
-    def on_lost(self, function: str, args: Sequence[Any] = ()) -> None:
+    def on_lost(self, function: str, args: Sequence[object] = ()) -> None:
         """Declare a function to call, in a fresh process, at least once, if the service is lost.
 
         Args:
@@ -367,7 +365,7 @@ class ServiceContext(UserContext):
                 errors.append(error)
         return errors
 
-    def _claim(self, **entry: Any) -> None:
+    def _claim(self, **entry: object) -> None:
         if self._supervision is None:
             raise no_journal(self.name, entry)
         self._supervision.claim(self.name, entry)
@@ -418,23 +416,23 @@ class ServiceUser:
         """A logger of the standard library, named after the operator or service."""
         return logging.getLogger(f"sage.user.{self.name}")
 
-    def service(self, name: str) -> ServiceHandle[Any]:
+    def service(self, name: str) -> ServiceHandle:
         """Return the handle of the service `name`; its methods are the service's."""
         if self.ctx is None:
             error = ServiceUnavailableError(f'{type(self).__name__} asks for service "{name}" outside of a job')
             raise hint(error, "Services can be used from open() on, not in a function's constructor.")
-        handle: ServiceHandle[Any] = self.ctx.service(name)
+        handle: ServiceHandle = self.ctx.service(name)
         return handle
 
     def call_service(
         self,
         name: str,
-        first: Any = ABSENT,
+        first: object = ABSENT,
         /,
-        *args: Any,
+        *args: object,
         method: str | None = None,
         timeout: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Call a service and return its answer.
 
@@ -464,7 +462,7 @@ class ServiceUser:
         return call(first, *args, **kwargs) if args or kwargs else call(first)
 
     def call_service_async(
-        self, name: str, /, *args: Any, method: str | None = None, timeout: float | None = None, **kwargs: Any
+        self, name: str, /, *args: object, method: str | None = None, timeout: float | None = None, **kwargs: object
     ) -> CallFuture:
         """Start a call of a service on the service's own threads and return a future of its answer.
 
@@ -497,14 +495,14 @@ class BaseService(ServiceUser):
 
     ctx: ServiceContext
 
-    def setup(self) -> Any:
+    def setup(self) -> object:
         """Prepare the service; called once after the constructor."""
 
-    def start(self) -> Any:
+    def start(self) -> object:
         """Begin to work; called once after `setup`, before the first call."""
 
-    def stop(self) -> Any:
+    def stop(self) -> object:
         """End the work; called once after the last call."""
 
-    def cleanup(self) -> Any:
+    def cleanup(self) -> object:
         """Release everything; called exactly once for each instance that was built."""

@@ -42,8 +42,8 @@ class Request:
         self.payload = payload
         self._on_done = on_done
         self._records = 1
-        self._first: Any = _UNANSWERED
-        self._answer: Any = _UNANSWERED
+        self._first: object = _UNANSWERED
+        self._answer: object = _UNANSWERED
         self._error: BaseException | None = None
         self._condition = threading.Condition()
         self._listening: list[Callable[[], None]] = []
@@ -67,7 +67,7 @@ class Request:
                 self._answer = None if self._first is _UNANSWERED else self._first
                 self._done()
 
-    def answer(self, record: Any) -> None:
+    def answer(self, record: object) -> None:
         """Give a record that arrived at the end; the request is answered once no other one can follow."""
         with self._condition:
             if self.is_done:
@@ -82,7 +82,7 @@ class Request:
             self._error = hint(error, "serve(..., stream=True) passes on all answers; otherwise return one list.")
             self._done()
 
-    def put(self, answer: Any) -> None:
+    def put(self, answer: object) -> None:
         """Give the answer; only the first one counts."""
         with self._condition:
             if not self.is_done:
@@ -96,7 +96,7 @@ class Request:
                 self._error = error
                 self._done()
 
-    def get(self, timeout: float | None = None) -> Any:
+    def get(self, timeout: float | None = None) -> object:
         """Wait for the answer and return it, or raise the error.
 
         Raises:
@@ -106,7 +106,7 @@ class Request:
             raise not_answered(timeout)
         return self.result()
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """Return the answer that is there, or raise the error."""
         if self._error is not None:
             raise self._error
@@ -145,9 +145,9 @@ class StreamedRequest(Request):
 
     def __init__(self, payload: Any, on_done: Callable[[Request], None] | None = None) -> None:
         super().__init__(payload, on_done)
-        self._pieces: deque[Any] = deque()
+        self._pieces: deque[object] = deque()
 
-    def answer(self, record: Any) -> None:
+    def answer(self, record: object) -> None:
         """Give a piece."""
         with self._condition:
             if not self.is_done:
@@ -162,7 +162,7 @@ class StreamedRequest(Request):
         """Return the pieces."""
         return Pieces(self, None)
 
-    def next_piece(self) -> Any:
+    def next_piece(self) -> object:
         """Return the next piece, or `NOTHING_YET`.
 
         Raises:
@@ -196,7 +196,7 @@ class StreamedRequest(Request):
                 self._done()
 
 
-NOTHING_YET: Any = object()
+NOTHING_YET: object = object()
 """Stands for a piece that is not there yet."""
 
 
@@ -263,7 +263,7 @@ def _tell(loop: AbstractEventLoop, callback: Callable[[], object]) -> None:
         loop.call_soon_threadsafe(callback)
 
 
-async def answered(request: Request, timeout_s: float | None) -> Any:
+async def answered(request: Request, timeout_s: float | None) -> object:
     """Wait for the answer of a request on any event loop; a cancelled wait gives the request up."""
     import asyncio
 
@@ -329,7 +329,7 @@ class PipelineBridge:
         """Whether it is closed and every request has been taken."""
         return self._closed and self._requests.qsize() <= 1
 
-    def submit(self, payload: Any) -> Request:
+    def submit(self, payload: object) -> Request:
         """Put a request on its way and return it; its `get` waits for the answer.
 
         Raises:
@@ -397,7 +397,7 @@ class PipelineService(BaseService):
         self._bridge = bridge
         self._request_timeout = request_timeout
 
-    def process(self, message: Any) -> Any:
+    def process(self, message: object) -> object:
         """Send a request through the pipeline and return the answer, or raise the error that it met."""
         if isinstance(message, dict) and message.get("command") == "shutdown":
             self._bridge.close()
@@ -405,7 +405,7 @@ class PipelineService(BaseService):
         refuse_on_foreign_loop("a served pipeline", "Write `await aio(handle).process(...)` there.")
         return self._bridge.submit(message).get(self._request_timeout)
 
-    def begin(self, message: Any) -> tuple[Request, float | None]:
+    def begin(self, message: object) -> tuple[Request, float | None]:
         """Send a request without waiting for the answer, and return it with the bound of the waiting."""
         return self._bridge.submit(message), self._request_timeout
 
@@ -417,14 +417,14 @@ class PipelineService(BaseService):
 class ServedPipeline(Protocol[U_co]):
     """The methods of a served pipeline's handle. The answer is None if the pipeline drops the request."""
 
-    def process(self, request: Any, /) -> U_co | Any:
+    def process(self, request: object, /) -> U_co | Any:
         """Send a request through the pipeline and return the answer, or raise the error that it met."""
 
-    def __call__(self, request: Any, /) -> U_co | Any:
+    def __call__(self, request: object, /) -> U_co | Any:
         """Call `process`."""
 
 
-class RequestSource(Source[Any]):
+class RequestSource(Source[object]):
     """Reads the requests of a bridge as records, and ends when the bridge is closed; the bridge says when some came."""
 
     bounded = False
@@ -437,9 +437,9 @@ class RequestSource(Source[Any]):
         """Whether a read would find neither a request nor the end."""
         return self._bridge.is_idle
 
-    def read(self, records_max: int) -> list[Any] | None:
+    def read(self, records_max: int) -> list[object] | None:
         """Return the payloads of the requests that wait."""
-        payloads: list[Any] = []
+        payloads: list[object] = []
         while len(payloads) < records_max and not self.is_idle:
             request = self._bridge.next(timeout=0)
             if not isinstance(request, Request):
@@ -448,7 +448,7 @@ class RequestSource(Source[Any]):
         return payloads
 
 
-def bridge_among(source: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> PipelineBridge | None:
+def bridge_among(source: object, args: tuple[object, ...], kwargs: dict[str, object]) -> PipelineBridge | None:
     """Return the bridge that a source is built with, or that an instance holds, or None."""
     held = vars(source).values() if hasattr(source, "__dict__") and not isinstance(source, type) else ()
     candidates = (*args, *kwargs.values(), *held)

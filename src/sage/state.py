@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Self
 
+    from _typeshed import SupportsRichComparison
+
 
 class HasKey(Protocol):
     """Tells the key of the record in hand."""
 
-    key: Any
+    key: object
 
 
 class NoKey:
     """Stands for the key while no record is in hand."""
 
     def __init__(self) -> None:
-        self.key = self
+        self.key: object = self
 
     def __hash__(self) -> int:
         error = RuntimeError("a state of a key is used while no record is in hand")
@@ -42,8 +44,8 @@ class KeyState(Generic[T]):
     def __init__(self, default: T) -> None:
         self._default = copy_of_initial(f"{type(self).__name__}: default", default)
         self._name = ""
-        self._young: dict[Any, Any] = {}
-        self._old: dict[Any, Any] = {}
+        self._young: dict[object, Any] = {}
+        self._old: dict[object, Any] = {}
         self._context: HasKey = NO_KEY
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -61,7 +63,7 @@ class KeyState(Generic[T]):
             error = AttributeError(f'"{self._name}" of {type(function).__name__} is a state of each key')
             raise hint(error, "Change what it holds: a ValueState has the attribute value.")
 
-    def bind(self, function: object, young: dict[Any, Any], old: dict[Any, Any], context: HasKey) -> None:
+    def bind(self, function: object, young: dict[object, Any], old: dict[object, Any], context: HasKey) -> None:
         """Give one instance of the function class its states, by name and key.
 
         Args:
@@ -122,7 +124,7 @@ class ListState(KeyState[list[T]], MutableSequence[T]):
     def __getitem__(self, place: int) -> T: ...
     @overload
     def __getitem__(self, place: slice) -> list[T]: ...
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, place: int | slice) -> T | list[T]:
         return self._of_key()[place]
 
     def __setitem__(self, place: Any, value: Any) -> None:
@@ -149,7 +151,7 @@ class ListState(KeyState[list[T]], MutableSequence[T]):
         """Add values at the end."""
         self._of_key().extend(values)
 
-    def sort(self, *, key: Callable[[T], Any] | None = None, reverse: bool = False) -> None:
+    def sort(self, *, key: Callable[[T], SupportsRichComparison] | None = None, reverse: bool = False) -> None:
         """Sort the values as `list.sort` does."""
         values: list[Any] = self._of_key()
         values.sort(key=key, reverse=reverse)
@@ -189,7 +191,7 @@ class MapState(KeyState[dict[K, V]], MutableMapping[K, V]):
         return self._of_key().copy()
 
 
-def states_of(owner: type) -> dict[str, KeyState[Any]]:
+def states_of(owner: type) -> dict[str, KeyState]:
     """Return the states of keys that a function class declares, by their names."""
     attributes = {name: value for class_ in reversed(owner.__mro__) for name, value in vars(class_).items()}
     return {name: value for name, value in attributes.items() if isinstance(value, KeyState)}

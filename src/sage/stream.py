@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, Unpack, over
 from sage._arguments import check_count, check_seconds, copy_of_initial
 from sage._compositions import Limit, Sample, aggregating, comparing, count, distinct, itself, keeping_top, passing_on
 from sage._handover import Handover
-from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
+from sage._plan.logical import FunctionSpec, GraphBuilder, JobRunner, Kind, Route
 from sage._plan.signature import async_spec, comap_spec, function_spec, place_of, plain_function
 from sage._types import Inputs, K_co, T_co
 from sage.connector import TransactionalSink
@@ -34,10 +34,13 @@ if TYPE_CHECKING:
     ProcessClass: TypeAlias = type[functions.ProcessFunction[T, U]]
     SinkClass: TypeAlias = type[functions.SinkFunction[T]]
     KeyByClass: TypeAlias = type[functions.KeyByFunction[T, K]]
-    KeyFinder: TypeAlias = Callable[[Any], Any] | functions.KeyByFunction | type[functions.KeyByFunction]
+    KeyFinder: TypeAlias = Callable[[Any], object] | functions.KeyByFunction | type[functions.KeyByFunction]
     OneRecord: TypeAlias = Callable[[T], U] | Processes[T, U]
     ManyRecords: TypeAlias = Callable[[T], Results[U] | Awaitable[Results[U]]] | Processes[T, Results[U]]
-    OnError: TypeAlias = "Literal['fail', 'skip'] | Retry | DataStream[Any] | None"
+    # The type of the keys is not known after an operator that may change the record, as `keyby` stands before it.
+    Keyed: TypeAlias = "KeyedStream[Any, U]"
+    Pairs: TypeAlias = "KeyedStream[Any, tuple[Any, U]]"
+    OnError: TypeAlias = "Literal['fail', 'skip'] | Retry | DataStream[object] | None"
 
 Strategy = Literal["hash", "broadcast", "round_robin"]
 
@@ -106,38 +109,41 @@ class DataStream(Generic[T_co]):
         self,
         kind: Kind,
         spec: FunctionSpec | None,
-        options: SourceOptions,
+        options: Mapping[str, object],
         *,
         route: Route | None = None,
         inputs: tuple[int, ...] | None = None,
         **settings: object,
     ) -> int:
         _check_states(self._builder, spec, (self,))
-        parallelism = options.get("parallelism")
         return self._builder.add(
             kind,
             name=options.get("name"),
             inputs=inputs or (self._id,),
             function=spec,
-            parallelism=1 if parallelism is None else parallelism,
+            parallelism=options.get("parallelism"),
             on_error=error_policy(self._builder, options.get("on_error")),
             route=route,
             settings=settings if spec is None or spec.capacity is None else {**settings, "capacity": spec.capacity},
         )
 
-    def _apply(self, kind: Kind, function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _apply(self, kind: Kind, function: object, args: tuple[object, ...], options: dict[str, object]) -> Self:
         """Return the stream after an operator that does not have settings."""
         common, kwargs = options_and_arguments(options)
         return self._stream(self._then(kind, function_spec(kind, function, args, kwargs), common))
 
     @overload
-    def map(self, function: MapClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any) -> DataStream[U]: ...
+    def map(
+        self, function: MapClass[T_co, U], *args: object, parallelism: int | None, **kwargs: object
+    ) -> DataStream[U]: ...
     @overload
-    def map(self, function: MapClass[T_co, U], *args: Any, name: str | None, **kwargs: Any) -> DataStream[U]: ...
+    def map(self, function: MapClass[T_co, U], *args: object, name: str | None, **kwargs: object) -> DataStream[U]: ...
     @overload
-    def map(self, function: MapClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any) -> DataStream[U]: ...
+    def map(self, function: MapClass[T_co, U], *args: object, on_error: OnError, **kwargs: object) -> DataStream[U]: ...
     @overload
-    def map(self, function: MapClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any) -> DataStream[U]: ...
+    def map(
+        self, function: MapClass[T_co, U], *args: object, capacity: int | None, **kwargs: object
+    ) -> DataStream[U]: ...
     @overload
     def map(
         self, function: Callable[P, functions.MapFunction[T_co, U]], *args: P.args, **kwargs: P.kwargs
@@ -148,7 +154,7 @@ class DataStream(Generic[T_co]):
     def map(
         self, function: OneRecord[T_co, U] | functions.MapFunction[T_co, U], **options: Unpack[OperatorOptions]
     ) -> DataStream[U]: ...
-    def map(self, function: Any, *args: Any, **options: Any) -> Any:
+    def map(self, function: object, *args: object, **options: object) -> object:
         """Replace each record with the return value of `function`.
 
         A plain callable's None is data; a `MapFunction` that returns None drops the record. The key is kept.
@@ -161,33 +167,35 @@ class DataStream(Generic[T_co]):
 
     @overload
     def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+        self, function: AsyncClass[T_co, U], *args: object, parallelism: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+        self, function: AsyncClass[T_co, U], *args: object, name: str | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+        self, function: AsyncClass[T_co, U], *args: object, on_error: OnError, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+        self, function: AsyncClass[T_co, U], *args: object, capacity: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, concurrency: int, **kwargs: Any
-    ) -> DataStream[U]: ...
-    @overload
-    def map_async(self, function: AsyncClass[T_co, U], *args: Any, ordered: bool, **kwargs: Any) -> DataStream[U]: ...
-    @overload
-    def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, timeout_s: float | None, **kwargs: Any
+        self, function: AsyncClass[T_co, U], *args: object, concurrency: int, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_async(
-        self, function: AsyncClass[T_co, U], *args: Any, retry: Retry | None, **kwargs: Any
+        self, function: AsyncClass[T_co, U], *args: object, ordered: bool, **kwargs: object
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: object, timeout_s: float | None, **kwargs: object
+    ) -> DataStream[U]: ...
+    @overload
+    def map_async(
+        self, function: AsyncClass[T_co, U], *args: object, retry: Retry | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_async(
@@ -206,14 +214,14 @@ class DataStream(Generic[T_co]):
     ) -> DataStream[U]: ...
     def map_async(
         self,
-        function: Any,
-        *args: Any,
-        concurrency: Any = 16,
-        ordered: Any = True,
-        timeout_s: Any = None,
-        retry: Any = None,
-        **options: Any,
-    ) -> Any:
+        function: object,
+        *args: object,
+        concurrency: object = 16,
+        ordered: object = True,
+        timeout_s: object = None,
+        retry: object = None,
+        **options: object,
+    ) -> object:
         """Replace each record with the result of the coroutine function `function`, many records at a time.
 
         The coroutines run on the event loop of the job. While one awaits, the others run; a coroutine that blocks,
@@ -259,34 +267,34 @@ class DataStream(Generic[T_co]):
     @overload
     def map_batches(
         self,
-        function: OneRecord[Any, Any] | functions.MapFunction | type[functions.MapFunction],
-        *args: Any,
+        function: OneRecord[Any, object] | functions.MapFunction | type[functions.MapFunction],
+        *args: object,
         batch_format: Literal["numpy"],
-        **kwargs: Any,
-    ) -> DataStream[Any]: ...
+        **kwargs: object,
+    ) -> DataStream: ...
     @overload
     def map_batches(
-        self, function: BatchClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+        self, function: BatchClass[T_co, U], *args: object, parallelism: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_batches(
-        self, function: BatchClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+        self, function: BatchClass[T_co, U], *args: object, name: str | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_batches(
-        self, function: BatchClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+        self, function: BatchClass[T_co, U], *args: object, on_error: OnError, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_batches(
-        self, function: BatchClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+        self, function: BatchClass[T_co, U], *args: object, capacity: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_batches(
-        self, function: BatchClass[T_co, U], *args: Any, max_records: int, **kwargs: Any
+        self, function: BatchClass[T_co, U], *args: object, max_records: int, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_batches(
-        self, function: BatchClass[T_co, U], *args: Any, max_wait_s: float, **kwargs: Any
+        self, function: BatchClass[T_co, U], *args: object, max_wait_s: float, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def map_batches(
@@ -305,13 +313,13 @@ class DataStream(Generic[T_co]):
     ) -> DataStream[U]: ...
     def map_batches(
         self,
-        function: Any,
-        *args: Any,
-        max_records: Any = 64,
-        max_wait_s: Any = 0.0,
-        batch_format: Any = "list",
-        **options: Any,
-    ) -> Any:
+        function: object,
+        *args: object,
+        max_records: object = 64,
+        max_wait_s: object = 0.0,
+        batch_format: object = "list",
+        **options: object,
+    ) -> object:
         """Call `function` with batches of records; it returns one result for each record, in order.
 
         Keys are kept. When the function raises, or returns another number of results, the batch as a whole has failed:
@@ -352,13 +360,13 @@ class DataStream(Generic[T_co]):
         return self._stream(id_)
 
     @overload
-    def filter(self, function: FilterClass[T_co], *args: Any, parallelism: int | None, **kwargs: Any) -> Self: ...
+    def filter(self, function: FilterClass[T_co], *args: object, parallelism: int | None, **kwargs: object) -> Self: ...
     @overload
-    def filter(self, function: FilterClass[T_co], *args: Any, name: str | None, **kwargs: Any) -> Self: ...
+    def filter(self, function: FilterClass[T_co], *args: object, name: str | None, **kwargs: object) -> Self: ...
     @overload
-    def filter(self, function: FilterClass[T_co], *args: Any, on_error: OnError, **kwargs: Any) -> Self: ...
+    def filter(self, function: FilterClass[T_co], *args: object, on_error: OnError, **kwargs: object) -> Self: ...
     @overload
-    def filter(self, function: FilterClass[T_co], *args: Any, capacity: int | None, **kwargs: Any) -> Self: ...
+    def filter(self, function: FilterClass[T_co], *args: object, capacity: int | None, **kwargs: object) -> Self: ...
     @overload
     def filter(
         self, function: Callable[P, functions.FilterFunction[T_co]], *args: P.args, **kwargs: P.kwargs
@@ -367,7 +375,7 @@ class DataStream(Generic[T_co]):
     def filter(
         self, function: OneRecord[T_co, object] | functions.FilterFunction[T_co], **options: Unpack[OperatorOptions]
     ) -> Self: ...
-    def filter(self, function: Any, *args: Any, **options: Any) -> Any:
+    def filter(self, function: object, *args: object, **options: object) -> object:
         """Keep the records for which `function` returns something true.
 
         >>> from sage.testing import run
@@ -378,19 +386,19 @@ class DataStream(Generic[T_co]):
 
     @overload
     def flatmap(
-        self, function: FlatMapClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+        self, function: FlatMapClass[T_co, U], *args: object, parallelism: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def flatmap(
-        self, function: FlatMapClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+        self, function: FlatMapClass[T_co, U], *args: object, name: str | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def flatmap(
-        self, function: FlatMapClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+        self, function: FlatMapClass[T_co, U], *args: object, on_error: OnError, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def flatmap(
-        self, function: FlatMapClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+        self, function: FlatMapClass[T_co, U], *args: object, capacity: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def flatmap(
@@ -400,7 +408,7 @@ class DataStream(Generic[T_co]):
     def flatmap(
         self, function: ManyRecords[T_co, U] | functions.FlatMapFunction[T_co, U], **options: Unpack[OperatorOptions]
     ) -> DataStream[U]: ...
-    def flatmap(self, function: Any, *args: Any, **options: Any) -> Any:
+    def flatmap(self, function: object, *args: object, **options: object) -> object:
         """Replace each record with those passed to `self.collect`, then those that `function` returns or yields.
 
         A generator is read as far as there is room downstream, so it may be long or endless.
@@ -415,19 +423,19 @@ class DataStream(Generic[T_co]):
 
     @overload
     def process(
-        self, function: ProcessClass[T_co, U], *args: Any, parallelism: int | None, **kwargs: Any
+        self, function: ProcessClass[T_co, U], *args: object, parallelism: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def process(
-        self, function: ProcessClass[T_co, U], *args: Any, name: str | None, **kwargs: Any
+        self, function: ProcessClass[T_co, U], *args: object, name: str | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def process(
-        self, function: ProcessClass[T_co, U], *args: Any, on_error: OnError, **kwargs: Any
+        self, function: ProcessClass[T_co, U], *args: object, on_error: OnError, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def process(
-        self, function: ProcessClass[T_co, U], *args: Any, capacity: int | None, **kwargs: Any
+        self, function: ProcessClass[T_co, U], *args: object, capacity: int | None, **kwargs: object
     ) -> DataStream[U]: ...
     @overload
     def process(
@@ -437,7 +445,7 @@ class DataStream(Generic[T_co]):
     def process(
         self, function: ManyRecords[T_co, U] | functions.ProcessFunction[T_co, U], **options: Unpack[OperatorOptions]
     ) -> DataStream[U]: ...
-    def process(self, function: Any, *args: Any, **options: Any) -> Any:
+    def process(self, function: object, *args: object, **options: object) -> object:
         """Run a `ProcessFunction`: a flat map that may also emit when its input has ended, by `finish()`.
 
         >>> from sage.testing import run
@@ -447,15 +455,15 @@ class DataStream(Generic[T_co]):
         return self._apply(Kind.PROCESS, function, args, options)
 
     @overload
-    def sink(self, function: SinkClass[T_co], *args: Any, parallelism: int | None, **kwargs: Any) -> Self: ...
+    def sink(self, function: SinkClass[T_co], *args: object, parallelism: int | None, **kwargs: object) -> Self: ...
     @overload
-    def sink(self, function: SinkClass[T_co], *args: Any, name: str | None, **kwargs: Any) -> Self: ...
+    def sink(self, function: SinkClass[T_co], *args: object, name: str | None, **kwargs: object) -> Self: ...
     @overload
-    def sink(self, function: SinkClass[T_co], *args: Any, on_error: OnError, **kwargs: Any) -> Self: ...
+    def sink(self, function: SinkClass[T_co], *args: object, on_error: OnError, **kwargs: object) -> Self: ...
     @overload
-    def sink(self, function: SinkClass[T_co], *args: Any, capacity: int | None, **kwargs: Any) -> Self: ...
+    def sink(self, function: SinkClass[T_co], *args: object, capacity: int | None, **kwargs: object) -> Self: ...
     @overload
-    def sink(self, function: SinkClass[T_co], *args: Any, at: At | None, **kwargs: Any) -> Self: ...
+    def sink(self, function: SinkClass[T_co], *args: object, at: At | None, **kwargs: object) -> Self: ...
     @overload
     def sink(self, function: Callable[P, functions.SinkFunction[T_co]], *args: P.args, **kwargs: P.kwargs) -> Self: ...
     @overload
@@ -466,7 +474,7 @@ class DataStream(Generic[T_co]):
         at: At | None = None,
         **options: Unpack[OperatorOptions],
     ) -> Self: ...
-    def sink(self, function: Any, *args: Any, at: Any = None, **options: Any) -> Any:
+    def sink(self, function: object, *args: object, at: object = None, **options: object) -> object:
         """Hand each record to `function` and return this stream, so that chaining goes on from before the sink.
 
         `close()` of a `SinkFunction` is called once after the last record, however the job ends. On a cluster, a method
@@ -535,11 +543,7 @@ class DataStream(Generic[T_co]):
         """
         handover: Handover[T_co] = Handover()
         with self._sink_for_now(handover.put) as environment:
-            environment._when_over = handover.end
-            try:
-                job = environment.submit()
-            finally:
-                environment._when_over = None
+            job = environment._submit_for(handover.end)
             if not job.is_running:
                 handover.end()
             elif job._runs_while_waited_for:
@@ -555,7 +559,7 @@ class DataStream(Generic[T_co]):
             job.wait()
 
     @contextmanager
-    def _sink_for_now(self, take: Callable[[Any], object]) -> Iterator[Any]:
+    def _sink_for_now(self, take: Callable[[T_co], object]) -> Iterator[JobRunner]:
         """Add a sink in the driver for one job, and yield the environment."""
         id_ = self._then(Kind.SINK, function_spec(Kind.SINK, take, (), {}), {})
         self._builder.set(id_, place=place_of("driver"))
@@ -587,8 +591,7 @@ class DataStream(Generic[T_co]):
             error = GraphError(f"tap: {short(function)} is a function class or an instance of one")
             raise hint(error, "Give a plain function. sink(...) takes function classes, and returns the stream too.")
         function_spec(Kind.MAP, function, (), {})  # whose errors name the function, and not that around it
-        tapped: Self = self._apply(Kind.MAP, passing_on(function), (), dict(options))
-        return tapped
+        return self._apply(Kind.MAP, passing_on(function), (), dict(options))
 
     def limit(self, count: int, *, name: str | None = None) -> Self:
         """Let the first `count` records pass, and drop the others.
@@ -643,23 +646,23 @@ class DataStream(Generic[T_co]):
 
     @overload
     def keyby(
-        self, function: KeyByClass[T_co, K], *args: Any, parallelism: int | None, **kwargs: Any
+        self, function: KeyByClass[T_co, K], *args: object, parallelism: int | None, **kwargs: object
     ) -> KeyedStream[K, T_co]: ...
     @overload
     def keyby(
-        self, function: KeyByClass[T_co, K], *args: Any, name: str | None, **kwargs: Any
+        self, function: KeyByClass[T_co, K], *args: object, name: str | None, **kwargs: object
     ) -> KeyedStream[K, T_co]: ...
     @overload
     def keyby(
-        self, function: KeyByClass[T_co, K], *args: Any, on_error: OnError, **kwargs: Any
+        self, function: KeyByClass[T_co, K], *args: object, on_error: OnError, **kwargs: object
     ) -> KeyedStream[K, T_co]: ...
     @overload
     def keyby(
-        self, function: KeyByClass[T_co, K], *args: Any, capacity: int | None, **kwargs: Any
+        self, function: KeyByClass[T_co, K], *args: object, capacity: int | None, **kwargs: object
     ) -> KeyedStream[K, T_co]: ...
     @overload
     def keyby(
-        self, function: KeyByClass[T_co, K], *args: Any, strategy: Strategy, **kwargs: Any
+        self, function: KeyByClass[T_co, K], *args: object, strategy: Strategy, **kwargs: object
     ) -> KeyedStream[K, T_co]: ...
     @overload
     def keyby(
@@ -672,7 +675,7 @@ class DataStream(Generic[T_co]):
         strategy: Strategy = "hash",
         **options: Unpack[OperatorOptions],
     ) -> KeyedStream[K, T_co]: ...
-    def keyby(self, function: Any, *args: Any, strategy: Any = "hash", **options: Any) -> Any:
+    def keyby(self, function: object, *args: object, strategy: object = "hash", **options: object) -> KeyedStream:
         """Give each record the key that `function` finds in it.
 
         Args:
@@ -688,7 +691,12 @@ class DataStream(Generic[T_co]):
         """
         if args and args[0] in STRATEGIES:
             strategy, args = args[0], args[1:]
-        if strategy not in STRATEGIES:
+        return self._keyby(function, args, strategy, options)
+
+    def _keyby(
+        self, function: object, args: tuple[object, ...], strategy: object, options: dict[str, object]
+    ) -> KeyedStream:
+        if not isinstance(strategy, str) or strategy not in STRATEGIES:
             error = GraphError(f"keyby: strategy is {strategy!r}")
             raise hint(error, f"It is one of {', '.join(STRATEGIES)}.")
         common, kwargs = options_and_arguments(options)
@@ -704,7 +712,7 @@ class DataStream(Generic[T_co]):
         *,
         emit: Emit = "each",
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, T_co]: ...
+    ) -> Keyed[T_co]: ...
     @overload  # `(word, 1)` is a pair of a string and the literal 1 to some type checkers, and a sum is not
     def reduce(
         self: DataStream[tuple[Any, ...]],
@@ -712,14 +720,14 @@ class DataStream(Generic[T_co]):
         *,
         emit: Emit = "each",
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, Row]: ...
+    ) -> Keyed[Row]: ...
     def reduce(
         self,
-        function: Any,
+        function: object,
         *,
         emit: Emit = "each",
-        **options: Any,
-    ) -> Any:
+        **options: object,
+    ) -> object:
         """Combine the records of each key: `function(so_far, record)`, starting with the key's first record.
 
         The stream has to be keyed.
@@ -747,7 +755,7 @@ class DataStream(Generic[T_co]):
         function: Callable[[V, T_co], tuple[V, U] | Awaitable[tuple[V, U]]],
         initial: V,
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, U]:
+    ) -> Keyed[U]:
         """Replace each record with a result that also depends on the earlier records of its key.
 
         Emits the result of each record at once. The stream has to be keyed.
@@ -767,7 +775,7 @@ class DataStream(Generic[T_co]):
         """
         return self._stateful("stateful_map", function, initial, "result", dict(options))
 
-    def count(self, *, emit: Emit = "each", **options: Unpack[OperatorOptions]) -> KeyedStream[Any, tuple[Any, int]]:
+    def count(self, *, emit: Emit = "each", **options: Unpack[OperatorOptions]) -> Pairs[int]:
         """Count the records of each key. The stream has to be keyed.
 
         Args:
@@ -791,7 +799,7 @@ class DataStream(Generic[T_co]):
         *,
         emit: Emit = "each",
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, tuple[Any, V]]: ...
+    ) -> Pairs[V]: ...
     @overload
     def aggregate(
         self,
@@ -801,7 +809,7 @@ class DataStream(Generic[T_co]):
         *,
         emit: Emit = "each",
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, tuple[Any, U]]: ...
+    ) -> Pairs[U]: ...
     @overload  # `(0, 0)` is a pair of the literal 0 to some type checkers, and a sum is not
     def aggregate(
         self,
@@ -811,10 +819,16 @@ class DataStream(Generic[T_co]):
         *,
         emit: Emit = "each",
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, tuple[Any, U]]: ...
+    ) -> Pairs[U]: ...
     def aggregate(
-        self, initial: Any, add: Any, result: Any = itself, *, emit: Emit = "each", **options: Any
-    ) -> KeyedStream[Any, Any]:
+        self,
+        initial: V,
+        add: Callable[[V, T_co], V],
+        result: Callable[[V], object] = itself,
+        *,
+        emit: Emit = "each",
+        **options: object,
+    ) -> KeyedStream:
         """Combine the records of each key, beginning with `initial`. The stream has to be keyed.
 
         Args:
@@ -842,7 +856,7 @@ class DataStream(Generic[T_co]):
         by: Callable[[T_co], Any] = itself,
         emit: Emit = "each",
         **options: Unpack[OperatorOptions],
-    ) -> KeyedStream[Any, tuple[Any, list[T_co]]]:
+    ) -> Pairs[list[T_co]]:
         """Find the `k` greatest records of each key. The stream has to be keyed.
 
         Args:
@@ -862,9 +876,10 @@ class DataStream(Generic[T_co]):
         """
         check_count("top_k: k is", k)
         by = plain_function("top_k: by", by, 1)
-        return self._aggregate("top_k", [], keeping_top(k, by), list, emit, dict(options))
+        none: list[T_co] = []
+        return self._aggregate("top_k", none, keeping_top(k, by), list, emit, dict(options))
 
-    def distinct(self, **options: Unpack[OperatorOptions]) -> KeyedStream[Any, T_co]:
+    def distinct(self, **options: Unpack[OperatorOptions]) -> Keyed[T_co]:
         """Let the first record of each key pass, and drop the others. The stream has to be keyed.
 
         Emits a record as soon as it comes. Every key that has come is remembered.
@@ -880,7 +895,7 @@ class DataStream(Generic[T_co]):
 
     def changed(
         self, *, fingerprint: Callable[[T_co], object] = itself, **options: Unpack[OperatorOptions]
-    ) -> KeyedStream[Any, T_co]:
+    ) -> Keyed[T_co]:
         """Let a record pass if it is the first of its key, or differs from the one before; the stream has to be keyed.
 
         Emits a record as soon as it comes. In a durable job, the one before may have come in an earlier run.
@@ -901,8 +916,14 @@ class DataStream(Generic[T_co]):
         return self._stateful("changed", comparing(find), None, "record", dict(options))
 
     def _aggregate(
-        self, method: str, initial: object, add: Any, result: Any, emit: Emit, options: dict[str, Any]
-    ) -> KeyedStream[Any, Any]:
+        self,
+        method: str,
+        initial: V,
+        add: Callable[[V, T_co], V],
+        result: Callable[[V], object],
+        emit: Emit,
+        options: dict[str, object],
+    ) -> KeyedStream:
         """Return the stream of keys and combined values."""
         add, result = plain_function(f"{method}: add", add, 2), plain_function(f"{method}: result", result, 1)
         function = aggregating(add, result if emit == "each" else itself)
@@ -911,13 +932,13 @@ class DataStream(Generic[T_co]):
     def _stateful(
         self,
         method: str,
-        function: Any,
-        initial: Any,
+        function: object,
+        initial: object,
         form: str,
-        options: dict[str, Any],
+        options: dict[str, object],
         emit: Emit = "each",
-        result: Any = itself,
-    ) -> KeyedStream[Any, Any]:
+        result: object = itself,
+    ) -> KeyedStream:
         """Return the stream after an operator that calls a function with the state of each key."""
         _check_emit(method, emit)
         _check_keyed(self._builder, f"{method}: the stream", self)
@@ -954,11 +975,11 @@ class DataStream(Generic[T_co]):
     def connect(self, other: DataStream[U]) -> ConnectedStreams[T_co, U]: ...
     @overload
     def connect(self, other: ConnectedStreams[*Inputs]) -> ConnectedStreams[T_co, *Inputs]: ...
-    def connect(self, other: Any) -> Any:
+    def connect(self, other: DataStream[object] | ConnectedStreams) -> ConnectedStreams:
         """Return this stream and another as the inputs of one operator."""
         return ConnectedStreams(self._builder, (self,)).connect(other)
 
-    def fill_future(self, future: DataStream[Any]) -> None:
+    def fill_future(self, future: DataStream[object]) -> None:
         """Lead this stream back into `future`, a stream of `Environment.from_future`.
 
         Raises:
@@ -988,15 +1009,15 @@ class KeyedStream(DataStream[T_co], Generic[K_co, T_co]):
 class ConnectedStreams(Generic[*Inputs]):
     """Two or more streams as the inputs of one operator, which ends when all of them have ended."""
 
-    def __init__(self, builder: GraphBuilder, streams: tuple[DataStream[Any], ...]) -> None:
+    def __init__(self, builder: GraphBuilder, streams: tuple[DataStream[object], ...]) -> None:
         self._builder = builder
         self._streams = streams
 
     @overload
     def connect(self, other: DataStream[U]) -> ConnectedStreams[*Inputs, U]: ...
     @overload
-    def connect(self, other: ConnectedStreams[*tuple[Any, ...]]) -> ConnectedStreams: ...
-    def connect(self, other: Any) -> Any:
+    def connect(self, other: ConnectedStreams[*tuple[object, ...]]) -> ConnectedStreams: ...
+    def connect(self, other: DataStream[object] | ConnectedStreams) -> ConnectedStreams:
         """Return these streams and another."""
         more: tuple[DataStream[object], ...] = other._streams if isinstance(other, ConnectedStreams) else (other,)
         for stream in more:
@@ -1005,7 +1026,7 @@ class ConnectedStreams(Generic[*Inputs]):
 
     @overload
     def comap(
-        self: ConnectedStreams[A, B], function: type[CoMaps[A, B, U, V]], *args: Any, **options: Any
+        self: ConnectedStreams[A, B], function: type[CoMaps[A, B, U, V]], *args: object, **options: object
     ) -> DataStream[U | V]: ...
     @overload
     def comap(
@@ -1023,9 +1044,9 @@ class ConnectedStreams(Generic[*Inputs]):
     def comap(self, function: Sequence[Callable[..., U]], **options: Unpack[OperatorOptions]) -> DataStream[U]: ...
     @overload
     def comap(
-        self: ConnectedStreams[A, B, T, *tuple[Any, ...]], function: Any, *args: Any, **options: Any
-    ) -> DataStream[Any]: ...
-    def comap(self, function: Any, *args: Any, **options: Any) -> Any:
+        self: ConnectedStreams[A, B, T, *tuple[object, ...]], function: object, *args: object, **options: object
+    ) -> DataStream: ...
+    def comap(self, function: object, *args: object, **options: object) -> object:
         """Map each input by a method of its own: `map0`, `map1`, ..., or by one callable for each input."""
         common, kwargs = options_and_arguments(options)
         return self._join(Kind.COMAP, comap_spec(function, args, kwargs, len(self._streams)), common)
@@ -1034,8 +1055,8 @@ class ConnectedStreams(Generic[*Inputs]):
     def join(
         self: ConnectedStreams[A, B],
         function: type[functions.BaseJoinFunction[A | B, Any, U]],
-        *args: Any,
-        **options: Any,
+        *args: object,
+        **options: object,
     ) -> DataStream[U]: ...
     @overload
     def join(
@@ -1043,7 +1064,7 @@ class ConnectedStreams(Generic[*Inputs]):
         function: Callable[[A | B, Any, int], Results[U]] | functions.BaseJoinFunction[A | B, Any, U],
         **options: Unpack[OperatorOptions],
     ) -> DataStream[U]: ...
-    def join(self, function: Any, *args: Any, **options: Any) -> Any:
+    def join(self, function: object, *args: object, **options: object) -> object:
         """Join two keyed streams: `execute(payload, key, tag)` returns the matches of a record as a list.
 
         Raises:
@@ -1060,13 +1081,13 @@ class ConnectedStreams(Generic[*Inputs]):
         self, *functions: KeyFinder | Sequence[KeyFinder], strategy: Strategy = "hash", parallelism: int | None = None
     ) -> Self:
         """Give the records keys, by one function for all streams or by one for each."""
-        first: object = functions[0] if len(functions) == 1 else functions
-        each: tuple[Any, ...] = tuple(first) if isinstance(first, list | tuple) else (first,)
+        first = functions[0] if len(functions) == 1 else functions
+        each: tuple[object, ...] = tuple(first) if isinstance(first, list | tuple) else (first,)
         if len(each) not in (1, len(self._streams)):
             raise GraphError(f"keyby: {len(each)} functions for {len(self._streams)} streams")
         each = each if len(each) > 1 else each * len(self._streams)
         keyed = (
-            stream.keyby(function, strategy=strategy, parallelism=parallelism)
+            stream._keyby(function, (), strategy, {"parallelism": parallelism})
             for stream, function in zip(self._streams, each, strict=True)
         )
         return type(self)(self._builder, tuple(keyed))
@@ -1076,18 +1097,19 @@ class ConnectedStreams(Generic[*Inputs]):
     @overload
     def union(self: ConnectedStreams[A, B]) -> DataStream[A | B]: ...
     @overload
-    def union(self) -> DataStream[Any]: ...
-    def union(self) -> Any:
+    def union(self) -> DataStream: ...
+    def union(self) -> DataStream:
         """Return the connected streams as one."""
         return self._streams[0].union(*self._streams[1:])
 
-    def map(self, function: Any, *args: Any, **options: Any) -> DataStream[Any]:
+    def map(self, function: object, *args: object, **options: object) -> DataStream:
         """Map the union of the streams; see `DataStream.map`."""
-        return self.union().map(function, *args, **options)
+        return self.union()._apply(Kind.MAP, function, args, options)
 
-    def sink(self, function: Any, *args: Any, **options: Any) -> Self:
+    def sink(self, function: object, *args: object, **options: object) -> Self:
         """Hand the union of the streams to a sink; see `DataStream.sink`."""
-        self.union().sink(function, *args, **options)
+        sink: Callable[..., object] = self.union().sink
+        sink(function, *args, **options)
         return self
 
     def print(self, prefix: str = "", separator: str = " | ", colored: bool = True) -> Self:
@@ -1095,7 +1117,7 @@ class ConnectedStreams(Generic[*Inputs]):
         self.union().print(prefix, separator, colored)
         return self
 
-    def _join(self, kind: Kind, spec: FunctionSpec, options: SourceOptions) -> DataStream[Any]:
+    def _join(self, kind: Kind, spec: FunctionSpec, options: Mapping[str, object]) -> DataStream[object]:
         _check_states(self._builder, spec, self._streams)
         inputs = tuple(stream._id for stream in self._streams)
         keyed = all(isinstance(stream, KeyedStream) for stream in self._streams)
@@ -1103,9 +1125,9 @@ class ConnectedStreams(Generic[*Inputs]):
         return (KeyedStream if keyed else DataStream)(self._builder, id_)
 
 
-def options_and_arguments(given: dict[str, Any]) -> tuple[SourceOptions, dict[str, Any]]:
+def options_and_arguments(given: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Part keywords into those of every source and operator, and those that may be for the function's constructor."""
-    options: Any = {key: given[key] for key in SourceOptions.__annotations__ if key in given}
+    options = {key: given[key] for key in SourceOptions.__annotations__ if key in given}
     return options, {key: value for key, value in given.items() if key not in options}
 
 
@@ -1117,13 +1139,13 @@ def _check_stream(builder: GraphBuilder, method: str, stream: object) -> None:
         raise hint(error, "Build both in the same environment.")
 
 
-def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream[Any]) -> None:
+def _check_keyed(builder: GraphBuilder, label: str, stream: DataStream[object]) -> None:
     if not isinstance(stream, KeyedStream):
         error = GraphError(f'{label} ("{builder.node(stream._id).name}") has no keys')
         raise hint(error, "Call keyby(...) before it, on each of the streams.")
 
 
-def _check_states(builder: GraphBuilder, spec: FunctionSpec | None, streams: Iterable[DataStream[Any]]) -> None:
+def _check_states(builder: GraphBuilder, spec: FunctionSpec | None, streams: Iterable[DataStream[object]]) -> None:
     """Refuse a function with states of keys if the records have no keys."""
     if spec is not None and spec.states:
         label = f"{spec.label}.{next(iter(spec.states))} is a state of each key, and the stream"
@@ -1136,17 +1158,19 @@ def _check_emit(method: str, emit: object) -> None:
         raise hint(GraphError(f"{method}: emit is {emit!r}"), 'It is "each" or "last".')
 
 
-def _with_retry(method: str, retry: Retry | None, on_error: Any) -> Any:
+def _with_retry(method: str, retry: object, on_error: object) -> object:
     """Return both as one `on_error`."""
     if retry is None:
         return on_error
+    if not isinstance(retry, Retry):
+        raise hint(GraphError(f"{method}: retry is {short(retry)}"), "Give Retry(...).")
     if on_error is not None and (isinstance(on_error, Retry) or retry.then != "fail"):
         error = GraphError(f"{method}: retry and on_error both say what follows the last attempt")
         raise hint(error, "Leave `then` out of the Retry, or give the Retry alone.")
     return retry if on_error is None else Retry(retry.attempts_max, retry.backoff_s, on_error)
 
 
-def _printer(prefix: str, separator: str, colored: bool) -> Callable[[Any], None]:
+def _printer(prefix: str, separator: str, colored: bool) -> Callable[[object], None]:
     import sys
 
     def show(record: object) -> None:

@@ -7,7 +7,7 @@ import random
 import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from sage._arguments import check_count
 from sage._current_job import inside
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from sage._runtime.checkpoints import CheckpointEvent
+    from sage._runtime.lifecycle import LifecycleEvent
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
     from sage._testing.stepped_loop import SteppedLoop
@@ -173,7 +175,7 @@ class SeededSpan(BatchReading):
         super().__init__()
         self._random = random_
 
-    def begin(self, values: Sequence[Any]) -> Iterator[Any]:
+    def begin(self, values: Sequence[object]) -> Iterator[object]:
         """Shorten the list at a place drawn from the seed, but leave something to do."""
         reading = super().begin(values)
         if len(values) > 1 and self._random.random() < 0.2 and not self.is_cut:
@@ -264,7 +266,7 @@ class StepBackend(Backend):
         self.clock = ManualClock()
         self._random = random.Random(seed)
         self.capacity_records = self._random.choice(CAPACITIES)
-        self._events: list[Any] = []
+        self._events: list[LifecycleEvent | CheckpointEvent] = []
         self._tasks: list[Task] = []
         self._lanes: list[StepLane] = []
         self._ready: set[Task] = set()
@@ -316,7 +318,7 @@ class StepBackend(Backend):
     def start(self, supervisor: Supervisor) -> None:
         """Do nothing: the job runs while somebody waits for it."""
 
-    def post(self, supervisor: Supervisor, event: Any) -> None:  # noqa: ARG002
+    def post(self, supervisor: Supervisor, event: LifecycleEvent | CheckpointEvent) -> None:  # noqa: ARG002
         """Keep an event for its turn; events keep their order."""
         self._events.append(event)
 
@@ -418,10 +420,11 @@ class StepBackend(Backend):
         """
         lanes = [lane for lane in self._lanes if lane.is_ready]
         tasks = [task for task in self._tasks if task in self._ready and task not in self._stepping]
-        choices: list[Any] = [*lanes, *tasks]
+        choices: list[StepLane | Waiter | Callable[[], None] | None] = [*lanes]
+        choices += [partial(self._step, task) for task in tasks]
         if self._events:
             choices.append(None)
-        choices += [loop for loop in self._loops if loop.is_ready]
+        choices += [loop.go_round for loop in self._loops if loop.is_ready]
         choices += [waiter for waiter in self._waiting if waiter.is_over() or waiter.due <= self.now()]
         if not choices:
             self._pass_time(supervisor)
@@ -435,10 +438,7 @@ class StepBackend(Backend):
         elif isinstance(chosen, StepLane):
             chosen.run_next()
         else:
-            if chosen in self._loops:
-                chosen.go_round()
-            else:
-                self._step(chosen)
+            chosen()
             self.clock.advance(STEP_S)
             self._ring(supervisor)
 

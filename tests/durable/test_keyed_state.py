@@ -26,7 +26,7 @@ def change(state: KeyedState, key: int, value: object) -> None:
     state.young[key] = value
 
 
-def values(state: KeyedState) -> dict[int, object]:
+def values(state: KeyedState) -> dict[object, object]:
     return {**state.old, **state.young}
 
 

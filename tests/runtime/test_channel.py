@@ -26,7 +26,7 @@ def batch(*values: int) -> Batch:
     return Batch(list(values))
 
 
-def drain(channel: Channel) -> list[tuple[int, Sequence[int]]]:
+def drain(channel: Channel) -> list[tuple[int, Sequence[object]]]:
     taken = []
     while (element := channel.get_nowait()) is not None:
         assert isinstance(element[1], Batch)
@@ -272,7 +272,7 @@ def test_a_batch_is_cut_at_the_bound_in_bytes() -> None:
     channel = Channel(capacity_bytes=10_000)
     records = [bytes([number]) * 2_000 for number in range(12)]
     left: Element | None = Batch(records)
-    taken: list[bytes] = []
+    taken: list[object] = []
     while left is not None:
         before, left = left, channel.put_portion(0, left, nobody)
         assert channel.fill <= 1

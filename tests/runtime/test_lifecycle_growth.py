@@ -189,7 +189,8 @@ def test_events_of_tasks_lead_to_the_same_together_and_one_after_the_other(ends:
 def test_the_supervisor_takes_events_of_tasks_that_wait_in_one_step() -> None:
     backend = ThreadsBackend()
     opened = [TaskOpened(f"t{number}") for number in range(300)]
-    for moment, event in enumerate([*opened, Begin(), *opened[:2]]):
+    events: list[LifecycleEvent] = [*opened, Begin(), *opened[:2]]
+    for moment, event in enumerate(events):
         backend._queue.put((event, float(moment)))
     assert [backend._next_event(0.0) for _ in range(3)] == [
         (TaskEvents(tuple(opened)), 0.0),

@@ -8,7 +8,7 @@ import time
 import traceback
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._backends.pool import Pool
 from sage._current_job import inside
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from sage._current_job import Inside
     from sage._processes import Process
+    from sage._runtime.checkpoints import CheckpointEvent
+    from sage._runtime.lifecycle import LifecycleEvent
     from sage._runtime.pace import Pace
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
@@ -57,8 +59,8 @@ class ThreadsBackend(Backend):
     def __init__(self, capacity_records: int = CHANNEL_RECORDS_MAX) -> None:
         self.capacity_records = capacity_records
         self._pool: Pool | None = None
-        self._queue: SimpleQueue[tuple[Any, float]] = SimpleQueue()
-        self._behind: tuple[Any, float] | None = None  # taken from the queue already
+        self._queue: SimpleQueue[tuple[LifecycleEvent | CheckpointEvent, float]] = SimpleQueue()
+        self._behind: tuple[LifecycleEvent | CheckpointEvent, float] | None = None  # taken from the queue already
         self._supervisor_thread: threading.Thread | None = None
         self._sealed = threading.Event()
         self.supervisor: Inside | None = None
@@ -94,7 +96,7 @@ class ThreadsBackend(Backend):
             return
         self._supervisor_thread = thread
 
-    def post(self, supervisor: Supervisor, event: Any) -> None:  # noqa: ARG002
+    def post(self, supervisor: Supervisor, event: LifecycleEvent | CheckpointEvent) -> None:  # noqa: ARG002
         """Put an event into the supervisor's queue."""
         self._queue.put((event, time.monotonic()))
 
@@ -175,7 +177,7 @@ class ThreadsBackend(Backend):
                 else:
                     supervisor.handle(event, happened_at)
 
-    def _next_event(self, timeout_s: float) -> tuple[Any, float]:
+    def _next_event(self, timeout_s: float) -> tuple[LifecycleEvent | CheckpointEvent, float]:
         """Return the next event and when it came; with an event of a task come those of tasks that wait behind it."""
         event, happened_at = self._behind or self._queue.get(timeout=timeout_s)
         self._behind = None

@@ -402,7 +402,7 @@ def check_can_be_sent(services: Iterable[ServiceSpec]) -> None:
 
 
 def _check(spec: ServiceSpec) -> None:
-    parts = {"the class or function": spec.target}
+    parts: dict[str, object] = {"the class or function": spec.target}
     parts |= {f"argument {place}": value for place, value in enumerate(spec.args)}
     parts |= {f'argument "{name}"': value for name, value in spec.kwargs.items()}
     for part, value in parts.items():

@@ -14,12 +14,16 @@ from sage import environment, functions, remote
 from sage._legacy.functions import KINDS, OldUser, one_by_one
 from sage._legacy.jobs import JobManager, Submitted
 from sage._plan.logical import GraphBuilder, Kind, Node
-from sage.failure import Retry
+from sage.failure import FAIL, Retry
 from sage.service import ServiceOptions
 from sage.stream import ConnectedStreams, DataStream, KeyedStream, error_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Unpack
+
+    from sage._plan.logical import FunctionSpec, NodeAttributes
+    from sage.failure import ErrorPolicy
 
 
 WITHOUT_EFFECT = {
@@ -128,13 +132,20 @@ class Builder(GraphBuilder):
     environment: Any
     policy: Retry | None = None
 
-    def add(self, kind: Kind, *, name: str | None = None, **attributes: Any) -> int:
+    def add(
+        self,
+        kind: Kind,
+        *,
+        name: object = None,
+        function: FunctionSpec | None = None,
+        parallelism: object = None,
+        on_error: ErrorPolicy = FAIL,
+        **attributes: Unpack[NodeAttributes],
+    ) -> int:
         """Add a node, with the environment's policy if it has none of its own."""
-        if self.policy is not None and attributes.get("function") is not None:
-            given = attributes.get("on_error")
-            if given is None or (given.then, given.retry) == ("fail", None):
-                attributes["on_error"] = error_policy(self, self.policy)
-        return super().add(kind, name=name, **attributes)
+        if self.policy is not None and function is not None and on_error == FAIL:
+            on_error = error_policy(self, self.policy)
+        return super().add(kind, name=name, function=function, parallelism=parallelism, on_error=on_error, **attributes)
 
     def adapted(self, target: Any, kind: Kind) -> Any:
         """Return a function class as the operator needs it: of its kind, and knowing its environment."""
@@ -285,8 +296,7 @@ class OldManners(environment.Environment):
         for name, value in ineffective.items():
             if value:
                 accept(name)
-        builder = Builder()
-        builder.environment = self
+        builder = Builder(self)
         builder.policy = retry_of(self.config)
         self._builder = builder
         if self.log_dir is None:

@@ -18,26 +18,28 @@ from sage.records import Batch
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
+    from sage.records import RecordRequest
 
 MEASURED_EVERY = 8
 """One call of so many is measured, after the first ones."""
 
-_key: contextvars.ContextVar[Any] = contextvars.ContextVar("key", default=None)
+_key: contextvars.ContextVar[object] = contextvars.ContextVar("key", default=None)
 
 
 class CoroutineContext(TaskContext):
     """A context in which each coroutine sees the key of its own record."""
 
     @property
-    def key(self) -> Any:
+    def key(self) -> object:
         """The key of the record for which the current coroutine runs."""
         return _key.get()
 
     @key.setter
-    def key(self, value: Any) -> None:
+    def key(self, value: object) -> None:
         _key.set(value)
 
 
@@ -59,11 +61,11 @@ class Slot:
         "value",
     )
 
-    def __init__(self, value: Any, key: Any, request: Any) -> None:
+    def __init__(self, value: object, key: object, request: RecordRequest | None) -> None:
         self.value = value
         self.key = key
         self.request = request
-        self.result: Any = None
+        self.result: object = None
         self.error: BaseException | None = None
         self.attempts = 0
         self.began_at = 0.0
@@ -118,7 +120,7 @@ class MapAsync(BufferingOperator):
 
     def prepare(self) -> None:
         """Bind the function; a function class that returns None drops the record, as for `map`."""
-        self._call = self.target_of()
+        self._call: Callable[..., Any] = self.target_of()
         self._drops_none = self.is_function_class
         self._around = contextvars.copy_context()
 
@@ -207,9 +209,9 @@ class MapAsync(BufferingOperator):
     def _record(self, slot: Slot) -> Batch:
         return Batch([slot.value], [slot.key] if self._has_keys else None, [slot.request] if slot.request else None)
 
-    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+    def snapshot(self, number: int) -> tuple[object, int]:  # noqa: ARG002
         """Return the records in flight, each as its result if that is there, and else as it came."""
-        held: list[tuple[bool, Any, Any]] = []
+        held: list[tuple[bool, object, object]] = []
         for slot in self._order if self._is_ordered else self._unordered:
             has_result = slot.is_done and slot.error is None and not slot.is_given_back
             held.append((has_result, slot.result if has_result else slot.value, slot.key))
@@ -363,7 +365,7 @@ class MapAsync(BufferingOperator):
                 slot.is_given_back = True
                 slot.task.cancel()
 
-    async def _in_time(self, value: object) -> Any:
+    async def _in_time(self, value: object) -> object:
         import asyncio
 
         assert self._timeout_s is not None

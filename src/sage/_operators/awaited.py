@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._operators.holding_source import HoldingSource
 from sage.functions import StopSignal
@@ -35,21 +35,22 @@ class AwaitedSource(HoldingSource):
 
     def __init__(
         self,
-        give: Callable[[], Awaitable[Any]],
+        give: Callable[[], Awaitable[object]],
         surroundings: OperatorContext,
         wake: Callable[[], None],
         *,
         none_ends: bool,
-        values: AsyncIterator[Any] | None = None,
+        values: AsyncIterator[object] | None = None,
     ) -> None:
-        self.generator = values if hasattr(values, "aclose") else None
+        self._values = values
+        self._close_values: Callable[[], Awaitable[object]] | None = getattr(values, "aclose", None)
         self._give = give
         self._surroundings = surroundings
         self._wake = wake
         self._none_ends = none_ends and values is None
         self._none_is_data = none_ends and values is not None
         # The loop adds at the end, and the task takes from the front.
-        self._ready: deque[Any] = deque()
+        self._ready: deque[object] = deque()
         self._wanted = 0
         self._ended = False
         self._is_asked = False
@@ -61,9 +62,9 @@ class AwaitedSource(HoldingSource):
 
     @property
     def has_ended(self) -> bool:
-        return self.generator is not None and getattr(self.generator, "ag_frame", None) is None
+        return self._close_values is not None and getattr(self._values, "ag_frame", None) is None
 
-    def read(self, records_max: int) -> list[Any] | None:
+    def read(self, records_max: int) -> list[object] | None:
         """Return records that are there, or ask for some."""
         is_over = self._ended or self.held_error is not None  # looked at first: a record may come before the end
         records: list[object] = []
@@ -141,5 +142,5 @@ class AwaitedSource(HoldingSource):
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        if self.generator is not None:
-            await self.generator.aclose()
+        if self._close_values is not None:
+            await self._close_values()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections import deque
-from itertools import chain
+from itertools import chain, repeat
 from operator import countOf
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sage._operators.holder import BufferingOperator
 from sage.errors import FunctionError, describe, hint, short
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
+
+X = TypeVar("X")
 
 RUN_S = 0.0025
 """A function is called again in the same step until so many seconds are over: a step costs as much as ten records."""
@@ -48,7 +50,7 @@ class MapBatches(BufferingOperator):
     def prepare(self) -> None:
         """Bind the function and, unless it is a list, the constructor of its argument."""
         self._call = self.callable_of()
-        self._pack: Callable[[Sequence[Any]], Any] | None = None
+        self._pack: Callable[[Sequence[object]], object] | None = None
         if self.node.settings["batch_format"] == "numpy":
             self._pack = importlib.import_module("numpy").asarray
 
@@ -72,7 +74,7 @@ class MapBatches(BufferingOperator):
             return None
         self._again = None
         size = min(len(batch), self._records_max)
-        results: list[Any] = []
+        results: list[object] = []
         came = self._call_with(batch, size, results)
         done = len(results)
         out = batch if done == len(batch) else batch.slice(0, done)
@@ -160,7 +162,7 @@ class MapBatches(BufferingOperator):
     def _held(self) -> list[Batch]:
         return [*filter(None, [self._again]), *self._waiting]
 
-    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+    def snapshot(self, number: int) -> tuple[object, int]:  # noqa: ARG002
         """Return the records that wait for a call."""
         return self._held() or None, -self.held
 
@@ -261,12 +263,12 @@ def _gravest(errors: dict[int, BaseException]) -> BaseException:
 def joined(parts: list[Batch]) -> Batch:
     """Return the records of several batches; where only some have keys or requests, the others have None."""
 
-    def lane(lanes: Iterable[list[object] | None]) -> list[object] | None:
+    def lane(lanes: Iterable[Sequence[X] | None]) -> list[X | None] | None:
         there = list(lanes)
         if all(part is None for part in there):
             return None
         sizes = map(len, parts)
-        return list(chain.from_iterable(part or [None] * size for part, size in zip(there, sizes, strict=True)))
+        return list(chain.from_iterable(part or repeat(None, size) for part, size in zip(there, sizes, strict=True)))
 
     values = list(chain.from_iterable(part.values for part in parts))
     return Batch(values, lane(part.keys for part in parts), lane(part.requests for part in parts))

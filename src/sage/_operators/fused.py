@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._forks import leave_if_forked
 from sage.records import Batch
@@ -39,8 +39,8 @@ class InlineCode:
     """
 
     lines: tuple[str, ...]
-    call: Callable[..., Any]
-    state: Any = None
+    call: Callable[..., object]
+    state: object = None
     gives: bool = True
     sets_key: bool = False
 
@@ -89,8 +89,8 @@ class FusedLoop:
         total = len(values)
         begun = 0
         self.is_through = True
-        out: list[Any] = []
-        keys: list[Any] = []
+        out: list[object] = []
+        keys: list[object] = []
         run = self._run = self._run or self._assemble()
         for operator in self.operators:
             operator.costs.begins()
@@ -176,10 +176,11 @@ class FusedLoop:
 @lru_cache(maxsize=256)
 def _compiled(text: str) -> CodeType:
     """Return the code of a loop; many branches have the same."""
-    space: dict[str, Any] = {}
+    space: dict[str, object] = {}
     exec(compile(text, "", "exec"), space)
-    code: CodeType = space["run"].__code__
-    return code
+    run = space["run"]
+    assert isinstance(run, FunctionType)
+    return run.__code__
 
 
 def segments_of(operators: Sequence[Operator]) -> dict[int, FusedLoop]:

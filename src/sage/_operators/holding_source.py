@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sage.connector import Source
+
+if TYPE_CHECKING:
+    from types import GeneratorType
+    from typing import Never
 
 
 class HoldingSource(Source):
@@ -16,7 +20,7 @@ class HoldingSource(Source):
     """
 
     held_error: BaseException | None = None
-    generator: Any = None
+    generator: GeneratorType[object, Never, object] | None = None
 
     @property
     def has_ended(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from itertools import compress, islice
 from operator import not_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._operators.fused import InlineCode
 from sage._operators.operator import Operator
@@ -34,9 +34,9 @@ class Keeping(Operator):
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
-        self._combined: dict[Any, Any] = {}
+        self._combined: dict[object, object] = {}
         self._emit_each: bool = node.settings["emit_each"]
-        self._last: Iterator[tuple[Any, Any]] = iter(())
+        self._last: Iterator[tuple[object, object]] = iter(())
 
     def at_end(self, key: object, value: object) -> object:  # noqa: ARG002
         """Return the record to emit at the end for a key and its value."""
@@ -63,12 +63,12 @@ class Reduce(Keeping):
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
-        self._before: dict[Any, Any] = {}
+        self._before: dict[object, object] = {}
 
     def prepare(self) -> None:
         """Bind the function, and load the values of a durable job."""
         self._call = self.callable_of()
-        self._keys: Iterator[Any] = iter(())
+        self._keys: Iterator[object] = iter(())
         if self.recovery is not None:
             from sage._operators.keyed_state import KeyedState
 
@@ -117,7 +117,7 @@ class Reduce(Keeping):
             combined[key] = value
 
 
-class States(dict[Any, Any]):
+class States(dict[object, object]):
     """The states by key; that of a new key is a copy of the initial one.
 
     Args:
@@ -127,7 +127,7 @@ class States(dict[Any, Any]):
 
     __slots__ = ("_initial", "_old")
 
-    def __init__(self, initial: object, old: dict[Any, Any]) -> None:
+    def __init__(self, initial: object, old: dict[object, object]) -> None:
         super().__init__()
         self._initial = initial
         self._old = old
@@ -156,9 +156,9 @@ class StatefulMap(Keeping):
         """Bind the function, and load the states of a durable job."""
         self._call = self.callable_of()
         self._form: str = self.node.settings["form"]
-        self._result: Callable[[Any], object] = self.node.settings["result"]
-        self._keys: Iterator[Any] = iter(())
-        old: dict[Any, Any] = {}
+        self._result: Callable[[object], object] = self.node.settings["result"]
+        self._keys: Iterator[object] = iter(())
+        old: dict[object, object] = {}
         if self.recovery is not None:
             from sage._operators.keyed_state import KeyedState
 
@@ -171,7 +171,7 @@ class StatefulMap(Keeping):
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the results, or the records that stay."""
         self._keys = iter(batch.keys or ())
-        results: list[Any] = []
+        results: list[object] = []
         if self._form == "record":
             done = self.apply(batch, self._verdicts, self._call, results)
             if done.requests is not None:
@@ -195,7 +195,7 @@ class StatefulMap(Keeping):
         """Return the key and its last result."""
         return key, self._result(value)
 
-    def _results(self, records: Iterable[object], function: Callable[..., Any], out: list[object]) -> None:
+    def _results(self, records: Iterable[object], function: Callable[..., object], out: list[object]) -> None:
         """Add the results."""
         states = self._states
         for value, key in zip(records, self._keys, strict=False):
@@ -206,7 +206,9 @@ class StatefulMap(Keeping):
             states[key], result = pair
             out.append(result)
 
-    def _verdicts(self, records: Iterable[object], function: Callable[..., Any], out: list[object]) -> None:
+    def _verdicts(
+        self, records: Iterable[object], function: Callable[..., tuple[object, bool]], out: list[object]
+    ) -> None:
         """Add for each record whether it stays."""
         states = self._states
         for value, key in zip(records, self._keys, strict=False):

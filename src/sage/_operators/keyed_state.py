@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-Changes = tuple[list[Any], list[Any], list[Any]]
+Changes = tuple[list[object], list[object], list[object]]
 """Keys, their values, and those of the keys whose value was handed on at the end of a run."""
 
 SWEEP_MIN = 1_000
@@ -34,19 +34,19 @@ class KeyedState:
 
     def __init__(self, since: int | None = None, changes: Iterable[Changes] = ()) -> None:
         """Load the changes of checkpoints, the oldest first, whose number is `since`."""
-        self.young: dict[Any, Any] = {}
-        self.old: dict[Any, Any] = {}
-        self._to_write: dict[Any, None] = {}
-        self._settled: set[Any] = set()
+        self.young: dict[object, object] = {}
+        self.old: dict[object, object] = {}
+        self._to_write: dict[object, None] = {}
+        self._settled: set[object] = set()
         self._since = since
         self._began = 0
-        self._sweep: Iterator[Any] | None = None
+        self._sweep: Iterator[object] | None = None
         for keys, values, settled in changes:
             self.old.update(zip(keys, values, strict=True))
             self._settled.difference_update(keys)
             self._settled.update(settled)
 
-    def unsettled(self) -> Iterator[tuple[Any, Any]]:
+    def unsettled(self) -> Iterator[tuple[object, object]]:
         """Return the keys and values that were set since `settle`, also in an earlier run."""
         self._grow_old()
         return (item for item in self.old.items() if item[0] not in self._settled)
@@ -71,7 +71,7 @@ class KeyedState:
         assert self._since is not None  # the first checkpoint writes everything
         return self._since, pickle.dumps((keys, values, settled), pickle.HIGHEST_PROTOCOL)
 
-    def _add_others(self, keys: list[Any], due: dict[Any, None], number: int) -> None:
+    def _add_others(self, keys: list[object], due: dict[object, None], number: int) -> None:
         """Add the next keys that have not changed."""
         room = max(SWEEP_MIN, SWEEP_FACTOR * len(due))
         if self._sweep is None:

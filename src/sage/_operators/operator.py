@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from sage._operators.fused import InlineCode
     from sage._operators.keyed_state import Changes, KeyedState
-    from sage._plan.logical import Node
+    from sage._plan.logical import FunctionSpec, Node
     from sage.functions import TaskContext
-    from sage.records import BatchReading
+    from sage.records import BatchReading, RecordRequest
     from sage.state import KeyState
 
 
-Copied = TypeVar("Copied", bound=BaseFunction | TransactionalSink[Any])
+Copied = TypeVar("Copied", bound=BaseFunction | TransactionalSink[object])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class OperatorContext:
     span: BatchReading
     now: Callable[[], float]
     running_s: Callable[[float], float]
-    run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any]
-    run_to_end: Callable[[Coroutine[Any, Any, Any]], Any]
+    run_coroutine: Callable[[Coroutine[object, object, object]], object]
+    run_to_end: Callable[[Coroutine[object, object, object]], object]
     post: Callable[[Callable[[], None]], None]
     is_alone: bool = False
 
@@ -78,13 +78,13 @@ class Recovery:
     checkpoint: int = 0
     state: Any = None
     left: tuple[tuple[int, Batch], ...] = ()
-    function: Any = None
+    function: object = None
     since: int | None = None
     changes: Sequence[Changes] = ()
     held: int = 0
 
 
-Loop = Callable[[Iterable[Any], Callable[..., Any], list[Any]], None]
+Loop = Callable[[Iterable[object], Callable[..., Any], list[object]], None]
 """Calls a function with records, one after another, and adds the results to a list."""
 
 
@@ -166,18 +166,18 @@ class Operator:
     def open(self) -> None:
         """Build the user's function and call its `open`."""
         if self.node.function is not None:
-            self._function = self._build(self.node.function.target)
+            self._function = self._build(self.node.function)
             if isinstance(self._function, BaseFunction):
                 self._bind_states(self.node.function.states)
                 self._call_now(self._function.open)
         self.prepare()
 
-    def _bind_states(self, states: Mapping[str, KeyState[Any]]) -> None:
+    def _bind_states(self, states: Mapping[str, KeyState]) -> None:
         """Give the function its states of keys."""
         if not states:
             return
-        young: dict[Any, Any] = {}
-        old: dict[Any, Any] = {}
+        young: dict[object, object] = {}
+        old: dict[object, object] = {}
         if self.recovery is not None:
             from sage._operators.keyed_state import KeyedState
 
@@ -231,7 +231,7 @@ class Operator:
         """Return the records to emit when all inputs have ended by themselves; called again while `more` is set."""
         return None
 
-    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+    def snapshot(self, number: int) -> tuple[object, int]:  # noqa: ARG002
         """Return the state for checkpoint `number`, or None, and how many records are done; negative if they wait."""
         return None, 0
 
@@ -240,7 +240,7 @@ class Operator:
         """Whether the function has a state of its own in checkpoints."""
         return all(callable(getattr(type(self._function), name, None)) for name in ("snapshot", "restore"))
 
-    def function_state(self) -> Any:
+    def function_state(self) -> object:
         """Return what the function's own `snapshot` returns, or None without one."""
         if not self.takes_part:
             return None
@@ -315,14 +315,15 @@ class Operator:
             return lambda *args: run(target(*args))
         return target
 
-    def target_of(self, method: str = "execute") -> Callable[..., Any]:
+    def target_of(self, method: str = "execute") -> Callable[..., object]:
         """Return the user's own callable for a record: a method of the function, or the function itself."""
         function = self._function
         if isinstance(function, ServiceMethod):
-            return function.resolve()
+            resolved: Callable[..., object] = function.resolve()
+            return resolved
         if isinstance(function, ServiceHandle):
             function = getattr(function, DEFAULT_METHOD)
-        target: Callable[..., Any] = getattr(function, method) if hasattr(function, method) else function
+        target: Callable[..., object] = getattr(function, method) if hasattr(function, method) else function
         self._sees_keys = isinstance(function, BaseFunction)
         return target
 
@@ -377,7 +378,7 @@ class Operator:
         self.metrics.records_in += done
         return batch.select([place not in dropped for place in range(done)]) if dropped else batch
 
-    def _timed(self, reading: Iterator[Any]) -> Iterator[Any]:
+    def _timed(self, reading: Iterator[object]) -> Iterator[object]:
         """Yield the records, and keep the time at which the function gets each."""
         for value in reading:
             self.began_at = time()
@@ -403,7 +404,7 @@ class Operator:
             return None
         return retry.pause_s(attempts)
 
-    def fails_job(self, error: BaseException, request: object) -> bool:
+    def fails_job(self, error: BaseException, request: RecordRequest | None) -> bool:
         """Return whether a record of this request, or of None, fails the job with this error.
 
         If the reader of the job's output has gone, the job ends regardless of the policy: each of its records would
@@ -507,9 +508,8 @@ class Operator:
         blamed.__cause__ = error
         return blamed
 
-    def _build(self, target: Any) -> object:
-        spec = self.node.function
-        assert spec is not None
+    def _build(self, spec: FunctionSpec) -> object:
+        target = spec.target
         if spec.is_class:
             target = target(*spec.args, **spec.kwargs)
         elif isinstance(target, BaseFunction | TransactionalSink) and not self._surroundings.is_alone:
@@ -518,12 +518,12 @@ class Operator:
             target.ctx = self.context
         return target
 
-    def _call_now(self, method: Callable[[], object]) -> Any:
+    def _call_now(self, method: Callable[[], object]) -> object:
         result = method()
         return self._surroundings.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
-def _telling_keys(records: Iterator[object], keys: list[object], context: TaskContext) -> Iterator[Any]:
+def _telling_keys(records: Iterator[object], keys: Sequence[object], context: TaskContext) -> Iterator[object]:
     """Yield the records, with the key of each in the context."""
     for value, context.key in zip(records, keys, strict=False):
         yield value

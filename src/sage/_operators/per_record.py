@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
+    from sage.records import RecordRequest
 
 NOTHING = Batch([])
 
@@ -26,7 +27,7 @@ DROP = ("    {dropped} += 1", "    continue")
 """The end of an `if` of `InlineCode` lines."""
 
 
-def drop_requests(requests: Iterable[Any]) -> None:
+def drop_requests(requests: Iterable[RecordRequest | None]) -> None:
     """Tell requests that a record of theirs has ended without an answer."""
     for request in requests:
         if request is not None:
@@ -71,7 +72,7 @@ class Map(Operator):
         self._drops_none = self.is_function_class
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
-        results: list[Any] = []
+        results: list[object] = []
         batch = self.apply(batch, into_list, self._call, results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
 
@@ -201,7 +202,7 @@ class CoMap(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:
         self.port = port
-        results: list[Any] = []
+        results: list[object] = []
         batch = self.apply(batch, into_list, self._calls[port], results)
         return without_none(batch, results) if self._drops_none else batch.replace(results)
 
@@ -219,7 +220,7 @@ class FlatMap(Operator):
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
-        self._reading: Iterator[Any] | None = None
+        self._reading: Iterator[object] | None = None
         self._origin = NOTHING
         self._counts: list[int] = []
         self._most = BATCH_RECORDS_MAX
@@ -247,7 +248,7 @@ class FlatMap(Operator):
         return self._flatten(self._origin, lambda _: reading)
 
     def _flatten(self, batch: Batch, call: Callable[[object], object]) -> Batch:
-        out: list[Any] = []
+        out: list[object] = []
         counts: list[int] = []
         self._counts = counts
         self._reading = None
@@ -288,7 +289,7 @@ class FlatMap(Operator):
             if len(out) >= self._most:
                 self.span.cut()
 
-    def _take(self, result: Any, out: list[Any]) -> None:
+    def _take(self, result: Any, out: list[object]) -> None:
         """Add the results of one record to the output, up to a bound."""
         before = len(out)
         if isinstance(result, list | tuple):
@@ -308,7 +309,7 @@ class FlatMap(Operator):
                 del out[before:]
                 raise
 
-    def _collecting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _collecting(self, call: Callable[..., Any]) -> Callable[..., object]:
         function = self._function
 
         def collect(*args: object) -> object:
@@ -350,14 +351,14 @@ class Process(FlatMap):
 
     def __init__(self, node: Node, surroundings: OperatorContext) -> None:
         super().__init__(node, surroundings)
-        self._last: Iterator[Any] = iter(())
+        self._last: Iterator[object] = iter(())
 
     def finish(self) -> Batch | None:
         """Return the records of the function's `finish`, as far as there is room; the rest is read in further calls."""
         if not self.more:
             self.forget_key()
             finishing = getattr(self._function, "finish", None)
-            result = None if finishing is None else self._collecting(lambda: self._call_now(finishing))()
+            result: Any = None if finishing is None else self._collecting(lambda: self._call_now(finishing))()
             if result is None:
                 return None
             self._last = iter(result)

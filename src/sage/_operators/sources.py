@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._iterables import why_not_records
 from sage._operators.awaited import AwaitedSource
@@ -18,10 +18,13 @@ from sage.records import Batch
 from sage.serving import RequestSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+    from types import GeneratorType
+    from typing import Never
 
     from sage._plan.logical import Node
     from sage.records import BatchReading
+    from sage.serving import PipelineBridge
 
 
 class SourceSample:
@@ -50,7 +53,7 @@ class SourceSample:
 class SequenceSource(Source):
     """A list, tuple or range, of which each parallel task reads every n-th record."""
 
-    def __init__(self, values: Sequence[Any], index: int, step: int) -> None:
+    def __init__(self, values: Sequence[object], index: int, step: int) -> None:
         self._values = values if step == 1 else values[index::step]
         self._at = 0
 
@@ -67,10 +70,10 @@ class SequenceSource(Source):
 class IterableSource(HoldingSource):
     """Any other iterable, read record by record, so that a slow one hands on each record."""
 
-    def __init__(self, values: Any, span: BatchReading) -> None:
+    def __init__(self, values: object, span: BatchReading) -> None:
         self._values = values
         self._span = span
-        self._iterator: Iterator[Any] = iter(())
+        self._iterator: Iterator[object] = iter(())
 
     def open(self) -> None:
         """Begin to iterate; a callable is called for its iterable first."""
@@ -90,7 +93,7 @@ class IterableSource(HoldingSource):
         self.raise_held()
         # The turns stand first in the zip: when they end, no record has been taken that nobody gets.
         turns = self._span.begin([None] * records_max)
-        records: list[Any] = []
+        records: list[object] = []
         try:
             for _, record in zip(turns, self._iterator, strict=False):
                 records.append(record)
@@ -116,7 +119,7 @@ class IterableSource(HoldingSource):
 class FunctionSource(HoldingSource):
     """A function that is called for each record."""
 
-    def __init__(self, call: Callable[[], Any], span: BatchReading, *, none_ends: bool) -> None:
+    def __init__(self, call: Callable[[], object], span: BatchReading, *, none_ends: bool) -> None:
         self._call = call
         self._span = span
         self._none_ends = none_ends
@@ -128,7 +131,7 @@ class FunctionSource(HoldingSource):
         if self._ended:
             return None
         call = self._call
-        records: list[Any] = []
+        records: list[object] = []
         turns = self._span.begin([None] * records_max)
         try:
             for _ in turns:
@@ -149,7 +152,7 @@ class FunctionSource(HoldingSource):
 class GeneratorSource(FunctionSource):
     """A generator that may have nothing now, as a function may; where it ends, the source does."""
 
-    def __init__(self, generator: Any, span: BatchReading) -> None:
+    def __init__(self, generator: GeneratorType[object, Never, object], span: BatchReading) -> None:
         super().__init__(partial(next, generator, StopSignal()), span, none_ends=False)
         self.generator = generator
 
@@ -172,7 +175,7 @@ def goes_on(node: Node) -> bool:
     """Return whether a source of a durable job goes on where it was, after a restart."""
     assert node.function is not None
     target = node.function.target
-    kind = target if node.function.is_class else type(target)
+    kind = node.function.owner
     if issubclass(kind, Source):
         return is_positioned(kind)
     if hasattr(target, "execute") or inspect.isasyncgenfunction(target) or hasattr(target, "__aiter__"):
@@ -197,7 +200,7 @@ class Reader(Operator):
     is_told = False
     may_wait = True
     delay_s: float | None = None
-    bridge: Any = None
+    bridge: PipelineBridge | None = None
     sample: SourceSample | None = None
     _read_before = _skipped = 0
 
@@ -216,14 +219,14 @@ class Reader(Operator):
             return
         self._read_before, position = state
         if is_positioned(type(self.source)):
-            open_at: Any = self.source.open
+            open_at: Callable[..., None] = self.source.open
             open_at(position)
         else:
             self.source.open()
             if isinstance(self.source, SequenceSource | IterableSource | GeneratorSource):
                 self.source.skip(self._read_before)
 
-    def snapshot(self, number: int) -> tuple[Any, int]:  # noqa: ARG002
+    def snapshot(self, number: int) -> tuple[object, int]:  # noqa: ARG002
         """Return how many records were read, and the position, if the source has one."""
         count = self._read_before + self.metrics.records_in
         return (count, self.source.position() if is_positioned(type(self.source)) else None), count
@@ -236,12 +239,9 @@ class Reader(Operator):
         if inspect.isasyncgenfunction(target) or hasattr(target, "__aiter__"):
             values = aiter(target() if inspect.isasyncgenfunction(target) else target)
             return self._awaited(values.__anext__, values)
-        if (
-            self.bridge is None
-            and is_coroutine_function(self.target_of())
-            and (not bounded or hasattr(target, "execute"))
-        ):
-            return self._awaited(self.target_of())
+        call = self.target_of()
+        if self.bridge is None and is_coroutine_function(call) and (not bounded or hasattr(target, "execute")):
+            return self._awaited(call)
         if hasattr(target, "execute"):
             return FunctionSource(self.callable_of(), self.span, none_ends=bounded)
         if not bounded and inspect.isgeneratorfunction(target):
@@ -252,7 +252,9 @@ class Reader(Operator):
             return SequenceSource(target, self.context.parallel_index, self.context.parallelism)
         return IterableSource(self.callable_of() if callable(target) else target, self.span)
 
-    def _awaited(self, give: Callable[[], Any], values: Any = None) -> AwaitedSource:
+    def _awaited(
+        self, give: Callable[[], Awaitable[object]], values: AsyncIterator[object] | None = None
+    ) -> AwaitedSource:
         bounded: bool = self.node.settings["bounded"]
         return AwaitedSource(give, self._surroundings, lambda: self.wake(), none_ends=bounded, values=values)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._operators.operator import Recovery
 from sage._operators.per_record import NOTHING, Sink, drop_requests
@@ -28,11 +28,11 @@ def writing(records: Iterable[object], function: Callable[..., object], out: lis
 class TransactionSink(Sink):
     """Writes records into transactions; in a job that is not durable, all of them into one."""
 
-    _sink: TransactionalSink[Any] | None = None
+    _sink: TransactionalSink[object] | None = None
 
     def prepare(self) -> None:
         """Open the sink, and commit the transactions of the last checkpoint."""
-        self._prepared: dict[int, Any] = {}
+        self._prepared: dict[int, object] = {}
         recovery = self.recovery or Recovery(uuid.uuid4().hex)
         sink = self._sink = self._function
         sink.durable = self.recovery is not None
@@ -59,7 +59,7 @@ class TransactionSink(Sink):
         blamed.args = (f'operator "{name}" failed on a batch up to record {short(record)}: {describe(error)}',)
         return blamed
 
-    def snapshot(self, number: int) -> tuple[Any, int]:
+    def snapshot(self, number: int) -> tuple[object, int]:
         """Prepare the transaction, begin the next one, and return the tokens of those that are not committed."""
         assert self._sink is not None
         token = self._sink.prepare(number)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from sage._arguments import check_count, check_name
 from sage.errors import DuplicateNameError, FutureError, GraphError, hint
@@ -17,6 +17,7 @@ from sage.state import states_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Unpack
 
     from sage.command import Command
     from sage.service import ServiceOptions
@@ -72,8 +73,8 @@ class FunctionSpec:
 
     target: Any
     is_class: bool = False
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
     capacity: int | None = None
 
     @property
@@ -82,7 +83,7 @@ class FunctionSpec:
         return self.target if self.is_class else type(self.target)
 
     @property
-    def states(self) -> Mapping[str, KeyState[Any]]:
+    def states(self) -> Mapping[str, KeyState]:
         """The states of keys that a function class declares."""
         return states_of(self.owner) if issubclass(self.owner, BaseFunction) else {}
 
@@ -168,11 +169,11 @@ class ServiceSpec:
     """
 
     name: str
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    target: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     options: ServiceOptions
-    handle: ServiceHandle[Any]
+    handle: ServiceHandle
     command: Command | None = None
     front: str = ""
     spare: bool = False
@@ -207,6 +208,42 @@ class LogicalGraph:
     is_durable: bool = False
 
 
+class NodeAttributes(TypedDict, total=False):
+    """The attributes of a `Node` that not every kind has."""
+
+    inputs: tuple[int, ...]
+    route: Route | None
+    settings: Mapping[str, object]
+
+
+class RunningJob(Protocol):
+    """The part of a job that a stream needs to hand its records to the program."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether something of it still runs."""
+
+    @property
+    def _runs_while_waited_for(self) -> bool: ...
+
+    def _run_to_end(self) -> None: ...
+
+    def cancel(self) -> None:
+        """End it at once."""
+
+    def wait(self) -> object:
+        """Wait for its end, and raise its errors."""
+
+
+class JobRunner(Protocol):
+    """The part of an environment that a stream needs to run its graph."""
+
+    def submit(self, autostop: bool = False) -> RunningJob:
+        """Run the graph."""
+
+    def _submit_for(self, over: Callable[[object], None]) -> RunningJob: ...
+
+
 class GraphBuilder:
     """Collects nodes while a user writes a pipeline. Nothing runs here.
 
@@ -216,7 +253,7 @@ class GraphBuilder:
         environment: whom a stream asks to run the graph.
     """
 
-    def __init__(self, environment: Any = None) -> None:
+    def __init__(self, environment: JobRunner) -> None:
         self.environment = environment
         self._nodes: dict[int, tuple[Node, str | None]] = {}
         self._names: dict[str, int] = {}  # those that the user gave
@@ -227,23 +264,29 @@ class GraphBuilder:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def add(self, kind: Kind, *, name: str | None = None, **attributes: Any) -> int:
+    def add(
+        self,
+        kind: Kind,
+        *,
+        name: object = None,
+        function: FunctionSpec | None = None,
+        parallelism: object = None,
+        on_error: ErrorPolicy = FAIL,
+        **attributes: Unpack[NodeAttributes],
+    ) -> int:
         """Add a node and return its id.
 
         Raises:
             DuplicateNameError: `name` is given and another node has it.
             GraphError: the parallelism is not a positive number, or `name` cannot be one.
         """
-        parallelism = attributes.get("parallelism", 1)
-        function: FunctionSpec | None = attributes.get("function")
-        if name is not None:
-            check_name("an operator", name)
-        label = name or (function.label if function else None) or str(kind)
-        check_count(f'operator "{label}" has parallelism', parallelism)
+        given = None if name is None else check_name("an operator", name)
+        label = given or (function.label if function else None) or str(kind)
+        tasks = 1 if parallelism is None else check_count(f'operator "{label}" has parallelism', parallelism)
         id_ = next(self._ids)
-        node = Node(id_, kind, label, **attributes)
-        self._take_name(id_, name)
-        self._nodes[id_] = (node, name)
+        node = Node(id_, kind, label, function=function, parallelism=tasks, on_error=on_error, **attributes)
+        self._take_name(id_, given)
+        self._nodes[id_] = (node, given)
         return id_
 
     def _take_name(self, id_: int, name: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._plan import durability
 from sage._plan.logical import Kind, LogicalGraph, Node, ServiceSpec
@@ -156,7 +156,7 @@ def _uses(node: Node, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
         yield from _awaited(node, target, known)
 
 
-def used_by(node: Node) -> tuple[list[tuple[ServiceHandle[object], str | None]], list[str]]:
+def used_by(node: Node) -> tuple[list[tuple[ServiceHandle, str | None]], list[str]]:
     """Return the services that a function visibly uses: handles, each with a method or None, and names."""
     if node.function is None:
         return [], []
@@ -164,7 +164,7 @@ def used_by(node: Node) -> tuple[list[tuple[ServiceHandle[object], str | None]],
     functions: list[object] = list(target) if isinstance(target, tuple) and node.kind is Kind.COMAP else [target]
     if node.kind is Kind.SOURCE and isinstance(target, Source | list | tuple | range | str):
         functions = []
-    used: list[tuple[ServiceHandle[object], str | None]] = []
+    used: list[tuple[ServiceHandle, str | None]] = []
     for argument in (*functions, *node.function.args, *node.function.kwargs.values()):
         if isinstance(argument, ServiceMethod):
             used.append((argument.handle, argument.__name__))
@@ -188,9 +188,7 @@ def _method(node: Node, service: ServiceSpec, method: str) -> Iterator[GraphErro
     yield hint(error, f"{type_.__name__} has: {methods or 'no methods'}.")
 
 
-def _awaited(
-    node: Node, target: ServiceMethod | ServiceHandle[object], known: dict[str, ServiceSpec]
-) -> Iterator[GraphError]:
+def _awaited(node: Node, target: ServiceMethod | ServiceHandle, known: dict[str, ServiceSpec]) -> Iterator[GraphError]:
     """Yield an error if `map_async` was given a method of a service that cannot be awaited."""
     name, method = (
         (target.handle._name, target.__name__) if isinstance(target, ServiceMethod) else (target._name, DEFAULT_METHOD)
@@ -230,7 +228,7 @@ def _code_owners(function: object) -> Iterable[FunctionType]:
     )
 
 
-def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[object], str | None]]:
+def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle, str | None]]:
     """Return the handles that a function reaches by name, each with the method that it takes of it."""
     reachable: dict[str, object] = {
         name: function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__
@@ -243,8 +241,8 @@ def _handles_in(function: FunctionType) -> list[tuple[ServiceHandle[object], str
     handles = {name: value for name, value in reachable.items() if isinstance(value, ServiceHandle | ServiceMethod)}
     if not handles:
         return []
-    found: list[tuple[ServiceHandle[Any], str | None]] = []
-    before: Any = None
+    found: list[tuple[ServiceHandle, str | None]] = []
+    before: dis.Instruction | None = None
     for instruction in _instructions(function.__code__):
         value = handles.get(before.argval) if before is not None and isinstance(before.argval, str) else None
         if isinstance(value, ServiceHandle) and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 from sage import functions
 from sage._arguments import check_count
@@ -17,6 +17,8 @@ from sage.service import BaseService, ServiceHandle, ServiceMethod, ServiceUser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+F = TypeVar("F")
 
 # Which function classes an operator takes, and how many records its function is called with.
 ACCEPTED: dict[Kind, tuple[tuple[type, ...], int]] = {
@@ -41,7 +43,12 @@ WITH_STATES = frozenset({Kind.MAP, Kind.FILTER, Kind.FLATMAP, Kind.PROCESS, Kind
 KINDS_OF_FUNCTION = tuple(type_ for types, _ in ACCEPTED.values() for type_ in types)
 
 
-def place_of(at: Any, num_cpus: Any = 0.0, num_gpus: Any = 0.0, resources: Mapping[str, Any] | None = None) -> Place:
+def place_of(
+    at: object,
+    num_cpus: float = 0.0,
+    num_gpus: float = 0.0,
+    resources: Mapping[str, float] | None = None,
+) -> Place:
     """Check a user's place and return it.
 
     Raises:
@@ -57,7 +64,7 @@ def place_of(at: Any, num_cpus: Any = 0.0, num_gpus: Any = 0.0, resources: Mappi
         reserved = ", ".join(name for name, amount in wanted.items() if amount)
         error = GraphError(f"a place at the driver reserves {reserved}")
         raise hint(error, "Only processes of the cluster reserve something; the driver runs already.")
-    return Place(at, num_cpus, num_gpus, tuple((resources or {}).items()))
+    return Place("driver" if at == "driver" else "cluster", num_cpus, num_gpus, tuple((resources or {}).items()))
 
 
 def class_of(target: object) -> object:
@@ -83,15 +90,14 @@ def function_spec(kind: Kind, target: object, args: tuple[object, ...], kwargs: 
     return spec
 
 
-def _capacity(kind: Kind, target: object, kwargs: dict[str, Any]) -> tuple[dict[str, object], int | None]:
+def _capacity(kind: Kind, target: object, kwargs: dict[str, object]) -> tuple[dict[str, object], int | None]:
     """Take the operator's `capacity` out of the keywords; a class with an argument of that name gets it itself."""
     if "capacity" not in kwargs or (
         isinstance(target, type) and _is_function_class(target) and _takes_capacity(target)
     ):
         return kwargs, None
-    if kwargs["capacity"] is not None:
-        check_count(f"{kind}: capacity is", kwargs["capacity"])
-    return {name: value for name, value in kwargs.items() if name != "capacity"}, kwargs["capacity"]
+    rest = {name: value for name, value in kwargs.items() if name != "capacity"}
+    return rest, None if kwargs["capacity"] is None else check_count(f"{kind}: capacity is", kwargs["capacity"])
 
 
 def _takes_capacity(target: type) -> bool:
@@ -229,7 +235,7 @@ def _refuse_asynchronous_generator(kind: Kind | str, target: object, function: o
         raise hint(error, "Write a coroutine function that returns a list, or a generator function without async.")
 
 
-def plain_function(label: str, function: Any, count: int) -> Any:
+def plain_function(label: str, function: F, count: int) -> F:
     """Check that a function can be called with so many arguments and is not a coroutine function, and return it.
 
     Raises:

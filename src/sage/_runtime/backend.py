@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from sage._guardian.job_journal import JobJournal
     from sage._plan.logical import ServiceSpec
+    from sage._runtime.checkpoints import CheckpointEvent
     from sage._runtime.coroutines import CoroutineLoop
+    from sage._runtime.lifecycle import LifecycleEvent
     from sage._runtime.pace import Pace
     from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
@@ -273,7 +275,7 @@ class Backend(ABC):
         """Begin to run a job: handle posted events until it is sealed."""
 
     @abstractmethod
-    def post(self, supervisor: Supervisor, event: object) -> None:
+    def post(self, supervisor: Supervisor, event: LifecycleEvent | CheckpointEvent) -> None:
         """Have `supervisor.handle(event)` called; any thread may post."""
 
     @abstractmethod

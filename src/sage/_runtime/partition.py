@@ -16,7 +16,7 @@ from sage.errors import FunctionError, describe, hint, short
 from sage.records import BATCH_RECORDS_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sage._runtime.channel import Channel, InFlight
     from sage.records import Batch
@@ -116,7 +116,7 @@ class Partitioner:
         for offset in range(min(self._targets, len(batch))):
             yield (first + offset) % self._targets, batch.stride(offset, self._targets)
 
-    def _by_key(self, batch: Batch, keys: list[object]) -> Iterator[tuple[int, Batch]]:
+    def _by_key(self, batch: Batch, keys: Sequence[object]) -> Iterator[tuple[int, Batch]]:
         targets = self._targets_of(keys)
         present = dict.fromkeys(targets)  # in the order in which they come
         if len(present) == 1:
@@ -131,7 +131,7 @@ class Partitioner:
             for target, picked in places.items():
                 yield target, batch.pick(picked)
 
-    def _targets_of(self, keys: list[Any]) -> list[int]:
+    def _targets_of(self, keys: Sequence[Any]) -> list[int]:
         """Return the task of each key.
 
         Strings and whole numbers are hashed about as fast as they are found among known ones.
