@@ -164,8 +164,10 @@ def segfault() -> None:
 def leave_a_copy() -> None:
     """End this process, but for a copy that holds every descriptor open; Python knows nothing of this fork."""
     libc = ctypes.PyDLL(None)  # which keeps the lock of the interpreter, so that the copy has it too
+    # SIGTERM may come before the copy waits, and must still wake it; `pause` would only wait for the next one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     if libc.fork() == 0:
-        libc.pause()
+        libc.sigsuspend(bytes(128))  # an empty set of blocked signals
     os._exit(3)
 
 

@@ -20,7 +20,7 @@ from sage._hosts.gated import GatedHost
 from sage._logs import forward, log_of
 from sage._remote.begun import BegunCalls, shared_memory
 from sage._remote.protocol import JobSide, ServiceSide, served
-from sage._remote.rpc import NotSentError, RpcClosedError, SocketPairRpc
+from sage._remote.rpc import NO_KWARGS, NotSentError, RpcClosedError, SocketPairRpc
 from sage._remote.wire import encode
 from sage._runtime.backend import HostFacts
 from sage.errors import GraphError, ServiceError, ServiceUnavailableError, describe, hint
@@ -129,12 +129,13 @@ class ProcessHost(GatedHost):
         link, begun, is_coroutine = self._link, self._begun, self._methods[name]
         assert link is not None
         assert begun is not None
+        asked = link.asked
 
         def remote(*args: Any, **kwargs: Any) -> Any:
             number = self._number_of_call(link) if is_coroutine else 0
             place = begun.take()
             try:
-                return link.ask(ServiceSide.call, place, name, args, kwargs, number)
+                return asked(None, ServiceSide.call, (place, name, args, kwargs, number), NO_KWARGS)
             except (NotSentError, RpcClosedError) as error:
                 return self._call_unanswered(error, begun.has_begun(place), name, args, kwargs)
             finally:

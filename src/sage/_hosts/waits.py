@@ -34,10 +34,8 @@ class Waits:
         """Count a call that has to wait."""
         with self._lock:
             now_s = self.now()
-            if self._open == 0:
-                self._busy_at = now_s
-            self._open += 1
             self._count += 1
+            self._begin_busy(now_s)
         return Wait(self, now_s)
 
     def total(self) -> CallWaits:
@@ -52,9 +50,49 @@ class Waits:
 
     def _end(self) -> None:
         with self._lock:
-            self._open -= 1
-            if self._open == 0:
-                self._busy_s += self.now() - self._busy_at
+            self._end_busy(self.now())
+
+    def _begin_busy(self, now_s: float) -> None:
+        if self._open == 0:
+            self._busy_at = now_s
+        self._open += 1
+
+    def _end_busy(self, now_s: float) -> None:
+        self._open -= 1
+        if self._open == 0:
+            self._busy_s += now_s - self._busy_at
+
+
+class Crowd:
+    """The calls at a service that makes one at a time by itself, so that all the others wait behind their gate.
+
+    The times that they wait add up to the integral of their number over time, so no call is measured on its own.
+
+    Attributes:
+        is_there: whether any call has come during another one since the service last had none.
+    """
+
+    def __init__(self, waits: Waits) -> None:
+        self.is_there = False
+        self._waits = waits
+        self._changed_at = 0.0
+
+    def changed(self, before: int, *, has_come: bool) -> None:
+        """Note that a call has come, or leaves, where there were so many `before`; the gate's lock is held."""
+        waits = self._waits
+        with waits._lock:
+            now_s = waits.now()
+            if not self.is_there:
+                self.is_there = True
+                waits._begin_busy(now_s)
+            elif before > 1:
+                waits._waited_s += (before - 1) * (now_s - self._changed_at)
+            self._changed_at = now_s
+            if has_come:
+                waits._count += 1
+            elif before == 1:
+                self.is_there = False
+                waits._end_busy(now_s)
 
 
 class Wait:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 
+BEGUN = 1
 PLACES_COUNT = 4096
 UNKNOWN = PLACES_COUNT - 1
 """The place of all calls beyond that number at once, which count as begun."""
@@ -17,13 +18,16 @@ UNKNOWN = PLACES_COUNT - 1
 class BegunCalls:
     """The calls that wait for an answer, each at a place of its own.
 
+    Attributes:
+        marks: has a byte for each place. The other process sets it to `BEGUN` as it begins the call.
+
     Args:
         descriptor: of the shared memory, from `shared_memory`; it stays open.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, PLACES_COUNT)
-        self._marks: mmap.mmap | bytearray = self._memory
+        self.marks: mmap.mmap | bytearray = self._memory
         self._free = list(range(UNKNOWN))
 
     def take(self) -> int:
@@ -32,7 +36,7 @@ class BegunCalls:
             place = self._free.pop()
         except IndexError:
             return UNKNOWN
-        self._marks[place] = 0
+        self.marks[place] = 0
         return place
 
     def free(self, place: int) -> None:
@@ -41,16 +45,12 @@ class BegunCalls:
             self._free.append(place)
 
     def has_begun(self, place: int) -> bool:
-        return place == UNKNOWN or self._marks[place] == 1
+        return place == UNKNOWN or self.marks[place] == BEGUN
 
     def close(self) -> None:
         """Free the memory; calls that still wait count as begun."""
-        self._marks = bytearray(b"\1" * PLACES_COUNT)
+        self.marks = bytearray([BEGUN]) * PLACES_COUNT
         self._memory.close()
-
-    def begin(self, place: int) -> None:
-        """Note that the call begins now; the other process does this."""
-        self._marks[place] = 1
 
 
 def shared_memory() -> int:

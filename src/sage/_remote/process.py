@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
-from sage._remote.begun import BegunCalls
+from sage._remote.begun import BEGUN, BegunCalls
 from sage._remote.calls import RemoteCalls
 from sage._remote.protocol import JobSide, LogSide, ServiceSide, served
 from sage._remote.rpc import RpcClosedError, SocketPairRpc
@@ -31,7 +31,6 @@ from sage.service import ServiceContext, ServiceHandle
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from concurrent.futures import Future
-    from contextlib import AbstractContextManager
 
     from sage._calls import CallFuture
     from sage._remote.rpc import RpcClient
@@ -74,8 +73,8 @@ class ServiceProcess(ServiceSide):
         self._succeeded: set[str] = set()
         self._begun: set[str] = set()
         self._busy = Busy()
-        self._begun_calls = begun
-        self._turn: AbstractContextManager[object] = nullcontext()
+        self._begun_marks = begun.marks
+        self._turn: threading.Lock | Busy = self._busy
         self._methods: dict[str, tuple[bool, Callable[..., Any]]] = {}  # each, and whether it is a coroutine method
         self._running: dict[int, Future[Any]] = {}
         self._given_up: set[int] = set()
@@ -118,16 +117,18 @@ class ServiceProcess(ServiceSide):
 
     def call(self, place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Any:
         """Call a method of the service, a coroutine method to its end; the driver sees to the time-out."""
-        if name not in self._methods:
-            awaited = self._instance.coroutine_method(name)
-            self._methods[name] = awaited is not None, awaited or self._instance.attribute(name)
-        is_coroutine, method = self._methods[name]
-        with self._turn, self._busy:
+        is_coroutine, method = self._methods.get(name) or self._found(name)
+        with self._turn:
             if self._over.is_set():  # while it waited for its turn, so that nobody waits for its answer any more
                 raise RpcClosedError("the driver is gone")
-            self._begun_calls.begin(place)
+            self._begun_marks[place] = BEGUN
             answer = method(*args, **kwargs)
             return self._awaited(answer, number) if is_coroutine else answer
+
+    def _found(self, name: str) -> tuple[bool, Callable[..., Any]]:
+        awaited = self._instance.coroutine_method(name)
+        self._methods[name] = awaited is not None, awaited or self._instance.attribute(name)
+        return self._methods[name]
 
     def _awaited(self, coroutine: Coroutine[Any, Any, Any], number: int) -> Any:
         """Run a coroutine to its end, or until the driver gives up its call; nobody can give up number 0."""
@@ -223,7 +224,7 @@ class ServiceProcess(ServiceSide):
             os._exit(1)
 
     def _end(self, due: float, errors: list[str]) -> None:
-        if not self._busy.wait_over(max(due - time.monotonic(), 0) / 2):
+        if not self._wait_over(max(due - time.monotonic(), 0) / 2):
             errors.append("a call or hook was still running")
         hooks = self._instance.hooks
         for hook in ("stop", "cleanup"):
@@ -233,6 +234,14 @@ class ServiceProcess(ServiceSide):
                     self._instance.run_hook(hook)
                 except BaseException as error:  # nobody is left to hear of it but the guardian
                     errors.append(f"{hook}: {describe(error)}")
+
+    def _wait_over(self, timeout_s: float) -> bool:
+        """Wait until no hook and no call runs, and return whether that is so; none begins any more."""
+        due = time.monotonic() + timeout_s
+        is_over = self._busy.wait_over(timeout_s)
+        if isinstance(self._turn, Busy):
+            return is_over
+        return self._turn.acquire(timeout=max(due - time.monotonic(), 0)) and is_over
 
     def _is_ready_to_stop(self) -> bool:
         return self._instance.hooks & START_HOOKS <= self._succeeded

@@ -8,7 +8,7 @@ import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from sage.service import resolve_handles
+from sage._current_job import here
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,10 +99,15 @@ class Connection:
             EOFError: the other end was closed.
             OSError: the connection broke.
         """
-        if self._start == self._end:  # most frames come alone, and as a whole
-            self._start, self._end = 0, self._socket.recv_into(self._inbox)
-            if not self._end:
+        if self._start == self._end:
+            size = self._socket.recv_into(self._inbox)
+            if not size:
                 raise EOFError("the other end was closed")
+            if size > HEADER.size:  # most frames come alone, and as a whole
+                buffer_count, length = HEADER.unpack_from(self._inbox)
+                if not buffer_count and length == size - HEADER.size:
+                    return self._view[HEADER.size : size], NOTHING
+            self._start, self._end = 0, size
         if self._end - self._start < HEADER.size:
             self._fill(HEADER.size)
         buffer_count, length = HEADER.unpack_from(self._inbox, self._start)
@@ -110,7 +115,7 @@ class Connection:
         if not buffer_count and length <= self._end - self._start:
             data = self._view[self._start : self._start + length]
             self._start += length
-            return data, ()
+            return data, NOTHING
         sizes = [size for (size,) in SIZE.iter_unpack(self._read(buffer_count * SIZE.size))]
         large = memoryview(self._read(length))
         return large, [self._read(size) for size in sizes]
@@ -121,8 +126,8 @@ class Connection:
         Raises:
             Exception: it cannot be unpickled; the type depends on it.
         """
-        resolve_handles(self._handles)
-        return pickle.loads(data, buffers=buffers)
+        here.handles = self._handles
+        return pickle.loads(data, buffers=buffers) if buffers else pickle.loads(data)
 
     def bound(self, timeout_s: float) -> None:
         """Let sending and receiving raise `TimeoutError` after a time; the connection is of no use after that."""
