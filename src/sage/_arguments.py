@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import TypeGuard, TypeVar
 
@@ -26,6 +27,14 @@ def check_text(label: str, value: object, advice: str) -> None:
     """Raise GraphError, with `label` and `advice`, for a value that is not a string, or is an empty one."""
     if not isinstance(value, str) or not value:
         raise hint(GraphError(f"{label} is {short(value)}"), advice)
+
+
+def names_of(label: str, given: object, advice: str) -> tuple[str, ...]:
+    """Return one name or several as a tuple; GraphError, with `label` and `advice`, if one cannot be a name."""
+    names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    for name in names:
+        check_text(label, name, advice)
+    return names
 
 
 def path_of(label: str, value: object, advice: str) -> str:

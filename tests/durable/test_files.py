@@ -261,6 +261,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "columns": (lambda: CsvFiles("out", columns=["a", "a"]), "CsvFiles: has two columns 'a'"),
     "no list": (lambda: Csv("*", columns="id"), "Csv: columns is 'id'"),
     "no columns": (lambda: CsvFiles("out", columns=[]), r"CsvFiles: columns is \[\]"),
+    "no column": (lambda: CsvFiles("out", partition_by=[""]), "CsvFiles: a column of partition_by is ''"),
+    "no size": (lambda: TextFiles("out", file_bytes_max=0), "TextFiles: file_bytes_max is 0"),
     "no names": (lambda: Csv("*", columns=[1]), "Csv: has a column 1, which is not a string"),  # type: ignore[list-item]
 }
 
@@ -350,6 +352,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], object, str, str]] = {
         "a value for each column",
     ),
     "no dict": (CsvFiles, 3, "record 3 is not a dict with the columns", "a value for each column"),
+    "no folder": (
+        lambda folder: JsonLinesFiles(folder, partition_by="day"),
+        {"id": 1},
+        r"record \{'id': 1\} has no 'day', which names its folder",
+        "partition_by",
+    ),
     "escape": (
         lambda folder: CsvFiles(folder, quoting=csv.QUOTE_NONE),
         {"a": ","},
@@ -384,6 +392,70 @@ def test_files_that_a_kill_has_left_do_not_disturb_a_sink_whose_name_begins_thei
     sink.commit(sink.prepare(1) or "")
     assert (tmp_path / "job-out-0-00000001.txt").read_text() == "two\n"
     killed.abort()
+
+
+def test_values_name_the_folders_of_records(tmp_path: Path) -> None:
+    rows = [{"day": day, "city/x": city} for day in (1, None) for city in ("Rom a", "", "a/b", "..")]
+    env = LocalEnvironment("job")
+    env.from_batch(rows).sink(JsonLinesFiles(tmp_path, partition_by=["day", "city/x"]))
+    env.run()
+    none = "__HIVE_DEFAULT_PARTITION__"
+    assert {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")} == {
+        f"day={day}/city%2Fx={city}" for day in ("1", none) for city in ("Rom a", none, "a%2Fb", "..")
+    }
+    found = read(JsonLines(tmp_path))[0]
+    assert sorted(map(repr, found)) == sorted(map(repr, rows))
+
+
+def test_a_task_writes_into_more_folders_than_it_has_files_open(tmp_path: Path) -> None:
+    rows = [{"id": number, "day": number % 150} for number in range(600)]
+    sink = JsonLinesFiles(tmp_path, partition_by="day")
+    sink.open("part", 0)
+    open_max = 0
+    for begin in range(0, 600, 10):
+        sink.write(rows[begin : begin + 10])
+        open_max = max(open_max, len(sink._parts))
+    sink.commit(sink.prepare(1) or [])
+    sink.close()
+    assert open_max == 64
+    found = read(JsonLines(tmp_path))[0]
+    assert sorted(row["id"] for row in found) == list(range(600))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_large_file_is_followed_by_another_one(tmp_path: Path) -> None:
+    sink = TextFiles(tmp_path, file_bytes_max=10)
+    sink.open("part", 0)
+    for number in range(6):
+        sink.write([f"line {number}"])
+    sink.commit(sink.prepare(1) or [])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"part-00000001.0000{piece}.txt" for piece in "012"]
+    assert read(Text(tmp_path))[0] == [f"line {number}" for number in range(6)]
+    sink.write(["line 6"] * 3)
+    sink.abort()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_of_a_later_checkpoint_are_removed_from_all_folders(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "part-00000009.00000.jsonl").touch()
+    killed = []
+    for number in (1, 2):
+        sink = JsonLinesFiles(tmp_path, partition_by="day")
+        killed.append(sink)
+        sink.open("part", number - 1)
+        sink.write([{"day": day, "number": number} for day in (1, 2)])
+        token = sink.prepare(number) or []
+        sink.commit(token[:1])
+        sink.write([{"day": 3, "number": number}])
+        JsonLinesFiles(tmp_path).open("part", 1)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+        "other/part-00000009.00000.jsonl",
+        "day=1/part-00000001.00000.jsonl",
+        "day=2/.part-00000001.00001.jsonl.prepared",
+    }
+    for sink in killed:
+        sink.abort()
 
 
 def test_a_sink_that_serves_a_second_job_takes_the_columns_anew(tmp_path: Path) -> None:

@@ -420,6 +420,7 @@ def check(folder: Path, address: str) -> None:
     assert rows_of(address, "answers") == rows_of(address, "latest") == wanted, output
 
 
+@pytest.mark.timeout(180)  # starts four programs
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.proof) for seed in range(1, 7))])
 def test_each_row_once_whenever_the_program_is_killed(seed: int, tmp_path: Path) -> None:
     address = fill(tmp_path)
@@ -434,6 +435,7 @@ def test_each_row_once_whenever_the_program_is_killed(seed: int, tmp_path: Path)
     check(tmp_path, address)
 
 
+@pytest.mark.timeout(180)  # starts four programs
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.proof) for seed in range(1, 7))])
 def test_each_row_once_whenever_the_server_is_killed(seed: int, tmp_path: Path) -> None:
     address = fill(tmp_path)

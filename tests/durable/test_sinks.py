@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from support.needs import needs_parquet
 from support.postgres_server import execute, needs_postgres, server
 
 from sage import ConnectorError, Durable, FunctionError, LocalEnvironment
@@ -19,6 +20,8 @@ from sage.connectors import (
     CsvFiles,
     JsonLines,
     JsonLinesFiles,
+    Parquet,
+    ParquetFiles,
     PostgresSink,
     PostgresTable,
     SqliteSink,
@@ -88,6 +91,21 @@ SINKS = {
     "CsvFiles": Case(
         lambda folder: CsvFiles(folder / "out"), value, {"id": 1}, lambda folder: Csv(folder / "out" / "*.csv")
     ),
+    "CsvFiles in folders": Case(
+        lambda folder: CsvFiles(folder / "out", partition_by="text", file_bytes_max=20),
+        value,
+        {"id": 1},
+        lambda folder: Csv(folder / "out"),
+    ),
+    "ParquetFiles": Case(
+        lambda folder: ParquetFiles(folder / "out"), value, {"name": 1}, lambda folder: Parquet(folder / "out")
+    ),
+    "ParquetFiles in folders": Case(
+        lambda folder: ParquetFiles(folder / "out", partition_by=["text", "id"], file_bytes_max=20),
+        value,
+        {"id": 1},
+        lambda folder: Parquet(folder / "out"),
+    ),
     "SqliteSink": Case(rows_in, value, {"name": 1}, lambda folder: SqliteTable(folder / "rows.db", "rows", by="id")),
     "SqliteSink with a key": Case(
         lambda folder: rows_in(folder, key="id"),
@@ -102,7 +120,10 @@ SINKS = {
 }
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[needs_postgres] * name.startswith("Postgres")) for name in SINKS])
+MARKS = {"ParquetFiles": needs_parquet, "PostgresSink": needs_postgres}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SINKS])
 def case(request: pytest.FixtureRequest) -> Case:
     return SINKS[request.param]
 
@@ -232,7 +253,10 @@ def test_a_job_that_is_not_durable_writes_all_or_nothing(case: Case, tmp_path: P
     assert rows(case, tmp_path) == wanted(case, *numbers)
 
 
-@pytest.mark.parametrize("name", [name for name in SINKS if not name.startswith("Postgres")])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SINKS if not name.startswith("Postgres")],
+)
 def test_a_job_that_is_killed_anywhere_writes_each_record_once(name: str) -> None:
     """A server does not go back with its folder, so test_postgres.py kills whole programs."""
     case = SINKS[name]

@@ -11,10 +11,11 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from support.needs import needs_parquet
 from support.postgres_server import execute, needs_postgres, server
 
 from sage import ConnectorError, Durable, LocalEnvironment
-from sage.connectors import Csv, JsonLines, JsonLinesFiles, PostgresTable, SqliteTable, Text
+from sage.connectors import Csv, JsonLines, JsonLinesFiles, Parquet, PostgresTable, SqliteTable, Text
 from sage.testing import simulate
 
 if TYPE_CHECKING:
@@ -55,6 +56,14 @@ def append_csv(folder: Path, numbers: Sequence[int]) -> None:
         writer.writerows(map(value, numbers))
 
 
+def append_parquet(folder: Path, numbers: Sequence[int]) -> None:
+    """Write a new file with groups of three rows: a file of this format does not grow."""
+    pyarrow: Any = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.Table.from_pylist(list(map(value, numbers)))
+    parquet.write_table(rows, folder / f"{min(numbers):03}.parquet", row_group_size=3)
+
+
 def append_rows(folder: Path, numbers: Sequence[int]) -> None:
     with closing(sqlite3.connect(folder / "a b?.db")) as database, database:
         database.execute("CREATE TABLE IF NOT EXISTS rows (at INTEGER, id TEXT, text TEXT)")
@@ -92,6 +101,7 @@ SOURCES = {
     "JsonLines": Case(append_json, lambda folder: JsonLines(folder / "*.jsonl"), value),
     "Text": Case(append_text, lambda folder: Text(folder / "*.txt"), line),
     "Csv": Case(append_csv, lambda folder: Csv(folder / "*.csv"), value),
+    "Parquet": Case(append_parquet, lambda folder: Parquet(folder), value),
     "SqliteTable": Case(
         append_rows, lambda folder: SqliteTable(folder / "a b?.db", "rows", by="at"), ticket, is_ordered=False
     ),
@@ -111,7 +121,10 @@ SOURCES = {
 }
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[needs_postgres] * name.startswith("Postgres")) for name in SOURCES])
+MARKS = {"Parquet": needs_parquet, "PostgresTable": needs_postgres}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SOURCES])
 def case(request: pytest.FixtureRequest) -> Case:
     return SOURCES[request.param]
 

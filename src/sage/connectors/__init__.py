@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from sage.connectors.csv import CsvFiles as CsvFiles
     from sage.connectors.json_lines import JsonLines as JsonLines
     from sage.connectors.json_lines import JsonLinesFiles as JsonLinesFiles
+    from sage.connectors.parquet import Parquet as Parquet
+    from sage.connectors.parquet import ParquetFiles as ParquetFiles
     from sage.connectors.postgres import PostgresSink as PostgresSink
     from sage.connectors.postgres import PostgresTable as PostgresTable
     from sage.connectors.sqlite import SqliteSink as SqliteSink
@@ -21,6 +23,7 @@ __getattr__ = lazy(
     {
         "csv": "Csv CsvFiles",
         "json_lines": "JsonLines JsonLinesFiles",
+        "parquet": "Parquet ParquetFiles",
         "postgres": "PostgresSink PostgresTable",
         "sqlite": "SqliteSink SqliteTable",
         "text": "Text TextFiles",

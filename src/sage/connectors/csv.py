@@ -120,7 +120,7 @@ class Csv(FileSource[Row]):
     are strings, unless `quoting=csv.QUOTE_NONNUMERIC` says otherwise.
 
     Args:
-        pattern: the files, such as "in/*.csv"; `**` stands for any folders.
+        pattern: the files, such as "in/*.csv"; `**` stands for any folders, and a folder for all files below it.
         columns: the names of the columns; None if the first row of each file has them.
         encoding: their encoding, which extends ASCII.
         bad_lines: "fail" ends the job at a line that is not CSV, or has too few or too many values; "skip" leaves it
@@ -150,6 +150,8 @@ class CsvFiles(FileSink[Row]):
         folder: the folder; made if it is not there.
         columns: the names of the columns, in order; None for those of the first record.
         encoding: the encoding of the files, which extends ASCII.
+        partition_by: columns whose values name the folders in which records stand, as in "out/day=5".
+        file_bytes_max: about how large a file gets before another one is begun, in bytes.
         **options: options of the `csv` module, such as `delimiter=";"`.
     """
 
@@ -159,6 +161,9 @@ class CsvFiles(FileSink[Row]):
         *,
         columns: Sequence[str] | None = None,
         encoding: str = "utf-8",
+        partition_by: str | Sequence[str] = (),
+        file_bytes_max: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(folder, CsvFormat("CsvFiles", columns, encoding, options))
+        format = CsvFormat("CsvFiles", columns, encoding, options)
+        super().__init__(folder, format, partition_by=partition_by, file_bytes_max=file_bytes_max)

@@ -19,7 +19,7 @@ from sage.errors import ConnectorError, GraphError, describe, hint
 from sage.failure import DeadLetter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,8 @@ class DeadLetterFile(FileSink[DeadLetter]):
         if not os.access(there, os.W_OK) or (there != self.path and not os.path.isdir(there)):
             error = GraphError(f'dead_letters: store "{path}" cannot be written')
             raise hint(error, f'"{there}" must be a file or folder that this user may write.')
-        super().__init__(os.path.dirname(self.path), LetterFormat(job))
+        self._letters = LetterFormat(job)
+        super().__init__(os.path.dirname(self.path), self._letters)
         self._run = uuid.uuid4().hex[:12]
         self._count = 0
         self._may_be_there = False
@@ -131,7 +132,7 @@ class DeadLetterFile(FileSink[DeadLetter]):
         """Append a letter immediately."""
         self._count += 1
         with _failing(self.path), _alone(self.path) as file:
-            _add(file, [_with_id(f"{self._run}-{self._count}", self._format.encode(letter))])
+            _add(file, [_with_id(f"{self._run}-{self._count}", self._letters.encode(letter))])
 
     def open(self, part: str, checkpoint: int) -> None:
         """Remove the letters of this part that belong to a later checkpoint."""
@@ -150,9 +151,10 @@ class DeadLetterFile(FileSink[DeadLetter]):
         """Begin a transaction."""
         self._may_be_there = False
 
-    def commit(self, token: str) -> None:
+    def commit(self, token: Sequence[str]) -> None:
         """Append the letters to the file; those that a crash has left there are not appended again."""
-        prepared = self._prepared(token)
+        (name,) = token
+        prepared = self._prepared(name)
         if not prepared.exists():
             return
         with _failing(self.path):
@@ -163,11 +165,11 @@ class DeadLetterFile(FileSink[DeadLetter]):
                     file.seek(0)
                     there = {letter.id for letter in filter(None, map(_letter, file))}
                 lines = enumerate(prepared.read_bytes().splitlines(keepends=True))
-                named = ((f"{token}-{place}", line) for place, line in lines)
+                named = ((f"{name}-{place}", line) for place, line in lines)
                 _add(file, [_with_id(id_, line) for id_, line in named if id_ not in there])
                 _sync(file)
             prepared.unlink()
-            self._sync()
+            self._sync(token)
 
 
 def _letter(line: bytes) -> StoredLetter | None:

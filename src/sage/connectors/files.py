@@ -5,15 +5,17 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import contextmanager, suppress
 from copy import copy
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple
+from urllib.parse import quote
 
-from sage._arguments import path_of
+from sage._arguments import check_count, names_of, path_of
 from sage._types import T
 from sage.connector import Source, TransactionalSink
 from sage.errors import ConnectorError, GraphError, describe, hint, short
@@ -32,9 +34,16 @@ BAD_LINES = ("fail", "skip")
 PREPARED = ".prepared"
 """The end of the name of a file that has not appeared, so that patterns for the others do not find it."""
 
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+"""The folder of records whose value is None or empty, as other programs name it."""
+
+OPEN_MAX = 64
+"""How many files a task writes at once; for further folders, it ends the file that was used least recently."""
+
 
 @contextmanager
-def _naming(place: str, done: str) -> Iterator[None]:
+def naming(place: str, done: str) -> Iterator[None]:
+    """Let errors of the system name a file or a folder."""
     try:
         yield
     except OSError as error:
@@ -123,14 +132,44 @@ class Lines:
         self._file.close()
 
 
-class Format(ABC, Generic[T]):
-    """How the records of a file are written. Its methods raise a ValueError whose text follows on the line's number.
+class FileWriter(ABC, Generic[T]):
+    """Writes the records of one file."""
+
+    @abstractmethod
+    def write(self, records: Sequence[T]) -> None:
+        """Add records, at least one.
+
+        Raises:
+            ConnectorError: a record cannot be written in this format.
+        """
+
+    def finish(self) -> None:
+        """Write what is still in memory, and the end of the file; raises as `write` does."""
+
+
+class FileFormat(ABC, Generic[T]):
+    """How records are written into files.
 
     Attributes:
         suffix: the end of the names of files.
     """
 
     suffix: str
+
+    @abstractmethod
+    def writer(self, file: BinaryIO) -> FileWriter[T]:
+        """Return a writer for an empty file."""
+
+
+class Format(FileFormat[T]):
+    """How the records of a file of lines are written.
+
+    Its methods raise a ValueError whose text follows on the line's number.
+    """
+
+    def writer(self, file: BinaryIO) -> FileWriter[T]:
+        """Return a writer for an empty file."""
+        return LinesWriter(self, file)
 
     def begin(self, lines: Lines) -> Any:
         """Read the beginning of a file, and return the `header` for `decode`."""
@@ -152,7 +191,63 @@ class Format(ABC, Generic[T]):
         """
 
 
-class FileSource(Source[T]):
+class LinesWriter(FileWriter[T]):
+    """Writes lines."""
+
+    def __init__(self, format: Format[T], file: BinaryIO) -> None:
+        self._format = format
+        self._file = file
+        self._is_empty = True
+
+    def write(self, records: Sequence[T]) -> None:
+        """Add the lines of records."""
+        lines = b"".join(map(self._format.encode, records))
+        if self._is_empty:
+            lines = self._format.head(records[0]) + lines
+            if lines.startswith(BYTE_ORDER_MARK):  # a source drops the first one
+                lines = BYTE_ORDER_MARK + lines
+            self._is_empty = False
+        self._file.write(lines)
+
+
+class Files(Source[T]):
+    """Reads the files of a pattern in the order of their names; its position says how much of each was read."""
+
+    def __init__(self, pattern: str | os.PathLike[str], suffix: str) -> None:
+        owner = type(self).__name__
+        self._pattern = path_of(f"{owner}: pattern", pattern, f'Name files: {owner}("in/*").')
+        self._suffix = suffix
+        self._offsets: dict[str, int] = {}
+        self._left: deque[str] = deque()
+
+    def open(self, position: dict[str, int] | None = None) -> None:
+        """Find the files, and look whether they go on where they were read.
+
+        Raises:
+            ConnectorError: a file does not have any more what was read, or no file matches, and none ever did.
+        """
+        self._offsets = dict(position or {})
+        pattern = self._pattern
+        if os.path.isdir(pattern):
+            pattern = os.path.join(glob.escape(pattern), "**", f"*{self._suffix}")
+        self._left = deque(sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))))
+        if not self._left and not self._offsets:
+            error = ConnectorError(f'no file matches "{pattern}"', fault="external")
+            raise hint(error, f"The program runs in {os.getcwd()}.")
+        for path in self._left:
+            with naming(f'file "{path}"', "read"):
+                self._check(path, self._offsets.get(path, 0))
+
+    @abstractmethod
+    def _check(self, path: str, read: int) -> None:
+        """Raise a ConnectorError if a file cannot be read on from there."""
+
+    def position(self) -> dict[str, int]:
+        """Return how much of each file was read."""
+        return dict(self._offsets)
+
+
+class FileSource(Files[T]):
     """Reads the records in all files of a pattern, file by file in the order of their names.
 
     It ends after the last file. Its position is the number of bytes read of each file, so that a durable job that runs
@@ -160,50 +255,34 @@ class FileSource(Source[T]):
     counts as a line.
 
     Args:
-        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders.
+        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders, and a folder for all files below it.
         format: their format.
         bad_lines: "fail", or "skip" to leave out lines that are not in this format, and count them.
     """
 
     def __init__(self, pattern: str | os.PathLike[str], format: Format[T], bad_lines: str) -> None:
-        owner = type(self).__name__
-        self._pattern = path_of(f"{owner}: pattern", pattern, f'Name files: {owner}("in/*").')
+        super().__init__(pattern, format.suffix)
         if bad_lines not in BAD_LINES:
+            owner = type(self).__name__
             raise hint(GraphError(f"{owner}: bad_lines is {short(bad_lines)}"), 'Give "fail" or "skip".')
         self._format = format
         self._skips = bad_lines == "skip"
-        self._offsets: dict[str, int] = {}
-        self._left: deque[str] = deque()
         self._lines: Lines | None = None
         self._header: Any = None
         self._records: Iterator[T] = iter(())
 
-    def open(self, position: dict[str, int] | None = None) -> None:
-        """Find the files.
-
-        Raises:
-            ConnectorError: a file is shorter than it was, a line that was read has grown, or no file matches, and none
-                ever did.
-        """
-        self._offsets = dict(position or {})
-        self._left = deque(sorted(filter(os.path.isfile, glob.glob(self._pattern, recursive=True))))
-        if not self._left and not self._offsets:
-            error = ConnectorError(f'no file matches "{self._pattern}"', fault="external")
-            raise hint(error, f"The program runs in {os.getcwd()}.")
-        for path in self._left:
-            read = self._offsets.get(path, 0)
-            with _naming(f'file "{path}"', "read"):
-                size = os.path.getsize(path)
-                if size < read:
-                    text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
-                    error = ConnectorError(text, fault="external")
-                    raise hint(error, "Give other contents another name; a durable job reads on where it stopped.")
-                if 0 < read < size:
-                    lines = Lines(path)
-                    try:
-                        lines.go_on(read)
-                    finally:
-                        lines.close()
+    def _check(self, path: str, read: int) -> None:
+        size = os.path.getsize(path)
+        if size < read:
+            text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
+            error = ConnectorError(text, fault="external")
+            raise hint(error, "Give other contents another name; a durable job reads on where it stopped.")
+        if 0 < read < size:
+            lines = Lines(path)
+            try:
+                lines.go_on(read)
+            finally:
+                lines.close()
 
     def read(self, records_max: int) -> list[T] | None:
         """Return the next records."""
@@ -213,7 +292,7 @@ class FileSource(Source[T]):
             path = self._left[0] if self._lines is None else self._lines.path
             is_bad = False
             try:
-                with _naming(f'file "{path}"', "read"):
+                with naming(f'file "{path}"', "read"):
                     lines = self._lines or self._begin(path)
                     try:
                         self._read_on(lines, records, records_max - bad_count)
@@ -282,15 +361,19 @@ class FileSource(Source[T]):
             more = "" if level == logging.DEBUG else "; the report counts all such lines"
             logger.log(level, 'skipped: file "%s", line %d %s%s', lines.path, lines.number(), error, more)
 
-    def position(self) -> dict[str, int]:
-        """Return how many bytes of each file were read."""
-        return dict(self._offsets)
-
     def close(self) -> None:
         """Close the file that is being read."""
         if self._lines is not None:
             self._lines.close()
             self._lines = None
+
+
+class Part(NamedTuple, Generic[T]):
+    """A file that is being written."""
+
+    path: Path
+    file: BinaryIO
+    writer: FileWriter[T]
 
 
 class FileSink(TransactionalSink[T]):
@@ -302,84 +385,141 @@ class FileSink(TransactionalSink[T]):
     Args:
         folder: the folder; made if it is not there.
         format: the format of the files.
+        partition_by: columns whose values name the folders below it in which records stand, as in "day=5/city=Rome".
+        file_bytes_max: about how large a file gets before another one is begun, in bytes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], format: Format[T]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        format: FileFormat[T],
+        *,
+        partition_by: str | Sequence[str] = (),
+        file_bytes_max: int | None = None,
+    ) -> None:
         owner = type(self).__name__
         self._folder = Path(path_of(f"{owner}: folder", folder, f'Name a folder: {owner}("out").'))
+        advice = 'Give names of columns: partition_by=["day", "city"].'
+        self._partition_by = names_of(f"{owner}: a column of partition_by", partition_by, advice)
+        if file_bytes_max is not None:
+            check_count(f"{owner}: file_bytes_max is", file_bytes_max)
+        self._bytes_max = file_bytes_max
         self._format = self._writer = format
         self._part = ""
-        self._file: BinaryIO | None = None
+        self._parts: dict[str, Part[T]] = {}
+        self._ended: list[tuple[Path, str]] = []
 
     def open(self, part: str, checkpoint: int) -> None:
         """Make the folder, and remove files of this part that belong to no checkpoint."""
         self._part = part
         self._writer = copy(self._format)  # it may remember the first record, and the sink may serve another job later
-        with _naming(f'folder "{self._folder}"', "written into"):
+        own = re.compile(rf"\.{re.escape(part)}\.\d+\.writing")
+        with naming(f'folder "{self._folder}"', "written into"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._writing.touch()
-            self._writing.unlink()
-        for path in self._folder.iterdir():
-            name = path.name.removeprefix(".").removesuffix(PREPARED).removesuffix(self._format.suffix)
-            begin, _, number = name.rpartition("-")
-            if begin == part and number.isdecimal() and int(number) > checkpoint:
-                path.unlink()
+            self._path(0).touch()
+            for folder, below, names in os.walk(self._folder):
+                below[:] = [name for name in below if "=" in name]
+                for full in names:
+                    name = full.removeprefix(".").removesuffix(PREPARED).removesuffix(self._format.suffix)
+                    begin, _, numbers = name.rpartition("-")
+                    number, _, _ = numbers.partition(".")
+                    is_later = begin == part and number.isdecimal() and int(number) > checkpoint
+                    if is_later or own.fullmatch(full):
+                        Path(folder, full).unlink()
 
-    @property
-    def _writing(self) -> Path:
-        return self._folder / f".{self._part}.writing"
+    def _path(self, place: int) -> Path:
+        return self._folder / f".{self._part}.{place}.writing"
 
     def _prepared(self, name: str) -> Path:
-        return self._folder / f".{name}{PREPARED}"
+        path = self._folder / name
+        return path.with_name(f".{path.name}{PREPARED}")
 
     def write(self, batch: Sequence[T]) -> None:
-        """Add the records to the file.
+        """Add the records to files.
 
         Raises:
-            ConnectorError: a record cannot be written in this format, or the file cannot be written.
+            ConnectorError: a record cannot be written in this format, or a file cannot be written.
         """
-        lines = b"".join(map(self._writer.encode, batch))
-        with _naming(f'folder "{self._folder}"', "written into"):
-            if self._file is None:
-                self._file = self._writing.open("wb")
-                lines = self._writer.head(batch[0]) + lines
-                if lines.startswith(BYTE_ORDER_MARK):  # a source drops the first one
-                    lines = BYTE_ORDER_MARK + lines
-            self._file.write(lines)
+        by_folder: dict[str, list[T]] = {}
+        for record in batch if self._partition_by else ():
+            by_folder.setdefault(self._folder_of(record), []).append(record)
+        with naming(f'folder "{self._folder}"', "written into"):
+            for folder, records in by_folder.items() if self._partition_by else [("", batch)]:
+                part = self._parts.pop(folder, None) or self._begin()
+                self._parts[folder] = part
+                part.writer.write(records)
+                if self._bytes_max is not None and part.file.tell() >= self._bytes_max:
+                    self._end(folder)
+                elif len(self._parts) > OPEN_MAX:
+                    self._end(next(iter(self._parts)))
 
-    def prepare(self, number: int) -> str | None:
-        """Write the file through to the disk, and return the name that it will have."""
-        if self._file is None:
-            return None
-        file, self._file = self._file, None
-        name = f"{self._part}-{number:08}{self._format.suffix}"
-        with _naming(f'folder "{self._folder}"', "written into"):
-            with file:
-                file.flush()
-                os.fsync(file.fileno())
-            self._writing.replace(self._prepared(name))
-            self._sync()
-        return name
+    def _folder_of(self, record: object) -> str:
+        names = []
+        for column in self._partition_by:
+            if not isinstance(record, dict) or column not in record:
+                error = ConnectorError(f"record {short(record)} has no {column!r}, which names its folder")
+                raise hint(error, "Map it to a dict with a value for each column of partition_by.")
+            value = "" if record[column] is None else str(record[column])
+            names.append(f"{quote(column, safe=' ')}={quote(value, safe=' ') or NO_VALUE}")
+        return os.path.join(*names)
 
-    def commit(self, token: str) -> None:
-        """Give the file its name."""
-        # If it is not there any more, it has its name already, or somebody has taken it on from there.
-        with suppress(FileNotFoundError):
-            self._prepared(token).replace(self._folder / token)
-        self._sync()
+    def _begin(self) -> Part[T]:
+        path = self._path(len(self._parts) + len(self._ended))
+        file = path.open("wb")
+        return Part(path, file, self._writer.writer(file))
+
+    def _end(self, folder: str) -> None:
+        """Write a file through to the disk."""
+        part = self._parts[folder]
+        part.writer.finish()
+        part.file.flush()
+        os.fsync(part.file.fileno())
+        part.file.close()
+        del self._parts[folder]
+        self._ended.append((part.path, folder))
+
+    def prepare(self, number: int) -> list[str] | None:
+        """Write the files through to the disk, and return the names that they will have."""
+        names = []
+        with naming(f'folder "{self._folder}"', "written into"):
+            for folder in list(self._parts):
+                self._end(folder)
+            is_divided = self._partition_by or self._bytes_max is not None
+            for place, (path, folder) in enumerate(self._ended):
+                piece = f".{place:05}" if is_divided else ""
+                name = os.path.join(folder, f"{self._part}-{number:08}{piece}{self._format.suffix}")
+                names.append(name)
+                prepared = self._prepared(name)
+                prepared.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(prepared)
+            self._ended = []
+            self._sync(names)
+        return names or None
+
+    def commit(self, token: Sequence[str]) -> None:
+        """Give the files their names."""
+        for name in token:
+            # If it is not there any more, it has its name already, or somebody has taken it on from there.
+            with suppress(FileNotFoundError):
+                self._prepared(name).replace(self._folder / name)
+        self._sync(token)
 
     def abort(self) -> None:
-        """Remove the file that was not prepared."""
-        if self._file is not None:
-            file, self._file = self._file, None
+        """Remove the files that were not prepared."""
+        for path, file, _ in self._parts.values():
             with suppress(OSError):  # of a full disk, which the write has told of
                 file.close()
-            self._writing.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        for path, _ in self._ended:
+            path.unlink(missing_ok=True)
+        self._parts, self._ended = {}, []
 
-    def _sync(self) -> None:
-        """Write the names of the folder through to the disk."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def _sync(self, names: Sequence[str]) -> None:
+        """Write the names of folders through to the disk: those of the files, and those of the folders above them."""
+        folders = {self._folder / above for name in names for above in Path(name).parents}
+        for path in sorted(folders, reverse=True):
+            folder = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)

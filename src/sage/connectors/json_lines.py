@@ -13,7 +13,7 @@ from sage.errors import ConnectorError, describe, hint, short
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 TEXT_LENGTH_MAX = 1_000
@@ -103,7 +103,7 @@ class JsonLines(FileSource[Any]):
     as a line.
 
     Args:
-        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders.
+        pattern: the files, such as "in/*.jsonl"; `**` stands for any folders, and a folder for all files below it.
         bad_lines: "fail" ends the job at a line that is not JSON; "skip" leaves it out, and the report counts it.
     """
 
@@ -119,7 +119,15 @@ class JsonLinesFiles(FileSink[Any]):
 
     Args:
         folder: the folder; made if it is not there.
+        partition_by: columns whose values name the folders in which records stand, as in "out/day=5".
+        file_bytes_max: about how large a file gets before another one is begun, in bytes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        super().__init__(folder, JsonFormat())
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        partition_by: str | Sequence[str] = (),
+        file_bytes_max: int | None = None,
+    ) -> None:
+        super().__init__(folder, JsonFormat(), partition_by=partition_by, file_bytes_max=file_bytes_max)

@@ -26,8 +26,7 @@ HINTS = {
     "3D000": "Make it with its tables first.",
     "42P01": "A name without a schema is looked for in those of search_path.",
     "42501": "Let an owner GRANT it to the user of the address.",
-    "55P03": "End the other program's transaction, or wait longer for it with timeout_s=.",
-    "57014": "An index on the column of by= makes a read fast. Otherwise, wait longer with timeout_s=.",
+    "57014": "Another program may hold a lock, or the column of by= needs an index. Or wait longer with timeout_s=.",
 }
 REACH = (
     "Is the server running, and are address, user and password right? Without a password in the address, that of "
@@ -89,7 +88,7 @@ class _PostgresDatabase(Database):
     def _connected(self) -> psycopg.Connection[Values]:
         if self._connection is None or self._connection.closed:
             driver = load("psycopg", "postgres")
-            milliseconds = round(self._timeout_s * 1_000)
+            milliseconds = max(1, round(self._timeout_s * 1_000))
             connection: psycopg.Connection[Values] = driver.connect(
                 self._address,
                 autocommit=True,
@@ -99,8 +98,7 @@ class _PostgresDatabase(Database):
                 fallback_application_name="sage",
             )
             self._connection = connection
-            for bound in ("statement_timeout", "lock_timeout"):
-                connection.execute("SELECT set_config($1, $2, false)", [bound, str(milliseconds)])
+            connection.execute("SELECT set_config('statement_timeout', $1, false)", [str(milliseconds)])
             connection.adapters.register_dumper(dict, load("psycopg.types.json", "postgres").JsonbDumper)
             # As text without a type, so that 0.1 of a column of four bytes is found again.
             connection.adapters.register_dumper(float, _float_dumper())

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sage._arguments import check_text
+from sage._arguments import check_text, names_of
 from sage.connector import Source, TransactionalSink
 from sage.errors import ConnectorError, GraphError, describe, hint, short
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from contextlib import AbstractContextManager
 
 Row = dict[str, Any]
@@ -221,11 +220,8 @@ class TableSink(TransactionalSink[Row]):
         self._database = database
         check_text(f"{owner}: table", table, f"Give its name: {example}")
         self._table = table
-        given: object = key
-        is_many = isinstance(given, Iterable) and not isinstance(given, str)
-        self._key = tuple(key) if is_many else (str(key),)
-        for column in self._key if is_many else (given,):
-            check_text(f"{owner}: a column of key", column, 'Give names of columns: key=["user", "day"].')
+        advice = 'Give names of columns: key=["user", "day"].'
+        self._key = names_of(f"{owner}: a column of key", key, advice)
         self._columns: dict[str, None] = {}
         self._part = ""
         self._written: list[Cells] = []

@@ -48,7 +48,7 @@ class Text(FileSource[str]):
     It ends after the last file, and goes on as `JsonLines` does. An empty line is an empty string.
 
     Args:
-        pattern: the files, such as "in/*.txt"; `**` stands for any folders.
+        pattern: the files, such as "in/*.txt"; `**` stands for any folders, and a folder for all files below it.
         encoding: their encoding, which extends ASCII.
         bad_lines: "fail" ends the job at a line that is not in this encoding; "skip" leaves it out, and the report
             counts it.
@@ -65,8 +65,11 @@ class TextFiles(FileSink[str]):
     Args:
         folder: the folder; made if it is not there.
         encoding: the encoding of the files, which extends ASCII.
+        file_bytes_max: about how large a file gets before another one is begun, in bytes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, encoding: str = "utf-8") -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, encoding: str = "utf-8", file_bytes_max: int | None = None
+    ) -> None:
         check_encoding("TextFiles", encoding)
-        super().__init__(folder, TextFormat(encoding))
+        super().__init__(folder, TextFormat(encoding), file_bytes_max=file_bytes_max)
