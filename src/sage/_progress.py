@@ -65,7 +65,6 @@ class ProgressLine:
     """Writes one line about a job again and again, on a thread of its own.
 
     Args:
-        job: the job.
         output: where to write; standard error by default.
 
     Attributes:

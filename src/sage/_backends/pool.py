@@ -119,7 +119,6 @@ class Seat:
     """The place of one task among the threads. All but `ring` is changed under the lock of the pool.
 
     Attributes:
-        task: the task.
         may_share: whether different threads may step it.
         turn: how it stands.
         due: when it is to be stepped although nobody wakes it, if that is noted, or None.

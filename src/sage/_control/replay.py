@@ -89,7 +89,6 @@ class Replay:
     """Runs a program up to the job in which a record failed, and there only the operator that failed.
 
     Args:
-        job: the job.
         failure: the record.
         cassette: the file with the record and its answers.
         debugs: whether an error leads into the debugger.

@@ -27,8 +27,6 @@ class JobJournal:
     """Reports one job to the guardian, which is started when the job has its first process or claim.
 
     Args:
-        id_: the job's id.
-        name: its name.
         report: the file of its report, or None.
         services: its services, in the order of registration.
         before: the job of the same environment whose kept services this one takes over.

@@ -51,7 +51,6 @@ class ServiceLine:
 
     Attributes:
         job: the id of its job.
-        name: its name.
         incarnation: which one, from 1.
         host: "inline", "process" or "command".
         requires: names of services that end after it.

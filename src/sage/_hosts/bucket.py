@@ -46,7 +46,6 @@ class Bucket:
     a call are known only when its answer is there; until then, it counts with those of a usual call.
 
     Args:
-        rate: the rate.
         now: the clock, in seconds.
     """
 

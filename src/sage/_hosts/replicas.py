@@ -81,7 +81,6 @@ class Replica:
     """One replica, as its front sees it.
 
     Attributes:
-        host: its host.
         place: its place among the replicas, which decides about its keys; None for a spare one, which gets no calls.
         running: how many calls of the front it makes.
         chosen_at: when it was chosen last, as a number of choices.

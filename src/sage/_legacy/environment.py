@@ -105,8 +105,6 @@ class ServiceFactory:
     """One registered service, as `env.service_factories` lists it.
 
     Attributes:
-        service_name: its name.
-        service_class: its class.
         service_args: the arguments of the class.
         service_kwargs: its keyword arguments.
     """
@@ -125,7 +123,6 @@ class Builder(GraphBuilder):
     """The graph of an old environment, which its streams find it by.
 
     Attributes:
-        environment: the environment.
         policy: the error policy of operators that do not set one.
     """
 
@@ -284,7 +281,6 @@ class OldManners(environment.Environment):
 
     Attributes:
         platform: "local" or "remote".
-        console_log_level: the level of the log on the console.
     """
 
     platform = "local"

@@ -108,7 +108,6 @@ class JobManagerClient:
 
     Attributes:
         host: where the job manager is.
-        port: its port.
         timeout: how long a request waits for the end of a job, in seconds; the job goes on ending after that.
     """
 

@@ -10,9 +10,6 @@ class Metronome:
 
     Sources with `use_metronome = True` need none: the engine lets one record at a time through the job. It is for
     threads of the program that keep the same pace.
-
-    Attributes:
-        name: its name.
     """
 
     def __init__(self, name: str) -> None:

@@ -156,7 +156,6 @@ class ServiceSpec:
     """A registered service: how to build it, and its options.
 
     Attributes:
-        name: its name.
         target: a class, or a callable that returns the object.
         args: the arguments of `target`.
         kwargs: the keyword arguments of `target`.

@@ -384,7 +384,6 @@ class Launch:
     """Everything that a job needs to be started, made before anything is started.
 
     Args:
-        id_: the job's id.
         graph: the user's pipeline, with places.
         plan: the physical plan.
         limits: the bounds of the stop that are not the default.

@@ -35,14 +35,12 @@ class SiteClient:
     """Leads to one site.
 
     Args:
-        name: its name.
         secret: shared by the processes of the job, as proof to each other.
         lane: runs the requests to the site, in order.
         on_gone: called when its process has ended that should not have, with why.
         on_followed: called when the site follows another master, and does nothing for this one any more.
 
     Attributes:
-        name: its name.
         pid: its process id, once it is known.
         peer: leads to its process, once that answers.
         bring_up: starts its process, within some seconds, and lets it follow the master.

@@ -65,7 +65,6 @@ class Site(SiteSide):
     """Runs tasks and services of a job in this process, as its master says.
 
     Args:
-        name: its name.
         secret: shared by the processes of the job, as proof to each other.
         ip: the address of this machine.
         options: the options of every service of the job, by name.

@@ -88,7 +88,6 @@ class Budget:
     """Counts the use of one job against its limits; any thread may call it.
 
     Args:
-        limits: the limits.
         stop: asks for the end of the job, for a reason, without waiting for it.
         warn: writes a line to the log of the job.
     """

@@ -107,7 +107,6 @@ class StoredCheckpoint:
     """What is known about a checkpoint without its contents.
 
     Attributes:
-        number: its number.
         made_at: when it was written, as `time.time` gives it.
         graph: the operators that the job had, by name, each with its kind and its parallelism.
         parts: its rows.

@@ -30,7 +30,6 @@ class Absent:
     """A task that another process runs.
 
     Attributes:
-        name: its name.
         inbox: the channel to its inbox, or None for a source.
     """
 

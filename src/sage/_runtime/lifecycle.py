@@ -75,7 +75,6 @@ class ServicePlan:
     """The fixed facts about a service.
 
     Attributes:
-        name: its name.
         requires: services that start before it and stop after it.
         options: its bounds and policies.
         keep: whether it outlives the job.
@@ -102,7 +101,6 @@ class TaskPlan:
     """The fixed facts about a task.
 
     Attributes:
-        name: its name.
         downstream: tasks that have to be open before it.
         takes_stop: whether it is a source or begins a loop, and so has to be told to stop.
         serving: whether it only answers requests, and so ends after the others.
@@ -119,7 +117,6 @@ class ServiceRecord:
     """Where a service is.
 
     Attributes:
-        state: its state.
         incarnation: how many times it was built.
         hooks: the hooks that it has.
         hook: the hook that runs, or None.
