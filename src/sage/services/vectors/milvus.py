@@ -7,7 +7,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sage._extras import load
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
@@ -18,12 +18,14 @@ from sage.services.vectors.contract import Entry, Hit, Shape, VectorStore, close
 from sage.services.vectors.filters import ALWAYS, All, AnyOf, Compare, Contains, Exists, OneOf, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from sage.services._shared.address import Url
     from sage.services.vectors.contract import Metric
     from sage.services.vectors.filters import Condition, Metadata, Scalar
     from sage.services.vectors.rows import Rows, Vectors
+
+T = TypeVar("T")
 
 METRICS = {"cosine": "COSINE", "dot": "IP", "l2": "L2"}
 NAMES = {name: metric for metric, name in METRICS.items()}
@@ -280,6 +282,11 @@ class MilvusStore(VectorStore):
             code = "UNAVAILABLE" if self._is_unavailable(error) else str(error.code)
             raise self._refusal(code, error.message, error) from self._cause(error)
 
+    def _ask(self, method: Callable[..., T], name: str, *args: object, **options: object) -> T:
+        """Send a request about a collection."""
+        with self._translated_errors():
+            return method(_milvus_name(name), *args, timeout=self.timeout_s, **options)
+
     def _cause(self, error: BaseException) -> BaseException | None:
         return redacted_cause(error, *self._secrets)
 
@@ -300,16 +307,14 @@ class MilvusStore(VectorStore):
         client = self._open
         found = self._found.get(name)
         if found is None:
-            with self._translated_errors():
-                if not client.has_collection(_milvus_name(name), timeout=self.timeout_s):
-                    return None
-                described = client.describe_collection(_milvus_name(name), timeout=self.timeout_s)
-                fields = {field["name"]: field for field in described["fields"]}
-                if not {"id", "vector", "document", "metadata"} <= fields.keys():
-                    raise ServiceError(f'collection "{name}" in {self._address} was made by another program')
-                index = client.describe_index(_milvus_name(name), "vector", timeout=self.timeout_s)
-                # A collection that was made before has to be loaded by whoever opens it.
-                client.load_collection(_milvus_name(name), timeout=self.timeout_s)
+            if not self._ask(client.has_collection, name):
+                return None
+            fields = {field["name"]: field for field in self._ask(client.describe_collection, name)["fields"]}
+            if not {"id", "vector", "document", "metadata"} <= fields.keys():
+                raise ServiceError(f'collection "{name}" in {self._address} was made by another program')
+            index = self._ask(client.describe_index, name, "vector")
+            # A collection that was made before has to be loaded by whoever opens it.
+            self._ask(client.load_collection, name)
             shape = Shape(int(fields["vector"]["params"]["dim"]), NAMES[index["metric_type"]])
             found = self._found[name] = shape
             # The writes of a killed program are in a log, and searching that is slow.
@@ -326,13 +331,10 @@ class MilvusStore(VectorStore):
         schema.add_field("metadata", kinds.JSON)
         parameters = client.prepare_index_params()
         parameters.add_index("vector", index_type=self.index, metric_type=METRICS[shape.metric])
-        with self._translated_errors():
-            # "Strong": a read sees everything that was written before it.
-            client.create_collection(
-                _milvus_name(name), schema=schema, consistency_level="Strong", timeout=self.timeout_s
-            )
-            client.create_index(_milvus_name(name), parameters, timeout=self.timeout_s, sync=False)
-            client.load_collection(_milvus_name(name), timeout=self.timeout_s)
+        # "Strong": a read sees everything that was written before it.
+        self._ask(client.create_collection, name, schema=schema, consistency_level="Strong")
+        self._ask(client.create_index, name, parameters, sync=False)
+        self._ask(client.load_collection, name)
 
     def _names(self) -> Collection[str]:
         with self._translated_errors():
@@ -340,17 +342,16 @@ class MilvusStore(VectorStore):
             return [_own_name(name) for name in names]
 
     def _discard(self, name: str) -> None:
-        with self._translated_errors():
-            self._open.drop_collection(_milvus_name(name), timeout=self.timeout_s)
+        self._ask(self._open.drop_collection, name)
         self._found.pop(name, None)
         self._unflushed.discard(name)
 
     def _ready(self, name: str) -> None:
         """Bring written entries into a form that can be searched fast; a server does so by itself."""
         if self.path is not None and name in self._unflushed:
-            with self._changing(), self._translated_errors():
+            with self._changing():
                 if name in self._unflushed:
-                    self._open.flush(_milvus_name(name), timeout=self.timeout_s)
+                    self._ask(self._open.flush, name)
                     self._unflushed.discard(name)
 
     # --- entries ---
@@ -362,35 +363,22 @@ class MilvusStore(VectorStore):
                 if size > TEXT_BYTES_MAX:
                     text = f"the document of id {short(one)} has {size} bytes, and Milvus takes {TEXT_BYTES_MAX}"
                     raise ValueError(text)
-        with self._translated_errors():
-            for start in range(0, len(rows.ids), WRITE_MAX):
-                part = rows.cut(start, start + WRITE_MAX)
-                columns = zip(part.ids, part.vectors, part.documents, part.metadatas, strict=True)
-                self._unflushed.add(name)
-                self._open.upsert(
-                    _milvus_name(name),
-                    [
-                        {"id": one, "vector": vector, "document": document, "metadata": _by_kind(metadata)}
-                        for one, vector, document, metadata in columns
-                    ],
-                    timeout=self.timeout_s,
-                )
+        for start in range(0, len(rows.ids), WRITE_MAX):
+            part = rows.cut(start, start + WRITE_MAX)
+            columns = zip(part.ids, part.vectors, part.documents, map(_by_kind, part.metadatas), strict=True)
+            self._unflushed.add(name)
+            entries = [dict(zip(("id", "vector", "document", "metadata"), column, strict=True)) for column in columns]
+            self._ask(self._open.upsert, name, entries)
 
     def _remove(self, name: str, ids: Sequence[str]) -> None:
-        with self._translated_errors():
-            for start in range(0, len(ids), READ_MAX):
-                self._unflushed.add(name)
-                self._open.delete(
-                    _milvus_name(name), filter=_among(ids[start : start + READ_MAX]), timeout=self.timeout_s
-                )
+        for start in range(0, len(ids), READ_MAX):
+            self._unflushed.add(name)
+            self._ask(self._open.delete, name, filter=_among(ids[start : start + READ_MAX]))
 
     def _read(self, name: str, ids: Sequence[str], fields: list[str]) -> Iterator[Mapping[str, Any]]:
-        with self._translated_errors():
-            for start in range(0, len(ids), READ_MAX):
-                text = _among(ids[start : start + READ_MAX])
-                yield from self._open.query(
-                    _milvus_name(name), filter=text, output_fields=fields, timeout=self.timeout_s
-                )
+        for start in range(0, len(ids), READ_MAX):
+            text = _among(ids[start : start + READ_MAX])
+            yield from self._ask(self._open.query, name, filter=text, output_fields=fields)
 
     def _known(self, name: str, ids: Sequence[str]) -> list[str]:
         unique = list(dict.fromkeys(ids))
@@ -399,13 +387,13 @@ class MilvusStore(VectorStore):
 
     def _matching(self, name: str, condition: Condition) -> list[str]:
         text = "" if condition == ALWAYS else translated(condition)
-        settings = {"output_fields": ["id"], "timeout": self.timeout_s}
+        settings: dict[str, Any] = {"filter": text, "output_fields": ["id"]}
+        self._ready(name)
+        if self.path is not None:
+            return [row["id"] for row in self._ask(self._open.query, name, **settings)]
+        # A server limits the size of one answer.
+        iterator = self._ask(self._open.query_iterator, name, batch_size=READ_MAX, **settings)
         with self._translated_errors():
-            self._ready(name)
-            if self.path is not None:
-                return [row["id"] for row in self._open.query(_milvus_name(name), filter=text, **settings)]
-            # A server limits the size of one answer.
-            iterator = self._open.query_iterator(_milvus_name(name), batch_size=READ_MAX, filter=text, **settings)
             try:
                 found: list[str] = []
                 while rows := iterator.next():
@@ -419,19 +407,18 @@ class MilvusStore(VectorStore):
             raise ValueError(f"k is {k}, and Milvus gives {K_MAX} at most")
         metric = self._found[name].metric
         found: list[list[Hit]] = []
-        with self._translated_errors():
-            self._ready(name)
-            for start in range(0, len(vectors), SEARCH_MAX):
-                answer = self._open.search(
-                    _milvus_name(name),
-                    data=list(vectors[start : start + SEARCH_MAX]),
-                    limit=k,
-                    filter="" if condition == ALWAYS else translated(condition),
-                    output_fields=["document", "metadata"],
-                    search_params={"metric_type": METRICS[metric]},
-                    timeout=self.timeout_s,
-                )
-                found += [[_hit(metric, hit) for hit in hits] for hits in answer]
+        self._ready(name)
+        for start in range(0, len(vectors), SEARCH_MAX):
+            answer = self._ask(
+                self._open.search,
+                name,
+                data=list(vectors[start : start + SEARCH_MAX]),
+                limit=k,
+                filter="" if condition == ALWAYS else translated(condition),
+                output_fields=["document", "metadata"],
+                search_params={"metric_type": METRICS[metric]},
+            )
+            found += [[_hit(metric, hit) for hit in hits] for hits in answer]
         return found
 
     def _fetch(self, name: str, ids: Sequence[str]) -> dict[str, Entry]:
@@ -445,17 +432,14 @@ class MilvusStore(VectorStore):
         }
 
     def _count(self, name: str, condition: Condition) -> int:
-        with self._translated_errors():
-            self._ready(name)
-            text = "" if condition == ALWAYS else translated(condition)
-            rows = self._open.query(_milvus_name(name), filter=text, output_fields=["count(*)"], timeout=self.timeout_s)
-            return int(rows[0]["count(*)"])
+        self._ready(name)
+        text = "" if condition == ALWAYS else translated(condition)
+        return int(self._ask(self._open.query, name, filter=text, output_fields=["count(*)"])[0]["count(*)"])
 
     def _flush(self) -> None:
-        with self._translated_errors():
-            for name in sorted(self._unflushed):
-                self._open.flush(_milvus_name(name), timeout=self.timeout_s)
-                self._unflushed.discard(name)
+        for name in sorted(self._unflushed):
+            self._ask(self._open.flush, name)
+            self._unflushed.discard(name)
 
 
 def translated(condition: Condition) -> str:
