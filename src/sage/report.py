@@ -269,17 +269,15 @@ class JobReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values that `json.dumps` takes."""
-        errors, self_errors = [], self.errors
-        for error in self_errors:
-            cause = error.__cause__
-            errors.append(
-                {
-                    "type": type(error).__name__,
-                    "text": describe(error),
-                    "cause": describe(cause) if cause is not None else None,
-                    "notes": _notes(error),
-                }
-            )
+        errors = [
+            {
+                "type": type(error).__name__,
+                "text": describe(error),
+                "cause": describe(error.__cause__) if error.__cause__ is not None else None,
+                "notes": _notes(error),
+            }
+            for error in self.errors
+        ]
         plain = {
             key: getattr(self, key)
             for key in (

@@ -599,4 +599,6 @@ def test_the_guardian_needs_only_the_standard_library(tmp_path: Path) -> None:
         "sage._guardian.journal",
         "sage._descriptors",
         "sage._processes",
+        "sage.errors",
+        "sage.report",
     }

@@ -7,11 +7,13 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._guardian.claims import owned_processes, reap
 from sage._guardian.stop_order import STOP_TIMEOUT_S, End, StopOrder, key_of
 from sage._processes import described, end_all, in_session, is_alive, pause, with_cookie, with_descendants
+from sage.errors import CleanupError
+from sage.report import Cleanliness, HookReport, JobReport, Outcome, ServiceReport
 
 if TYPE_CHECKING:
     import socket
@@ -179,7 +181,7 @@ def _left(processes: set[Process]) -> list[str]:
 
 
 def lost_report(run: Run, job: JobLine, ends: Mapping[Key, End], errors: list[str]) -> dict[str, object]:
-    """Return a report in the shape of `JobReport.to_dict()`, with the known facts about a job whose driver died."""
+    """Return `JobReport.to_dict()` with the known facts about a job whose driver died."""
     now = time.time()
     services = []
     for name in dict.fromkeys(name for name, _ in job.services):
@@ -187,52 +189,29 @@ def lost_report(run: Run, job: JobLine, ends: Mapping[Key, End], errors: list[st
         end = ends.get(key_of(service), End(service.state))
         services.append(_service(service, end))
         errors = [*errors, *(f'service "{name}": {error}' for error in end.errors)]
-    is_clean = not errors and all(service["state"] in ("stopped", "skipped", "kept") for service in services)
+    is_clean = not errors and all(service.state in ("stopped", "skipped", "kept") for service in services)
+    report = JobReport(
+        job.id,
+        job.name,
+        Outcome.LOST,
+        Cleanliness.CLEAN if is_clean else Cleanliness.DIRTY,
+        f"its driver, process {run.driver.pid if run.driver is not None else 'unknown'}, died",
+        job.began_at,
+        now,
+        max(now - job.began_at, 0.0),
+        services=tuple(services),
+        errors=tuple(map(CleanupError, errors)),
+    )
     released = [process.pid for process in run.released if is_alive(process)]
-    return {
-        "type": "report",
-        "job": job.id,
-        "id": job.id,
-        "name": job.name,
-        "why": f"its driver, process {run.driver.pid if run.driver is not None else 'unknown'}, died",
-        "started_at": job.began_at,
-        "ended_at": now,
-        "duration_s": max(now - job.began_at, 0.0),
-        "undelivered": 0,
-        "state": "lost",
-        "cleanliness": "clean" if is_clean else "dirty",
-        "operators": [],
-        "services": services,
-        "tasks": [],
-        "errors": [_error(error) for error in errors],
-        "released": released,
-    }
+    return {"type": "report", "job": job.id, **report.to_dict(), "released": released}
 
 
-def _service(service: ServiceLine, end: End) -> dict[str, Any]:
-    hook = {"hook": "exit", "incarnation": service.incarnation, "outcome": "ok", "duration_s": end.duration_s}
-    if end.state == "killed":
-        hook["outcome"] = "abandoned"
-    elif end.errors:
-        hook["outcome"] = "error"
-    hook["error"] = "; ".join(end.errors) or None
-    return {
-        "name": service.name,
-        "state": end.state,
-        "hooks": [hook] if end.duration_s else [],
-        "calls": 0,
-        "errors": 0,
-        "restarts": service.incarnation - 1,
-        "stack": None,
-        "host": service.host,
-        "pid": service.process.pid if service.process is not None else None,
-        "exit_code": None,
-        "output": [],
-    }
-
-
-def _error(text: str) -> dict[str, object]:
-    return {"type": "CleanupError", "text": f"CleanupError: {text}", "cause": None, "notes": []}
+def _service(service: ServiceLine, end: End) -> ServiceReport:
+    outcome = "abandoned" if end.state == "killed" else "error" if end.errors else "ok"
+    hook = HookReport("exit", service.incarnation, outcome, end.duration_s, "; ".join(end.errors) or None)
+    hooks, restarts = (hook,) if end.duration_s else (), service.incarnation - 1
+    pid = service.process.pid if service.process is not None else None
+    return ServiceReport(service.name, end.state, hooks, 0, 0, restarts, host=service.host, pid=pid)
 
 
 def _has_report(job: JobLine) -> bool:

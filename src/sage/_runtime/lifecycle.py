@@ -177,19 +177,8 @@ class FailureKind(StrEnum):
     LEFT = "left"
 
 
-FAILS_JOB = frozenset(
-    {
-        FailureKind.BEGIN,
-        FailureKind.TASK,
-        FailureKind.CLOSE,
-        FailureKind.START,
-        FailureKind.NOT_READY,
-        FailureKind.UNHEALTHY,
-        FailureKind.LATE_HEALTH,
-        FailureKind.DIED,
-        FailureKind.FAILED,
-    }
-)
+F = FailureKind
+FAILS_JOB = frozenset({F.BEGIN, F.TASK, F.CLOSE, F.START, F.NOT_READY, F.UNHEALTHY, F.LATE_HEALTH, F.DIED, F.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
