@@ -6,7 +6,6 @@ keys and requests stay with operators that run alone, and a failure here continu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
@@ -18,31 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from sage._operators.operator import Operator
+    from sage._operators.operator import InlineCode, Operator
 
 SAMPLE_EVERY = 32
 SAMPLE_RECORDS = 128
 """Of one batch of so many, at first of more, these are run operator by operator, to measure how the time is shared."""
-
-
-@dataclass(frozen=True, slots=True)
-class InlineCode:
-    """The work of an operator on one record, as lines of Python.
-
-    Attributes:
-        lines: find the record in `value`, and leave the result there; until a call returns, it stays as it is.
-            `{call}`, `{state}` and `{dropped}` stand for the operator's own; the last is counted up before `continue`.
-        call: the function to call.
-        state: further objects that it needs.
-        gives: whether a record goes on after the lines.
-        sets_key: whether the lines put a key into `key`.
-    """
-
-    lines: tuple[str, ...]
-    call: Callable[..., object]
-    state: object = None
-    gives: bool = True
-    sets_key: bool = False
 
 
 class FusedLoop:

@@ -7,8 +7,7 @@ from itertools import compress, islice
 from operator import not_
 from typing import TYPE_CHECKING
 
-from sage._operators.fused import InlineCode
-from sage._operators.operator import Operator
+from sage._operators.operator import InlineCode, Operator
 from sage._operators.per_record import DROP, NOTHING, FlatMap, drop_requests
 from sage.errors import hint, short
 from sage.records import BATCH_RECORDS_MAX, Batch

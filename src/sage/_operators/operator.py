@@ -23,7 +23,6 @@ from sage.state import NO_KEY
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
-    from sage._operators.fused import InlineCode
     from sage._operators.keyed_state import Changes, KeyedState
     from sage._plan.logical import FunctionSpec, Node
     from sage.functions import TaskContext
@@ -32,6 +31,26 @@ if TYPE_CHECKING:
 
 
 Copied = TypeVar("Copied", bound=BaseFunction | TransactionalSink[object])
+
+
+@dataclass(frozen=True, slots=True)
+class InlineCode:
+    """The work of an operator on one record, as lines of Python.
+
+    Attributes:
+        lines: find the record in `value`, and leave the result there; until a call returns, it stays as it is.
+            `{call}`, `{state}` and `{dropped}` stand for the operator's own; the last is counted up before `continue`.
+        call: the function to call.
+        state: further objects that it needs.
+        gives: whether a record goes on after the lines.
+        sets_key: whether the lines put a key into `key`.
+    """
+
+    lines: tuple[str, ...]
+    call: Callable[..., object]
+    state: object = None
+    gives: bool = True
+    sets_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)

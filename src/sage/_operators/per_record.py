@@ -7,9 +7,8 @@ from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from sage._iterables import why_not_records
-from sage._operators.fused import InlineCode
 from sage._operators.keys import NEED_NO_CHECK, into_keys
-from sage._operators.operator import Operator, into_list
+from sage._operators.operator import InlineCode, Operator, into_list
 from sage.errors import HeldBackError, hint, short
 from sage.functions import FlatMapFunction
 from sage.records import BATCH_RECORDS_MAX, Batch

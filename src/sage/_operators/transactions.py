@@ -12,7 +12,7 @@ from sage.errors import describe, short
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sage._operators.fused import InlineCode
+    from sage._operators.operator import InlineCode
     from sage.connector import TransactionalSink
     from sage.errors import FunctionError
     from sage.records import Batch
