@@ -15,8 +15,8 @@ demo: .venv/base
 	@SAGE_REPORT_FILE=build/demo.jsonl $(PYTHON) examples/ask_the_docs.py
 	@.venv/bin/sage report build/demo.jsonl --html build/demo.html
 	@echo "What ran when, as a picture: open build/demo.html in a browser"
-# Four at once on two cores, as many tests wait for a bound to come.
-test: .venv/dev ; $(PYTHON) -m pytest -n 4 --ignore tests/services --ignore tests/rag --ignore tests/checkers
+# Four at once on two cores, as many tests wait for a bound to come. Of a test with many cases a few, unless with --proof.
+test: .venv/dev ; $(PYTHON) -m pytest -n 4 --few --ignore tests/services --ignore tests/rag --ignore tests/checkers
 # The ready-made services with the real engines behind them, which are half a gigabyte to install.
 test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
 # One after the other: each starts a Ray of its own, which fills a machine of two cores for seconds. One runs Chroma.

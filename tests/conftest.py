@@ -35,17 +35,27 @@ for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 
 # What an example takes says more about the machine than about the code; each test has a bound of its own.
 hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("few", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `--seeds N` run every test of the step backend with N seeds, and `--moments N` hit N moments of a program."""
-    parser.addoption("--proof", action="store_true", help="run also the tests marked as proof")
+    parser.addoption("--proof", action="store_true", help="run also the tests marked as proof, and all cases of each")
+    parser.addoption(
+        "--few", action="store_true", help="run so few cases of a test that each value of a parameter comes"
+    )
     parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
     parser.addoption("--moments", type=int, default=4, help="how many moments of a phase drivers are killed at")
     parser.addoption("--simulation-base", type=int, default=0, help="the first seed of the simulation")
     parser.addoption("--simulation-count", type=int, default=400, help="how many seeds the simulation runs")
     parser.addoption("--simulation-seed", type=int, help="the only seed that the simulation runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Hypothesis draw fewer examples where few cases are asked for."""
+    if config.getoption("--few") and not config.getoption("--proof"):
+        hypothesis.settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -54,8 +64,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "ray" not in config.getoption("markexpr"):
         left_out.add("ray")
     deselected = [item for item in items if any(item.get_closest_marker(name) is not None for name in left_out)]
+    if config.getoption("--few") and not config.getoption("--proof"):
+        deselected += set(items) - set(deselected) - each_value_once(items)
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in set(deselected)]
+
+
+def each_value_once(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return so many cases of each test that each value of each of its parameters comes at least once.
+
+    Of a test of four errors in two hooks on four backends, these are four cases of thirty-two.
+    """
+    tests: dict[str, dict[pytest.Item, set[tuple[int, str]]]] = {}
+    for item in items:
+        # Rows of one table have one name each; the indices of pytest itself number the whole product.
+        names = item.callspec._idlist if isinstance(item, pytest.Function) and hasattr(item, "callspec") else [""]
+        tests.setdefault(item.nodeid.partition("[")[0], {})[item] = set(enumerate(names))
+    kept: set[pytest.Item] = set()
+    for cases in tests.values():
+        missing = set().union(*cases.values())
+        while missing:
+            best = max(cases, key=lambda case: len(cases[case] & missing))
+            kept.add(best)
+            missing -= cases[best]
+    return kept
 
 
 def pytest_collection_finish() -> None:

@@ -41,6 +41,12 @@ def test_what_runs_jobs_is_loaded_by_a_submit() -> None:
     assert modules_after(program) > RUNNING
 
 
+def test_the_process_of_a_service_starts_without_what_few_services_need() -> None:
+    """Each start pays for it; a recorded service brings its cassette along."""
+    loaded = modules_after("import sage._remote.process")
+    assert not loaded & {"sage._cassette", "sqlite3", "hashlib", "pathlib", "asyncio", "cloudpickle"}
+
+
 def test_the_package_alone_loads_none_of_its_parts() -> None:
     loaded = {name for name in modules_after("import sage") if name.startswith("sage.")}
     assert loaded == {"sage._lazy", "sage._old_paths"}

@@ -120,6 +120,10 @@ class Recorded:
         """Build the service."""
         return self.target(*args, **kwargs)
 
+    def tape(self) -> Tape:
+        """Open the file for the calls of the service."""
+        return Tape(self.path, self.service, may_write=True)
+
 
 class Said(NamedTuple):
     """What came of a call."""

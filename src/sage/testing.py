@@ -473,7 +473,7 @@ class StepBackend(Backend):
     def _ring(self, supervisor: Supervisor) -> None:
         """Wake everybody whose moment has come."""
         now_s = self.now()
-        self._ready.update(task for task in self._tasks if task.wake_at is not None and task.wake_at <= now_s)
+        self._ready.update(task for task in self._tasks if (due := task.wake_at) is not None and due <= now_s)
         due = supervisor.next_due
         if due is not None and due <= now_s:
             supervisor.tick()

@@ -293,15 +293,12 @@ def check(seed: int, folder: Path, build: Build = build) -> int:
     return resumed
 
 
-@pytest.mark.timeout(300)  # twenty graphs, of which each runs four times
+@pytest.mark.timeout(120)  # five graphs, of which each runs seven times
 @pytest.mark.parametrize(
-    "first", [*range(0, 60, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(60, 260, 20))]
+    "first", [*range(0, 20, 5), *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 260, 5))]
 )
 def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
-    resumed = 0
-    for seed in range(first, first + 20):
-        resumed += check(seed, folder)
-    assert resumed > 10
+    assert sum(check(seed, folder) for seed in range(first, first + 5)) > 2
 
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 100, 20))])

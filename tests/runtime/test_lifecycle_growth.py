@@ -40,6 +40,7 @@ from sage._runtime.transitions import step
 
 HOOKS = frozenset({"setup", "start", "stop", "cleanup"})
 FEW, MANY = 50, 500
+ROUNDS = 3
 
 Requires = Callable[[int], tuple[int, ...]]
 
@@ -273,7 +274,9 @@ def switches(count: int) -> float:
 
 def test_threads_of_services_do_not_crowd_around_the_interpreter() -> None:
     """Each that waits for it looks every 5 ms, so many that are woken at once take the time of all."""
-    assert switches(1_000) <= 1.5 * switches(100)
+    # What else the machine does adds to a measurement, and never takes away from it.
+    few, many = (min(switches(count) for _ in range(ROUNDS)) for count in (100, 1_000))
+    assert many <= 1.5 * few
 
 
 def test_as_many_hooks_as_wanted_run_at_once() -> None:

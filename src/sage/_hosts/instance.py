@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
-from sage._cassette import Recorded, Tape
 from sage.errors import UnknownServiceError, hint
 from sage.service import BaseService, ServiceUser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sage._cassette import Recorded, Tape
     from sage._runtime.coroutines import CoroutineLoop
     from sage.service import ServiceContext
 
@@ -52,9 +53,9 @@ class Instance:
     ) -> None:
         """Call the constructor, and look for hooks. If it raises, "cleanup" still calls the deferred callbacks."""
         self._context = context
-        if isinstance(make, Recorded):
-            self._tape = Tape(make.path, make.service, may_write=True)
-            make = make.target
+        if (recorded := _recorded(make)) is not None:
+            self._tape = recorded.tape()
+            make = recorded.target
         if isinstance(make, type) and issubclass(make, ServiceUser):
             # The context is there before the constructor runs, whether or not that calls its base's.
             target: Any = make.__new__(make, *args, **kwargs)
@@ -160,9 +161,19 @@ class Instance:
 
 def has_coroutine_hooks(target: object) -> bool:
     """Return whether a hook of a class, or the substitute for its cleanup, is a coroutine function."""
-    target = target.target if isinstance(target, Recorded) else target
+    if (recorded := _recorded(target)) is not None:
+        target = recorded.target
     names = (*HOOKS, *STAND_INS) if isinstance(target, type) else ()
     return any(inspect.iscoroutinefunction(inspect.getattr_static(target, name, None)) for name in names)
+
+
+def _recorded(make: object) -> Recorded | None:
+    """Return what builds a recorded service, or None; the cassette is not loaded for jobs that record nothing."""
+    if "sage._cassette" not in sys.modules:
+        return None
+    from sage._cassette import Recorded
+
+    return make if isinstance(make, Recorded) else None
 
 
 def _has(instance: object, name: str) -> bool:
