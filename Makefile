@@ -20,7 +20,7 @@ test: .venv/dev ; $(PYTHON) -m pytest -n 4 --few --ignore tests/services --ignor
 # The ready-made services with the real engines behind them, which are half a gigabyte to install.
 test-services: .venv/services ; $(PYTHON) -m pytest -n 2 tests/services tests/rag
 # One after the other: each starts a Ray of its own, which fills a machine of two cores for seconds. One runs Chroma.
-test-ray: .venv/ray .venv/services ; $(PYTHON) -m pytest -m ray --ignore tests/services --ignore tests/rag
+test-ray: .venv/ray .venv/services ; $(PYTHON) -m pytest -m ray tests/ray
 # Vector stores are measured against the engines under them.
 bench: .venv/bench .venv/services ; $(PYTHON) -m benchmarks
 ci: check test test-services test-ray docs
