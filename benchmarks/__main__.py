@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from benchmarks.answers import answers, ingest
+from benchmarks.durable import durable
 from benchmarks.growth import MEASURED, both_ends, growth, large_records
 from benchmarks.jobs import importing, latency, low_rate, memory, served, short_jobs, stopping
 from benchmarks.measure import FULL, QUICK
@@ -54,6 +55,7 @@ CASES = {
     "answers": answers,
     "ingest": ingest,
     "peers": peers,
+    "durable": durable,
     "growth": growth,
     "ray": jobs_on_ray,
 }
