@@ -57,14 +57,14 @@ def durable_chain(values: Iterable[int]) -> None:
         chain(values, Durable(folder / "state", interval_s=1.0))
 
 
-def same(value: int) -> int:
-    return value
+def ignore(_: object) -> None:
+    pass
 
 
 def count(events: Iterable[int], keys: int, durable: Durable | None = None) -> None:
     """Count events by key; each key is first an integer, so that the key costs little."""
     env = LocalEnvironment("count", durable=durable)
-    env.from_batch(events).keyby(lambda event: event % keys).count().sink(same)
+    env.from_batch(events).keyby(lambda event: event % keys).count().sink(ignore)
     env.submit(autostop=True)
 
 
@@ -106,7 +106,7 @@ def gaps(keys: int, durable: Durable | None) -> float:
 
     env = LocalEnvironment("gaps", durable=durable)
     counts = env.from_batch(range(keys * (1 + GAPS_FACTOR))).keyby(lambda event: event % keys).count()
-    counts.map_batches(arrived, max_records=500, max_wait_s=0.0).sink(same)
+    counts.map_batches(arrived, max_records=500, max_wait_s=0.0).sink(ignore)
     env.submit(autostop=True)
     return longest
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage._operators.keyed_state import KeyedState
+from sage import LocalEnvironment
+from sage._operators.keyed_state import KeyedState, each_pickle
 from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 from sage._runtime.checkpoints import Row, without_changes
-from sage.errors import CheckpointError
+from sage.errors import CheckpointError, FunctionError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,13 +32,13 @@ def values(state: KeyedState) -> dict[object, object]:
 
 
 def write(store: CheckpointStore, state: KeyedState, number: int, keep: int = 2) -> None:
-    store.write(Checkpoint(number, GRAPH, (Row("count", 0, 0, b"", *state.take(number)),)), keep)
+    store.write(Checkpoint(number, GRAPH, (Row("count", 0, 0, b"", *state.take(number).take()),)), keep)
 
 
 def loaded(store: CheckpointStore) -> tuple[int, KeyedState]:
     found = store.load()
     assert found is not None
-    changes = [pickle.loads(body) for body in found.changes["count", 0]]
+    changes = [one for body in found.changes["count", 0] for one in each_pickle(body)]
     return found.number, KeyedState(found.rows[0].since, changes)
 
 
@@ -70,7 +71,7 @@ def test_a_checkpoint_costs_as_much_as_what_changed_and_the_folder_stays_small(t
     for number in range(2, 200):
         for key in range(number, number + 300):
             change(state, key, number)
-        since, body = state.take(number)
+        since, body = state.take(number).take()
         assert len(body) < whole / 10
         store.write(Checkpoint(number, GRAPH, (Row("count", 0, 0, b"", since, body),)), 2)
         sizes.append((tmp_path / "state" / "checkpoints.sqlite").stat().st_size)
@@ -111,7 +112,7 @@ def test_a_task_that_ended_is_not_written_again(tmp_path: Path) -> None:
     store, state = CheckpointStore(str(tmp_path / "state")), KeyedState()
     for key in range(5_000):
         change(state, key, key)
-    row = Row("count", 0, 0, b"", *state.take(1))
+    row = Row("count", 0, 0, b"", *state.take(1).take())
     store.write(Checkpoint(1, GRAPH, (row,)), 2)
     for number in range(2, 8):
         store.write(Checkpoint(number, GRAPH, (without_changes(row),)), 2)
@@ -119,3 +120,34 @@ def test_a_task_that_ended_is_not_written_again(tmp_path: Path) -> None:
     (size,) = store._file.execute("SELECT sum(length(changes)) FROM parts").fetchone()
     assert size == len(row.changes or b"")
     store.close()
+
+
+def test_a_change_after_the_barrier_is_not_in_its_checkpoint() -> None:
+    plain, lists = KeyedState(), KeyedState()
+    plain.young.update(a=1, b="x")
+    changed = [1]
+    lists.young.update(a=changed)
+    first, at_once = plain.take(1), lists.take(1)
+    plain.young["a"] = 2
+    changed.append(2)
+    plain.settle()  # the old values change: what was not pickled has to be by now
+    second = plain.take(2)
+    plain.young["a"] = 3
+    bodies = [late.take()[1] for late in (at_once, first, second)]
+    found = [dict(zip(keys, values, strict=True)) for body in bodies for keys, values, _ in each_pickle(body)]
+    assert found == [{"a": [1]}, {"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+    assert (first.take(), second.take()) == ((1, b""), (2, b""))
+
+
+def test_a_key_that_cannot_be_pickled_fails_the_job_with_its_operator(tmp_path: Path) -> None:
+    class Unknown:
+        def __hash__(self) -> int:
+            return 1
+
+        def __reduce__(self) -> str:
+            raise TypeError("this key stays here")
+
+    env = LocalEnvironment("job", durable=tmp_path / "state")
+    env.from_batch([1], name="in").keyby(lambda _: Unknown()).count(name="counts").sink(lambda _: None)
+    with pytest.raises(FunctionError, match=r'operator "counts" has a state that cannot be pickled: .*stays here'):
+        env.submit(autostop=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sage._control.errors import said_to_a_person
-from sage._operators.keyed_state import KeyedState
+from sage._operators.keyed_state import KeyedState, each_pickle
 from sage._plan.logical import Kind
 from sage._runtime.checkpoint_store import CheckpointReader, CheckpointStore, check_is_private, no_state
 from sage.connectors.json_lines import as_json
@@ -258,9 +258,9 @@ class _StandIn:
         return hash(repr(self))
 
 
-def _unpickled(operator: str, body: bytes) -> Any:
+def _unpickled(operator: str, body: bytes) -> list[Any]:
     try:
-        return _Unpickler(io.BytesIO(body)).load()
+        return each_pickle(body, lambda file: _Unpickler(file).load())
     except Exception as error:
         failed = CheckpointError(f'state of operator "{operator}" cannot be unpickled: {describe(error)}')
         raise hint(failed, "Run the command in the folder of the program, with its packages installed.") from error
@@ -291,12 +291,12 @@ def _keyed(row: Row, checkpoint: Checkpoint) -> dict[Any, Any] | None:
     if row.since is None:
         return None
     bodies = checkpoint.changes[row.operator, row.index]
-    return KeyedState(row.since, [_unpickled(row.operator, body) for body in bodies]).old
+    return KeyedState(row.since, [one for body in bodies for one in _unpickled(row.operator, body)]).old
 
 
 def _contents(row: Row, kind: str, keyed: dict[Any, Any] | None) -> Iterator[str]:
     """Yield lines about one row."""
-    state, left, function = _unpickled(row.operator, row.body)
+    state, left, function = _unpickled(row.operator, row.body)[0]
     yield f"task {row.index}"
     if kind == Kind.SOURCE:
         yield f"  records read: {state[0]:,}"

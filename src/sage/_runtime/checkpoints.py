@@ -11,7 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sage._runtime.accounts import Counts
 
@@ -29,6 +29,7 @@ class Row:
         changes: those of them that this checkpoint writes, pickled; empty if nothing has changed.
         keys: how many keys it has, or None if it keeps nothing by key.
         held: how many records wait in it that it does not count as taken.
+        late: returns `since` and `changes`, if these are pickled only when the checkpoint is written.
     """
 
     operator: str
@@ -39,11 +40,20 @@ class Row:
     changes: bytes | None = None
     keys: int | None = None
     held: int = 0
+    late: Callable[[], tuple[int, bytes]] | None = None
 
 
 def without_changes(row: Row) -> Row:
     """Return the row for a later checkpoint, if nothing has changed since the one that wrote it."""
     return row if row.changes is None else replace(row, changes=b"")
+
+
+def with_changes(row: Row) -> Row:
+    """Return the row with the changes of its keys, pickled now if they are not yet; no changes the second time."""
+    if row.late is None:
+        return row
+    since, changes = row.late()
+    return replace(row, since=since, changes=changes, late=None)
 
 
 class CheckpointEvent:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from sage._logs import log_of
+from sage._operators.keyed_state import each_pickle
 from sage._operators.operator import Recovery
 from sage._plan.durability import promises
 from sage._plan.logical import Kind
@@ -28,9 +28,10 @@ from sage._runtime.checkpoints import (
     WriteFailed,
     Written,
     step,
+    with_changes,
     without_changes,
 )
-from sage._runtime.durable_task import DurableTask
+from sage._runtime.durable_task import DurableTask, cannot_be_pickled
 from sage._runtime.lifecycle import TaskFailed
 from sage._runtime.states import TASK_TERMINAL
 from sage.errors import CheckpointError, JobError, describe, hint
@@ -86,10 +87,11 @@ class DurableRun:
             loaded, self._dropped = _without(drop_state, found or Checkpoint(0, {}, ()))
             self._check(loaded)
             self._rows_found = {
-                (row.operator, row.index): (row, _unpickled(row.operator, row.body)) for row in loaded.rows
+                (row.operator, row.index): (row, _unpickled(row.operator, row.body)[0]) for row in loaded.rows
             }
             self._changes = {
-                key: [_unpickled(key[0], body) for body in bodies] for key, bodies in loaded.changes.items()
+                key: [one for body in bodies for one in _unpickled(key[0], body)]
+                for key, bodies in loaded.changes.items()
             }
         except BaseException:
             self._store.close()
@@ -204,7 +206,8 @@ class DurableRun:
                 rows = tuple(row for name in sorted(parts) for row in parts[name].rows)
                 made = Checkpoint(action.number, self._graph, rows, accounts=self._accounts(parts.values(), rows))
                 for name in action.tasks:  # later checkpoints need no more of a task that has ended
-                    self._last_parts[name] = replace(parts[name], rows=tuple(map(without_changes, parts[name].rows)))
+                    without = tuple(map(without_changes, parts[name].rows))
+                    self._last_parts[name] = replace(parts[name], rows=without)
                 assert self._lane is not None
                 self._lane.run(lambda: self._write(made))
             case ActionKind.COMPLETE:
@@ -223,7 +226,7 @@ class DurableRun:
     def _write(self, made: Checkpoint) -> None:
         """Write a checkpoint, on a thread that nothing else waits for."""
         try:
-            self._store.write(made, self._settings.keep)
+            self._store.write(replace(made, rows=tuple(map(_complete, made.rows))), self._settings.keep)
         except JobError as error:
             self._supervisor.post(WriteFailed(error))
         else:
@@ -241,6 +244,13 @@ class DurableRun:
         if self._lane is not None:
             self._lane.close(wait=True)
         self._store.close()
+
+
+def _complete(row: Row) -> Row:
+    try:
+        return with_changes(row)
+    except Exception as error:
+        raise cannot_be_pickled(row.operator, "has a state", error) from error
 
 
 def _held(rows: Iterable[Row]) -> Counter[str]:
@@ -267,9 +277,9 @@ def _in_file_names(name: str) -> str:
     return quoted if len(quoted) <= NAME_LENGTH_MAX else hashlib.sha256(name.encode()).hexdigest()
 
 
-def _unpickled(operator: str, body: bytes) -> Any:
+def _unpickled(operator: str, body: bytes) -> list[Any]:
     try:
-        return pickle.loads(body)
+        return each_pickle(body)
     except Exception as error:
         text = f'state of operator "{operator}" cannot be unpickled: {describe(error)}'
         failed = CheckpointError(text, operator=operator)

@@ -137,26 +137,22 @@ class DurableTask(Task):
             return None
         waiting = sum(len(batch) for _, batch in left)
         records -= waiting
-        since, changes, keys = None, None, None
+        late, keys = None, None
         try:
             # At once: the functions behind this operator may change the records.
             body = pickle.dumps((state, left, function), pickle.HIGHEST_PROTOCOL)
             if operator.keyed is not None:
-                since, changes = operator.keyed.take(number)
+                late = operator.keyed.take(number).take
                 keys = len(operator.keyed.old)
         except Exception as error:
-            name = operator.node.name
             holds = "holds a record" if function is None and operator.keyed is None else "has a state"
-            failed = FunctionError(f'operator "{name}" {holds} that cannot be pickled: {describe(error)}')
-            hint(failed, "A durable job writes them down. Keep the data that the object is made from instead.")
-            raise failed from error
-        return Row(
-            operator.node.name,
-            operator.context.parallel_index,
-            records,
-            body,
-            since,
-            changes,
-            keys,
-            waiting + operator.held,
-        )
+            raise cannot_be_pickled(operator.node.name, holds, error) from error
+        held = waiting + operator.held
+        return Row(operator.node.name, operator.context.parallel_index, records, body, None, None, keys, held, late)
+
+
+def cannot_be_pickled(operator: str, holds: str, error: Exception) -> FunctionError:
+    """Return the error for a state or a record that a checkpoint cannot have."""
+    failed = FunctionError(f'operator "{operator}" {holds} that cannot be pickled: {describe(error)}')
+    hint(failed, "A durable job writes them down. Keep the data that the object is made from instead.")
+    return failed
