@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import threading
@@ -11,6 +12,7 @@ import pytest
 
 from sage import FunctionError, JobError, JobErrorGroup
 from sage._remote.errors import sendable
+from sage._remote.lane import LANES_MAX, SHORT_BYTES_MAX, Lanes, shared_memory
 from sage._remote.protocol import served
 from sage._remote.rpc import IDLE_MAX, RpcClosedError, SocketPairRpc
 from sage.errors import describe, hint
@@ -38,13 +40,17 @@ class Asked(Protocol):
 class Pair(Asked):
     """Two links; the other one answers here."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_lanes: bool) -> None:
         here, there = socket.socketpair()
+        memory = shared_memory()
+        self.lanes = Lanes(memory), Lanes(memory)
+        os.close(memory)
+        opens, accepts = self.lanes if has_lanes else (None, None)
         self.is_asked, self.go_on = threading.Event(), threading.Event()
         self.closed: list[str] = []
         self.has_ended = threading.Event()
-        self.link = SocketPairRpc(here, {}, {}, "asks", lambda: None)
-        self.other = SocketPairRpc(there, served((Asked, self)), {}, "answers", self.end)
+        self.link = SocketPairRpc(here, {}, {}, "asks", lambda: None, opens=opens)
+        self.other = SocketPairRpc(there, served((Asked, self)), {}, "answers", self.end, accepts=accepts)
         self.link.begin()
         self.other.begin()
 
@@ -72,13 +78,53 @@ class Pair(Asked):
             raise ValueError("failed") from error
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    made = Pair()
+@pytest.fixture(params=[False, True], ids=["sockets", "lanes"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = Pair(request.param)
     yield made
     made.go_on.set()
     made.link.close(SOON_S)
     made.other.close(SOON_S)
+    for lanes in made.lanes:
+        lanes.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, SHORT_BYTES_MAX - 100, SHORT_BYTES_MAX, SHORT_BYTES_MAX + 1, 1_000_000])
+def test_frames_of_any_length_arrive_one_after_another(pair: Pair, size: int) -> None:
+    values = (b"x" * size, pickle.PickleBuffer(bytearray(b"y" * size)), "z")
+    for _ in range(3):
+        first, second, third = pair.link.ask(Asked.echo, *values)
+        assert (first, bytes(second), third) == (b"x" * size, b"y" * size, "z")
+        assert pair.link.ask(Asked.echo, b"x" * size) == (b"x" * size,)
+
+
+def test_a_lane_is_not_used_again_before_the_other_end_has_left_it(pair: Pair) -> None:
+    """Whose late answer another caller would take for its own."""
+    for _ in range(2 * LANES_MAX):
+        pair.is_asked.clear()
+        pair.go_on.clear()
+        with pytest.raises(TimeoutError):
+            pair.link.ask_within(0.01, Asked.wait)
+        assert pair.link.ask(Asked.echo, "mine") == ("mine",)
+        pair.go_on.set()
+        assert pair.link.ask(Asked.echo, "next") == ("next",)
+
+
+def test_callers_of_all_lanes_and_more_get_their_own_answers(pair: Pair) -> None:
+    wrong: list[object] = []
+
+    def call(caller: int) -> None:
+        for number in range(20):
+            answer = pair.link.ask(Asked.echo, caller, number)
+            if answer != (caller, number):
+                wrong.append(answer)
+
+    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(LANES_MAX + 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_a_late_answer_is_given_to_nobody(pair: Pair) -> None:

@@ -18,7 +18,8 @@ from sage._hosts.child_process import ChildProcess
 from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
 from sage._logs import forward, log_of
-from sage._remote.begun import BegunCalls, shared_memory
+from sage._remote.begun import BegunCalls
+from sage._remote.lane import Lanes, shared_memory
 from sage._remote.protocol import JobSide, ServiceSide, served
 from sage._remote.rpc import NO_KWARGS, NotSentError, RpcClosedError, SocketPairRpc
 from sage._remote.wire import encode
@@ -61,6 +62,7 @@ class ProcessHost(GatedHost):
         self._process: ChildProcess | None = None
         self._link: SocketPairRpc | None = None
         self._begun: BegunCalls | None = None
+        self._lanes: Lanes | None = None
         self._cookie = ""
         self._hooks: frozenset[str] = frozenset()
         self._numbers = count(1)  # of calls
@@ -223,8 +225,12 @@ class ProcessHost(GatedHost):
     def _close_link(self) -> None:
         if self._link is not None:
             self._link.close(LINK_CLOSE_S)
-        if self._begun is not None:
-            self._begun.close()
+        self._close_memories()
+
+    def _close_memories(self) -> None:
+        for memory in (self._begun, self._lanes):
+            if memory is not None:
+                memory.close()
 
     def _start(self) -> None:
         name, incarnation = self.spec.name, self._incarnation
@@ -249,11 +255,10 @@ class ProcessHost(GatedHost):
                 if incarnation <= self._given_up:
                     raise ServiceError(f'service "{name}" was given up before its process was started')
                 # Its handles are found by the name that is pickled for them, in the job that asks.
-                link = SocketPairRpc(
-                    here, served((JobSide, ServiceRequests(self))), self._around.handles, name, lambda: None
-                )
+                self._begun, self._lanes = BegunCalls(begun), Lanes(begun)
+                requests = served((JobSide, ServiceRequests(self)))
+                link = SocketPairRpc(here, requests, self._around.handles, name, lambda: None, opens=self._lanes)
                 link.begin()
-                self._begun = BegunCalls(begun)
                 process = ChildProcess(
                     [sys.executable, "-c", boot],
                     self._cookie,
@@ -268,10 +273,9 @@ class ProcessHost(GatedHost):
                 self._around.process_guard.started(name, incarnation, process.pid, guardians.detach())
         except BaseException:
             if self._process is None:
-                if self._begun is not None:
-                    self._begun.close()
                 if link is not None:
                     link.close(LINK_CLOSE_S)
+                self._close_memories()
                 here.close()
             guardians.close()
             raise

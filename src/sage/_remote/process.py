@@ -21,6 +21,7 @@ from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
 from sage._remote.begun import BEGUN, BegunCalls
 from sage._remote.calls import RemoteCalls
+from sage._remote.lane import Lanes
 from sage._remote.protocol import JobSide, LogSide, ServiceSide, served
 from sage._remote.rpc import RpcClosedError, SocketPairRpc
 from sage._runtime.coroutines import CoroutineLoop
@@ -60,9 +61,10 @@ class ServiceProcess(ServiceSide):
         guard: the guardian's orders come from here; end-of-file says that driver and guardian are both gone.
         name: the service's name.
         begun: where calls that begin are noted.
+        lanes: the memory of the lanes of calls.
     """
 
-    def __init__(self, link: socket.socket, guard: socket.socket, name: str, begun: BegunCalls) -> None:
+    def __init__(self, link: socket.socket, guard: socket.socket, name: str, begun: BegunCalls, lanes: Lanes) -> None:
         self._name = name
         self._guard = guard
         self._loop = CoroutineLoop(name)
@@ -78,7 +80,8 @@ class ServiceProcess(ServiceSide):
         self._methods: dict[str, tuple[bool, Callable[..., Any]]] = {}  # each, and whether it is a coroutine method
         self._running: dict[int, Future[Any]] = {}
         self._given_up: set[int] = set()
-        self.link = SocketPairRpc(link, served((ServiceSide, self)), self._handles, name, self._over.set)
+        requests = served((ServiceSide, self))
+        self.link = SocketPairRpc(link, requests, self._handles, name, self._over.set, accepts=lanes)
 
     def live(self) -> None:
         """Do as the driver says until it says "exit", or until it is gone; then end in order."""
@@ -365,19 +368,19 @@ def main(link: int, guard: int, begun: int, name: str) -> None:
     Args:
         link: the descriptor of the link to the driver.
         guard: the descriptor on which the guardian gives its orders.
-        begun: the descriptor of the memory for `BegunCalls`.
+        begun: the descriptor of the memory for `BegunCalls` and `Lanes`.
         name: the service's name.
     """
     # They were handed over by inheritance, which must not go on to the service's own children.
     os.set_inheritable(link, False)
     os.set_inheritable(guard, False)
-    begun_calls = BegunCalls(begun)
+    memories = BegunCalls(begun), Lanes(begun)
     os.close(begun)
     # While the driver lives, only it decides when the service ends: a signal to the whole group must not break the
     # order. Its requests come over the link, and the final one as SIGKILL.
     mean_nothing(SIGNALS)
     # Ignored signals are inherited: with SIGCHLD, the service could not know how its own children end.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = ServiceProcess(socket.socket(fileno=link), socket.socket(fileno=guard), name, begun_calls)
+    child = ServiceProcess(socket.socket(fileno=link), socket.socket(fileno=guard), name, *memories)
     child.live()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

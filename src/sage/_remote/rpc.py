@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -13,12 +14,14 @@ from sage._current_job import carried
 from sage._forks import leave_if_forked, useless_after_fork
 from sage._logs import log_of
 from sage._remote.errors import pack, unpack
+from sage._remote.lane import LaneConnection
 from sage._remote.wire import Connection, encode
 from sage.errors import ServiceError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sage._remote.lane import Lanes
     from sage._remote.wire import Frame
     from sage.service import ServiceHandle
 
@@ -73,7 +76,7 @@ class Connections:
         self._lock = threading.Lock()
         self._closed = self.is_forked = True
         for connection in self._all:
-            connection.close()
+            connection.free()
         self._all = set()
 
     def _add(self, connection: Connection) -> None:
@@ -106,10 +109,11 @@ class RpcClient(Connections, ABC):
         Connections.__init__(self, handles)
         self._idle: list[Connection] = []
         self._told: list[Connection] = []
+        self._posting: list[Connection] = []
 
     def _after_fork_in_child(self) -> None:
         super()._after_fork_in_child()
-        self._idle, self._told = [], []
+        self._idle, self._told, self._posting = [], [], []
 
     @abstractmethod
     def connect(self) -> Connection:
@@ -118,6 +122,10 @@ class RpcClient(Connections, ABC):
         Raises:
             RpcClosedError: the other side is gone.
         """
+
+    def _connect_to_ask(self) -> Connection:
+        """Open a connection for one request after another, each of which is answered or the last; see `connect`."""
+        return self.connect()
 
     def ask(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Send a request and return its answer, or raise its error; see `ask_within`."""
@@ -157,7 +165,7 @@ class RpcClient(Connections, ABC):
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self.connect()
+            connection = self._connect_to_ask()
         try:
             if timeout_s is not None:
                 connection.bound(timeout_s)
@@ -188,7 +196,7 @@ class RpcClient(Connections, ABC):
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self.connect()
+            connection = self._connect_to_ask()
         # Open until the link is closed, as the other side may take the end of a connection for that of the asker.
         self._told.append(connection)
         try:
@@ -197,16 +205,18 @@ class RpcClient(Connections, ABC):
             raise RpcClosedError("the other side is gone") from None
 
     def post(self, method: Callable[Concatenate[Any, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Send a request that has no answer, if the other side is there; the next request may use its connection."""
+        """Send a request that has no answer, if the other side is there; the next one may use its connection."""
         with suppress(OSError, RpcClosedError):
             try:
-                connection = self._idle.pop()
+                connection = self._posting.pop()
             except IndexError:
                 connection = self.connect()
             try:
                 connection.send(self.request(False, method, args, kwargs))
             finally:
-                self._keep(connection, None)
+                self._posting.append(connection)
+                if self._closed:
+                    self._free()  # `close` may have looked before
 
     def request(
         self, is_asked: bool, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -216,7 +226,7 @@ class RpcClient(Connections, ABC):
 
     def _free(self) -> None:
         """Close the connections that no request has."""
-        for connections in (self._idle, self._told):
+        for connections in (self._idle, self._told, self._posting):
             while connections:
                 self._drop(connections.pop())
 
@@ -332,6 +342,8 @@ class SocketPairRpc(RpcClient, RpcServer):
         handles: resolves handles of services among the received values.
         name: the name of the threads.
         on_closed: called when the other side is gone.
+        opens: the memory for lanes of the connections that it opens, if any.
+        accepts: the memory for lanes of those that the other side opens.
     """
 
     def __init__(
@@ -341,11 +353,16 @@ class SocketPairRpc(RpcClient, RpcServer):
         handles: Mapping[str, ServiceHandle[Any]],
         name: str,
         on_closed: Callable[[], None],
+        *,
+        opens: Lanes | None = None,
+        accepts: Lanes | None = None,
     ) -> None:
         RpcClient.__init__(self, handles)
         RpcServer.__init__(self, methods, handles, name)
         self._socket = end
         self._on_closed = on_closed
+        self._opens = opens
+        self._accepts = accepts
         useless_after_fork(self)
 
     def _after_fork_in_child(self) -> None:
@@ -363,14 +380,33 @@ class SocketPairRpc(RpcClient, RpcServer):
             RpcClosedError: the other side is gone.
         """
         here, there = socket.socketpair()
-        connection = Connection(here, self._handles)
+        return self._hand_over(Connection(here, self._handles), b"c", there)
+
+    def _connect_to_ask(self) -> Connection:
+        """Open a connection with a lane, if there is one; see `connect`."""
+        lanes = self._opens
+        number = None if lanes is None else lanes.take()
+        if lanes is None or number is None:
+            return self.connect()
+        with ExitStack() as undone:
+            undone.callback(lanes.give_back, number)
+            bells = []
+            for _ in range(2):
+                bells.append(os.eventfd(0))
+                undone.callback(os.close, bells[-1])
+            here, there = socket.socketpair()
+            connection = LaneConnection(here, self._handles, lanes, number, bells, asks=True)
+            undone.pop_all()
+        return self._hand_over(connection, bytes([number]), there, *reversed(bells))
+
+    def _hand_over(self, connection: Connection, number: bytes, there: socket.socket, *bells: int) -> Connection:
         try:
             with self._lock:
                 if self._closed:
                     owner = "is closed" if not self.is_forked else "is one of the process that this one was forked from"
                     raise RpcClosedError(f"the link {owner}")
                 self._all.add(connection)
-                socket.send_fds(self._socket, [b"c"], [there.fileno()])
+                socket.send_fds(self._socket, [number], [there.fileno(), *bells])
         except OSError:
             self._drop(connection)
             raise RpcClosedError("the other side is gone") from None
@@ -398,11 +434,14 @@ class SocketPairRpc(RpcClient, RpcServer):
         """Take connections that the other side hands over, until it is gone."""
         while True:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 3, socket.MSG_CMSG_CLOEXEC)
             except OSError:
                 break
-            for descriptor in descriptors:
-                connection = Connection(socket.socket(fileno=descriptor), self._handles)
+            if descriptors:
+                end, bells = socket.socket(fileno=descriptors[0]), descriptors[1:]
+                connection = Connection(end, self._handles)
+                if bells and self._accepts is not None:
+                    connection = LaneConnection(end, self._handles, self._accepts, data[0], bells, asks=False)
                 self._add(connection)
                 try:
                     self._start_thread(partial(self._serve, connection))
@@ -416,6 +455,7 @@ class SocketPairRpc(RpcClient, RpcServer):
         with self._lock, suppress(OSError):  # the program may have closed every descriptor that it found
             self._closed = True
             self._socket.close()
+        Connections.shut(self)  # a lane does not end by itself
         self._on_closed()
 
 
