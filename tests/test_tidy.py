@@ -133,9 +133,10 @@ def test_the_source_is_found() -> None:
     assert SOURCES or not SAGE.exists()
 
 
-def test_ambient_state_of_threads_stands_in_one_file() -> None:
-    found = {path.relative_to(SAGE).as_posix() for path in SOURCES if "threading.local" in path.read_text("utf-8")}
-    assert found == {"_current_job.py"}
+def test_ambient_state_of_threads_and_coroutines_stands_in_one_file() -> None:
+    kinds = ("threading.local", "ContextVar(")
+    texts = {path.relative_to(SAGE).as_posix(): path.read_text("utf-8") for path in SOURCES}
+    assert {name for name, text in texts.items() for kind in kinds if kind in text} == {"_current_job.py"}
 
 
 def test_functions_are_short() -> None:

@@ -1,12 +1,13 @@
-"""What the current thread belongs to: a job, whose services it finds by name and which it must not wait for.
+"""What the current thread and coroutine belong to: a job, the calls they are made for, and the key of a record.
 
-This is the only state that follows a thread around without being passed to it.
+This is the only state that follows a thread or a coroutine around without being passed to it.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -48,6 +49,12 @@ class Here(threading.local):
 
 
 here = Here()
+
+key_here: ContextVar[object] = ContextVar("key", default=None)
+"""The key of the record for which the current coroutine runs."""
+
+gates_here: ContextVar[frozenset[object]] = ContextVar("gates", default=frozenset())
+"""The gates that let through the call in which the current coroutine runs."""
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import nullcontext
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from sage._current_job import gates_here
 from sage._hosts.waits import Crowd, Waits
 from sage._runtime.coroutines import is_on_loop
 from sage.service import ABSENT
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sage._hosts.waits import Wait
-
-_inside: ContextVar[frozenset[object]] = ContextVar("inside", default=frozenset())
-"""The gates that let through the call in which a coroutine runs."""
 
 
 class Gate(ABC):
@@ -261,20 +258,20 @@ class ConcurrentGate(Gate):
 
         def call(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
             # Seen by the caller's thread: a service that calls itself needs no second place.
-            return enter(self in _inside.get() or threading.get_ident() in self._running, args, kwargs)
+            return enter(self in gates_here.get() or threading.get_ident() in self._running, args, kwargs)
 
         async def enter(is_inside: bool, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             me = object()
             if not await self._enter_awaiting(me, is_inside, passes_closed):
                 return await otherwise(*args, **kwargs)
-            before = _inside.set(_inside.get() | {self})
+            before = gates_here.set(gates_here.get() | {self})
             try:
                 return await method(*args, **kwargs)
             except BaseException:
                 self.error_count += 1
                 raise
             finally:
-                _inside.reset(before)
+                gates_here.reset(before)
                 with self._lock:
                     self._coroutines -= 1
                     self._leave(me)
@@ -355,7 +352,7 @@ class ConcurrentGate(Gate):
         if len(self._running) < calls_max:
             return False
         beside = self._coroutines if is_on_loop() else 0
-        return len(self._running) - beside >= calls_max and self not in _inside.get()
+        return len(self._running) - beside >= calls_max and self not in gates_here.get()
 
     async def _enter_awaiting(self, me: object, is_inside: bool, passes_closed: bool) -> bool:
         import asyncio

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextvars
 import sys
 import threading
 import traceback
 from collections import deque
 from contextlib import suppress
+from contextvars import copy_context
 from time import time
 from typing import TYPE_CHECKING, Any
 
+from sage._current_job import key_here
 from sage._operators.holder import BufferingOperator
 from sage.errors import short
 from sage.functions import TaskContext
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 MEASURED_EVERY = 8
 """One call of so many is measured, after the first ones."""
 
-_key: contextvars.ContextVar[object] = contextvars.ContextVar("key", default=None)
-
 
 class CoroutineContext(TaskContext):
     """A context in which each coroutine sees the key of its own record."""
@@ -36,11 +35,11 @@ class CoroutineContext(TaskContext):
     @property
     def key(self) -> object:
         """The key of the record for which the current coroutine runs."""
-        return _key.get()
+        return key_here.get()
 
     @key.setter
     def key(self, value: object) -> None:
-        _key.set(value)
+        key_here.set(value)
 
 
 class Slot:
@@ -122,7 +121,7 @@ class MapAsync(BufferingOperator):
         """Bind the function; a function class that returns None drops the record, as for `map`."""
         self._call: Callable[..., Any] = self.target_of()
         self._drops_none = self.is_function_class
-        self._around = contextvars.copy_context()
+        self._around = copy_context()
 
     # --- on the thread of the task ---
 
@@ -299,7 +298,7 @@ class MapAsync(BufferingOperator):
             slot.is_measured = self._started <= self.concurrency or self._started % MEASURED_EVERY == 0
             around = self._around.copy()  # and not that of the record whose end made room
             if self._has_keys:
-                around.run(_key.set, slot.key)
+                around.run(key_here.set, slot.key)
             running.add(slot)
             slot.task = create_task(self._attend(slot), context=around)
         if len(running) >= self.concurrency:
