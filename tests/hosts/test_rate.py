@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from sage import BaseService, GraphError, LocalEnvironment, Outcome, Rate, ServiceOptions
-from sage._hosts.bucket import Bucket
+from sage._bucket import LATE_MAX_S, Bucket
 from sage.testing import ManualClock, StepBackend
 
 if TYPE_CHECKING:
@@ -100,6 +101,87 @@ class Model(BaseService):
 
     def order(self) -> list[int]:
         return self.seen
+
+
+class Provider(BaseService):
+    """Notes when each of its calls begins."""
+
+    def __init__(self) -> None:
+        self.begun_at: list[float] = []
+
+    def process(self, call: int) -> int:
+        self.begun_at.append(time.monotonic())
+        return call
+
+    def begun(self) -> list[float]:
+        return sorted(self.begun_at)
+
+
+class Caller(BaseService):
+    """Calls a provider from a process of its own."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.provider = provider
+
+    def process(self, calls: int) -> int:
+        return sum(self.provider.process(1) for _ in range(calls))
+
+
+def begun_by_processes(rate: Rate, processes: int, calls: int, host: Literal["inline", "process"]) -> list[float]:
+    """Return when calls began that several processes made, each of them one after the other."""
+    env = LocalEnvironment("one account")
+    options = ServiceOptions(rate=rate, concurrency=processes, host=host)
+    provider = env.register_service("provider", Provider, options=options)
+    in_process = ServiceOptions(host="process")
+    callers = [env.register_service(f"caller{n}", Caller, provider, options=in_process) for n in range(processes)]
+    begun: list[float] = []
+
+    def gather(_: int) -> int:
+        begun[:] = provider.begun()
+        return len(begun)
+
+    stream = env.from_batch(range(processes))
+    stream.map(lambda n: callers[n].process(calls), parallelism=processes).map(gather).sink(abs)
+    assert env.run().state is Outcome.COMPLETED
+    assert len(begun) == processes * calls
+    return begun
+
+
+def test_processes_keep_one_rate_together() -> None:
+    rate = Rate(requests_per_minute=6000, burst=10)
+    begun = begun_by_processes(rate, 2, 40, "inline")
+    assert begun[-1] - begun[0] >= 0.01 * (len(begun) - rate.burst) - LATE_MAX_S
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("host", ["inline", "process"])
+@pytest.mark.parametrize("burst", [1, 40])
+def test_eight_processes_hold_a_rate_within_2_percent_over_a_minute(
+    burst: int, host: Literal["inline", "process"]
+) -> None:
+    """A span of time has no more calls than the provider allows, but for what they took to reach it."""
+    begun = begun_by_processes(Rate(requests_per_minute=600, burst=burst), 8, 75 + burst // 8, host)
+    took_s, least_s = begun[-1] - begun[0], (len(begun) - burst) * 0.1
+    print(f"{len(begun)} calls, burst {burst}, {host}: {took_s:.2f} s, {took_s / least_s - 1:+.2%}")
+    assert 0.98 * least_s <= took_s <= 1.02 * least_s
+    for first, first_at in enumerate(begun):
+        for place in range(first + burst + 10, len(begun)):
+            spanned_s = (place - first - burst + 1) * 0.1
+            assert begun[place] - first_at >= 0.9 * spanned_s
+
+
+def test_calls_that_begin_late_do_not_slow_down_those_behind_them() -> None:
+    clock = ManualClock()
+    paced, start_s, begun_at = bucket(clock, requests_per_minute=60), clock.now_s, []
+    with ExitStack() as stack:
+        turns = [stack.enter_context(paced.turn()) for _ in range(5)]
+        for late_s, turn in zip([0.0, 0.01, 0.04, 10.0, 0.0], turns, strict=True):
+            if pause_s := paced.pause_s(turn):
+                clock.advance(pause_s + late_s)
+                assert paced.pause_s(turn) == 0.0
+            begun_at.append(round(clock.now_s - start_s, 2))
+    assert begun_at == [0.0, 1.01, 2.04, 13.0, 13.95]  # of a long delay, 50 ms are made good
 
 
 WAYS: dict[str, Callable[[Any, Any], Any]] = {

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 KEY = "sk-right-0123456789"
 LONG_S = 60.0
+METERED_MINUTE_S = 2.0
+"""In how many seconds the limits of a metered account come back."""
+
+TOKENS_OF_ANSWER = 10
 
 asked: defaultdict[str, list[float]] = defaultdict(list)
 left: defaultdict[str, int] = defaultdict(int)
@@ -47,9 +51,50 @@ def wrong_key(request: Request) -> JSONResponse | None:
     return None if sent == f"Bearer {KEY}" else refused(401, f"Incorrect API key provided: {sent}")
 
 
+class Account:
+    """What is left of a minute's requests and tokens, which come back evenly."""
+
+    def __init__(self, requests: float, tokens: float, *, minute_s: float) -> None:
+        self.sizes, self.left = (requests, tokens), [requests, tokens]
+        self.minute_s, self.at = minute_s, time.monotonic()
+        self.refused = 0
+
+    def take(self, tokens: float) -> bool:
+        """Take a request with so many tokens, and return whether the account has them."""
+        now, taken = time.monotonic(), (1.0, tokens)
+        back = [size * (now - self.at) / self.minute_s for size in self.sizes]
+        self.left = [min(left + more, size) for left, more, size in zip(self.left, back, self.sizes, strict=True)]
+        self.at = now
+        has_all = all(left >= amount for left, amount in zip(self.left, taken, strict=True))
+        self.refused += not has_all
+        if has_all:
+            self.left = [left - amount for left, amount in zip(self.left, taken, strict=True)]
+        return has_all
+
+    def headers(self) -> dict[str, str]:
+        told: dict[str, str] = {}
+        for kind, size, left in zip(("requests", "tokens"), self.sizes, self.left, strict=True):
+            reset_ms = (size - left) / size * self.minute_s * 1000
+            told |= {f"x-ratelimit-limit-{kind}": f"{size:g}", f"x-ratelimit-remaining-{kind}": f"{int(left)}"}
+            told[f"x-ratelimit-reset-{kind}"] = f"{reset_ms:.0f}ms"
+        return told
+
+
+accounts: dict[str, Account] = {}
+
+
+def metered(model: str) -> Response | None:
+    """Refuse a request for "metered/REQUESTS/TOKENS/..." that its account has too little for."""
+    _, requests, tokens, _ = model.split("/", 3)
+    account = accounts.setdefault(model, Account(float(requests), float(tokens), minute_s=METERED_MINUTE_S))
+    return None if account.take(TOKENS_OF_ANSWER) else refused(429, "too many requests", account.headers())
+
+
 async def trouble(request: Request, model: str) -> Response | None:
     count = len(asked[model])
     match model.split("/")[0]:
+        case "metered":
+            return metered(model)
         case "brief" if count == 1:
             return refused(429, "too many requests", {"Retry-After-Ms": "400", "Retry-After": "50"})
         case "limited" if count == 1:
@@ -147,7 +192,11 @@ async def chat(request: Request) -> Response:
     usage = {"prompt_tokens": 7, "completion_tokens": len(text.split()), "total_tokens": 0}
     said = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
     choice = {"index": 0, "finish_reason": reason, "message": said}
-    return JSONResponse({"id": "1", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage})
+    told = accounts[model].headers() if model in accounts else None
+    if told is not None:
+        usage["completion_tokens"] = TOKENS_OF_ANSWER - usage["prompt_tokens"]
+    answer = {"id": "1", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage}
+    return JSONResponse(answer, headers=told)
 
 
 async def events(
@@ -225,7 +274,8 @@ async def seen(request: Request) -> Response:
     model = request.query_params["model"]
     times = asked[model]
     pauses = [after - before for before, after in pairwise(times)]
-    return JSONResponse({"asked": len(times), "pauses_s": pauses, "left": left[model], "open_max": open_max[model]})
+    found = {"asked": len(times), "pauses_s": pauses, "left": left[model], "open_max": open_max[model]}
+    return JSONResponse({**found, "refused": accounts[model].refused if model in accounts else 0})
 
 
 async def health(request: Request) -> Response:

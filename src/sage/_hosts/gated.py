@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sage._bucket import Bucket
 from sage._calls import current_call, not_in_time, refuse_on_foreign_loop
 from sage._current_job import wait_for
 from sage._forks import leave_if_forked, refusal, useless_after_fork
-from sage._hosts.bucket import Bucket
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.gate import ConcurrentGate, SerialGate
 from sage._hosts.uses import Uses

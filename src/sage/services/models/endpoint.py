@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import logging
 import os
 import random
 import ssl
@@ -14,6 +15,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sage._bucket import Bucket
 from sage._extras import load
 from sage.errors import ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint, short
 from sage.services._shared.address import (
@@ -27,6 +29,7 @@ from sage.services._shared.address import (
 )
 from sage.services._shared.secret import Secret, redact, redacted_text
 from sage.services.models.completions import TOO_LONG, NoAnswer, json_or_text, told_in
+from sage.services.models.limits import limit_in
 from sage.services.models.loop_thread import LoopThread
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
     from sage.services._shared.address import Url
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -86,11 +91,13 @@ class EndpointOptions:
         backoff_s: first and longest pause before it is sent again, in seconds; the pause doubles each time, and a part
             that is drawn is taken off, so that clients do not come back together. A `Retry-After` of the server counts
             instead, up to 60 s.
+        keeps_limits: whether requests wait for the limits that the server tells in its answers by `x-ratelimit-*`.
     """
 
     timeout_s: float = 60.0
     retries_max: int = 3
     backoff_s: tuple[float, float] = (0.5, 8.0)
+    keeps_limits: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -133,6 +140,8 @@ class Endpoint:
         self._lock = threading.Lock()
         self._of_loops: dict[AbstractEventLoop, tuple[AsyncGenerator[AsyncOpenAI, None], AsyncOpenAI]] = {}
         self._closing: set[object] = set()
+        self._rate = Bucket(None, time.monotonic)
+        self._knows_limits = False
         self._resumes_at = 0.0  # when the server wants to be asked again, by its latest `Retry-After`
         self._key = ""
         self._password, self._basic = "", ""
@@ -285,6 +294,10 @@ class Endpoint:
                 return
             await asyncio.sleep(pause_s)
 
+    def used(self, tokens: int) -> None:
+        """Count the tokens of an answer towards the limit for tokens."""
+        self._rate.used(tokens)
+
     async def contents(self, response: Any) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of an answer as they come."""
         library = import_module(type(response).__module__.partition(".")[0])  # The client has one of two.
@@ -328,16 +341,30 @@ class Endpoint:
     async def _one_try(self, send: Callable[[AsyncOpenAI], Awaitable[T]], tries: Tries) -> tuple[Any, float | None]:
         client = await self._of_loop()
         failure: Exception
+        await self._rate.wait(self._check_open)
         while (left_s := self._resumes_at - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
         try:
             answer = await send(client)
             self._answered_at, self._is_accepted = time.monotonic(), True
+            self._learn(answer)
             return answer, None
         except (self._openai.OpenAIError, ValueError) as error:
             failure = error
+            self._learn(getattr(error, "response", None))
         # Raised outside of the handler, so that the client's error, which holds the request and its key, stays behind.
         return None, tries.pause_s(failure)
+
+    def _learn(self, answer: object) -> None:
+        """Take in the limits that an answer or a refusal tells in its headers."""
+        headers = getattr(answer, "headers", None)
+        if headers is None or not self._options.keeps_limits:
+            return
+        requests, tokens = limit_in(headers, "requests"), limit_in(headers, "tokens")
+        self._rate.learn(requests, tokens)
+        if not self._knows_limits and (requests or tokens):
+            self._knows_limits = True
+            log.info("limits told server=%s requests=%s tokens=%s", self.shown_url, requests, tokens)
 
     @contextmanager
     def _explained(self, tries: Tries) -> Iterator[None]:
@@ -397,6 +424,10 @@ class Endpoint:
             f"model server {self.shown_url} cannot be asked through the proxy of {given}", fault="user"
         )
         raise hint(error, f"Give the address of an http proxy, or list the server in NO_PROXY. {SOCKS}")
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise self._ended()
 
     def _ended(self) -> ServiceUnavailableError:
         error = ServiceUnavailableError(f"the client of model server {self.shown_url} is not open")

@@ -185,6 +185,10 @@ class OpenAILLM(OfServer, LLMService):
         }
         return {**request, **{name: value for name, value in optional.items() if value is not None}}
 
+    def _used(self, answer: Answer) -> None:
+        super()._used(answer)
+        self._endpoint.used((answer.prompt_tokens or 0) + (answer.completion_tokens or 0))
+
     async def _answer(self, request: Mapping[str, Any]) -> Answer:
         def send(client: AsyncOpenAI) -> Awaitable[Any]:
             return client.chat.completions.with_raw_response.create(**request, **self._endpoint.headers)
@@ -371,6 +375,7 @@ class OpenAIEmbeddings(OfServer, EmbeddingService):
         prompt_tokens = tokens_in(body.get("usage") if isinstance(body, dict) else None, "prompt_tokens")
         if prompt_tokens is not None:
             self.counted("prompt_tokens", prompt_tokens)
+            self._endpoint.used(prompt_tokens)
             if self.ctx is not None:
                 self.ctx.used(prompt_tokens=prompt_tokens)
         if len({len(vector) for vector in vectors}) > 1:

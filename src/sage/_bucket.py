@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,49 @@ PAUSE_LEAST_S = 0.001
 RESERVED_MAX = 4096
 """How many calls without an answer are remembered with their tokens; those that failed are among them."""
 
+LATE_MAX_S = 0.05
+"""How late a call that waited may begin without those behind it beginning later, too: threads wake up late."""
+
 NEWEST_SHARE = 0.1
 """How much the latest answer counts in the number of tokens that a call is taken to use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit as a provider tells it.
+
+    Attributes:
+        per_minute: how much of it comes back in a minute.
+        size: how much there may be.
+        left: how much there is.
+    """
+
+    per_minute: float
+    size: float
+    left: float
+
+
+class Meter:
+    """How much is left of one limit: what was taken comes back evenly, up to the size. It has no limit at first."""
+
+    def __init__(self) -> None:
+        self.unit_s = 0.0
+        self._size = 0.0
+        self._full_at = 0.0  # when all of it is there again, if nobody takes more
+
+    def set(self, limit: Limit, now_s: float) -> None:
+        """Take in a limit; others may have taken of it, but what was taken here is not given back."""
+        missing = max(self._full_at - now_s, 0.0) / self.unit_s if self.unit_s else 0.0
+        self.unit_s, self._size = MINUTE_S / limit.per_minute, limit.size
+        self._full_at = now_s + max(missing, limit.size - limit.left) * self.unit_s
+
+    def left_s(self, amount: float, now_s: float) -> float:
+        """Return how long it takes until so much is there, or all that can be; not above 0 if it is there."""
+        return self._full_at - max(self._size - amount, 0.0) * self.unit_s - now_s
+
+    def take(self, amount: float, now_s: float) -> None:
+        """Take so much, which need not be there yet; a negative amount is given back."""
+        self._full_at = max(self._full_at, now_s) + amount * self.unit_s
 
 
 class Turn:
@@ -46,18 +88,20 @@ class Bucket:
     a call are known only when its answer is there; until then, it counts with those of a usual call.
 
     Args:
+        rate: the rate, or None as long as only the provider knows it.
         now: the clock, in seconds.
     """
 
-    def __init__(self, rate: Rate, now: Callable[[], float]) -> None:
+    def __init__(self, rate: Rate | None, now: Callable[[], float]) -> None:
         self._now = now
         self._lock = threading.Lock()
         self._numbers = count()
         self._turns: dict[Turn, None] = {}  # in order; any of them may leave, and there may be thousands
-        self._call_s = MINUTE_S / rate.requests_per_minute if rate.requests_per_minute is not None else 0.0
-        self._token_s = MINUTE_S / rate.tokens_per_minute if rate.tokens_per_minute is not None else 0.0
-        self._ahead_s = (rate.burst - 1) * self._call_s
-        self._calls_at = self._tokens_at = 0.0  # when the calls and tokens so far are paid off
+        self._calls, self._tokens = Meter(), Meter()
+        if rate is not None and rate.requests_per_minute is not None:
+            self._calls.set(Limit(rate.requests_per_minute, rate.burst, rate.burst), now())
+        if rate is not None and rate.tokens_per_minute is not None:
+            self._tokens.set(Limit(rate.tokens_per_minute, 0, 0), now())
         self._usual_tokens = 0.0
         self._reserved: deque[float] = deque(maxlen=RESERVED_MAX)
         self.clear()
@@ -96,24 +140,33 @@ class Bucket:
         """Return how long a call has to wait before it asks again, in seconds; with 0 it begins."""
         with self._lock:
             now_s, before = self._now(), turn.number - next(iter(self._turns)).number
-            usual_s = self._usual_tokens * self._token_s
-            left_s = max(self._calls_at - self._ahead_s, self._tokens_at) - now_s
+            usual = self._usual_tokens
+            left_s = max(self._calls.left_s(1, now_s), self._tokens.left_s(usual, now_s))
             if before or left_s > 0:
                 turn.has_waited = True
-                return max(max(left_s, 0.0) + before * max(self._call_s, usual_s), PAUSE_LEAST_S)
+                each_s = max(self._calls.unit_s, usual * self._tokens.unit_s)
+                return max(max(left_s, 0.0) + before * each_s, PAUSE_LEAST_S)
             del self._turns[turn]
-            self._calls_at = max(self._calls_at, now_s) + self._call_s
-            self._tokens_at = max(self._tokens_at, now_s) + usual_s
+            due_s = now_s + max(left_s, -LATE_MAX_S) if turn.has_waited else now_s
+            self._calls.take(1, due_s)
+            self._tokens.take(usual, due_s)
             self._reserved.append(self._usual_tokens)
             if turn.has_waited:
                 self.waits_count += 1
                 self.waited_s += now_s - turn.came_at
             return 0.0
 
+    def learn(self, calls: Limit | None, tokens: Limit | None) -> None:
+        """Take in the limits as an answer of the provider tells them."""
+        with self._lock:
+            for meter, limit in ((self._calls, calls), (self._tokens, tokens)):
+                if limit is not None:
+                    meter.set(limit, self._now())
+
     def used(self, tokens: int) -> None:
         """Count the tokens of an answer in the place of those that its call was taken to use."""
         with self._lock:
             reserved = self._reserved.popleft() if self._reserved else 0.0
-            self._tokens_at = max(self._tokens_at, self._now()) + (tokens - reserved) * self._token_s
+            self._tokens.take(tokens - reserved, self._now())
             share = NEWEST_SHARE if self._usual_tokens else 1.0
             self._usual_tokens += share * (tokens - self._usual_tokens)
