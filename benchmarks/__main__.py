@@ -24,6 +24,7 @@ from benchmarks.peers import peers
 from benchmarks.plot import compare, plot, plot_growth
 from benchmarks.processes import process_array, process_call, process_callers, process_stop
 from benchmarks.ray import jobs_on_ray
+from benchmarks.replicas import recycling, replicas
 from benchmarks.stores import stores
 from benchmarks.throughput import awaits, batches, chain, flat_map, has_bytewax, service_call, word_count
 
@@ -51,6 +52,8 @@ CASES = {
     "process-callers": process_callers,
     "process-array": process_array,
     "process-stop": process_stop,
+    "replicas": replicas,
+    "recycling": recycling,
     "stores": stores,
     "answers": answers,
     "ingest": ingest,

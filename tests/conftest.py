@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--seeds", type=int, default=2, help="how many seeds the step backend is run with")
     parser.addoption("--moments", type=int, default=4, help="how many moments of a phase drivers are killed at")
+    parser.addoption("--kills", type=int, default=30, help="how many drivers of `sage exec` the proof kills")
     parser.addoption("--simulation-base", type=int, default=0, help="the first seed of the simulation")
     parser.addoption("--simulation-count", type=int, default=400, help="how many seeds the simulation runs")
     parser.addoption("--simulation-seed", type=int, help="the only seed that the simulation runs")

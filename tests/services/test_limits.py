@@ -133,6 +133,13 @@ def test_a_call_that_needs_more_than_the_limit_waits_until_all_of_it_is_there() 
     assert begun(bucket, clock, 1, tokens=5000) == [10]
 
 
+def seen(server: str, model: str) -> dict[str, Any]:
+    """Return what a server has seen of the requests to one model."""
+    with urllib.request.urlopen(f"{server}/seen?model={urllib.parse.quote(model)}") as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
 def asked(server: str, account: str, *, keeps_limits: bool, host: Any = "inline", calls: int) -> tuple[float, int, int]:
     """Return how long a job took to ask so many questions, and how many the server refused and the job lost."""
     model = f"metered/{account}/{uuid.uuid4().hex}"
@@ -152,9 +159,7 @@ def asked(server: str, account: str, *, keeps_limits: bool, host: Any = "inline"
 
     env.from_batch(range(calls)).map_async(ask, concurrency=AT_ONCE, on_error="skip").sink(answers.append)
     assert env.run().state is Outcome.COMPLETED
-    with urllib.request.urlopen(f"{server}/seen?model={urllib.parse.quote(model)}") as found:
-        refused = int(json.load(found)["refused"])
-    return max(spans) - min(spans), refused, calls - len(answers)
+    return max(spans) - min(spans), int(seen(server, model)["refused"]), calls - len(answers)
 
 
 @pytest.mark.parametrize("account", ["20/100000", "100000/200"])
