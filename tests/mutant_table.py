@@ -1177,4 +1177,56 @@ STATES = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE, *STATES)
+SCALES = (
+    Mutant(
+        "a call that woke up late slows down those behind it",
+        "_bucket.py",
+        "due_s = now_s + max(left_s, -LATE_MAX_S) if turn.has_waited else now_s",
+        "due_s = now_s",
+        "tests/hosts/test_rate.py::test_calls_that_begin_late_do_not_slow_down_those_behind_them",
+    ),
+    Mutant(
+        "an old answer gives back the calls that began since",
+        "_bucket.py",
+        "max(missing, limit.size - limit.left)",
+        "(limit.size - limit.left)",
+        "tests/services/test_limits.py::test_what_is_left_begins_at_once_and_the_rest_as_it_comes_back",
+    ),
+    Mutant(
+        "a client does not look at the limits in answers",
+        "services/models/endpoint.py",
+        "            self._learn(answer)\n",
+        "",
+        "tests/services/test_limits.py::test_a_server_that_tells_its_limits_refuses_nothing",
+    ),
+    Mutant(
+        "calls begin until twice the budget is used",
+        "_runtime/budget.py",
+        "        if used >= limit:",
+        "        if used >= 2 * limit + 10:",
+        "tests/runtime/test_budget.py::test_a_token_budget_is_overshot_by_the_calls_in_flight_at_most[inline]",
+    ),
+    Mutant(
+        "an answer on a cassette keeps its secrets",
+        "_cassette.py",
+        'pickled = pickled.replace(secret.encode(), b"*" * len(secret.encode()))',
+        "pass",
+        "tests/acceptance/test_cassettes.py::test_no_secret_is_in_the_file",
+    ),
+    Mutant(
+        "the busiest replica gets the next call",
+        "_hosts/replicas.py",
+        "chosen = min(candidates",
+        "chosen = max(candidates",
+        "tests/hosts/test_replicas.py::test_calls_one_after_the_other_go_round",
+    ),
+    Mutant(
+        "a successor does not get the keys of the old process",
+        "_hosts/recycling.py",
+        "replica.place, self._old.place = self._old.place, None",
+        "replica.place, self._old.place = id(replica), None",
+        "tests/hosts/test_recycling.py::test_keys_keep_together_when_their_process_is_recycled",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE, *STATES, *SCALES)

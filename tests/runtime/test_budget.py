@@ -6,6 +6,9 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
+import urllib.request
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -15,6 +18,7 @@ from sage import (
     Cleanliness,
     GraphError,
     HeldBackError,
+    Http,
     LocalEnvironment,
     Outcome,
     ProcessFunction,
@@ -108,6 +112,58 @@ def test_calls_that_run_end_and_no_other_begins() -> None:
     assert 3 <= len(answers) <= 3 + 8
     assert report.service("llm").calls == len(answers)
     assert is_clean_stop(report, "budget: tokens, 9 of 9")
+
+
+SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_): pass
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+
+
+class Meeting(BaseService):
+    """Ends a call only when as many run as may, so that so many are in flight when the limit is reached."""
+
+    def __init__(self, calls: int, url: Any = None) -> None:
+        self.calls, self.url = threading.Barrier(calls), url
+
+    def ask(self, prompt: int) -> int:
+        if self.url is not None:
+            with urllib.request.urlopen(str(self.url.resolve())) as answer:
+                answer.read()
+        with suppress(threading.BrokenBarrierError):
+            self.calls.wait(0.2)
+        self.ctx.used(prompt_tokens=2, completion_tokens=1)
+        return prompt + 1
+
+
+@pytest.mark.parametrize("way", ["inline", "process", "command", "replicas"])
+def test_a_token_budget_is_overshot_by_the_calls_in_flight_at_most(way: str) -> None:
+    """The limit is reached by the first answer of a round of calls; on Ray, tests/ray/test_budget.py has this."""
+    env = LocalEnvironment("overshot")
+    env.limit(tokens=10)
+    url = None
+    if way == "command":
+        words = [sys.executable, "-c", SERVER, "{port}"]
+        url = env.register_command("server", words, ready=Http("/")).url
+    in_flight = 4
+    host: Host = "process" if way in ("process", "replicas") else "inline"
+    replicas = 2 if way == "replicas" else 1
+    options = ServiceOptions(host=host, concurrency=in_flight // replicas, replicas=replicas)
+    model = env.register_service("llm", Meeting, in_flight // replicas, url, options=options)
+    answers: list[int] = []
+    env.from_batch(range(100)).map(model.ask, parallelism=2 * in_flight).sink(answers.append)
+    report = env.run()
+    used = 3 * len(answers)
+    assert report.service("llm").calls == len(answers)
+    assert 10 <= used <= 10 + 3 * in_flight
+    assert report.why.startswith("budget: tokens, 1")
+    assert (report.state, report.cleanliness) == (Outcome.STOPPED, Cleanliness.CLEAN)
 
 
 def test_the_time_of_a_job_is_limited(caplog: pytest.LogCaptureFixture) -> None:
