@@ -10,6 +10,7 @@ from sage.errors import JobError, UnsupportedPlanError, hint
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from sage._plan.logical import LogicalGraph
     from sage._plan.physical import PhysicalPlan
@@ -70,7 +71,7 @@ class RemoteEnvironment(Environment):
     def __init__(
         self,
         name: str = "remote_environment",
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         *,
         address: str | None = None,
         workers: int | None = None,

@@ -36,6 +36,7 @@ from sage import (
     ServiceTimeoutError,
     ServiceUnavailableError,
 )
+from sage._legacy.operators import OpenAIGenerator, QAPromptor
 from sage.services.models.endpoint import EndpointOptions
 from sage.services.models.llm import Answer, Image, LLMService, Message, ToolCall
 from sage.services.models.openai import OpenAIEmbeddings, OpenAILLM
@@ -662,3 +663,12 @@ def test_a_cancelled_job_lets_go_of_a_call_that_waits(server: str, host: Any) ->
     """The job cannot end a call of a thread and says so; the end of the service ends it."""
     with pytest.raises(JobErrorGroup, match="did not end in time and was abandoned"):
         cancelled(server, lambda llm: llm.process, host=host, drain_timeout_s=0.2)
+
+
+def test_the_generator_of_old_programs_asks_the_server(server: str) -> None:
+    env = LocalEnvironment("old")
+    asked = env.from_batch([{"query": "What?", "results": ["It is a loom."]}, ("Who?", [])]).map(QAPromptor, {})
+    config = {"model_name": "chat", "base_url": f"{server}/v1", "api_key": KEY, "seed": 1}
+    with_passage, without = asked.map(OpenAIGenerator, config).collect()
+    assert with_passage["generated"].endswith("It is a loom. Question: What?")
+    assert without == ("Who?", "You said: Answer the question. Give only the answer. Question: Who?")

@@ -711,6 +711,7 @@ async def none_taken() -> None:
         (double, {"on_error": "ignore"}, "on_error is 'ignore'", "fail"),
         (double, {"retry": Retry(), "on_error": Retry()}, "retry and on_error both say", "Leave `then` out"),
         (double, {"retry": Retry(then="skip"), "on_error": "fail"}, "retry and on_error both say", "Leave `then` out"),
+        (double, {"retry": 3, "on_error": "fail"}, "map_async: retry is 3", "Give Retry"),
         (42, {}, "int is not callable", None),
     ],
 )

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def accept(name: str) -> None:
         warnings.warn(f"{name} has no effect here: {WITHOUT_EFFECT[name]}", UserWarning, stacklevel=4)
 
 
-def takes(target: Any, name: str) -> bool:
+def takes(target: object, name: str) -> bool:
     """Return whether the constructor of a class takes an argument of this name."""
     if not isinstance(target, type):
         return False
@@ -63,7 +64,7 @@ def takes(target: Any, name: str) -> bool:
     return name in parameters
 
 
-def without_ineffective(target: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def without_ineffective(target: object, kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the keyword arguments that have an effect, and warn of the others."""
     kept = dict(kwargs)
     for name in kwargs.keys() & WITHOUT_EFFECT.keys():
@@ -87,9 +88,9 @@ class Transformation:
 
     basename: str
     parallelism: int
-    function_class: Any
-    function_args: tuple[Any, ...]
-    function_kwargs: dict[str, Any]
+    function_class: object
+    function_args: tuple[object, ...]
+    function_kwargs: dict[str, object]
 
     @classmethod
     def of(cls, node: Node) -> Transformation:
@@ -110,9 +111,9 @@ class ServiceFactory:
     """
 
     service_name: str
-    service_class: Any
-    service_args: tuple[Any, ...]
-    service_kwargs: dict[str, Any]
+    service_class: Callable[..., object]
+    service_args: tuple[object, ...]
+    service_kwargs: dict[str, object]
 
     def create_service(self) -> Any:
         """Build an instance that belongs to no job."""
@@ -126,7 +127,7 @@ class Builder(GraphBuilder):
         policy: the error policy of operators that do not set one.
     """
 
-    environment: Any
+    environment: OldManners
     policy: Retry | None = None
 
     def add(
@@ -144,24 +145,36 @@ class Builder(GraphBuilder):
             on_error = error_policy(self, self.policy)
         return super().add(kind, name=name, function=function, parallelism=parallelism, on_error=on_error, **attributes)
 
-    def adapted(self, target: Any, kind: Kind) -> Any:
+    def adapted(self, target: object, kind: Kind) -> object:
         """Return a function class as the operator needs it: of its kind, and knowing its environment."""
-        if not isinstance(target, type) or not callable(getattr(target, "execute", None)):
+        execute = getattr(target, "execute", None)
+        if not isinstance(target, type) or not callable(execute):
             return target
         wanted = KINDS.get(str(kind))
-        body: dict[str, Any] = {"__module__": target.__module__, "__doc__": target.__doc__, "_old_class": target}
+        body: dict[str, object] = {"__module__": target.__module__, "__doc__": target.__doc__, "_old_class": target}
         bases: tuple[type, ...] = (target,)
         if issubclass(target, OldUser):
             body |= self.environment._seen_by_functions()
         if wanted is not None and not issubclass(target, wanted.__mro__[2]):  # the class of SAGE of that kind
             bases = (target, wanted)
         if kind is Kind.FLATMAP:
-            body["execute"] = one_by_one(target.execute)
+            body["execute"] = one_by_one(execute)
         if len(body) == 3 and len(bases) == 1:
             return target
         made = type(target.__name__, bases, body)
         made.__qualname__ = target.__qualname__
         return made
+
+
+def _adapting(method: Callable[..., DataStream], kind: Kind) -> Any:
+    """Return a method of streams that also takes a function class of another kind, and the keywords of 2025."""
+
+    @wraps(method)
+    def adapted(self: OldStream | OldConnectedStreams, function: object, *args: object, **kwargs: object) -> OldStream:
+        wanted = self._builder.adapted(function, kind)
+        return old_stream(method(self, wanted, *args, **without_ineffective(function, kwargs)))
+
+    return adapted
 
 
 class OldStream(DataStream):
@@ -174,46 +187,33 @@ class OldStream(DataStream):
         """The step behind this stream, as `env.pipeline` lists it."""
         return Transformation.of(self._builder.freeze("").nodes[self._id])
 
-    def map(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._old(super().map, Kind.MAP, function, args, kwargs)
+    map = _adapting(DataStream.map, Kind.MAP)
+    filter = _adapting(DataStream.filter, Kind.FILTER)
+    sink = _adapting(DataStream.sink, Kind.SINK)
+    keyby = key_by = _adapting(DataStream.keyby, Kind.KEYBY)
+    _flatmap = _adapting(DataStream.flatmap, Kind.FLATMAP)
 
-    def filter(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._old(super().filter, Kind.FILTER, function, args, kwargs)
-
-    def flatmap(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def flatmap(self, function: Any, *args: object, **kwargs: object) -> Any:
         """See `DataStream.flatmap`; one value or a text is one record."""
         if not hasattr(function, "execute"):
             call = function
-            return super().flatmap(lambda data: one_by_one(lambda _, value: call(value))(_Plain(), data), **kwargs)
-        return self._old(super().flatmap, Kind.FLATMAP, function, args, kwargs)
+            each = one_by_one(lambda _, value: call(value))
+            return self._apply(Kind.FLATMAP, lambda data: each(_Plain(), data), (), kwargs)
+        return self._flatmap(function, *args, **kwargs)
 
     flat_map = flatmap
 
-    def sink(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._old(super().sink, Kind.SINK, function, args, kwargs)
-
-    def keyby(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._old(super().keyby, Kind.KEYBY, function, args, kwargs)
-
-    key_by = keyby
-
-    def connect(self, other: Any) -> Any:
+    def connect(self, other: DataStream | ConnectedStreams) -> Any:
         return OldConnectedStreams(self._builder, super().connect(other)._streams)
 
-    def union(self, *others: Any) -> Any:
+    def union(self, *others: DataStream) -> Any:
         return old_stream(super().union(*others))
-
-    def _old(
-        self, method: Callable[..., Any], kind: Kind, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        kept = without_ineffective(function, kwargs)
-        return old_stream(method(self._builder.adapted(function, kind), *args, **kept))
 
 
 class _Plain:
     """Stands for the function object around a plain callable, which collects nothing."""
 
-    _collected: list[Any] | None = None
+    _collected: list[object] | None = None
 
 
 class OldKeyedStream(OldStream, KeyedStream):
@@ -225,7 +225,10 @@ class OldConnectedStreams(ConnectedStreams):
 
     _builder: Builder
 
-    def connect(self, other: Any) -> Any:
+    comap = _adapting(ConnectedStreams.comap, Kind.COMAP)
+    join = _adapting(ConnectedStreams.join, Kind.JOIN)
+
+    def connect(self, other: DataStream | ConnectedStreams) -> Any:
         return OldConnectedStreams(self._builder, super().connect(other)._streams)
 
     def keyby(self, *functions: Any, **kwargs: Any) -> Any:
@@ -233,16 +236,8 @@ class OldConnectedStreams(ConnectedStreams):
 
     key_by = keyby
 
-    def comap(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        adapted = self._builder.adapted(function, Kind.COMAP)
-        return old_stream(super().comap(adapted, *args, **without_ineffective(function, kwargs)))
 
-    def join(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        adapted = self._builder.adapted(function, Kind.JOIN)
-        return old_stream(super().join(adapted, *args, **without_ineffective(function, kwargs)))
-
-
-def old_stream(stream: Any) -> Any:
+def old_stream(stream: DataStream) -> OldStream:
     """Return a stream as one of an old environment."""
     if isinstance(stream, OldStream):
         return stream
@@ -287,7 +282,7 @@ class OldManners(environment.Environment):
     console_log_level = "INFO"
     _builder: Builder
 
-    def _old(self, ineffective: Mapping[str, Any]) -> None:
+    def _old(self, ineffective: Mapping[str, object]) -> None:
         """Take on the old manners; constructors call this at their end."""
         for name, value in ineffective.items():
             if value:
@@ -301,8 +296,8 @@ class OldManners(environment.Environment):
     # --- sources ---
 
     def from_batch(  # type: ignore[override]
-        self, source: Any, *args: Any, delay: float | None = None, **kwargs: Any
-    ) -> Any:
+        self, source: object, *args: object, delay: float | None = None, **kwargs: object
+    ) -> OldStream:
         """See `Environment.from_batch`; the characters of a text are its records, with `delay` seconds between."""
         if isinstance(source, str | bytes):
             source = list(source)
@@ -315,16 +310,17 @@ class OldManners(environment.Environment):
 
     from_collection = from_batch  # type: ignore[assignment]
 
-    def from_source(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return old_stream(super().from_source(function, *args, **without_ineffective(function, kwargs)))
+    def from_source(self, function: object, *args: object, **kwargs: object) -> Any:
+        begin: Callable[..., DataStream] = super().from_source
+        return old_stream(begin(function, *args, **without_ineffective(function, kwargs)))
 
-    def from_future(self, name: str) -> Any:
+    def from_future(self, name: str) -> OldStream:
         return old_stream(super().from_future(name))
 
     # --- services ---
 
     def register_service(  # type: ignore[override]
-        self, name: Any = None, cls: Any = None, *args: Any, options: ServiceOptions | None = None, **kwargs: Any
+        self, name: Any = None, cls: Any = None, *args: object, options: ServiceOptions | None = None, **kwargs: Any
     ) -> Any:
         """Register a service; a second one of the same name replaces the first.
 
@@ -353,7 +349,7 @@ class OldManners(environment.Environment):
     def _service_class(self, target: Any) -> Any:
         if not isinstance(target, type):
             return target
-        body: dict[str, Any] = {}
+        body: dict[str, object] = {}
         for old, hook in (("start_running", "start"), ("terminate", "stop")):
             method = getattr(target, old, None)
             if callable(method):
@@ -407,7 +403,7 @@ class OldManners(environment.Environment):
     def _is_other_kind(source: type) -> bool:
         return callable(getattr(source, "execute", None))
 
-    def _seen_by_functions(self) -> dict[str, Any]:
+    def _seen_by_functions(self) -> dict[str, object]:
         return {"_env_name": self.name, "_env_base_dir": self.env_base_dir}
 
 
@@ -417,8 +413,8 @@ class LocalEnvironment(OldManners, environment.LocalEnvironment):
     def __init__(
         self,
         name: str = "localenvironment",
-        config: dict[str, Any] | None = None,
-        scheduler: Any = None,
+        config: Mapping[str, object] | None = None,
+        scheduler: object = None,
         enable_monitoring: bool = False,
         **options: Any,
     ) -> None:
@@ -434,10 +430,10 @@ class RemoteEnvironment(OldManners, remote.RemoteEnvironment):
     def __init__(
         self,
         name: str = "remote_environment",
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         host: str = "127.0.0.1",
         port: int = 19001,
-        scheduler: Any = None,
+        scheduler: object = None,
         extra_python_paths: list[str] | None = None,
         enable_monitoring: bool = False,
         **options: Any,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sage import functions, service
 from sage.errors import GraphError, hint
@@ -21,11 +21,11 @@ class CallService:
     def __init__(self, user: service.ServiceUser) -> None:
         self._user = user
 
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, name: str, *args: object, **kwargs: Any) -> object:
         """Call a service; see `ServiceUser.call_service`."""
         return service.ServiceUser.call_service(self._user, name, *args, **kwargs)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         """Return the service, whose methods can be called."""
         return self._user.service(name)
 
@@ -36,11 +36,11 @@ class CallServiceAsync:
     def __init__(self, user: service.ServiceUser) -> None:
         self._user = user
 
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, name: str, *args: object, **kwargs: Any) -> object:
         """Start a call; see `ServiceUser.call_service_async`."""
         return service.ServiceUser.call_service_async(self._user, name, *args, **kwargs)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         """Return an object whose methods start calls of the service."""
         return FutureMethods(self, name)
 
@@ -52,8 +52,8 @@ class FutureMethods:
         self._start = start
         self._name = name
 
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, method: str) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
             return self._start(self._name, *args, method=method, **kwargs)
 
         return call
@@ -120,16 +120,16 @@ class OldUser(service.ServiceUser):
         return self._old_context
 
     @ctx.setter
-    def ctx(self, context: Any) -> None:
+    def ctx(self, context: service.UserContext | None) -> None:
         self._old_context = None if context is None else OldContext(context, self)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         """Return the attributes that make up the state of this function."""
         names = self.__state_include__ or vars(self)
         kept = (name for name in names if name not in self.__state_exclude__ and name != "_old_context")
         return {name: getattr(self, name) for name in kept if hasattr(self, name)}
 
-    def restore_state(self, state: dict[str, Any]) -> None:
+    def restore_state(self, state: dict[str, object]) -> None:
         """Set the attributes of a state that `get_state` returned."""
         vars(self).update(state)
 
@@ -201,7 +201,7 @@ KINDS |= {
 }
 
 
-def wrap_lambda(func: Callable[..., Any], func_type: str = "map", *, kind: str | None = None) -> type[Any]:
+def wrap_lambda(func: Callable[..., object], func_type: str = "map", *, kind: str | None = None) -> type[Any]:
     """Return a function class whose `execute` is `func`.
 
     Args:
@@ -220,14 +220,20 @@ def wrap_lambda(func: Callable[..., Any], func_type: str = "map", *, kind: str |
     return type(f"Lambda{parent.__name__}", (parent,), {"execute": staticmethod(func)})
 
 
-def one_by_one(function: Any) -> Callable[[Any, Any], Iterator[Any]]:
+class Collecting(Protocol):
+    """A flat map, in which `collect` leaves records."""
+
+    _collected: list[object] | None
+
+
+def one_by_one(function: Callable[[object, object], object]) -> Callable[[Collecting, object], Iterator[object]]:
     """Return an `execute` for a flat map: the records of `function(self, data)` come first, then those collected.
 
     Old flat maps may return one value or a text, which is one record.
     """
 
-    def execute(self: Any, data: Any) -> Iterator[Any]:
-        returned = function(self, data)
+    def execute(self: Collecting, data: object) -> Iterator[object]:
+        returned: Any = function(self, data)
         collected, self._collected = getattr(self, "_collected", None), None
         if returned is not None:
             is_one = isinstance(returned, str | bytes | dict) or not hasattr(returned, "__iter__")

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sage._runtime.job import Job
+    from sage.environment import Environment
+
+
+Status = dict[str, object]
+"""The state of a job or of a job manager, as old programs print it."""
 
 
 class Submitted(str):
@@ -40,7 +45,7 @@ class JobInfo:
         uuid: the job's id.
     """
 
-    def __init__(self, uuid: str, job: Any) -> None:
+    def __init__(self, uuid: str, job: Job) -> None:
         self.uuid = uuid
         self._job = job
 
@@ -53,7 +58,7 @@ class JobInfo:
         return str(self._job.state)
 
 
-class Jobs(Mapping[str, Any]):
+class Jobs(Mapping[str, JobInfo]):
     """The jobs by id, live."""
 
     def __getitem__(self, uuid: str) -> JobInfo:
@@ -71,7 +76,7 @@ class JobManager:
 
     _instance: JobManager | None = None
 
-    def __new__(cls, *_: Any, **__: Any) -> JobManager:
+    def __new__(cls, *_: object, **__: object) -> JobManager:
         """Return the one job manager; the arguments of the old daemon have no effect."""
         if cls._instance is None:
             cls._instance = super().__new__(cls)
@@ -85,19 +90,19 @@ class JobManager:
         """The jobs by id."""
         return Jobs()
 
-    def submit_job(self, env: Any, autostop: bool = False) -> Any:
+    def submit_job(self, env: Environment, autostop: bool = False) -> object:
         """Submit the pipeline of an environment and return the id of its job."""
         return env.submit(autostop=autostop)
 
-    def get_job_status(self, job_uuid: object) -> dict[str, Any]:
+    def get_job_status(self, job_uuid: object) -> Status:
         """Return a job's id, name and state, and its report once it has ended; JobNotFoundError for an unknown id."""
         return {"uuid": str(job_uuid), **manager.JobManager().get_job_status(job_uuid)}
 
-    def continue_job(self, job_uuid: object) -> dict[str, Any]:
+    def continue_job(self, job_uuid: object) -> Status:
         """Return the status of a job: a job that has ended cannot go on; submit its environment again."""
         return self.get_job_status(job_uuid)
 
-    def get_server_info(self) -> dict[str, Any]:
+    def get_server_info(self) -> Status:
         """Return the kind of this job manager and the jobs it knows."""
         jobs = manager.JobManager().list_jobs()
         return {"status": "running", "daemon_enabled": False, "jobs_count": len(jobs), "jobs": jobs}
@@ -116,43 +121,43 @@ class JobManagerClient:
         self.port = port
         self.timeout = timeout
 
-    def list_jobs(self) -> list[dict[str, Any]]:
+    def list_jobs(self) -> list[Status]:
         """Return id, name and state of every job."""
-        jobs: list[dict[str, Any]] = self._manager().list_jobs()
+        jobs: list[Status] = self._manager().list_jobs()
         return jobs
 
-    def get_job_status(self, job_uuid: object) -> dict[str, Any]:
+    def get_job_status(self, job_uuid: object) -> Status:
         """Return a job's id, name and state, and its report once it has ended; JobNotFoundError for an unknown id."""
         return self._manager().get_job_status(job_uuid)
 
-    def get_server_info(self) -> dict[str, Any]:
+    def get_server_info(self) -> Status:
         """Return the kind of job manager that answers."""
         return self._manager().get_server_info()
 
-    def continue_job(self, job_uuid: object) -> dict[str, Any]:
+    def continue_job(self, job_uuid: object) -> Status:
         """Return the status of a job; see `JobManager.continue_job`."""
         return self._manager().continue_job(job_uuid)
 
-    def pause_job(self, job_uuid: object) -> dict[str, Any]:
+    def pause_job(self, job_uuid: object) -> Status:
         """Stop a job and return its status.
 
         Raises:
             TimeoutError: it is not over after `timeout`, as for the methods below.
         """
-        status: dict[str, Any] = self._manager().pause_job(job_uuid, timeout_s=self.timeout)
+        status: Status = self._manager().pause_job(job_uuid, timeout_s=self.timeout)
         return status
 
-    def delete_job(self, job_uuid: object, force: bool = False) -> dict[str, Any]:
+    def delete_job(self, job_uuid: object, force: bool = False) -> Status:
         """Stop a job, or cancel it with `force`, and return its status."""
-        status: dict[str, Any] = self._manager().delete_job(job_uuid, force, timeout_s=self.timeout)
+        status: Status = self._manager().delete_job(job_uuid, force, timeout_s=self.timeout)
         return status
 
-    def cleanup_all_jobs(self) -> list[dict[str, Any]]:
+    def cleanup_all_jobs(self) -> list[Status]:
         """Stop every job that runs and return the status of all."""
-        jobs: list[dict[str, Any]] = self._manager().cleanup_all_jobs(timeout_s=self.timeout)
+        jobs: list[Status] = self._manager().cleanup_all_jobs(timeout_s=self.timeout)
         return jobs
 
-    def health_check(self) -> dict[str, Any]:
+    def health_check(self) -> Status:
         """Return that the job manager answers, and how many jobs it knows."""
         return {"status": "healthy", "jobs": len(self._manager().jobs)}
 

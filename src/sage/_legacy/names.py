@@ -5,14 +5,14 @@ The same name moved between modules several times in 2025, so a module of an old
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from sage._legacy import environment, functions, jobs, loggers, metronome, operators, pipeline_service
 from sage._runtime.dispatcher import Dispatcher
 from sage.functions import StopSignal
 from sage.serving import PipelineBridge, PipelineRequest, PipelineService
 
-OFFERED: tuple[Any, ...] = (
+OFFERED: tuple[Callable[..., object], ...] = (
     *functions.KINDS.values(),
     functions.BaseFunction,
     functions.BaseService,
@@ -46,7 +46,7 @@ OFFERED: tuple[Any, ...] = (
     operators.TextLoader,
 )
 
-NAMES: dict[str, Any] = {value.__name__: value for value in OFFERED} | {
+NAMES: dict[str, Callable[..., object]] = {value.__name__: value for value in OFFERED} | {
     "BaseEnvironment": environment.OldManners,
     "DataStream": environment.OldStream,
     "ConnectedStreams": environment.OldConnectedStreams,

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sage._extras import load
 from sage._legacy.functions import BatchFunction, MapFunction, SinkFunction, SourceFunction
 from sage.errors import GraphError, hint
 from sage.stream import _printer
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-def load_config(path: str | Path = "config.yaml") -> dict[str, Any]:
+    from sage.services.models.openai import OpenAILLM
+
+
+Config = dict[str, Any]
+"""The settings of an operator as a file has them: text, numbers, lists and further ones of these."""
+
+
+def load_config(path: str | Path = "config.yaml") -> Config:
     """Return the content of a YAML or JSON file as a dict.
 
     Raises:
@@ -41,17 +50,18 @@ class FileSource(SourceFunction):
         config: "data_path", the file; "loop_reading" begins again at the end.
     """
 
-    def __init__(self, config: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, config: Config, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._path = Path(config["data_path"])
         self._loops = bool(config.get("loop_reading", False))
-        self._file: Any = None
+        self._file: IO[str] | None = None
 
     def open(self) -> None:
         self._file = self._path.open(encoding="utf-8")
 
-    def execute(self) -> Any:
+    def execute(self) -> str | None:
         """Return the next line without its end, or None if there is not one yet."""
+        assert self._file is not None
         line = self._file.readline()
         if not line and self._loops:
             self._file.seek(0)
@@ -69,12 +79,12 @@ class JSONLBatch(BatchFunction):
         config: "data_path", the file.
     """
 
-    def __init__(self, config: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, config: Config, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._path = Path(config["data_path"])
-        self._lines: Any = None
+        self._lines: Iterator[str] | None = None
 
-    def execute(self) -> Any:
+    def execute(self) -> object:
         """Return the value of the next line that is not blank, or None at the end."""
         if self._lines is None:
             self._lines = (line for line in self._path.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -82,7 +92,7 @@ class JSONLBatch(BatchFunction):
         return None if line is None else json.loads(line)
 
 
-def question_and_answer(data: Any) -> tuple[Any, Any] | None:
+def question_and_answer(data: object) -> tuple[object, object] | None:
     """Return question and answer of a record, or None if it has no such parts."""
     if isinstance(data, dict) and "query" in data:
         return data["query"], data.get("generated", data.get("answer", data.get("response")))
@@ -94,11 +104,11 @@ def question_and_answer(data: Any) -> tuple[Any, Any] | None:
 class TerminalSink(SinkFunction):
     """Prints question and answer, or else the record."""
 
-    def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: Config | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.config = config or {}
 
-    def execute(self, data: Any) -> None:
+    def execute(self, data: object) -> None:
         pair = question_and_answer(data)
         print(data if pair is None else f"[Q] Question :{pair[0]}\n[A] Answer :{pair[1]}")
 
@@ -106,11 +116,11 @@ class TerminalSink(SinkFunction):
 class PrintSink(SinkFunction):
     """Prints each record after a prefix, which is dimmed on a terminal if it is to be colored."""
 
-    def __init__(self, prefix: str = "", separator: str = " | ", colored: bool = True, **kwargs: Any) -> None:
+    def __init__(self, prefix: str = "", separator: str = " | ", colored: bool = True, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._print = _printer(prefix, separator, colored)
 
-    def execute(self, data: Any) -> None:
+    def execute(self, data: object) -> None:
         self._print(data)
 
 
@@ -121,16 +131,17 @@ class FileSink(SinkFunction):
         config: "file_path", the file, which is overwritten.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: Config | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._path = Path((config or {}).get("file_path", "qa_output.txt"))
-        self._file: Any = None
+        self._file: IO[str] | None = None
 
     def open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w", encoding="utf-8")
 
-    def execute(self, data: Any) -> None:
+    def execute(self, data: object) -> None:
+        assert self._file is not None
         pair = question_and_answer(data)
         self._file.write(f"{data}\n" if pair is None else f"[Q] Question: {pair[0]}\n[A] Answer  : {pair[1]}\n\n")
 
@@ -155,13 +166,13 @@ class QAPromptor(MapFunction):
         config: "prompt_template", a text with one `{}` for the passages, if you want your own.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: Config | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._template = str((config or {}).get("prompt_template", INSTRUCTION))
 
-    def execute(self, data: Any) -> list[Any]:
+    def execute(self, data: Any) -> list[object]:
         """Return question or dict, and the messages."""
-        query: Any = data
+        query: object = data
         passages: Any = []
         if isinstance(data, dict):
             query, passages = data.get("query", ""), next((data[name] for name in CONTEXTS if data.get(name)), [])
@@ -184,10 +195,10 @@ class OpenAIGenerator(MapFunction):
         config: "model_name", "base_url", "api_key" (OPENAI_API_KEY by default) and "seed".
     """
 
-    def __init__(self, config: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, config: Config, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._config = config
-        self._model: Any = None
+        self._model: OpenAILLM | None = None
 
     def open(self) -> None:
         from sage.services.models.openai import OpenAILLM
@@ -198,11 +209,14 @@ class OpenAIGenerator(MapFunction):
         self._model = OpenAILLM(self._config["model_name"], api_key=key, extra=extra, **address)
         self._model.setup()
 
-    def execute(self, data: Any) -> Any:
+    def execute(self, data: Any) -> object:
+        from sage.services.models.llm import Message
+
         asked, messages = data if isinstance(data, list | tuple) and len(data) == 2 else (data, data)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        answer = self._model.chat(messages).text
+        assert self._model is not None
+        answer = self._model.generate([Message(one["role"], one["content"]) for one in messages]).text
         return {**asked, "generated": answer} if isinstance(asked, dict) else (asked, answer)
 
     def close(self) -> None:
@@ -217,7 +231,7 @@ class CharacterSplitter(MapFunction):
         config: "chunk_size" and "overlap", in characters.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: Config | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         settings = config or {}
         self._size = int(settings.get("chunk_size", 512))
@@ -225,7 +239,7 @@ class CharacterSplitter(MapFunction):
         if not 0 <= self._overlap < self._size:
             raise GraphError(f"CharacterSplitter: overlap {self._overlap} does not fit into chunk_size {self._size}")
 
-    def execute(self, data: Any) -> list[str]:
+    def execute(self, data: object) -> list[str]:
         """Return the pieces of a text, or of the "content" of a dict."""
         text = str(data.get("content", "") if isinstance(data, dict) else data)
         step = self._size - self._overlap
@@ -240,15 +254,15 @@ class TextLoader(MapFunction):
         encoding: how its characters are encoded.
     """
 
-    def __init__(self, filepath: str | None = None, encoding: str = "utf-8", **kwargs: Any) -> None:
+    def __init__(self, filepath: str | None = None, encoding: str = "utf-8", **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._path = filepath
         self._encoding = encoding
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> dict[str, object]:
         """Return the document."""
         return self.execute(None)
 
-    def execute(self, data: Any) -> dict[str, Any]:
+    def execute(self, data: Any) -> dict[str, object]:
         path = self._path or data
         return {"content": Path(path).read_text(encoding=self._encoding), "metadata": {"source": str(path)}}

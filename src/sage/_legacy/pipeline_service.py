@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._legacy.functions import SinkFunction, SourceFunction
 from sage.functions import StopSignal
@@ -21,7 +21,7 @@ class PipelineServiceSource(SourceFunction):
         self._bridge = bridge
         self._poll_interval = poll_interval
 
-    def execute(self) -> Any:
+    def execute(self) -> object:
         """Return the next request, None after a poll interval without one, or the signal of the end."""
         request = self._bridge.next(timeout=self._poll_interval)
         if request is None or isinstance(request, StopSignal):
@@ -33,10 +33,10 @@ class PipelineServiceSource(SourceFunction):
 class PipelineServiceSink(SinkFunction):
     """Answers each request with the record that arrives, without the queue."""
 
-    def execute(self, data: Any) -> None:
+    def execute(self, data: object) -> None:
         """Put the rest of the record into the queue that is in it; a record without one answers nobody."""
         if isinstance(data, dict):
-            answer: Any = {key: value for key, value in data.items() if key != RESPONSE_QUEUE}
+            answer: object = {key: value for key, value in data.items() if key != RESPONSE_QUEUE}
             queue = data.get(RESPONSE_QUEUE)
         else:
             answer, queue = data, getattr(data, "response_queue", None)

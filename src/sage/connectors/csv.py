@@ -62,7 +62,7 @@ class CsvFormat(Format[Row]):
             elif row:
                 raise ValueError(f"has {len(row):,} values for {len(header):,} columns")
 
-    def _rows(self, lines: Lines) -> Iterator[list[Any]]:
+    def _rows(self, lines: Lines) -> Iterator[list[str]]:
         rows = csv.reader((line.decode(self._encoding) for line in lines), **self._options)
         while True:
             start = lines.offset
@@ -99,7 +99,7 @@ class CsvFormat(Format[Row]):
             refused = ConnectorError(f"record {short(record)} cannot be written as CSV: {describe(error)}")
             raise hint(refused, "Give an escapechar, or an encoding that has all of its characters.") from error
 
-    def _line(self, values: Sequence[Any]) -> bytes:
+    def _line(self, values: Sequence[object]) -> bytes:
         text = io.StringIO(newline="")
         csv.writer(text, **self._options).writerow(values)
         return text.getvalue().encode(self._encoding)

@@ -80,7 +80,7 @@ class LetterFormat(Format[DeadLetter]):
     def __init__(self, job: str) -> None:
         self._job = job
 
-    def decode(self, lines: Lines, header: Any) -> Iterator[DeadLetter]:  # noqa: ARG002
+    def decode(self, lines: Lines, header: object) -> Iterator[DeadLetter]:  # noqa: ARG002
         """Yield nothing: errors cannot be made again from their texts."""
         return iter(())
 

@@ -171,7 +171,7 @@ class Format(FileFormat[T]):
         """Return a writer for an empty file."""
         return LinesWriter(self, file)
 
-    def begin(self, lines: Lines) -> Any:
+    def begin(self, lines: Lines) -> object:
         """Read the beginning of a file, and return the `header` for `decode`."""
 
     @abstractmethod
@@ -268,7 +268,7 @@ class FileSource(Files[T]):
         self._format = format
         self._skips = bad_lines == "skip"
         self._lines: Lines | None = None
-        self._header: Any = None
+        self._header: object = None
         self._records: Iterator[T] = iter(())
 
     def _check(self, path: str, read: int) -> None:

@@ -24,11 +24,11 @@ INTEGERS_END = 1 << 1_000
 """Python refuses to read and write much longer numbers as text."""
 
 
-def as_json(name: str, value: Any) -> dict[str, Any]:
+def as_json(name: str, value: object) -> dict[str, object]:
     """Return a value under a name, or, if JSON does not have it, as text for a person and pickled in base64."""
     if _is_json(value):
         return {name: value}
-    found = {f"{name}_text": short(value, TEXT_LENGTH_MAX).encode(errors="replace").decode()}
+    found: dict[str, object] = {f"{name}_text": short(value, TEXT_LENGTH_MAX).encode(errors="replace").decode()}
     try:
         pickled = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except Exception:  # of the user's classes
@@ -36,7 +36,7 @@ def as_json(name: str, value: Any) -> dict[str, Any]:
     return {**found, f"{name}_pickled": base64.b64encode(pickled).decode()}
 
 
-def from_json(name: str, values: dict[str, Any]) -> Any:
+def from_json(name: str, values: Mapping[str, Any]) -> Any:
     """Return the value that `as_json` put there. This may unpickle it, which can run code.
 
     Raises:
@@ -71,12 +71,12 @@ def _is_json(value: Any, depth: int = 0) -> bool:
     return value is None or kind is bool
 
 
-class JsonFormat(Format[Any]):
+class JsonFormat(Format):
     """A value a line; empty lines are passed over."""
 
     suffix = ".jsonl"
 
-    def decode(self, lines: Lines, header: Any) -> Iterator[Any]:  # noqa: ARG002
+    def decode(self, lines: Lines, header: object) -> Iterator[object]:  # noqa: ARG002
         """Yield the values."""
         for line in lines:
             if line.strip():
@@ -86,7 +86,7 @@ class JsonFormat(Format[Any]):
                     raise ValueError("is not JSON") from error
                 yield value
 
-    def encode(self, record: Any) -> bytes:
+    def encode(self, record: object) -> bytes:
         """Return the line of a value."""
         try:
             return f"{json.dumps(record, ensure_ascii=False)}\n".encode()
@@ -95,7 +95,7 @@ class JsonFormat(Format[Any]):
             raise hint(refused, "Map it to dicts, lists, texts and numbers before the sink.") from error
 
 
-class JsonLines(FileSource[Any]):
+class JsonLines(FileSource):
     """Reads the values in all files of a pattern, one value a line, file by file in the order of their names.
 
     It ends after the last file. Its position is the number of bytes read of each file, so that a durable job that runs
@@ -111,7 +111,7 @@ class JsonLines(FileSource[Any]):
         super().__init__(pattern, JsonFormat(), bad_lines)
 
 
-class JsonLinesFiles(FileSink[Any]):
+class JsonLinesFiles(FileSink):
     """Writes values into files of a folder, one value a line; a file appears when its checkpoint is complete.
 
     Until then its name begins with a dot. Nothing changes in a file that has appeared. In the order of their names, the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage.connectors.files import FileSink, FileSource, Format, Lines, check_encoding
 from sage.errors import ConnectorError, describe, hint, short
@@ -20,7 +20,7 @@ class TextFormat(Format[str]):
     def __init__(self, encoding: str) -> None:
         self._encoding = encoding
 
-    def decode(self, lines: Lines, header: Any) -> Iterator[str]:  # noqa: ARG002
+    def decode(self, lines: Lines, header: object) -> Iterator[str]:  # noqa: ARG002
         """Yield the lines."""
         for line in lines:
             try:
