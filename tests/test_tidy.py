@@ -70,7 +70,7 @@ LONG_FILES = {
     "environment.py": "the same for its sources",
 }
 PRINTING = {
-    "stream.py": "the print sink",
+    "_compositions.py": "the print sink",
     "_legacy/operators.py": "a sink for terminals",
     "_control/supervisor.py": "a command that begins without what the others need",
 }

@@ -101,3 +101,28 @@ def copy_of_initial(label: str, initial: T) -> T:
         raise hint(
             error, "Each key begins with a copy of it. Give None, and make the object in the function."
         ) from failed
+
+
+def stop_limits(
+    environment: str,
+    stop_timeout_s: float | None,
+    drain_timeout_s: float | None,
+    close_timeout_s: float | None,
+    services_share: float | None,
+    services_reserve_s: float | None,
+) -> dict[str, float]:
+    """Return the bounds of a stop that are not the default, or raise GraphError for one that cannot work."""
+    given = {
+        "stop_timeout_s": seconds_in(STOP_TIMEOUT_VARIABLE) if stop_timeout_s is None else stop_timeout_s,
+        "drain_timeout_s": drain_timeout_s,
+        "close_timeout_s": close_timeout_s,
+        "services_share": services_share,
+        "services_reserve_s": services_reserve_s,
+    }
+    limits = {name: value for name, value in given.items() if value is not None}
+    for option, value in limits.items():
+        check_seconds(f'environment "{environment}": {option} is', value)
+    if limits.get("services_share", 0.0) > 1:
+        error = GraphError(f'environment "{environment}": services_share is {services_share}')
+        raise hint(error, "Give a fraction between 0 and 1.")
+    return limits

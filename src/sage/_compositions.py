@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -125,3 +126,18 @@ def comparing(fingerprint: Callable[[T], object]) -> Callable[[Before, T], tuple
 
 def itself(value: T) -> T:
     return value
+
+
+def printing(prefix: str, separator: str, colored: bool) -> Callable[[object], None]:
+    """Return a function that prints a record after a prefix, which is dimmed on a terminal."""
+
+    def show(record: object) -> None:
+        if not prefix:
+            print(record)
+        elif colored and sys.stdout.isatty():
+            print(f"\x1b[2m{prefix}{separator}\x1b[0m{record}")
+        else:
+            print(f"{prefix}{separator}{record}")
+
+    show.__name__ = "print"
+    return show

@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Generic
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Generic, Protocol
 
 from sage._types import T
+from sage.errors import JobError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 RECORDS_MAX = 256
 """How many records wait for the program at most; the sink waits when there are as many."""
+
+
+class RunningJob(Protocol):
+    """The part of a job that a stream needs to hand its records to the program."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether something of it still runs."""
+
+    @property
+    def _runs_while_waited_for(self) -> bool: ...
+
+    def _run_to_end(self) -> None: ...
+
+    def cancel(self) -> None:
+        """End it at once."""
+
+    def wait(self) -> object:
+        """Wait for its end, and raise its errors."""
+
+
+class JobRunner(Protocol):
+    """The part of an environment that a stream needs to run its graph."""
+
+    def submit(self, autostop: bool = False) -> RunningJob:
+        """Run the graph."""
+
+    def _submit_for(self, over: Callable[[object], None]) -> RunningJob: ...
 
 
 class Handover(Generic[T]):
@@ -61,6 +91,23 @@ class Handover(Generic[T]):
             if not taken:
                 return
             yield from taken
+
+    def results_of(self, runner: JobRunner) -> Generator[T]:
+        """Run a graph, one of whose sinks puts records here, and yield them until it is over or the loop is left."""
+        job = runner._submit_for(self.end)
+        if not job.is_running:
+            self.end()
+        elif job._runs_while_waited_for:
+            self.records_max = None
+            job._run_to_end()
+        try:
+            yield from self
+        except BaseException as error:
+            self.leave()
+            with suppress(JobError) if isinstance(error, GeneratorExit) else nullcontext():
+                job.cancel()  # nobody hears of an error when a loop is left; it is in the log and in the report
+            raise
+        job.wait()
 
     def _has_room(self) -> bool:
         return self.records_max is None or len(self._records) < self.records_max

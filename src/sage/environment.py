@@ -13,13 +13,13 @@ from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, cast, overload
 
-from sage._arguments import STOP_TIMEOUT_VARIABLE, check_name, check_seconds, seconds_in
+from sage._arguments import check_name, check_seconds, stop_limits
 from sage._kept import KeptServices
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import builder_of, check_service_arguments, class_of, source_spec
 from sage._runtime.manager import JobManager
-from sage.durable import Durable
-from sage.errors import DuplicateNameError, GraphError, describe, hint, short
+from sage.durable import Durable, begins_as
+from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
 from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions, unknown_service
 from sage.serving import PipelineBridge, PipelineService, RequestSource, bridge_among
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from sage._types import T, U
     from sage.command import Ready, RunningCommand, Word
     from sage.connector import Source
-    from sage.failure import DeadLetter, FailedRecord
+    from sage.failure import DeadLetter
     from sage.functions import BatchFunction, SourceFunction, StopSignal
+    from sage.observability import ReportFile
     from sage.report import JobReport
     from sage.serving import ServedPipeline
     from sage.stream import OnError
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
     Opens: TypeAlias = Bounded[T] | Awaitable[Iterable[T]]
     UnboundedClass: TypeAlias = type[SourceFunction[T]] | type[BatchFunction[T]] | type[Source[T]]
     Unbounded: TypeAlias = SourceFunction[T] | BatchFunction[T] | Source[T]
-
-RESUME_VARIABLE = "SAGE_RESUME"
-"""Set by `sage run --fresh`: how durable jobs begin whose program does not say."""
 
 CONSOLE_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -486,7 +484,7 @@ class Environment:
             check_seconds("keep_s is", keep_s, may_be_zero=False)
             if not keep_services:
                 raise hint(GraphError(f"keep_s is {keep_s}, but no service is kept"), "Add keep_services=True.")
-        asked = self._checked_resume(resume), self._checked_drop_state(drop_state)
+        asked = begins_as(self.name, resume, drop_state, is_durable=self._durable is not None)
         with self._alone():
             self._resume, self._drop_state = asked
             graph = Environment._changed(self, self._graph())
@@ -687,37 +685,13 @@ class Environment:
         job._when_sealed(sealed)
         return job
 
-    def _open_files(self, job: Job, *, must_open: bool = True) -> None:
+    def _open_files(self, job: Job, *, must_open: bool = True) -> ReportFile | None:
         log_dir = self.log_dir if must_open else None  # nothing may keep a cleanup from running
         if not log_dir and not self.report_file:
-            return
-        from sage.observability import ReportFile, SessionLogs
+            return None
+        from sage._job_files import open_files
 
-        session = SessionLogs.open(log_dir) if log_dir else None
-        if self.report_file:
-            job._report_file = ReportFile.open(self.report_file, job.id, job.name, must_open=must_open)
-            job.dispatcher.supervisor.listeners.append(job._report_file.note)
-        if session is not None:
-            handler = session.open_job(self.name, job.id)
-            job._when_sealed(lambda _: session.close_job(handler))
-
-    def _keep_failed(self, job: Job) -> None:
-        """Let records that fail be kept for `sage replay`, if calls are recorded and a file tells of the job."""
-        report = job._report_file
-        if self._cassette is None or report is None or (tape := self._cassette.tape()) is None:
-            return
-        path = self._cassette.path
-        job._when_sealed(lambda _: tape.close())
-
-        def keep(failed: FailedRecord) -> None:
-            number = tape.keep(job.id, failed)
-            if number is not None:
-                record, error = tape.hide(short(failed.value)), tape.hide(describe(failed.error))
-                report.fail(failed.operator, record, error, path, number)
-
-        for task in job.dispatcher.supervisor.tasks.values():
-            for operator in task.operators:
-                operator.keep_failed = keep
+        return open_files(job, log_dir, self.report_file, must_open=must_open)
 
     def _show_log(self, level: str) -> None:
         from sage.observability import console_level
@@ -725,48 +699,6 @@ class Environment:
         console_level(level)
 
     # --- behind it ---
-
-    def _limit(
-        self,
-        stop_timeout_s: float | None,
-        drain_timeout_s: float | None,
-        close_timeout_s: float | None,
-        services_share: float | None,
-        services_reserve_s: float | None,
-    ) -> None:
-        """Set the bounds of a stop that are not the default."""
-        if stop_timeout_s is None:
-            stop_timeout_s = seconds_in(STOP_TIMEOUT_VARIABLE)
-        given = {
-            "stop_timeout_s": stop_timeout_s,
-            "drain_timeout_s": drain_timeout_s,
-            "close_timeout_s": close_timeout_s,
-            "services_share": services_share,
-            "services_reserve_s": services_reserve_s,
-        }
-        self._limits = {name: value for name, value in given.items() if value is not None}
-        for option, value in self._limits.items():
-            check_seconds(f'environment "{self.name}": {option} is', value)
-        if self._limits.get("services_share", 0.0) > 1:
-            error = GraphError(f'environment "{self.name}": services_share is {services_share}')
-            raise hint(error, "Give a fraction between 0 and 1.")
-
-    def _checked_resume(self, resume: str) -> str:
-        if resume not in ("auto", "never", "must"):
-            raise hint(GraphError(f"submit: resume is {short(resume)}"), 'It is "auto", "never" or "must".')
-        if resume != "auto" and self._durable is None:
-            error = GraphError(f'environment "{self.name}" is not durable, and resume is {resume!r}')
-            raise hint(error, 'Give it a folder for checkpoints: LocalEnvironment(..., durable="state").')
-        return os.environ.get(RESUME_VARIABLE, "auto") if resume == "auto" else resume
-
-    def _checked_drop_state(self, given: Iterable[str]) -> tuple[str, ...]:
-        if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in given):
-            error = GraphError(f"submit: drop_state is {short(given)}")
-            raise hint(error, 'Give a list with names of operators: drop_state=["totals"].')
-        if given and self._durable is None:
-            error = GraphError(f'environment "{self.name}" is not durable, and drop_state is {short(given)}')
-            raise hint(error, "Only a durable job has states in checkpoints.")
-        return tuple(given)
 
     def _checked_name(self, name: str, options: object) -> ServiceOptions:
         check_name("a service", name)
@@ -838,8 +770,11 @@ class Environment:
             job: Job | None = None
             try:
                 job = self._new_job(self.env_uuid, graph, plan, backend, dict(self._kept.hosts), keep)
-                self._open_files(job)
-                self._keep_failed(job)
+                report = self._open_files(job)
+                if self._cassette is not None and report is not None:
+                    from sage._job_files import keep_failed
+
+                    keep_failed(job, self._cassette, report)
             except BaseException:
                 if job is not None:
                     job.dispatcher.discard()
@@ -939,7 +874,9 @@ class LocalEnvironment(Environment):
     ) -> None:
         super().__init__(name, config)
         self._durable = durable if durable is None or isinstance(durable, Durable) else Durable(durable)
-        self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
+        self._limits = stop_limits(
+            name, stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s
+        )
         if backend is not None and not callable(backend):
             error = TypeError(f'environment "{name}": backend is {short(backend)}')
             raise hint(error, "Give a factory that makes one for each job: the class, or lambda: StepBackend(seed).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from sage._arguments import stop_limits
 from sage._current_job import here
 from sage.environment import Environment
 from sage.errors import JobError, UnsupportedPlanError, hint
@@ -91,7 +92,9 @@ class RemoteEnvironment(Environment):
             error = UnsupportedPlanError(f'environment "{name}" is durable, which jobs on a cluster cannot be yet')
             raise hint(error, "Leave durable= out, or use LocalEnvironment; nothing was started.")
         super().__init__(name, config)
-        self._limit(stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s)
+        self._limits = stop_limits(
+            name, stop_timeout_s, drain_timeout_s, close_timeout_s, services_share, services_reserve_s
+        )
         if log_dir is not None:
             self.log_dir = log_dir
         if report_file is not None:

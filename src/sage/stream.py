@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, Unpack, overload
 
 from sage._arguments import check_count, check_seconds, copy_of_initial
-from sage._compositions import Limit, Sample, aggregating, comparing, count, distinct, itself, keeping_top, passing_on
-from sage._handover import Handover
-from sage._plan.logical import FunctionSpec, GraphBuilder, JobRunner, Kind, Route
+from sage._compositions import (
+    Limit,
+    Sample,
+    aggregating,
+    comparing,
+    count,
+    distinct,
+    itself,
+    keeping_top,
+    passing_on,
+    printing,
+)
+from sage._handover import Handover, JobRunner
+from sage._plan.logical import FunctionSpec, GraphBuilder, Kind, Route
 from sage._plan.signature import async_spec, comap_spec, function_spec, place_of, plain_function
 from sage._types import Inputs, K_co, T_co
 from sage.connector import TransactionalSink
-from sage.errors import GraphError, JobError, hint, short
+from sage.errors import GraphError, hint, short
 from sage.failure import FAIL, POLICIES, ErrorPolicy, Retry
 from sage.service import ServiceHandle
 
@@ -505,7 +516,7 @@ class DataStream(Generic[T_co]):
             separator: the text between prefix and record.
             colored: whether the prefix is dimmed on a terminal.
         """
-        id_ = self._then(Kind.SINK, FunctionSpec(_printer(prefix, separator, colored)), {})
+        id_ = self._then(Kind.SINK, FunctionSpec(printing(prefix, separator, colored)), {})
         self._builder.set(id_, place=place_of("driver"))
         return self
 
@@ -543,20 +554,7 @@ class DataStream(Generic[T_co]):
         """
         handover: Handover[T_co] = Handover()
         with self._sink_for_now(handover.put) as environment:
-            job = environment._submit_for(handover.end)
-            if not job.is_running:
-                handover.end()
-            elif job._runs_while_waited_for:
-                handover.records_max = None
-                job._run_to_end()
-            try:
-                yield from handover
-            except BaseException as error:
-                handover.leave()
-                with suppress(JobError) if isinstance(error, GeneratorExit) else nullcontext():
-                    job.cancel()  # nobody hears of an error when a loop is left; it is in the log and in the report
-                raise
-            job.wait()
+            yield from handover.results_of(environment)
 
     @contextmanager
     def _sink_for_now(self, take: Callable[[T_co], object]) -> Iterator[JobRunner]:
@@ -1168,18 +1166,3 @@ def _with_retry(method: str, retry: object, on_error: object) -> object:
         error = GraphError(f"{method}: retry and on_error both say what follows the last attempt")
         raise hint(error, "Leave `then` out of the Retry, or give the Retry alone.")
     return retry if on_error is None else Retry(retry.attempts_max, retry.backoff_s, on_error)
-
-
-def _printer(prefix: str, separator: str, colored: bool) -> Callable[[object], None]:
-    import sys
-
-    def show(record: object) -> None:
-        if not prefix:
-            print(record)
-        elif colored and sys.stdout.isatty():
-            print(f"\x1b[2m{prefix}{separator}\x1b[0m{record}")
-        else:
-            print(f"{prefix}{separator}{record}")
-
-    show.__name__ = "print"
-    return show

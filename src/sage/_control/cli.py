@@ -26,7 +26,8 @@ from sage._guardian.lease import runs_folder
 from sage._guardian.run_folder import reap_folder, stale_folders
 from sage._ray.kept_cluster import WARM, end_kept_cluster, kept_cluster
 from sage._standard_streams import CUT_OFF_CODE, is_cut_off, let_go
-from sage.environment import RESUME_VARIABLE, Environment
+from sage.durable import RESUME_VARIABLE
+from sage.environment import Environment
 from sage.errors import GraphError
 from sage.observability import append_to
 from sage.report import Cleanliness, Outcome

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
+from sage._compositions import printing
 from sage._extras import load
 from sage._legacy.functions import BatchFunction, MapFunction, SinkFunction, SourceFunction
 from sage.errors import GraphError, hint
-from sage.stream import _printer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +118,7 @@ class PrintSink(SinkFunction):
 
     def __init__(self, prefix: str = "", separator: str = " | ", colored: bool = True, **kwargs: object) -> None:
         super().__init__(**kwargs)
-        self._print = _printer(prefix, separator, colored)
+        self._print = printing(prefix, separator, colored)
 
     def execute(self, data: object) -> None:
         self._print(data)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from sage._arguments import check_count, check_name
 from sage.errors import DuplicateNameError, FutureError, GraphError, hint
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Unpack
 
+    from sage._handover import JobRunner
     from sage.command import Command
     from sage.service import ServiceOptions
     from sage.state import KeyState
@@ -213,34 +214,6 @@ class NodeAttributes(TypedDict, total=False):
     inputs: tuple[int, ...]
     route: Route | None
     settings: Mapping[str, object]
-
-
-class RunningJob(Protocol):
-    """The part of a job that a stream needs to hand its records to the program."""
-
-    @property
-    def is_running(self) -> bool:
-        """Whether something of it still runs."""
-
-    @property
-    def _runs_while_waited_for(self) -> bool: ...
-
-    def _run_to_end(self) -> None: ...
-
-    def cancel(self) -> None:
-        """End it at once."""
-
-    def wait(self) -> object:
-        """Wait for its end, and raise its errors."""
-
-
-class JobRunner(Protocol):
-    """The part of an environment that a stream needs to run its graph."""
-
-    def submit(self, autostop: bool = False) -> RunningJob:
-        """Run the graph."""
-
-    def _submit_for(self, over: Callable[[object], None]) -> RunningJob: ...
 
 
 class GraphBuilder:

@@ -13,7 +13,7 @@ from sage.errors import ConnectorError, describe, hint, short
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 TEXT_LENGTH_MAX = 1_000
