@@ -13,7 +13,7 @@ from sage._current_job import here
 from sage._forks import RefusedCalls, useless_after_fork
 from sage._service_options import DEFAULT_OPTIONS as DEFAULT_OPTIONS
 from sage._service_options import ServiceOptions as ServiceOptions
-from sage._types import T
+from sage._types import T_co
 from sage.errors import ServiceUnavailableError, UnknownServiceError, UnsupportedPlanError, hint
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ServiceCalls(Protocol):
         """Return whether `name` is a coroutine method, whose calls in coroutines of a job have to be awaited."""
 
 
-class ServiceHandle(Generic[T]):
+class ServiceHandle(Generic[T_co]):
     """Stands for a service in user code: `handle.recall(q)` calls `recall` of the service of the running job.
 
     It can be captured by lambdas, given to functions and to other services as an argument, and passed on itself as a
@@ -88,10 +88,10 @@ class ServiceHandle(Generic[T]):
     def __repr__(self) -> str:
         return f"<ServiceHandle {self._name!r}>"
 
-    def __copy__(self) -> ServiceHandle[T]:
+    def __copy__(self) -> ServiceHandle[T_co]:
         return self
 
-    def __deepcopy__(self, memo: object) -> ServiceHandle[T]:
+    def __deepcopy__(self, memo: object) -> ServiceHandle[T_co]:
         return self
 
     def __reduce__(self) -> tuple[Callable[[str], ServiceHandle], tuple[str]]:

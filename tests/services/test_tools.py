@@ -17,7 +17,9 @@ def schema_of(hint: Any) -> Any:
     def tool(value: Any) -> None: ...
 
     tool.__annotations__["value"] = hint
-    return Tool.of(tool).parameters["properties"]["value"]
+    properties = Tool.of(tool).parameters["properties"]
+    assert isinstance(properties, dict)
+    return properties["value"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from sage.functions import MapFunction
 from sage.rag.citations import Citation, check_citations, citations_of
@@ -12,7 +12,7 @@ from sage.rag.prompts import NO_ANSWER, Prompt
 if TYPE_CHECKING:
     from sage.rag.retrieval import Found, Question, Retrieved
     from sage.service import ServiceHandle
-    from sage.services.models.llm import Answer, LLMService
+    from sage.services.models.llm import Answer, Asked, LLMService
 
     Model: TypeAlias = "ServiceHandle[LLMService] | LLMService"
 
@@ -65,7 +65,7 @@ class Generate(MapFunction):
     ) -> None:
         self._llm = llm
         self._prompt = Prompt() if prompt is None else prompt
-        self._settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        self._settings: Asked = {"max_tokens": max_tokens, "temperature": temperature}
 
     def execute(self, data: Retrieved) -> Answered:
         """Return the answer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage.functions import ProcessFunction
 from sage.services._shared.sqlite_file import FileService, SqliteFile, checked_path
@@ -148,11 +148,11 @@ class Prune(ProcessFunction):
     def __init__(self, indexed: ServiceHandle[IndexedFiles] | IndexedFiles) -> None:
         self._indexed = indexed
 
-    def execute(self, data: Passage) -> list[Any]:
+    def execute(self, data: Passage) -> list[Passage]:
         """Return the passage."""
         return [data]
 
-    def finish(self) -> list[Any]:
+    def finish(self) -> list[Passage]:
         """Remove the passages, and remember the files."""
         self._indexed.finish()
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from sage.errors import hint, short
 from sage.services._shared.sqlite_file import FileService, SqliteFile, checked_path
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from sage.services.vectors.filters import Condition, Metadata, Where
+
+T = TypeVar("T")
 
 HEADING_WEIGHT_MAX = 1_000_000
 """A heading counts for everything long before; with the largest numbers SQLite has no score any more."""
@@ -221,24 +223,29 @@ class KeywordIndex(FileService):
         connection.execute("DELETE FROM keyword_entries WHERE number = ?", (number,))
 
 
-def _listed(what: str, values: Any) -> list[Any]:
+def _listed(what: str, values: Iterable[T]) -> list[T]:
     """Return the arguments as a list, even if they come one by one; a string is not split into letters."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise hint(TypeError(f"{what} is {short(values)}, not a list"), "Put a single one into brackets: [...].")
     return list(values)
 
 
-def _rows(ids: Any, documents: Any, metadatas: Any) -> list[tuple[str, str, Metadata]]:
+def _rows(
+    ids: Iterable[str], documents: Iterable[object], metadatas: Iterable[Metadata | None] | None
+) -> list[tuple[str, str, Metadata]]:
     """Return the entries to store; the checks are those of vector stores."""
     given, texts = _listed("ids", ids), _listed("documents", documents)
-    each = [None] * len(given) if metadatas is None else _listed("metadatas", metadatas)
+    each: list[Metadata | None] = [None] * len(given) if metadatas is None else _listed("metadatas", metadatas)
     if not len(given) == len(texts) == len(each):
         raise ValueError(f"{len(given)} ids, {len(texts)} documents and {len(each)} metadatas are given")
     names = checked_ids(given, may_repeat=True)
     # Half of a surrogate pair, as some PDF files have it, cannot be written.
-    written = [well_formed(text) if isinstance(text, str) else text for text in texts]
-    for name, text in zip(names, written, strict=True):
-        check_document(name, text)
+    written: list[str] = []
+    for name, text in zip(names, texts, strict=True):
+        if isinstance(text, str):
+            written.append(well_formed(text))
+        else:
+            check_document(name, text)
     return list(zip(names, written, checked_metadatas(names, each), strict=True))
 
 

@@ -15,6 +15,7 @@ from sage.rag.markup import ROW_LETTERS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from xml.etree.ElementTree import Element  # those of lxml have the same methods
 
     from sage.rag.documents import Value
 
@@ -70,7 +71,7 @@ def document_parts(content: bytes) -> tuple[str, list[Part]]:
     return str(document.core_properties.title or ""), _joined(found)
 
 
-def _heading_levels(styles: Any) -> dict[str, int]:
+def _heading_levels(styles: Element) -> dict[str, int]:
     """Return the level of the headings by the id of their style; titles have the first one."""
     levels: dict[str, int] = {}
     bases: dict[str, str] = {}
@@ -85,9 +86,9 @@ def _heading_levels(styles: Any) -> dict[str, int]:
             levels[id_] = 1
         elif named.startswith("heading ") and named[8:].isdigit():
             levels[id_] = int(named[8:]) + 1
-        elif outline is not None and (outline.get(W + "val") or "").isdigit():
+        elif outline is not None and (number := outline.get(W + "val") or "").isdigit():
             # The tenth level is that of text.
-            levels[id_] = (int(outline.get(W + "val")) + 2) % 11
+            levels[id_] = (int(number) + 2) % 11
     for id_ in bases:
         above, seen = id_, set[str]()
         while above and above not in levels and above not in seen:
@@ -97,11 +98,12 @@ def _heading_levels(styles: Any) -> dict[str, int]:
     return levels
 
 
-def _paragraphs(within: Any, levels: Mapping[str, int]) -> Iterator[tuple[int, bool, str]]:
+def _paragraphs(within: Element, levels: Mapping[str, int]) -> Iterator[tuple[int, bool, str]]:
     """Yield the paragraphs and rows in an element: level, whether it is an item or a row, and text."""
     for child in within:
-        if child.tag == W + "p":
-            boxes: list[Any] = []
+        tag: object = child.tag  # that of a comment is not a string
+        if tag == W + "p":
+            boxes: list[Element] = []
             text = "".join(_text(child, boxes)).strip()
             style = child.find(f"{W}pPr/{W}pStyle")
             name = "" if style is None else style.get(W + "val") or ""
@@ -113,27 +115,28 @@ def _paragraphs(within: Any, levels: Mapping[str, int]) -> Iterator[tuple[int, b
                 )
             for box in boxes:
                 yield from _paragraphs(box, levels)
-        elif child.tag == W + "tr":
+        elif tag == W + "tr":
             cells = [list(_paragraphs(cell, levels)) for cell in child.iter(W + "tc")]
             row = " | ".join(" ".join(" ".join(text.split()) for _, _, text in cell) for cell in cells)
             if len(row) > ROW_LETTERS_MAX:
                 yield from (part for cell in cells for part in cell)
             elif row.strip(" |"):
                 yield 0, True, row
-        elif isinstance(child.tag, str) and child.tag not in UNREAD:
+        elif isinstance(tag, str) and tag not in UNREAD:
             yield from _paragraphs(child, levels)
 
 
-def _text(node: Any, boxes: list[Any]) -> Iterator[str]:
+def _text(node: Element, boxes: list[Element]) -> Iterator[str]:
     """Yield the pieces of a paragraph's text, and collect the text boxes in it."""
     for child in node:
-        if child.tag == W + "t":
+        tag: object = child.tag
+        if tag == W + "t":
             yield child.text or ""
         elif child.tag in SIGNS:
             yield SIGNS[child.tag]
-        elif child.tag == W + "txbxContent":
+        elif tag == W + "txbxContent":
             boxes.append(child)
-        elif isinstance(child.tag, str) and child.tag not in UNREAD:
+        elif isinstance(tag, str) and tag not in UNREAD:
             yield from _text(child, boxes)
 
 

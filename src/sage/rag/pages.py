@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import posixpath
 import threading
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -34,22 +35,14 @@ def pdf_pages(content: bytes) -> tuple[str, list[str]]:
             raise
         try:
             title = document.get_metadata_value("Title")
-            return str(title or "").strip(), [_page_text(document, number) for number in range(len(document))]
+            pages: list[str] = []
+            for number in range(len(document)):
+                with closing(document[number]) as page, closing(page.get_textpage()) as text_page:
+                    # It marks the hyphens at which a word was divided, and has joined the word.
+                    pages.append(str(text_page.get_text_bounded()).replace("\ufffe", "").replace("\x02", ""))
+            return str(title or "").strip(), pages
         finally:
             document.close()
-
-
-def _page_text(document: Any, number: int) -> str:
-    page = document[number]
-    try:
-        text_page = page.get_textpage()
-        try:
-            # It marks the hyphens at which a word was divided, and has joined the word.
-            return str(text_page.get_text_bounded()).replace("\ufffe", "").replace("\x02", "")
-        finally:
-            text_page.close()
-    finally:
-        page.close()
 
 
 def book_chapters(archive: ZipFile) -> tuple[str, list[bytes]]:

@@ -167,7 +167,7 @@ class Index(MapFunction):
     @overload
     def execute(self, data: Sequence[Passage]) -> Sequence[Passage | Exception]: ...
 
-    def execute(self, data: Any) -> Any:
+    def execute(self, data: Any) -> object:
         """Store a passage or a batch of them and return it, with an error in the place of each that is refused.
 
         Raises:
@@ -275,7 +275,7 @@ class Retrieve(MapFunction):
     @overload
     def execute(self, data: Sequence[Question]) -> Sequence[Retrieved | Exception]: ...
 
-    def execute(self, data: Any) -> Any:
+    def execute(self, data: Any) -> object:
         """Return a question, or each of a batch, with its passages; an error in the place of each that has none.
 
         Raises:

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote
 
 from sage.errors import hint, short
@@ -18,7 +18,7 @@ from sage.services._shared.secret import HIDDEN
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Url = str | ServiceHandle[Any] | ServiceMethod
+Url = str | ServiceHandle[object] | ServiceMethod
 """An address, or the command service that has it."""
 
 PARTS = re.compile(
@@ -35,8 +35,7 @@ def resolved(url: Url) -> str:
     """Return an address as text, asking the service that it is taken of."""
     if isinstance(url, ServiceHandle):
         url = url.url
-    value: Any = url.resolve() if isinstance(url, ServiceMethod) else url
-    return str(value)
+    return str(url.resolve() if isinstance(url, ServiceMethod) else url)
 
 
 def redact_url(url: str) -> str:

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
 from sage.services._shared.locks import HeldPath, WalLock, warn_if_left
@@ -65,7 +65,7 @@ class SqliteFile:
 
     def __init__(
         self,
-        path: Any,
+        path: object,
         kind: str,
         version: int,
         schema: str,
@@ -277,12 +277,11 @@ class FileService(MeasuredService):
         return {**super().describe(), "path": self._file.place}
 
 
-def checked_path(path: Any, note: str = ON_DISK, *, what: str = "path") -> str:
+def checked_path(path: object, note: str = ON_DISK, *, what: str = "path") -> str:
     """Return the path of a file from the root on."""
-    try:
-        name = os.fsdecode(path)
-    except TypeError:
-        raise TypeError(f"{what} is {short(path)}, not a path") from None
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"{what} is {short(path)}, not a path")
+    name = os.fsdecode(path)
     if name in ("", ":memory:"):
         raise hint(ValueError(f'{what} is "{name}", which SQLite does not treat as a file'), note)
     return os.path.abspath(name)

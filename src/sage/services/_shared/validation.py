@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from numbers import Integral
-from typing import Any
+from typing import TypeGuard
 
 from sage.errors import ServiceError, hint, short
 
@@ -13,7 +13,7 @@ TTL_MAX_S = 3_155_760_000.0
 """A hundred years, in seconds; a longer time to live would be a mistake, and overflow the one of Redis."""
 
 
-def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[float]:
     """Return whether a value is a number, which True is not, within bounds that belong to it."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 

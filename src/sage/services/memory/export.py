@@ -33,7 +33,7 @@ class MemoryLine:
     created_at: float
     recalled_at: float
     expires_at: float | None
-    metadata: dict[str, Any]
+    metadata: dict[str, object]
     vector: list[float]
 
 
@@ -88,6 +88,9 @@ def read(path: str | os.PathLike[str]) -> tuple[str | None, list[MemoryLine | Tu
                 raise hint(_broken(path, 1, "it is not an export of a memory"), "Use a file that Memory.export wrote.")
             if first.get("version") != VERSION:
                 raise _broken(path, 1, f"it has version {short(first.get('version'))}, not {VERSION}")
+            model = first.get("model")
+            if not isinstance(model, str | None):
+                raise _broken(path, 1, f'its "model" is {short(model)}')
             for number, text in enumerate(file, 2):
                 if text.strip():
                     lines.append(_line(path, number, _object(path, number, text)))
@@ -95,10 +98,10 @@ def read(path: str | os.PathLike[str]) -> tuple[str | None, list[MemoryLine | Tu
         raise ServiceError(f'file "{path}" cannot be read: {error.strerror}', fault="external") from error
     except UnicodeDecodeError as error:
         raise ServiceError(f'file "{path}" is not a text file: {error.reason}') from error
-    return first.get("model"), lines
+    return model, lines
 
 
-def _object(path: str, number: int, text: str) -> dict[str, Any]:
+def _object(path: str, number: int, text: str) -> dict[str, object]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -126,7 +129,7 @@ def _line(path: str, number: int, found: dict[str, Any]) -> MemoryLine | TurnLin
     return kind(**{**found, **whole})
 
 
-def _fits(value: Any, hinted: Any) -> bool:
+def _fits(value: object, hinted: object) -> bool:
     """Return whether a value of JSON has the type that a field is hinted with."""
     if hinted is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -136,12 +139,12 @@ def _fits(value: Any, hinted: Any) -> bool:
         return (
             isinstance(value, list)
             and bool(value)
-            and all(_fits(part, float) for part in value)
-            and (max(map(abs, value)) <= FLOAT32_MAX)
+            and all(_fits(part, float) and abs(part) <= FLOAT32_MAX for part in value)
         )
     if hinted is str:
         return isinstance(value, str) and problem_of(value) is None
-    return isinstance(value, get_origin(hinted) or hinted)
+    kind = get_origin(hinted) or hinted
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def _broken(path: str, number: int, what: str) -> ServiceError:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sage._extras import load
 from sage.errors import GraphError, ServiceError, hint, short
@@ -48,23 +48,31 @@ A_HALF_LIFE = "It is in seconds; a day has 86,400."
 class Embeddings(Protocol):
     """Turns texts into vectors, as `EmbeddingService` does."""
 
-    def embed(self, texts: Sequence[str], /) -> Any:
+    def embed(self, texts: Sequence[str], /) -> object:
         """Return a float32 array of shape (len(texts), dim)."""
+
+
+class Found(Protocol):
+    """A vector that an index finds."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
 
 
 class VectorIndex(Protocol):
     """Finds vectors, as `VectorStore` does."""
 
-    def upsert(self, ids: Sequence[str], vectors: Any, *, metadatas: Sequence[Mapping[str, Any]]) -> Any:
+    def upsert(self, ids: Sequence[str], vectors: Floats, *, metadatas: Sequence[Mapping[str, str]]) -> object:
         """Keep vectors."""
 
-    def search(self, vector: Any, k: int, *, where: Mapping[str, Any] | None) -> Sequence[Any]:
+    def search(self, vector: Floats, k: int, *, where: Mapping[str, str] | None) -> Sequence[Found]:
         """Return hits with an `id`, the nearest first."""
 
     def count(self) -> int:
         """Return how many vectors it holds."""
 
-    def delete(self, ids: Sequence[str]) -> Any:
+    def delete(self, ids: Sequence[str]) -> object:
         """Forget vectors; ids that do not exist are ignored."""
 
 
@@ -105,9 +113,9 @@ class Memory(FileService):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        embeddings: Embeddings | ServiceHandle[Any],
+        embeddings: Embeddings | ServiceHandle[object],
         *,
-        index: VectorIndex | ServiceHandle[Any] | None = None,
+        index: VectorIndex | ServiceHandle[object] | None = None,
         turns_max: int = 20,
         tokens_max: int = 2_000,
         count_tokens: Callable[[str], int] = estimated_tokens,
@@ -231,7 +239,7 @@ class Memory(FileService):
         *,
         session: str = SESSION,
         importance: float = 0.5,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, object] | None = None,
         ttl_s: float | None = None,
     ) -> str:
         """Remember a text for long, and return its id.
@@ -256,7 +264,7 @@ class Memory(FileService):
         *,
         session: str = SESSION,
         importance: float = 0.5,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, object] | None = None,
         ttl_s: float | None = None,
     ) -> list[str]:
         """Remember several texts in one step, all or none of them, and return their ids; arguments as in `remember`."""
@@ -428,7 +436,7 @@ class Memory(FileService):
     # --- the parts of it ---
 
     def _rows(
-        self, given: Iterable[str], session: str, importance: float, metadata: Mapping[str, Any], ttl_s: float | None
+        self, given: Iterable[str], session: str, importance: float, metadata: Mapping[str, object], ttl_s: float | None
     ) -> list[Row]:
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise hint(TypeError(f"remember_many({short(given)}) takes a list of texts"), "Call remember for one.")
@@ -442,7 +450,7 @@ class Memory(FileService):
             error = TypeError(f"the metadata is {short(metadata)}, not a mapping")
             raise hint(error, 'It is one of names to values of JSON, such as {"page": 3}.')
         kept = json_text("metadata", dict(metadata))
-        vectors: Iterable[Any] = self._embed(texts) if texts else ()
+        vectors: Iterable[Floats] = self._embed(texts) if texts else ()
         now = self._clock()
         expires_at = None if ttl_s is None else now + ttl_s
         return [
@@ -496,7 +504,7 @@ class Memory(FileService):
         where = None if session is None else {"session": session}
         return [hit.id for hit in self._index.search(vector, max(CANDIDATES_MIN, 10 * k), where=where)]
 
-    def _add_to_index(self, index: Any, rows: Sequence[Row]) -> int:
+    def _add_to_index(self, index: VectorIndex | ServiceHandle[object], rows: Sequence[Row]) -> int:
         """Give the index memories, and return how many it took."""
         numpy = load("numpy", "vector")
         vectors = numpy.stack([numpy.frombuffer(row[-1], numpy.float32) for row in rows])
@@ -510,7 +518,7 @@ class Memory(FileService):
             connection.executemany("UPDATE memories SET is_indexed = 1 WHERE id = ?", [(name,) for name in ids])
         return len(ids)
 
-    def _complete_index(self, index: Any) -> None:
+    def _complete_index(self, index: VectorIndex | ServiceHandle[object]) -> None:
         """Add missing vectors to the index: those in flight at a crash, or all of them if it is new."""
         with self._file.writing() as connection:
             (indexed,) = connection.execute("SELECT count(*) FROM memories WHERE is_indexed = 1").fetchone()
@@ -528,15 +536,16 @@ class Memory(FileService):
             self._index.delete(ids)
 
 
-def model_of(embeddings: Any) -> str | None:
+def model_of(embeddings: object) -> str | None:
     """Return the name of the model behind embeddings, or None if they do not tell.
 
     Any service has a name; only together with a dimension is it one of a model.
     """
     try:
-        return f"{embeddings.name}" if isinstance(embeddings.dimension, int) else None
-    except (AttributeError, GraphError):
+        dimension, name = (getattr(embeddings, attribute, None) for attribute in ("dimension", "name"))
+    except GraphError:
         return None
+    return f"{name}" if isinstance(dimension, int) and name is not None else None
 
 
 def _number(name: str, value: object, note: str) -> float:

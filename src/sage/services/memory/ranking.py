@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sage._extras import load
 from sage.errors import short
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy
+    from numpy.typing import NDArray
 
-    Floats = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
+    Floats = NDArray[numpy.float32]
 
 HALF_LIFE_S = 3600 * math.log(0.5) / math.log(0.995)
 """The half-life of the paper's factor, in seconds: 5.76 days."""
@@ -96,19 +97,19 @@ def best(
     return [Score(numbers[place], *(float(part[place]) for part in parts)) for place in order.tolist()]
 
 
-def cosines(query: Floats, vectors: Floats) -> Any:
+def cosines(query: Floats, vectors: Floats) -> Floats:
     """Return the cosine of a vector with each of several; 0 where one has no length."""
     numpy = load("numpy", "vector")
     lengths = numpy.linalg.norm(vectors, axis=1) * numpy.linalg.norm(query)
     products = vectors @ query
-    return numpy.divide(products, lengths, out=numpy.zeros(len(vectors)), where=lengths > 0)
+    found: Floats = numpy.divide(products, lengths, out=numpy.zeros(len(vectors)), where=lengths > 0)
+    return found
 
 
-def scaled(values: Any) -> Any:
+def scaled(values: Floats) -> Floats:
     """Return values from 0 for the lowest to 1 for the highest; 0.5 for all of them if they are equal."""
-    numpy = load("numpy", "vector")
-    low, high = values.min(), values.max()
+    low, high = float(values.min()), float(values.max())
     # Cosines of equal vectors may differ in their last digit, which must not count as a whole point.
     if high - low < 1e-6:
-        return numpy.full(len(values), 0.5)
+        return values * 0 + 0.5
     return (values - low) / (high - low)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._extras import load
 from sage.services.memory.export import MemoryLine, TurnLine
@@ -79,7 +79,7 @@ class Recollection:
     recency: float
     importance: float
     created_at: float
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 def settings(connection: sqlite3.Connection) -> dict[str, str]:

@@ -11,9 +11,8 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from sage.services.models.llm import Answer, ToolCall
 
@@ -69,7 +68,7 @@ def told_in(body: object) -> str:
     return ""
 
 
-def json_or_text(content: bytes) -> Any:
+def json_or_text(content: bytes) -> object:
     """Return a body as JSON, or as text if it is not JSON."""
     try:
         return json.loads(content)
@@ -77,14 +76,14 @@ def json_or_text(content: bytes) -> Any:
         return content.decode("utf-8", "replace")
 
 
-def body_of(content: bytes) -> Any:
+def body_of(content: bytes) -> object:
     """Return the JSON of an answer."""
-    body = json.loads(content)
+    body: object = json.loads(content)
     check_answered(body)
     return body
 
 
-def check_answered(body: Any) -> None:
+def check_answered(body: object) -> None:
     """Refuse an error that a server sent in the place of an answer."""
     if isinstance(body, Mapping) and body.get("error"):
         error = body["error"]
@@ -95,6 +94,29 @@ def check_answered(body: Any) -> None:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
+def _fields(kind: str, value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{kind} is of the type {type(value).__name__}")
+    return value
+
+
+def _listed(kind: str, value: object) -> Sequence[object]:
+    """Return a list, which may be missing."""
+    if value and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise TypeError(f"{kind} is of the type {type(value).__name__}")
+    return value if isinstance(value, Sequence) else ()
+
+
+@dataclass
+class DraftCall:
+    """One call of a tool, as far as it has come."""
+
+    index: object
+    id: object = None
+    name: object = None
+    arguments: list[str] = field(default_factory=list)
+
+
 @dataclass
 class Draft:
     """One answer of several, as far as it has come."""
@@ -102,23 +124,24 @@ class Draft:
     texts: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[DraftCall] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, choice: Mapping[str, Any]) -> str:
+    def add(self, choice: Mapping[str, object]) -> str:
         """Take a choice of a completion or of a chunk, and return its text."""
         said = choice.get("delta") or choice.get("message") or {}
-        if isinstance(said, str):
-            said = {"content": said}
+        said = {"content": said} if isinstance(said, str) else _fields("a message", said)
         begun = len(self.texts)
         content = said.get("content")
         self._take(choice.get("text") if content is None else content)
         self._keep(self.refusals, said.get("refusal"))
         self._keep(self.thoughts, next(filter(None, map(said.get, REASONING)), None))
-        for place, call in enumerate(said.get("tool_calls") or ()):
-            self._call(call, call.get("function") or call, call.get("index"), is_first=place == 0)
+        for place, each in enumerate(_listed("tool_calls", said.get("tool_calls"))):
+            call = _fields("a call", each)
+            function = _fields("a function", call.get("function") or call)
+            self._call(call, function, call.get("index"), is_first=place == 0)
         if said.get("function_call"):
-            self._call({}, said["function_call"], 0, is_first=True)
+            self._call({}, _fields("a function", said["function_call"]), 0, is_first=True)
         if choice.get("finish_reason"):
             self.finish_reason = str(choice["finish_reason"])
         return "".join(self.texts[begun:])
@@ -152,30 +175,32 @@ class Draft:
         if found:
             texts.append(str(found))
 
-    def _call(self, call: Mapping[str, Any], function: Mapping[str, Any], index: Any, *, is_first: bool) -> None:
+    def _call(
+        self, call: Mapping[str, object], function: Mapping[str, object], index: object, *, is_first: bool
+    ) -> None:
         """Take a call of a tool, or the next part of one that has begun."""
         id_, name = call.get("id"), function.get("name")
         begun = None
         if type(index) is int:
-            begun = next((each for each in reversed(self.calls) if each["index"] == index), None)
+            begun = next((each for each in reversed(self.calls) if each.index == index), None)
         elif id_:
-            begun = next((each for each in self.calls if each["id"] == id_), None)
+            begun = next((each for each in self.calls if each.id == id_), None)
         elif self.calls and is_first and not name:
             begun = self.calls[-1]
         # Some servers give each call of an answer the same index.
-        if begun is None or (id_ and begun["id"] and begun["id"] != id_):
-            begun = {"index": index, "id": None, "name": None, "arguments": []}
+        if begun is None or (id_ and begun.id and begun.id != id_):
+            begun = DraftCall(index)
             self.calls.append(begun)
-        begun["id"] = begun["id"] or id_
-        begun["name"] = begun["name"] or name
+        begun.id = begun.id or id_
+        begun.name = begun.name or name
         arguments = function.get("arguments")
         if arguments is not None:
-            begun["arguments"].append(arguments if isinstance(arguments, str) else json.dumps(arguments))
+            begun.arguments.append(arguments if isinstance(arguments, str) else json.dumps(arguments))
 
     def answer(self, model: str) -> Answer:
         """Return the pieces so far as an answer, without counts."""
         calls = tuple(
-            ToolCall(str(call["id"] or f"call_{place}"), str(call["name"] or ""), "".join(call["arguments"]))
+            ToolCall(str(call.id or f"call_{place}"), str(call.name or ""), "".join(call.arguments))
             for place, call in enumerate(self.calls)
         )
         refusal, thoughts = "".join(self.refusals) or None, "".join(self.thoughts) or None
@@ -201,27 +226,26 @@ class Completion:
         """Whether the server has said that the answer is over."""
         return self.is_done or all(draft.finish_reason for draft in self._drafts.values())
 
-    def add(self, body: Any) -> str:
+    def add(self, body: object) -> str:
         """Take a body or a chunk, and return its text, which is that of the first answer if there are several."""
         if body == DONE:
             self.is_done = True
             return ""
         check_answered(body)
-        if not isinstance(body, Mapping):
-            raise TypeError(f"a chunk is of the type {type(body).__name__}")
-        if isinstance(body.get("model"), str) and body["model"]:
-            self._model = body["model"]
-        choices = body.get("choices") or ()
+        chunk = _fields("a chunk", body)
+        model = chunk.get("model")
+        if isinstance(model, str) and model:
+            self._model = model
         texts = []
-        for place, choice in enumerate(choices):
-            if not isinstance(choice, Mapping):
-                raise TypeError(f"a choice is of the type {type(choice).__name__}")
-            index = choice["index"] if type(choice.get("index")) is int else place
+        for place, each in enumerate(_listed("choices", chunk.get("choices"))):
+            choice = _fields("a choice", each)
+            number = choice.get("index")
+            index = number if isinstance(number, int) and not isinstance(number, bool) else place
             text = self._drafts.setdefault(index, Draft()).add(choice)
             if index == 0:
                 texts.append(text)
             self._count(choice.get("usage"))
-        self._count(body.get("usage"))
+        self._count(chunk.get("usage"))
         return "".join(texts)
 
     def _count(self, usage: object) -> None:
@@ -240,7 +264,7 @@ class Completion:
         )
 
 
-def tokens_in(usage: Any, name: str) -> int | None:
+def tokens_in(usage: object, name: str) -> int | None:
     """Return a count of tokens, or None if it is not known."""
     count = usage.get(name) if isinstance(usage, Mapping) else None
     if isinstance(count, bool) or not isinstance(count, int | float) or count < 0 or count != count // 1:
@@ -263,7 +287,7 @@ class Events:
         self._kind = ""
         self.is_plain: bool | None = None
 
-    def feed(self, content: bytes) -> list[Any]:
+    def feed(self, content: bytes) -> list[object]:
         """Return the chunks that are complete now; `DONE` stands for the end."""
         self._rest += content
         if self.is_plain is None and self._rest.strip(BLANK):
@@ -274,7 +298,7 @@ class Events:
         self._rest = bytearray(rest)
         return [chunk for line in lines for chunk in self._line(line)]
 
-    def end(self) -> list[Any]:
+    def end(self) -> list[object]:
         """Return the chunks that the end of the stream completes."""
         rest, self._rest = bytes(self._rest), bytearray()
         if not self.is_plain:
@@ -307,7 +331,7 @@ class Events:
 # --- embeddings -------------------------------------------------------------------------------------------------------
 
 
-def vectors_of(body: Any, count: int) -> list[list[float]]:
+def vectors_of(body: object, count: int) -> list[list[float]]:
     """Return the vectors of an answer in the order of the texts.
 
     Rows that have no numbers stand in the order of the texts; otherwise each text has one.
@@ -319,19 +343,21 @@ def vectors_of(body: Any, count: int) -> list[list[float]]:
         raise TypeError("it has no list of vectors")
     if len(rows) != count:
         raise ValueError(f"it has {len(rows)} vectors for {count} texts")
-    numbers: list[Any] = [row.get("index") if isinstance(row, Mapping) else None for row in rows]
+    numbers = [row.get("index") if isinstance(row, Mapping) else None for row in rows]
     vectors = [numbers_of(row["embedding"] if isinstance(row, Mapping) else row) for row in rows]
     if all(number is None for number in numbers):
         return vectors
-    places = [int(number) for number in numbers]
+    places = [int(number) for number in numbers if number is not None]
     if sorted(places) != list(range(count)):
         raise ValueError(f"its vectors have the numbers {places}")
     return [vector for _, vector in sorted(zip(places, vectors, strict=True), key=lambda pair: pair[0])]
 
 
-def numbers_of(vector: Any) -> list[float]:
+def numbers_of(vector: object) -> list[float]:
     """Return a vector, which may be the bytes of its numbers as base64."""
     if not isinstance(vector, str):
+        if not isinstance(vector, Iterable):
+            raise TypeError(f"a vector is of the type {type(vector).__name__}")
         return [float(number) for number in vector]
     numbers = array("f", base64.b64decode(vector, validate=True))
     if sys.byteorder == "big":  # The bytes are in the order of little-endian machines.

@@ -10,7 +10,7 @@ import zlib
 from abc import abstractmethod
 from array import array
 from operator import and_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 from sage._extras import load
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
@@ -21,10 +21,11 @@ from sage.services.models.embedding_cache import EmbeddingCache, MemoryCache, Sq
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from types import ModuleType
 
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     Vectors = NDArray[np.float32]
 
@@ -71,6 +72,14 @@ FREQUENT_WORDS = frozenset(
 """Words that say little about the subject of an English text."""
 
 
+class EmbeddingOptions(TypedDict, total=False):
+    """The settings that all embeddings have; see `EmbeddingService`."""
+
+    batch_max: int
+    cache_entries_max: int
+    cache_path: str | os.PathLike[str] | None
+
+
 class EmbeddingService(MeasuredService):
     """Turns texts into vectors of length 1; the same text always gets the same vector.
 
@@ -83,6 +92,8 @@ class EmbeddingService(MeasuredService):
         cache_path: an SQLite file that keeps them beyond the job, instead of memory. Where it fails while the service
             runs, the log says so once and memory takes its place.
     """
+
+    _numpy: ModuleType
 
     def __init__(
         self,
@@ -102,7 +113,6 @@ class EmbeddingService(MeasuredService):
         self._cache_entries_max = int(cache_entries_max)
         self._cache_path = cache_path
         self._cache: EmbeddingCache | None = None
-        self._numpy: Any = None
 
     @property
     @abstractmethod
@@ -192,10 +202,10 @@ class EmbeddingService(MeasuredService):
         return self.embed_one(text)
 
     @abstractmethod
-    def _encode(self, texts: list[str]) -> Any:
+    def _encode(self, texts: list[str]) -> ArrayLike:
         """Return an array of shape (n, dimension); the rows may have any length but zero."""
 
-    async def _aencode(self, texts: list[str]) -> object:
+    async def _aencode(self, texts: list[str]) -> ArrayLike:
         """Return the result of `_encode`; by default from another thread, as computing would hold up the loop."""
         return await asyncio.to_thread(self._encode, texts)
 
@@ -238,7 +248,7 @@ class Rows:
         for begin in range(0, len(ordered), size):
             yield dict(ordered[begin : begin + size])
 
-    def fill(self, batch: dict[bytes, str], encoded: Any) -> None:
+    def fill(self, batch: dict[bytes, str], encoded: ArrayLike) -> None:
         """Take the vectors of a batch."""
         numpy, service = self._numpy, self._service
         vectors = numpy.asarray(encoded, dtype=numpy.float32)
@@ -280,7 +290,7 @@ class HashingEmbeddings(EmbeddingService):
         **settings: those of `EmbeddingService`.
     """
 
-    def __init__(self, dimension: int = 384, **settings: Any) -> None:
+    def __init__(self, dimension: int = 384, **settings: Unpack[EmbeddingOptions]) -> None:
         super().__init__(**settings)
         self._dimension = checked_dimension(dimension)
         self._vocabulary = Vocabulary()
@@ -302,12 +312,13 @@ class HashingEmbeddings(EmbeddingService):
     def _identity(self) -> str:
         return f"{super()._identity()}/{HASHING_VERSION}"
 
-    def _encode(self, texts: list[str]) -> Any:
+    def _encode(self, texts: list[str]) -> Vectors:
         """Encode some texts at a time, so that the arrays of their features stay in the cache of a processor."""
         parts = [self._encode_some(texts[at : at + TEXTS_AT_ONCE]) for at in range(0, len(texts), TEXTS_AT_ONCE)]
-        return self._numpy.concatenate(parts)
+        vectors: Vectors = self._numpy.concatenate(parts)
+        return vectors
 
-    def _encode_some(self, texts: list[str]) -> Any:
+    def _encode_some(self, texts: list[str]) -> Vectors:
         """Count all features of all texts by sorting them once: a loop over features takes ten times as long."""
         numpy = self._numpy
         coded = [self._vocabulary.features_of(text) for text in texts]
@@ -326,13 +337,13 @@ class HashingEmbeddings(EmbeddingService):
         signs, places = self._spread(keys >> numpy.uint64(CODE_BITS))
         cells = (keys >> numpy.uint64(32 + CODE_BITS)).astype(numpy.intp) * self._dimension + places
         sums = numpy.bincount(cells, signs * weights * (1 + numpy.log(counts)), len(texts) * self._dimension)
-        vectors = sums.reshape(len(texts), self._dimension).astype(numpy.float32)
+        vectors: Vectors = sums.reshape(len(texts), self._dimension).astype(numpy.float32)
         blank = numpy.flatnonzero(~vectors.any(axis=1))
         # Features that took each other away; a vector needs a direction.
         vectors[blank, self._spread(firsts[blank])[1]] = 1.0
         return vectors
 
-    def _spread(self, checksums: Any) -> tuple[Any, Any]:
+    def _spread(self, checksums: NDArray[np.uint64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         """Return the sign and the place of features: a checksum alone keeps patterns of its input."""
         numpy = self._numpy
         hashes = (checksums & numpy.uint64(2**32 - 1)) * numpy.uint64(0x9E3779B97F4A7C15) >> numpy.uint64(16)
@@ -340,7 +351,7 @@ class HashingEmbeddings(EmbeddingService):
         return signs, ((hashes >> numpy.uint64(1)) % numpy.uint64(self._dimension)).astype(numpy.intp)
 
 
-def checked_dimension(dimension: Any) -> int:
+def checked_dimension(dimension: object) -> int:
     """Return how many numbers a vector is to have."""
     number = checked_whole("dimension", dimension)
     if number < 1:
@@ -414,17 +425,19 @@ def well_formed(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def texts_of(texts: Any) -> list[str]:
+def texts_of(texts: Iterable[object]) -> list[str]:
     """Return texts as a list."""
     if isinstance(texts, str | bytes):
         raise hint(TypeError(f"texts is {short(texts)}, not a list of texts"), "Call embed_one(text) for one.")
     try:
-        found = list(texts)
+        given = list(texts)
     except TypeError:
         raise TypeError(f"texts is {short(texts)}, not a list of texts") from None
-    for place, text in enumerate(found):
+    found: list[str] = []
+    for place, text in enumerate(given):
         if not isinstance(text, str):
             raise TypeError(
-                f"text {place} of {len(found)} is {short(text)}, of type {type(text).__name__}, not a string"
+                f"text {place} of {len(given)} is {short(text)}, of type {type(text).__name__}, not a string"
             )
+        found.append(text)
     return found

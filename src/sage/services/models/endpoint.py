@@ -13,7 +13,7 @@ import time
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from sage._bucket import Bucket
 from sage._extras import load
@@ -35,8 +35,7 @@ from sage.services.models.loop_thread import LoopThread
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-
-    from openai import AsyncOpenAI
+    from types import ModuleType
 
     from sage.services._shared.address import Url
 
@@ -74,6 +73,53 @@ SOCKS = 'A proxy with "socks5://" needs the package socksio.'
 NO_WORDS = "it does not say why"
 
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+
+
+class Response(Protocol):
+    """An answer whose body comes in pieces."""
+
+    request: object
+    aiter_bytes: Callable[[], AsyncIterator[bytes]]
+    aclose: Callable[[], Awaitable[None]]
+
+
+class RawAnswer(Protocol):
+    """An answer as the client library has it before it reads the JSON."""
+
+    content: bytes
+    status_code: int
+    http_response: Response
+
+
+class _Requests(Protocol):
+    create: Callable[..., Awaitable[RawAnswer]]
+    list: Callable[..., Awaitable[RawAnswer]]
+
+
+class _RawRequests(Protocol):
+    with_raw_response: _Requests
+
+
+class _Chat(Protocol):
+    completions: _RawRequests
+
+
+class Client(Protocol):
+    """The parts of `openai.AsyncOpenAI` that are used here."""
+
+    chat: _Chat
+    embeddings: _RawRequests
+    models: _RawRequests
+    close: Callable[[], Awaitable[None]]
+
+
+class _StatusError(Protocol):
+    status_code: int
+    body: object
+
+
+class _Pause(NamedTuple):
+    seconds: float
 
 
 class RefusedError(ServiceError, ValueError):
@@ -122,6 +168,8 @@ class EndpointOptions:
 class Endpoint:
     """Sends requests to one server and turns their failures into errors."""
 
+    _openai: ModuleType
+
     def __init__(
         self, base_url: Url, secret: Secret, model: str, options: EndpointOptions, on_retry: Callable[[], object]
     ) -> None:
@@ -134,11 +182,10 @@ class Endpoint:
         self._model = model
         self._options = options
         self._on_retry = on_retry
-        self._openai: Any = None
-        self._settings: dict[str, Any] = {}
+        self._settings: dict[str, object] = {}
         self._thread: LoopThread | None = None
         self._lock = threading.Lock()
-        self._of_loops: dict[AbstractEventLoop, tuple[AsyncGenerator[AsyncOpenAI, None], AsyncOpenAI]] = {}
+        self._of_loops: dict[AbstractEventLoop, tuple[AsyncGenerator[Client, None], Client]] = {}
         self._closing: set[object] = set()
         self._rate = Bucket(None, time.monotonic)
         self._knows_limits = False
@@ -167,7 +214,7 @@ class Endpoint:
         return {"base_url": self.shown_url, "key": f"from {self._secret.source}", **options}
 
     @property
-    def headers(self) -> dict[str, Any]:
+    def headers(self) -> dict[str, object]:
         """The header argument of a request: without a key, `Authorization` is omitted or has the address's password."""
         return {} if self._key else {"extra_headers": {"Authorization": self._basic or self._openai.Omit()}}
 
@@ -218,7 +265,7 @@ class Endpoint:
         for loop, generator in left:
             self._close_on(loop, generator)
 
-    def _close_on(self, loop: AbstractEventLoop, generator: AsyncGenerator[AsyncOpenAI, None]) -> None:
+    def _close_on(self, loop: AbstractEventLoop, generator: AsyncGenerator[Client, None]) -> None:
         async def end() -> None:
             await generator.aclose()
 
@@ -267,38 +314,38 @@ class Endpoint:
 
     # --- requests ---
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """Wait on a thread for a coroutine of this endpoint, which runs on its own loop."""
         if self._thread is None:
             coroutine.close()
             raise self._ended()
         return self._thread.run(coroutine)
 
-    async def call(self, send: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
+    async def call(self, send: Callable[[Client], Awaitable[T]]) -> T:
         """Return the result of `send`, which gets a client and is called again after temporary errors."""
         async with self.opened(send) as answer:
             return answer
 
     @asynccontextmanager
-    async def opened(self, send: Callable[[AsyncOpenAI], Awaitable[T]]) -> AsyncIterator[T]:
+    async def opened(self, send: Callable[[Client], Awaitable[T]]) -> AsyncIterator[T]:
         """Provide the result of `send`.
 
         A failure in the block, while the answer arrives in pieces, becomes an error like others and is not retried.
         """
         tries = Tries(self)
         while True:
-            answer, pause_s = await self._one_try(send, tries)
-            if pause_s is None:
+            answer = await self._one_try(send, tries)
+            if not isinstance(answer, _Pause):
                 with self._explained(tries):
                     yield answer
                 return
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(answer.seconds)
 
     def used(self, tokens: int) -> None:
         """Count the tokens of an answer towards the limit for tokens."""
         self._rate.used(tokens)
 
-    async def contents(self, response: Any) -> AsyncGenerator[bytes, None]:
+    async def contents(self, response: Response) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of an answer as they come."""
         library = import_module(type(response).__module__.partition(".")[0])  # The client has one of two.
         try:
@@ -338,7 +385,7 @@ class Endpoint:
         text = f'model server {self.shown_url} broke off, asked for model "{self._model}": {reason}'
         return ServiceError(text, fault="external")
 
-    async def _one_try(self, send: Callable[[AsyncOpenAI], Awaitable[T]], tries: Tries) -> tuple[Any, float | None]:
+    async def _one_try(self, send: Callable[[Client], Awaitable[T]], tries: Tries) -> T | _Pause:
         client = await self._of_loop()
         failure: Exception
         await self._rate.wait(self._check_open)
@@ -348,12 +395,12 @@ class Endpoint:
             answer = await send(client)
             self._answered_at, self._is_accepted = time.monotonic(), True
             self._learn(answer)
-            return answer, None
+            return answer
         except (self._openai.OpenAIError, ValueError) as error:
             failure = error
             self._learn(getattr(error, "response", None))
         # Raised outside of the handler, so that the client's error, which holds the request and its key, stays behind.
-        return None, tries.pause_s(failure)
+        return _Pause(tries.pause_s(failure))
 
     def _learn(self, answer: object) -> None:
         """Take in the limits that an answer or a refusal tells in its headers."""
@@ -376,7 +423,7 @@ class Endpoint:
         if failure is not None:
             raise tries.explained(failure)
 
-    async def _of_loop(self) -> AsyncOpenAI:
+    async def _of_loop(self) -> Client:
         """Return the client of the loop that runs; its connections can be used on no other.
 
         It lives in an asynchronous generator: a loop that ends in order closes those that wait on it, so the
@@ -396,7 +443,7 @@ class Endpoint:
             self._of_loops[loop] = generator, client
         return client
 
-    async def _living(self, loop: AbstractEventLoop) -> AsyncGenerator[AsyncOpenAI, None]:
+    async def _living(self, loop: AbstractEventLoop) -> AsyncGenerator[Client, None]:
         client = self._made()
         try:
             yield client
@@ -405,16 +452,16 @@ class Endpoint:
                 self._of_loops.pop(loop, None)
             await client.close()
 
-    def _made(self) -> AsyncOpenAI:
+    def _made(self) -> Client:
         """Return a client; one of a server on this machine does not ask a proxy for it."""
         openai = self._openai
         settings = dict(self._settings)
         if is_here(self.url):
-            verify: Any = ssl.create_default_context() if self.url.lower().startswith("https") else False
+            verify = ssl.create_default_context() if self.url.lower().startswith("https") else False
             settings["http_client"] = openai.DefaultAsyncHttpxClient(trust_env=False, verify=verify)
         proxies = {name: os.environ.get(name) or os.environ.get(name.lower()) for name in PROXIES}
         try:
-            client: AsyncOpenAI = openai.AsyncOpenAI(**settings)
+            client: Client = openai.AsyncOpenAI(**settings)
             return client
         except Exception:  # of the types of two libraries, with passwords of proxies in their texts
             if not any(proxies.values()):
@@ -439,7 +486,6 @@ class Tries:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._openai = endpoint._openai
         self._count = 0
 
     def pause_s(self, failure: Exception) -> float:
@@ -459,7 +505,8 @@ class Tries:
 
     def explained(self, failure: Exception) -> ServiceError:
         """Describe a failure for the user, without the key."""
-        openai, endpoint = self._openai, self._endpoint
+        endpoint = self._endpoint
+        openai = endpoint._openai
         server = f"model server {endpoint.shown_url}"
         model = f'model "{endpoint._model}"'
         tries = f" in {self._count} tries" if self._count > 1 else ""
@@ -468,7 +515,8 @@ class Tries:
             silent = f"{server} was silent for {endpoint._options.timeout_s:g} s, asked for {model}{tries}"
             return hint(ServiceTimeoutError(silent, fault="external"), "Raise timeout_s if the model needs longer.")
         if isinstance(failure, openai.APIStatusError):
-            words = told_in(failure.body) or told_in(_body_of(failure.response))
+            unread = json_or_text(failure.response.content) if failure.response.is_stream_consumed else None
+            words = told_in(failure.body) or told_in(unread)
             text = redacted_text(words, *endpoint.secrets) or NO_WORDS
             return self._status_explained(
                 failure, f"{server} answered {failure.status_code} for {model}{tries}: {text}"
@@ -481,7 +529,7 @@ class Tries:
             return ServiceError(f"{server} broke off, asked for {model}: {text}", fault="external")
         return ServiceError(f"{server} gave a malformed answer for {model}: {text}", fault="external")
 
-    def _status_explained(self, failure: Any, text: str) -> ServiceError:
+    def _status_explained(self, failure: _StatusError, text: str) -> ServiceError:
         secret = self._endpoint._secret
         match failure.status_code:
             case 401 | 403:
@@ -506,7 +554,7 @@ class Tries:
                 return ServiceError(text, fault="user" if status < 500 else "external")
 
     def _may_pass(self, failure: Exception) -> bool:
-        openai = self._openai
+        openai = self._endpoint._openai
         if isinstance(failure, openai.APIStatusError):
             # A server may know that trying again is useless, such as without money left.
             useless = failure.response.headers.get("x-should-retry") == "false" or _is_not_taken(failure)
@@ -516,8 +564,8 @@ class Tries:
             return type(failure.__cause__).__name__ == "ConnectTimeout"
         return isinstance(failure, openai.APIConnectionError)
 
-    def _retry_after_s(self, failure: Exception) -> float | None:
-        if not isinstance(failure, self._openai.APIStatusError):
+    def _retry_after_s(self, failure: object) -> float | None:
+        if not isinstance(failure, self._endpoint._openai.APIStatusError):
             return None
         headers = failure.response.headers
         with suppress(ValueError):
@@ -535,11 +583,7 @@ def _checked_pause(seconds: float) -> float | None:
     return max(seconds, 0.0) if seconds == seconds else None
 
 
-def _is_not_taken(failure: Any) -> bool:
+def _is_not_taken(failure: _StatusError) -> bool:
     """Return whether a server refuses the request itself; some answer status 500 to a long text."""
     status = failure.status_code
     return status in NOT_TAKEN or (status == 500 and TOO_LONG.search(told_in(failure.body)) is not None)
-
-
-def _body_of(response: Any) -> Any:
-    return json_or_text(response.content) if response.is_stream_consumed else None

@@ -10,7 +10,7 @@ import mimetypes
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
@@ -68,7 +68,7 @@ class ToolCall:
     name: str
     arguments: str
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """Return the arguments by their names.
 
         Raises:
@@ -84,7 +84,7 @@ class ToolCall:
         return values
 
 
-Part: TypeAlias = "str | Image | Mapping[str, Any]"
+Part: TypeAlias = "str | Image | Mapping[str, object]"
 """A part of a message: a text, an image, or a part as the protocol of the model's server has it."""
 
 
@@ -472,7 +472,7 @@ def _has_image(message: Message) -> bool:
     return not isinstance(message.content, str) and any(not isinstance(part, str) for part in message.content)
 
 
-def stops_of(stop: Any) -> list[str]:
+def stops_of(stop: str | Iterable[str] | None) -> list[str]:
     """Return the words that end an answer as a list."""
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     for word in stops:
@@ -483,7 +483,7 @@ def stops_of(stop: Any) -> list[str]:
     return stops
 
 
-def checked_tokens(max_tokens: Any) -> None:
+def checked_tokens(max_tokens: object) -> None:
     """Refuse a bound that leaves no room for an answer."""
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise ValueError(f"max_tokens is {short(max_tokens)}, not a whole number from 1")

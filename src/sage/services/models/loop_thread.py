@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sage.errors import ServiceUnavailableError
 
@@ -32,7 +32,7 @@ class LoopThread:
         self._thread.start()
         self._started.wait()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run a coroutine to its end and return its result; any thread but the loop's own may call it."""
         with self._lock:
             if self._is_ended:
@@ -67,7 +67,7 @@ class LoopThread:
         self._started.set()
         await self._closing.wait()
 
-    async def _listed(self, coroutine: Coroutine[Any, object, T]) -> T:
+    async def _listed(self, coroutine: Coroutine[object, object, T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

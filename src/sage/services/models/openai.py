@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from sage.errors import ServiceError
 from sage.services._shared.measures import MeasuredService
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 
-    from openai import AsyncOpenAI
-
     from sage.services._shared.address import Url
+    from sage.services.models.embeddings import EmbeddingOptions
+    from sage.services.models.endpoint import Client, RawAnswer, Response
     from sage.services.models.llm import Answer, Keep, Message, Part
     from sage.services.models.tools import AnyTool
 
@@ -46,8 +46,8 @@ class AskedOfServer(Asked, total=False):
     """
 
     tools: Sequence[AnyTool]
-    tool_choice: str | Mapping[str, Any] | None
-    response_format: Mapping[str, Any] | None
+    tool_choice: str | Mapping[str, object] | None
+    response_format: Mapping[str, object] | None
 
 
 class OfServer(MeasuredService):
@@ -164,17 +164,17 @@ class OpenAILLM(OfServer, LLMService):
         self,
         prompt: object,
         *,
-        max_tokens: Any = None,
-        temperature: Any = None,
-        stop: Any = None,
-        tools: Any = (),
-        tool_choice: Any = None,
-        response_format: Any = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: Sequence[AnyTool] | None = (),
+        tool_choice: str | Mapping[str, object] | None = None,
+        response_format: Mapping[str, object] | None = None,
     ) -> dict[str, object]:
-        request: dict[str, Any] = {"model": self._model, "messages": [*map(_sent, conversation_of(prompt))]}
+        request: dict[str, object] = {"model": self._model, "messages": [*map(_sent, conversation_of(prompt))]}
         checked_tokens(max_tokens)
         offered = [tool_of(tool).schema for tool in tools or ()]
-        optional = {
+        optional: dict[str, object] = {
             self._token_limit: max_tokens,
             "temperature": temperature,
             "stop": stops_of(stop) or None,
@@ -189,8 +189,8 @@ class OpenAILLM(OfServer, LLMService):
         super()._used(answer)
         self._endpoint.used((answer.prompt_tokens or 0) + (answer.completion_tokens or 0))
 
-    async def _answer(self, request: Mapping[str, Any]) -> Answer:
-        def send(client: AsyncOpenAI) -> Awaitable[Any]:
+    async def _answer(self, request: Mapping[str, object]) -> Answer:
+        def send(client: Client) -> Awaitable[RawAnswer]:
             return client.chat.completions.with_raw_response.create(**request, **self._endpoint.headers)
 
         content = (await self._endpoint.call(send)).content
@@ -202,7 +202,7 @@ class OpenAILLM(OfServer, LLMService):
         self._used(answer)
         return answer
 
-    def _read(self, ask: Callable[[], Mapping[str, Any]], keep: Keep) -> Generator[str, None, None]:
+    def _read(self, ask: Callable[[], Mapping[str, object]], keep: Keep) -> Generator[str, None, None]:
         pieces = self._pieces(ask, "stream", keep)
 
         async def following() -> str | None:
@@ -218,8 +218,10 @@ class OpenAILLM(OfServer, LLMService):
             if self._endpoint.is_open:
                 self._endpoint.run(end())
 
-    async def _pieces(self, ask: Callable[[], Mapping[str, Any]], method: str, keep: Keep) -> AsyncGenerator[str, None]:
-        def send(client: AsyncOpenAI) -> Awaitable[Any]:
+    async def _pieces(
+        self, ask: Callable[[], Mapping[str, object]], method: str, keep: Keep
+    ) -> AsyncGenerator[str, None]:
+        def send(client: Client) -> Awaitable[RawAnswer]:
             return client.chat.completions.with_raw_response.create(**streamed, **self._endpoint.headers)
 
         with self.measured(method):
@@ -233,7 +235,7 @@ class OpenAILLM(OfServer, LLMService):
             except GeneratorExit:
                 return  # The reader has enough, which is not an error.
 
-    async def _texts(self, response: object, keep: Keep) -> AsyncGenerator[str, None]:
+    async def _texts(self, response: Response, keep: Keep) -> AsyncGenerator[str, None]:
         completion, events = Completion(self._model), Events()
         content = b""
         async with aclosing(self._endpoint.contents(response)) as contents:
@@ -259,13 +261,11 @@ class OpenAILLM(OfServer, LLMService):
 
 def _sent(message: Message) -> dict[str, object]:
     """Return a message as the protocol has it."""
-    content: Any = message.content
-    sent: dict[str, Any] = {
-        "role": message.role,
-        "content": well_formed(content) if isinstance(content, str) else [*map(_sent_part, content)],
-    }
+    given = message.content
+    content = well_formed(given) if isinstance(given, str) else [*map(_sent_part, given)]
+    sent: dict[str, object] = {"role": message.role, "content": content}
     if message.tool_calls:
-        sent["content"] = sent["content"] or None
+        sent["content"] = content or None
         sent["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
@@ -307,7 +307,7 @@ class OpenAIEmbeddings(OfServer, EmbeddingService):
         api_key_env: str | None = None,
         api_key_file: str | os.PathLike[str] | None = None,
         request_options: EndpointOptions | None = None,
-        **settings: Any,
+        **settings: Unpack[EmbeddingOptions],
     ) -> None:
         super().__init__(**settings)
         if shortened and dimension is None:
@@ -352,12 +352,12 @@ class OpenAIEmbeddings(OfServer, EmbeddingService):
         # Servers may have different models under one name; that of a command has another port each time.
         return f"{super()._identity()}/{self._endpoint.lasting_url}"
 
-    def _encode(self, texts: list[str]) -> Any:
+    def _encode(self, texts: list[str]) -> list[list[float]]:
         return self._endpoint.run(self._aencode(texts))
 
-    async def _aencode(self, texts: list[str]) -> object:
+    async def _aencode(self, texts: list[str]) -> list[list[float]]:
         # As numbers: the client would ask for base64 otherwise, which many servers do not know.
-        request: dict[str, Any] = {
+        request: dict[str, object] = {
             "model": self._model,
             "input": [well_formed(text) for text in texts],
             "encoding_format": "float",
@@ -365,7 +365,7 @@ class OpenAIEmbeddings(OfServer, EmbeddingService):
         if self._shortened:
             request["dimensions"] = self._dimension
 
-        def send(client: AsyncOpenAI) -> Awaitable[Any]:
+        def send(client: Client) -> Awaitable[RawAnswer]:
             return client.embeddings.with_raw_response.create(**request, **self._endpoint.headers)
 
         content = (await self._endpoint.call(send)).content

@@ -7,7 +7,7 @@ import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from sage.errors import GraphError, describe, hint, short
 from sage.services.models.llm import Message
@@ -15,10 +15,10 @@ from sage.services.models.llm import Message
 if TYPE_CHECKING:
     from sage.services.models.llm import ToolCall
 
-AnyTool: TypeAlias = "Tool | Callable[..., Any] | Mapping[str, Any]"
+AnyTool: TypeAlias = "Tool | Callable[..., object] | Mapping[str, object]"
 """A tool, a function that becomes one by `Tool.of`, or a schema as the protocol of model servers has it."""
 
-SCHEMAS: dict[Any, dict[str, Any]] = {
+SCHEMAS: dict[object, dict[str, object]] = {
     str: {"type": "string"},
     int: {"type": "integer"},
     float: {"type": "number"},
@@ -31,6 +31,21 @@ SCHEMAS: dict[Any, dict[str, Any]] = {
 """The JSON Schema of each plain type."""
 
 MODES = ("auto", "none", "required")
+
+
+class Description(TypedDict):
+    """A function as a model is told of it."""
+
+    name: str
+    description: str
+    parameters: dict[str, object]
+
+
+class Schema(TypedDict):
+    """A tool as the protocol of model servers has it."""
+
+    type: Literal["function"]
+    function: Description
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,11 @@ class Tool:
 
     name: str
     description: str
-    parameters: Mapping[str, Any]
-    function: Callable[..., Any]
+    parameters: Mapping[str, object]
+    function: Callable[..., object]
 
     @classmethod
-    def of(cls, function: Callable[..., Any]) -> Tool:
+    def of(cls, function: Callable[..., object]) -> Tool:
         """Return a function as a tool: its name, its docstring and its type hints tell the model how to use it.
 
         Raises:
@@ -79,9 +94,9 @@ class Tool:
         return cls(name, inspect.getdoc(function) or "", parameters, function)
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def schema(self) -> Schema:
         """The tool as the protocol of model servers has it."""
-        described = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        described = Description(name=self.name, description=self.description, parameters=dict(self.parameters))
         return {"type": "function", "function": described}
 
 
@@ -89,7 +104,7 @@ class Tool:
 class SchemaTool:
     """A tool of which only the schema is known: the program calls it by itself."""
 
-    schema: Mapping[str, Any]
+    schema: Mapping[str, object]
 
 
 def tool_of(tool: AnyTool) -> Tool | SchemaTool:
@@ -107,17 +122,18 @@ def tool_of(tool: AnyTool) -> Tool | SchemaTool:
     raise hint(GraphError(f"a tool is {short(tool)}"), "It is a function, a Tool, or a schema as a mapping.")
 
 
-def choice_of(choice: str | Mapping[str, Any] | None, offered: Sequence[Mapping[str, Any]]) -> Any:
+def choice_of(choice: str | Mapping[str, object] | None, offered: Sequence[Mapping[str, object]]) -> object:
     """Return the choice of a tool as the protocol has it."""
     if choice is None or isinstance(choice, Mapping) or choice in MODES:
         return choice
-    names = [tool.get("function", tool).get("name") for tool in offered]
+    described = [tool.get("function", tool) for tool in offered]
+    names = [each.get("name") for each in described if isinstance(each, Mapping)]
     if choice not in names:
         raise ValueError(f"tool_choice is {short(choice)}, which is not one of {list(MODES)} or of the tools {names}")
     return {"type": "function", "function": {"name": choice}}
 
 
-def schema_of(hint_: Any, place: str) -> dict[str, Any]:
+def schema_of(hint_: object, place: str) -> dict[str, object]:
     """Return the JSON Schema of a type hint."""
     origin, args = get_origin(hint_), get_args(hint_)
     if origin is Literal:

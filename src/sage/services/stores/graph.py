@@ -16,8 +16,11 @@ from sage.services._shared.validation import checked_text, is_number, json_text
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import ModuleType
 
     from networkx import MultiDiGraph as Graph
+
+    FullEdge = tuple[str, str, str, Mapping[str, object]]
 
 Direction = Literal["out", "in", "both"]
 
@@ -83,7 +86,7 @@ class GraphStore(FileService):
         super().__init__(SqliteFile(path, "graph", 1, SCHEMA, is_exclusive=True))
         self._lock = threading.Lock()
         self._loaded: Graph | None = None
-        self._library: Any = None
+        self._library: ModuleType
 
     # --- hooks ---
 
@@ -122,7 +125,7 @@ class GraphStore(FileService):
 
     # --- changes ---
 
-    def put_node(self, node: str, properties: Mapping[str, Any] | None = None) -> None:
+    def put_node(self, node: str, properties: Mapping[str, object] | None = None) -> None:
         """Add a node, or give one other properties.
 
         Raises:
@@ -131,7 +134,7 @@ class GraphStore(FileService):
         self.put_many([Node(node, properties or {})])
 
     def put_edge(
-        self, source: str, target: str, relation: str = "", properties: Mapping[str, Any] | None = None
+        self, source: str, target: str, relation: str = "", properties: Mapping[str, object] | None = None
     ) -> None:
         """Add an edge, or give one other properties. Nodes that are not there are added, without properties.
 
@@ -204,7 +207,7 @@ class GraphStore(FileService):
         with self.measured("node"), self._graph() as graph:
             return _node(graph, node) if node in graph else None
 
-    def nodes(self, where: Mapping[str, Any] | None = None) -> list[Node]:
+    def nodes(self, where: Mapping[str, object] | None = None) -> list[Node]:
         """Return the nodes that have all these properties, with these values, in the order in which they were put."""
         with self.measured("nodes"), self._graph() as graph:
             return [_node(graph, name) for name, data in graph.nodes(data=True) if _has(data["properties"], where)]
@@ -215,7 +218,7 @@ class GraphStore(FileService):
         *,
         direction: Direction = "both",
         relation: str | None = None,
-        where: Mapping[str, Any] | None = None,
+        where: Mapping[str, object] | None = None,
     ) -> list[Edge]:
         """Return edges, in the order of source, target and relation.
 
@@ -231,7 +234,7 @@ class GraphStore(FileService):
         """
         with self.measured("edges"), self._graph() as graph:
             if node is None:
-                found: Iterable[Any] = graph.edges(keys=True, data="properties")
+                found: Iterable[FullEdge] = graph.edges(keys=True, data="properties")
             else:
                 found = _edges_of(graph, _known(graph, node), direction)
             return _edges(edge for edge in found if relation in (None, edge[2]) and _has(edge[3], where))
@@ -347,7 +350,7 @@ PUT_EDGE = (
 )
 
 
-def _text(name: str, properties: Mapping[str, Any]) -> str:
+def _text(name: str, properties: Mapping[str, object]) -> str:
     return json_text(name, dict(properties))
 
 
@@ -356,16 +359,17 @@ def _edge_row(edge: Edge) -> tuple[str, str, str, str]:
     return source, target, checked_text("relation", edge.relation), _text(f"{source} -> {target}", edge.properties)
 
 
-def _copy(properties: Mapping[str, Any]) -> dict[str, Any]:
+def _copy(properties: Mapping[str, object]) -> dict[str, object]:
     """Return properties that the caller may change without changing the graph."""
-    return json.loads(json.dumps(properties)) if properties else {}
+    copy: dict[str, object] = json.loads(json.dumps(properties)) if properties else {}
+    return copy
 
 
 def _node(graph: Graph, name: str) -> Node:
     return Node(name, _copy(graph.nodes[name]["properties"]))
 
 
-def _edges(found: Iterable[Any]) -> list[Edge]:
+def _edges(found: Iterable[FullEdge]) -> list[Edge]:
     return [
         Edge(source, target, relation, _copy(properties))
         for source, target, relation, properties in sorted(found, key=lambda edge: edge[:3])
@@ -378,11 +382,11 @@ def _known(graph: Graph, node: str) -> str:
     return node
 
 
-def _has(properties: Mapping[str, object], where: Mapping[str, Any] | None) -> bool:
+def _has(properties: Mapping[str, object], where: Mapping[str, object] | None) -> bool:
     return not where or all(name in properties and properties[name] == value for name, value in where.items())
 
 
-def _edges_of(graph: Graph, node: str, direction: Direction) -> list[Any]:
+def _edges_of(graph: Graph, node: str, direction: Direction) -> list[FullEdge]:
     if direction not in ("out", "in", "both"):
         raise ValueError(f'direction is {short(direction)}, not "out", "in" or "both"')
     found = list(graph.out_edges(node, keys=True, data="properties")) if direction != "in" else []
@@ -418,8 +422,8 @@ def _lengths(graph: Graph, weight: str, direction: Direction) -> Callable[[str, 
     return length
 
 
-def _length(properties: Mapping[str, Any], weight: str) -> float:
-    length: float = properties.get(weight, 1)
+def _length(properties: Mapping[str, object], weight: str) -> float:
+    length = properties.get(weight, 1)
     if not is_number(length, 0):
         raise ValueError(f"an edge has the length {short(length)} in {short(weight)}; it is a number of at least 0")
     return length

@@ -37,7 +37,7 @@ class KeyValueStore(MeasuredService):
         """Return the result of `get`."""
         return self.get(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """Return the value of a key, or `default`.
 
         Raises:
@@ -56,7 +56,7 @@ class KeyValueStore(MeasuredService):
             found = self._get_many(wanted)
             return {key: json_value(key, text) for key, text in found.items()}
 
-    def put(self, key: str, value: Any, *, ttl_s: float | None = None) -> None:
+    def put(self, key: str, value: object, *, ttl_s: float | None = None) -> None:
         """Set the value of a key, and its time to live; an earlier one of either is gone.
 
         Args:
@@ -72,7 +72,7 @@ class KeyValueStore(MeasuredService):
             entries = {checked_text("key", key): json_text(key, value)}
             self._put_many(entries, checked_ttl(ttl_s))
 
-    def put_many(self, entries: Mapping[str, Any], *, ttl_s: float | None = None) -> None:
+    def put_many(self, entries: Mapping[str, object], *, ttl_s: float | None = None) -> None:
         """Set the values of several keys at once, all of them with the same time to live."""
         with self.measured("put_many") as call:
             texts = {checked_text("key", key): json_text(key, value) for key, value in entries.items()}

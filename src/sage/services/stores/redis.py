@@ -7,7 +7,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, unquote_plus
 
 from sage._extras import load
@@ -19,11 +19,13 @@ from sage.services._shared.validation import is_number
 from sage.services.stores.key_value import KeyValueStore, counter_overflow, no_counter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import redis
 
     from sage.service import ServiceMethod
+
+T = TypeVar("T")
 
 SCAN_COUNT = 1_000
 """How many keys the server looks at before it answers other clients in between."""
@@ -109,7 +111,7 @@ class RedisKeyValue(KeyValueStore):
             return ", whose database is not a number"  # The library would take database 0.
         module, retry = load("redis", "redis"), load("redis.retry", "redis")
         backoff = load("redis.backoff", "redis")
-        settings: dict[str, Any] = {} if password is None else {"password": password}
+        settings: dict[str, str] = {} if password is None else {"password": password}
         try:
             self._client = module.Redis.from_url(
                 url,
@@ -151,14 +153,15 @@ class RedisKeyValue(KeyValueStore):
     def _get_many(self, keys: list[str]) -> dict[str, str]:
         if not keys:
             return {}
-        found: Any = self._twice("mget", [self._prefix + key for key in keys])
+        kept = [self._prefix + key for key in keys]
+        found = self._twice(lambda client: client.mget(kept))
         return {key: text_of(value) for key, value in zip(keys, found, strict=True) if value is not None}
 
     def _put_many(self, entries: dict[str, str], ttl_s: float | None) -> None:
         milliseconds = None if ttl_s is None else max(1, round(ttl_s * 1000))
         if len(entries) == 1:
             [(key, text)] = entries.items()
-            self._twice("set", self._prefix + key, text, px=milliseconds)
+            self._twice(lambda client: client.set(self._prefix + key, text, px=milliseconds))
             return
         with self._translated_errors(), self._connected().pipeline(transaction=True) as pipeline:
             for key, text in entries.items():
@@ -172,7 +175,7 @@ class RedisKeyValue(KeyValueStore):
     def _increment(self, key: str, by: int) -> int:
         try:
             with self._translated_errors():
-                total: Any = self._connected().incrby(self._prefix + key, by)
+                total = self._connected().incrby(self._prefix + key, by)
         except ServiceError as error:
             cause = str(error.__cause__ or error).rpartition(" refused: ")[2]
             if "overflow" in cause:
@@ -200,14 +203,14 @@ class RedisKeyValue(KeyValueStore):
             found = set(self._connected().scan_iter(match=pattern.encode(), count=SCAN_COUNT))
         return {text_of(key)[len(self._prefix) :] for key in found}
 
-    def _twice(self, command: str, *args: object, **kwargs: object) -> object:
+    def _twice(self, command: Callable[[redis.Redis], T]) -> T:
         """Run a command that may run twice, and do so if the connection broke."""
         try:
             with self._translated_errors():
-                return getattr(self._connected(), command)(*args, **kwargs)
+                return command(self._connected())
         except ServiceUnavailableError:
             with self._translated_errors():
-                return getattr(self._connected(), command)(*args, **kwargs)
+                return command(self._connected())
 
     def _connected(self) -> redis.Redis:
         if self._client is None:

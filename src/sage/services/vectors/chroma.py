@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 from urllib.parse import quote
 
 from sage._extras import load
@@ -30,7 +30,7 @@ from sage.services.vectors.contract import Entry, Hit, Shape, VectorStore, close
 from sage.services.vectors.filters import ALWAYS, All, AnyOf, Compare, Contains, Exists, OneOf, kind_of, predicate
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from sage.services._shared.address import Url
     from sage.services.vectors.contract import Metric
@@ -58,6 +58,50 @@ READ_MAX = 10_000
 ESCAPE = "sage:"
 RESERVED = re.compile(rf"(?:{ESCAPE})*(?:#|chroma:)")
 """How fields begin that Chroma keeps for itself, and which are stored with one `ESCAPE` more before them."""
+
+
+class _Columns(TypedDict):
+    ids: list[str]
+    embeddings: Sequence[Sequence[float]]
+    documents: Sequence[str | None]
+    metadatas: Sequence[Metadata | None]
+
+
+class _Answers(TypedDict):
+    ids: list[list[str]]
+    distances: list[list[float]]
+    documents: list[list[str | None]]
+    metadatas: list[list[Metadata | None]]
+
+
+class ChromaCollection(Protocol):
+    """The parts of `chromadb.Collection` that are used here."""
+
+    name: str
+    configuration_json: Mapping[str, Mapping[str, str]]
+    metadata: Mapping[str, int] | None
+    get: Callable[..., _Columns]
+    query: Callable[..., _Answers]
+    add: Callable[..., None]
+    delete: Callable[..., object]
+    count: Callable[[], int]
+
+
+class ChromaClient(Protocol):
+    """The parts of a client of Chroma that are used here."""
+
+    heartbeat: Callable[[], int]
+    get_max_batch_size: Callable[[], int]
+    get_collection: Callable[..., ChromaCollection]
+    create_collection: Callable[..., ChromaCollection]
+    list_collections: Callable[[], Sequence[ChromaCollection]]
+    delete_collection: Callable[[str], None]
+    close: Callable[[], None]
+
+
+class _Session(Protocol):
+    timeout: float
+    close: Callable[[], None]
 
 
 class CommandArguments(TypedDict):
@@ -147,9 +191,9 @@ class ChromaStore(VectorStore):
         self._token = token
         self._secrets: tuple[str, ...] = (token or "",)
         self._folder: FolderLock | None = None
-        self._client: Any = None
-        self._sessions: list[Any] = []
-        self._found: dict[str, tuple[Any, Shape]] = {}
+        self._client: ChromaClient | None = None
+        self._sessions: list[_Session] = []
+        self._found: dict[str, tuple[ChromaCollection, Shape]] = {}
         self._address = ""
         self._shown_url = redact_url(url) if isinstance(url, str) else ""
 
@@ -181,7 +225,7 @@ class ChromaStore(VectorStore):
             with without_proxy(url):
                 self._ask_first(url, headers)
             with self._translated_errors(), without_proxy(url):
-                self._client = chromadb.HttpClient(
+                client = chromadb.HttpClient(
                     host=url,
                     ssl=url.startswith("https:"),
                     headers=dict(headers),
@@ -191,7 +235,8 @@ class ChromaStore(VectorStore):
                 )
             # The library offers no setting for the time-out, and does not close the connections.
             # It makes a second one that only its constructor uses.
-            self._sessions = [part._server._session for part in (self._client, self._client._admin_client)]
+            self._client = client
+            self._sessions = [part._server._session for part in (client, client._admin_client)]
             for session in self._sessions:
                 session.timeout = self.timeout_s
         self._check_own_collection()
@@ -231,7 +276,7 @@ class ChromaStore(VectorStore):
             self._folder.check()
 
     @property
-    def _open(self) -> Any:
+    def _open(self) -> ChromaClient:
         if self._client is None:
             raise closed_error(self)
         return self._client
@@ -306,7 +351,7 @@ class ChromaStore(VectorStore):
         except KeyError:
             return None
 
-    def _collection(self, name: str) -> tuple[Any, Shape]:
+    def _collection(self, name: str) -> tuple[ChromaCollection, Shape]:
         """Return a collection; KeyError if it does not exist."""
         client = self._open
         found = self._found.get(name)
@@ -319,7 +364,7 @@ class ChromaStore(VectorStore):
                 found = self._found[name] = (collection, self._shape_of(collection))
         return found
 
-    def _shape_of(self, collection: Any) -> Shape:
+    def _shape_of(self, collection: ChromaCollection) -> Shape:
         configuration = collection.configuration_json
         space = (configuration.get("hnsw") or configuration.get("spann") or {}).get("space", "l2")
         dimension = (collection.metadata or {}).get(DIMENSION)
@@ -329,7 +374,7 @@ class ChromaStore(VectorStore):
         return Shape(int(dimension), METRICS[space])
 
     @contextmanager
-    def _using(self, name: str) -> Iterator[Any]:
+    def _using(self, name: str) -> Iterator[ChromaCollection]:
         """Give a collection, and look it up again the next time if another program has removed it."""
         try:
             collection = self._collection(name)[0]
@@ -365,7 +410,7 @@ class ChromaStore(VectorStore):
     # --- entries ---
 
     def _write(self, name: str, rows: Rows) -> None:
-        step: int = self._open.get_max_batch_size()
+        step = self._open.get_max_batch_size()
         with self._using(name) as collection:
             for start in range(0, len(rows.ids), step):
                 part = rows.cut(start, start + step)
@@ -382,7 +427,7 @@ class ChromaStore(VectorStore):
                 )
 
     def _remove(self, name: str, ids: Sequence[str]) -> None:
-        step: int = self._open.get_max_batch_size()
+        step = self._open.get_max_batch_size()
         with self._using(name) as collection:
             for start in range(0, len(ids), step):
                 collection.delete(ids=list(ids[start : start + step]))
@@ -464,8 +509,7 @@ class ChromaStore(VectorStore):
         if condition != ALWAYS:
             return len(self._matching(name, condition))
         with self._using(name) as collection:
-            count: int = collection.count()
-            return count
+            return collection.count()
 
 
 def _status_of(error: BaseException) -> int | None:
@@ -474,7 +518,7 @@ def _status_of(error: BaseException) -> int | None:
     return next((answer.status_code for answer in answers if answer is not None), None)
 
 
-def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:
+def translated(condition: Condition) -> tuple[dict[str, object] | None, bool]:
     """Return a condition in Chroma's language, or None for no filter, and whether it means the same.
 
     Where it does not, it holds for more than the condition.
@@ -499,10 +543,10 @@ def translated(condition: Condition) -> tuple[dict[str, Any] | None, bool]:
             wheres = [{_kept_name(field): {name: same}} for same in by_type.values()]
             return _joined(join, wheres), not any(map(_is_rounded, values))
         case Compare(field, name, value, is_negated):
-            if is_negated or kind_of(value) == "text" or abs(value) > EXACT_MAX:  # type: ignore[arg-type]
+            if is_negated or isinstance(value, str) or abs(value) > EXACT_MAX:
                 return None, False
             # Chroma cuts off the decimals when it compares with an integer.
-            is_exact = not _is_rounded(value) or name in (("$gt", "$lte") if value > 0 else ("$gte", "$lt"))  # type: ignore[operator]
+            is_exact = not _is_rounded(value) or name in (("$gt", "$lte") if value > 0 else ("$gte", "$lt"))
             return {_kept_name(field): {name if is_exact else name[:3] + "e": value}}, is_exact
         case Contains(field, value, is_negated):
             if is_negated or kind_of(value) == "number":  # which Chroma tells apart by their types
@@ -523,7 +567,7 @@ def _kept(metadata: Metadata) -> Metadata | None:
     return metadata or None
 
 
-def _kept_value(value: Any) -> Any:
+def _kept_value(value: Scalar | list[Scalar]) -> Scalar | list[Scalar]:
     """Return a value as Chroma takes it: the numbers of a list are of one type."""
     if isinstance(value, list) and len({type(each) for each in value}) > 1:
         return [float(each) for each in value]
@@ -543,10 +587,10 @@ def _given(metadata: Metadata | None) -> Metadata:
 
 def _is_rounded(value: Scalar) -> bool:
     """Return whether Chroma, which compares a float with integers as an integer and the other way, changes a number."""
-    return kind_of(value) == "number" and (abs(value) > EXACT_MAX or value != int(value))  # type: ignore[arg-type]
+    return not isinstance(value, str | bool) and (abs(value) > EXACT_MAX or value != int(value))
 
 
-def _joined(name: str, wheres: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _joined(name: str, wheres: list[dict[str, object]]) -> dict[str, object] | None:
     if len(wheres) > 1:
         return {name: wheres}
     return wheres[0] if wheres else None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Scalar: TypeAlias = "str | int | float | bool"
 Metadata: TypeAlias = "Mapping[str, Scalar | list[Scalar]]"
-Where: TypeAlias = "Mapping[str, Any]"
+Where: TypeAlias = "Mapping[str, object]"
 
 INTEGER_MAX = 2**63 - 1
 """The largest whole number that all stores keep exactly; the smallest is as far below zero, less one."""
@@ -144,12 +144,12 @@ def kind_of(value: object) -> str:
     return "list" if isinstance(value, list) else "number"
 
 
-def key_of(value: object) -> tuple[str, Any]:
+def key_of(value: object) -> tuple[str, object]:
     """Return the key by which values are equal; a list is not equal to any value of a filter."""
     return ("list", None) if isinstance(value, list) else (kind_of(value), value)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return a value as plain Python has it: scalars and arrays of numpy, and tuples, become numbers and lists."""
     if isinstance(value, str | bool | int | float):
         # Types of numpy, and enums of texts, are of these too.
@@ -162,7 +162,7 @@ def plain(value: Any) -> Any:
     return plain(value.tolist()) if shape is not None and len(shape) <= 1 and hasattr(value, "tolist") else value
 
 
-def problem_of(value: Any) -> str | None:
+def problem_of(value: object) -> str | None:
     """Return why a value can be no metadata, or None if it can."""
     if isinstance(value, bool):
         return None
@@ -270,14 +270,14 @@ def _test(field: str, name: object, value: object, is_negated: bool) -> Conditio
     )
 
 
-def _scalar(field: str, value: Any) -> Scalar:
-    value = plain(value)
-    problem = f"is of type {type(value).__name__}" if isinstance(value, list) else problem_of(value)
+def _scalar(field: str, value: object) -> Scalar:
+    found = plain(value)
+    problem = f"is of type {type(found).__name__}" if isinstance(found, list) else problem_of(found)
     if problem is not None:
         kind = TypeError if problem.startswith("is of type") else ValueError
-        error = kind(f'the filter of field "{field}" has {short(value)}, which {problem}')
-        if value is None:
+        error = kind(f'the filter of field "{field}" has {short(found)}, which {problem}')
+        if found is None:
             raise hint(error, f'Write {{"{field}": {{"$exists": False}}}} for a field that is not there.')
         raise hint(error, "Values are str, bool, finite float and int of 64 bits.")
-    found: Scalar = value
-    return found
+    scalar: Scalar = found
+    return scalar

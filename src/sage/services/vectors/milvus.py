@@ -6,8 +6,8 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 from sage._extras import load
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sage.services.vectors.contract import Metric
     from sage.services.vectors.filters import Condition, Metadata, Scalar
     from sage.services.vectors.rows import Rows, Vectors
+
+    Kinds = str | Mapping[str, Metadata] | None
 
 T = TypeVar("T")
 
@@ -67,6 +69,56 @@ CODED = re.compile(r"_(x[0-9a-f]{2}_)")
 
 OPERATORS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
 OPPOSITES = {"$lt": ">=", "$lte": ">", "$gt": "<=", "$gte": "<"}
+
+
+_Row = TypedDict(
+    "_Row",
+    {"id": str, "vector": "Sequence[float]", "document": str | None, "metadata": "Kinds", "count(*)": int},
+    total=False,
+)
+
+
+class _FoundRow(TypedDict):
+    id: str
+    distance: float
+    entity: _Row
+
+
+class _Field(TypedDict):
+    name: str
+    params: Mapping[str, int | str]
+
+
+class _Pages(Protocol):
+    next: Callable[[], list[_Row]]
+    close: Callable[[], None]
+
+
+class _Parts(Protocol):
+    add_field: Callable[..., object]
+    add_index: Callable[..., object]
+
+
+class MilvusClient(Protocol):
+    """The parts of `pymilvus.MilvusClient` that are used here."""
+
+    list_collections: Callable[..., list[str]]
+    has_collection: Callable[..., bool]
+    describe_collection: Callable[..., Mapping[str, Sequence[_Field]]]
+    describe_index: Callable[..., Mapping[str, str]]
+    load_collection: Callable[..., None]
+    create_schema: Callable[..., _Parts]
+    prepare_index_params: Callable[..., _Parts]
+    create_collection: Callable[..., None]
+    create_index: Callable[..., None]
+    drop_collection: Callable[..., None]
+    flush: Callable[..., object]
+    upsert: Callable[..., object]
+    delete: Callable[..., object]
+    query: Callable[..., list[_Row]]
+    query_iterator: Callable[..., _Pages]
+    search: Callable[..., list[list[_FoundRow]]]
+    close: Callable[[], None]
 
 
 class MilvusStore(VectorStore):
@@ -123,10 +175,8 @@ class MilvusStore(VectorStore):
         self._token = token
         self._secrets: tuple[str, ...] = ()
         self._folder: FolderLock | None = None
-        self._server: Any = None
-        self._threads: ThreadPoolExecutor | None = None
-        self._files: Any = None
-        self._client: Any = None
+        self._started = ExitStack()
+        self._client: MilvusClient | None = None
         self._found: dict[str, Shape] = {}
         self._unflushed: set[str] = set()
         self._address = ""
@@ -185,7 +235,7 @@ class MilvusStore(VectorStore):
             self._folder.check()
 
     @property
-    def _open(self) -> Any:
+    def _open(self) -> MilvusClient:
         if self._client is None:
             raise closed_error(self)
         return self._client
@@ -193,16 +243,16 @@ class MilvusStore(VectorStore):
     def _connect(self, uri: str, token: str | None = None) -> None:
         client = load("pymilvus", "milvus").MilvusClient
         self._secrets = () if token is None else (token, basic_auth(token).removeprefix("Basic "))
-        options: dict[str, Any] = {} if token is None else {"token": token}
+        options: dict[str, object] = {} if token is None else {"token": token}
         # The library keeps connections that clients share for the life of the process, and gRPC goes on for 20 s with
         # one that nobody waits for any more.
         attempt = {"grpc.min_reconnect_backoff_ms": max(int(1_000 * self.timeout_s), 1)}
         if is_here(uri):
             attempt["grpc.enable_http_proxy"] = 0  # no proxy can reach this machine for it
         options |= {"db_name": self.database, "dedicated": True, "grpc_options": attempt}
-        self._client = client(uri=uri, timeout=self.timeout_s, **options)
+        self._client = opened = client(uri=uri, timeout=self.timeout_s, **options)
         # The connection alone shows neither the token nor the database to be right.
-        self._client.list_collections(timeout=self.timeout_s)
+        opened.list_collections(timeout=self.timeout_s)
 
     def _start(self, path: str) -> str:
         """Start Milvus Lite in this process and return its address.
@@ -212,35 +262,27 @@ class MilvusStore(VectorStore):
         grpc, servicers = load("grpc", "milvus"), load("milvus_lite.adapter.grpc.servicer", "milvus")
         register = load("pymilvus.grpc_gen.milvus_pb2_grpc", "milvus").add_MilvusServiceServicer_to_server
         try:
-            self._files = load("milvus_lite.db", "milvus").MilvusLite(path)
+            files = load("milvus_lite.db", "milvus").MilvusLite(path)
         except (OSError, load("milvus_lite.exceptions", "milvus").MilvusLiteError) as error:
             refused = ServiceError(f"{self._address} cannot be opened: {error}", fault="external")
             raise with_hint_of_room(refused) from error
+        self._started.callback(files.close)
         # gRPC does not end the threads that it is given.
-        self._threads = ThreadPoolExecutor(THREADS_MAX, "milvus-lite")
+        threads = self._started.enter_context(ThreadPoolExecutor(THREADS_MAX, "milvus-lite"))
         sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES_MAX) for way in ("send", "receive")]
-        self._server = grpc.server(self._threads, options=sizes)
-        register(servicers.MilvusServicer(self._files), self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
-        self._server.start()
+        server = grpc.server(threads, options=sizes)
+        self._started.callback(lambda: server.stop(grace=STOP_S).wait())
+        register(servicers.MilvusServicer(files), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
         return f"http://127.0.0.1:{port}"
 
     def _end(self) -> None:
         client, self._client = self._client, None
-        server, self._server = self._server, None
-        threads, self._threads = self._threads, None
-        files, self._files = self._files, None
         self._found, self._unflushed = {}, set()
-        try:
+        with self._started.pop_all():
             if client is not None:
                 client.close()
-            if server is not None:
-                server.stop(grace=STOP_S).wait()
-            if threads is not None:
-                threads.shutdown()
-        finally:
-            if files is not None:
-                files.close()
 
     def _reopen(self) -> None:
         if self.path is None or self._folder is None:
@@ -279,7 +321,8 @@ class MilvusStore(VectorStore):
                 raise self._refusal(cause.code().name, cause.details() or "", error) from self._cause(error)
             if error.code == NO_COLLECTION:  # another program has removed it
                 self._found.clear()
-            code = "UNAVAILABLE" if self._is_unavailable(error) else str(error.code)
+            is_away = error.code == 2 or "UNAVAILABLE" in error.message or "DEADLINE_EXCEEDED" in error.message
+            code = "UNAVAILABLE" if is_away else str(error.code)
             raise self._refusal(code, error.message, error) from self._cause(error)
 
     def _ask(self, method: Callable[..., T], name: str, *args: object, **options: object) -> T:
@@ -289,9 +332,6 @@ class MilvusStore(VectorStore):
 
     def _cause(self, error: BaseException) -> BaseException | None:
         return redacted_cause(error, *self._secrets)
-
-    def _is_unavailable(self, error: Any) -> bool:
-        return error.code == 2 or "UNAVAILABLE" in error.message or "DEADLINE_EXCEEDED" in error.message
 
     def _refusal(self, code: str, text: str, error: BaseException) -> ServiceError:
         text = redact(text or str(error), *self._secrets)
@@ -338,8 +378,7 @@ class MilvusStore(VectorStore):
 
     def _names(self) -> Collection[str]:
         with self._translated_errors():
-            names: list[str] = self._open.list_collections(timeout=self.timeout_s)
-            return [_own_name(name) for name in names]
+            return [_own_name(name) for name in self._open.list_collections(timeout=self.timeout_s)]
 
     def _discard(self, name: str) -> None:
         self._ask(self._open.drop_collection, name)
@@ -375,7 +414,7 @@ class MilvusStore(VectorStore):
             self._unflushed.add(name)
             self._ask(self._open.delete, name, filter=_among(ids[start : start + READ_MAX]))
 
-    def _read(self, name: str, ids: Sequence[str], fields: list[str]) -> Iterator[Mapping[str, Any]]:
+    def _read(self, name: str, ids: Sequence[str], fields: list[str]) -> Iterator[_Row]:
         for start in range(0, len(ids), READ_MAX):
             text = _among(ids[start : start + READ_MAX])
             yield from self._ask(self._open.query, name, filter=text, output_fields=fields)
@@ -486,7 +525,7 @@ def _among(ids: Sequence[str]) -> str:
 
 
 def _by_kind(metadata: Metadata) -> dict[str, dict[str, object]]:
-    kinds: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, dict[str, object]] = {}
     for field, value in metadata.items():
         kinds.setdefault(kind_of(value), {})[field] = value
         if isinstance(value, list):
@@ -520,15 +559,12 @@ def _own_name(kept: str) -> str:
     return re.sub(r"_x([0-9a-f]{2})_", lambda match: chr(int(match[1], 16)), kept)
 
 
-def _flat(kinds: Any) -> Metadata:
-    if isinstance(kinds, str):
-        kinds = json.loads(kinds)
-    return {
-        field: value for kind, values in (kinds or {}).items() if kind != MEMBERS for field, value in values.items()
-    }
+def _flat(kinds: Kinds) -> Metadata:
+    found: Mapping[str, Metadata] = (json.loads(kinds) if isinstance(kinds, str) else kinds) or {}
+    return {field: value for kind, values in found.items() if kind != MEMBERS for field, value in values.items()}
 
 
-def _hit(metric: str, hit: Any) -> Hit:
+def _hit(metric: str, hit: _FoundRow) -> Hit:
     entity = hit["entity"]
     distance = hit["distance"]
     # Milvus gives the square of the distance, and otherwise its "distance" is higher for nearer ones.

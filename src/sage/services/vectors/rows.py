@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-    from sage.services.vectors.filters import Metadata
+    from sage.services.vectors.filters import Metadata, Scalar
 
     Vectors: TypeAlias = NDArray[np.float32]
 
@@ -75,7 +75,7 @@ def _are_ascii(values: Iterable[Any]) -> bool:
         return False  # one is not a string
 
 
-def check_document(one: str, text: Any) -> None:
+def check_document(one: str, text: object) -> None:
     """Refuse a value that is not a string or cannot be stored, naming its id."""
     problem = problem_of(text) if isinstance(text, str) else f"is of type {type(text).__name__}"
     if problem is not None:
@@ -109,7 +109,7 @@ def _are_plain(values: list[object]) -> bool:
     return problem_of("".join([value for value in values if type(value) is str])) is None
 
 
-def _is_field(name: Any) -> bool:
+def _is_field(name: object) -> bool:
     return isinstance(name, str) and bool(name) and not name.startswith("$") and problem_of(name) is None
 
 
@@ -119,22 +119,22 @@ def _metadata(one: str, metadata: Any, fields: set[str]) -> Metadata:
         return {}
     if not hasattr(metadata, "items"):
         raise TypeError(f"the metadata of id {short(one)} is {short(metadata)}, not a mapping")
-    found = {}
-    for field, value in metadata.items():
+    found: dict[str, Scalar | list[Scalar]] = {}
+    for field, given in metadata.items():
         if field not in fields:
             if not _is_field(field):
                 raise ValueError(f"the metadata of id {short(one)} has the field {short(field)}")
             fields.add(field)
-        if value is None:  # as a field that is not there
-            continue
-        if type(value) is not str or not value.isascii():
-            value = plain(value)
+        if type(given) is str and given.isascii():
+            found[field] = given
+        elif given is not None:  # None counts as a field that is not there
+            value = plain(given)
             problem = problem_of(value)
             if problem is not None:
                 kind = TypeError if problem.startswith("is of type") else ValueError
                 error = kind(f"the metadata of id {short(one)} has {short(field)}: {short(value)}, which {problem}")
                 raise hint(error, VALUES)
-        found[field] = value
+            found[field] = value
     return found
 
 
@@ -155,7 +155,7 @@ def checked_ids(ids: Sequence[str], *, may_repeat: bool) -> list[str]:
     return given
 
 
-def array_of(vectors: Any) -> Vectors:
+def array_of(vectors: ArrayLike) -> Vectors:
     """Return an array of float32, the given one if it is that."""
     np = load("numpy", "vector")
     try:
