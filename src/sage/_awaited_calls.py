@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 class AwaitedCalls:
     """Stands for a handle on a running event loop: each method of the service is called with `await`."""
 
-    def __init__(self, handle: ServiceHandle[Any]) -> None:
+    def __init__(self, handle: ServiceHandle[object]) -> None:
         self._handle = handle
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[object, object, object]]:
         if name.startswith("_"):
             raise AttributeError(name)
 
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def call(*args: object, **kwargs: object) -> object:
             calls = self._handle._require()
             if name == DEFAULT_METHOD and self._handle._target is PipelineService:
                 request, timeout_s = calls.method("begin")(*args, **kwargs)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sage._current_job import here
 from sage.errors import ServiceTimeoutError, hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+
+
+T = TypeVar("T")
 
 
 def refuse_on_foreign_loop(waits_for: str, instead: str) -> None:
@@ -42,7 +45,7 @@ def not_in_time(service: str, method: str, timeout_s: float | None) -> ServiceTi
     return ServiceTimeoutError(text, service=service, fault="external")
 
 
-class CallFuture(Future[Any]):
+class CallFuture(Future[object]):
     """The future of a call, which fails with `ServiceTimeoutError` when its time is over; a coroutine may await it.
 
     Attributes:
@@ -61,7 +64,7 @@ class CallFuture(Future[Any]):
         self._on_given_up: Callable[[], None] | None = None
         self._is_given_up = False
 
-    def make(self, function: Callable[[], object]) -> Any:
+    def make(self, function: Callable[[], T]) -> T:
         """Call a function on this thread, as the call of this future."""
         here.call = self
         try:

@@ -112,7 +112,7 @@ def of_program(path: str, way: Literal["record", "replay"]) -> Cassette:
 class Recorded:
     """What builds a service whose calls are recorded, wherever it stands; `Instance` knows it."""
 
-    target: Callable[..., Any]
+    target: Callable[..., object]
     path: str
     service: str
 
@@ -129,7 +129,7 @@ class Said(NamedTuple):
     """What came of a call."""
 
     form: Literal["value", "pieces", "error", "lost"]
-    value: Any = None
+    value: object = None
     pieces: tuple[object, ...] = ()
 
 
@@ -215,7 +215,7 @@ class Tape:
             pickled = pickled.replace(secret.encode(), b"*" * len(secret.encode()))
         return pickled
 
-    def on(self, method: str, attribute: object) -> Any:
+    def on(self, method: str, attribute: object) -> object:
         """Return an attribute of the service: a method that records its calls, or a value, which is recorded now."""
         if callable(attribute):
             return recorded(self, method, attribute)
@@ -275,7 +275,7 @@ def recorded(tape: Tape, method: str, function: Callable[..., object]) -> Callab
     """Return a method that writes what it was asked and what it answered."""
     if inspect.iscoroutinefunction(function):
 
-        async def call_async(*args: object, **kwargs: object) -> Any:
+        async def call_async(*args: object, **kwargs: object) -> object:
             asked, began_at = tape.asked(args, kwargs), perf_counter()
             try:
                 result = await function(*args, **kwargs)
@@ -286,7 +286,7 @@ def recorded(tape: Tape, method: str, function: Callable[..., object]) -> Callab
 
         return call_async
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         asked, began_at = tape.asked(args, kwargs), perf_counter()
         try:
             result = function(*args, **kwargs)
@@ -340,10 +340,10 @@ class _OnTape:
             self._write(Said("pieces", whole, tuple(self._seen)))
 
 
-class PiecesOnTape(_OnTape, Generator[Any, Any, Any]):
+class PiecesOnTape(_OnTape, Generator[object, object, object]):
     """Pieces that a thread reads."""
 
-    def send(self, value: Any, /) -> object:
+    def send(self, value: object, /) -> object:
         """Return the next piece."""
         try:
             return self._saw(self._pieces.send(value))
@@ -360,10 +360,10 @@ class PiecesOnTape(_OnTape, Generator[Any, Any, Any]):
             raise
 
 
-class AsyncPiecesOnTape(_OnTape, AsyncGenerator[Any, Any]):
+class AsyncPiecesOnTape(_OnTape, AsyncGenerator[object, object]):
     """Pieces that a coroutine reads."""
 
-    async def asend(self, value: Any, /) -> object:
+    async def asend(self, value: object, /) -> object:
         """Return the next piece."""
         try:
             return self._saw(await self._pieces.asend(value))
@@ -420,6 +420,7 @@ class Replayed:
             error = ReplayError(f"the answer of {called} was not recorded: {said.value}", service=self._tape.service)
             raise hint(error, "It cannot be pickled. Let the method return data.")
         if said.form == "error":
+            assert isinstance(said.value, PackedError)
             raise unpack(said.value)
         return PiecesAgain(said) if said.form == "pieces" else said.value
 
@@ -429,8 +430,8 @@ def replayed(
 ) -> Replayed:
     """Return what answers in the place of a service; methods that were awaited are coroutine methods again."""
 
-    def later(name: str) -> Callable[..., Any]:
-        async def answer(self: Replayed, *args: object, **kwargs: object) -> Any:
+    def later(name: str) -> Callable[..., object]:
+        async def answer(self: Replayed, *args: object, **kwargs: object) -> object:
             return self._answer(name, *args, **kwargs)
 
         return answer
@@ -449,9 +450,8 @@ class PiecesAgain:
     """
 
     def __init__(self, said: Said) -> None:
-        failed = isinstance(said.value, PackedError)
-        self.answer = None if failed else said.value
-        self._error = unpack(said.value) if failed else None
+        self._error = unpack(said.value) if isinstance(said.value, PackedError) else None
+        self.answer = said.value if self._error is None else None
         self._rest = iter(said.pieces)
 
     def __iter__(self) -> PiecesAgain:
@@ -479,7 +479,7 @@ class PiecesAgain:
         self.close()
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """Return a value as text that is the same for equal values in every process, as far as its type allows that."""
     if isinstance(value, Enum):
         return f"{type(value).__qualname__}.{value.name}"
@@ -494,7 +494,7 @@ def written(value: Any) -> str:
         inner = ", ".join(f"{field.name}={written(getattr(value, field.name))}" for field in fields(value))
         return f"{type(value).__qualname__}({inner})"
     if hasattr(value, "dtype") and hasattr(value, "tobytes"):
-        return f"array({value.dtype}, {value.shape}, {sha256(value.tobytes()).hexdigest()[:16]})"
+        return f"array({value.dtype}, {getattr(value, 'shape', None)}, {sha256(value.tobytes()).hexdigest()[:16]})"
     text = repr(value)
     if " at 0x" in text:  # it names a place in memory
         try:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._logs import log_of
 from sage.errors import GraphError, JobError, hint, short
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from sage._plan.logical import ServiceSpec
+    from sage._runtime.backend import Host
     from sage._runtime.job import Job
 
 log = log_of("sage.dispatcher")
@@ -34,9 +35,9 @@ class KeptServices:
     """
 
     def __init__(
-        self, name: str, begin_to_close: Callable[[dict[str, Any]], Job], is_in_use: Callable[[], bool]
+        self, name: str, begin_to_close: Callable[[dict[str, Host]], Job], is_in_use: Callable[[], bool]
     ) -> None:
-        self.hosts: dict[str, Any] = {}
+        self.hosts: dict[str, Host] = {}
         self.keep_s: float | None = None
         self._name = name
         self._begin_to_close = begin_to_close

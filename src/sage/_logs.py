@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,11 +25,11 @@ LINGER_S = 0.05
 class Log(logging.LoggerAdapter[logging.Logger]):
     """A logger whose records are handled on the log's thread; every module of the runtime has one."""
 
-    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+    def log(self, level: int, msg: object, *args: object, **kwargs: object) -> None:
         """Make a record and leave it to the thread."""
         if not self.isEnabledFor(level):
             return
-        error: BaseException | None = kwargs.get("exc_info")
+        error = kwargs.get("exc_info")
         file, line, function, _ = self.logger.findCaller(stacklevel=2)
         record = self.logger.makeRecord(
             self.logger.name,
@@ -38,7 +38,7 @@ class Log(logging.LoggerAdapter[logging.Logger]):
             line,
             str(msg) % args if args else msg,  # now, because its subject may change
             (),
-            None if error is None else (type(error), error, error.__traceback__),
+            (type(error), error, error.__traceback__) if isinstance(error, BaseException) else None,
             function,
             self.extra,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sage._arguments import check_backoff, check_count, check_seconds, is_number
 from sage.errors import GraphError, hint, short
@@ -95,7 +95,7 @@ class ServiceOptions:
         if isinstance(self.depends_on, str):
             error = GraphError(f"service option depends_on is the string {self.depends_on!r}, not a list of names")
             raise hint(error, f"Write depends_on=[{self.depends_on!r}].")
-        names: Any = self.depends_on
+        names: object = self.depends_on
         if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
             raise hint(GraphError(f"service option depends_on is {short(names)}"), "Give a list of names.")
         if self.restart not in ("never", "on_failure", "always"):

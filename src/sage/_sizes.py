@@ -6,7 +6,7 @@ from collections import deque
 from itertools import islice
 from sys import getsizeof
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _Measure:
         self._seen: set[int] = set()
         self._left = OBJECTS_SEEN
 
-    def of(self, value: Any) -> int:
+    def of(self, value: object) -> int:
         kind = type(value)
         if kind in _SMALL:
             return getsizeof(value)
@@ -73,7 +73,7 @@ class _Measure:
             return own
         # Asked of the class, as an object's own `__getattr__` may do anything.
         if hasattr(kind, "nbytes"):
-            return max(own, int(value.nbytes))
+            return max(own, int(getattr(value, "nbytes", 0)))
         if isinstance(value, dict):
             return own + self._some(value.keys(), len(value)) + self._some(value.values(), len(value))
         if isinstance(value, list | tuple):
@@ -125,9 +125,9 @@ def _own_size(value: object) -> int:
         return 0
 
 
-def _pixels(value: Any) -> int:
+def _pixels(value: object) -> int:
     """Return the bytes of an image, which keeps them where Python does not see them, or 0."""
     if not hasattr(type(value), "getbands"):
         return 0
-    width, height = value.size
-    return int(width) * int(height) * len(value.getbands())
+    width, height = getattr(value, "size", (0, 0))
+    return int(width) * int(height) * len(getattr(value, "getbands", tuple)())

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from sage._extras import load
 from sage._guardian.journal import make_private
@@ -47,6 +47,14 @@ class Facts:
         yield "folder", self.warm.folder
 
 
+class Answer(TypedDict, total=False):
+    """What the process that keeps a Ray says once it is up, or cannot come up."""
+
+    address: str
+    error: str
+    notes: list[str]
+
+
 def start_kept_cluster() -> str:
     """Start the process that keeps a Ray, and return the address as soon as it is up."""
     check_ray()
@@ -72,7 +80,7 @@ def start_kept_cluster() -> str:
             error = ControlError(f"the process that keeps the cluster ended with code {keeper.wait()}")
             output.seek(0)
             raise hint(error, output.read().decode(errors="replace").strip())
-    answer: dict[str, Any] = json.loads(line)
+    answer: Answer = json.loads(line)
     if "error" in answer:
         keeper.wait()
         failed = ControlError(answer["error"])
@@ -80,7 +88,7 @@ def start_kept_cluster() -> str:
             failed.add_note(note)
         raise failed
     keeper.returncode = 0  # it stays, and is nobody's child from now on
-    return str(answer["address"])
+    return answer["address"]
 
 
 def facts() -> Facts | None:

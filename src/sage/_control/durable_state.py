@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sage._runtime.checkpoint_store import Checkpoint, Part, StoredCheckpoint
     from sage._runtime.checkpoints import Row
 
+    Keyed = dict[object, object]
+    """Values by key."""
+
 FOLDER = click.Path(exists=True, file_okay=False)
 KEYS_SHOWN = 20
 ONE_STATE = frozenset({Kind.REDUCE, Kind.STATEFUL_MAP})
@@ -212,7 +215,7 @@ def _in_units(value: float, units: Sequence[tuple[str, int]]) -> str:
 class _PlainUnpickler(pickle.Unpickler):
     """Refuses every class and function, so that nothing runs."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         raise pickle.UnpicklingError(f"it has a {module}.{name}")
 
 
@@ -227,7 +230,7 @@ def _position(part: Part) -> str:
 class _Unpickler(pickle.Unpickler):
     """Unpickles objects of the program's own file, which is not loaded, as stand-ins that show their contents."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module == "__main__":
             return type(name, (_StandIn,), {})
         return super().find_class(module, name)
@@ -236,14 +239,14 @@ class _Unpickler(pickle.Unpickler):
 class _StandIn:
     """Shows the arguments and attributes of an object whose class is not there."""
 
-    _arguments: tuple[Any, ...]
+    _arguments: tuple[object, ...]
 
-    def __new__(cls, *args: Any) -> _StandIn:
+    def __new__(cls, *args: object) -> _StandIn:
         made = super().__new__(cls)
         made._arguments = args
         return made
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         for attributes in state if isinstance(state, tuple) else (state,):  # of the object, and of its slots
             self.__dict__.update(attributes if isinstance(attributes, dict) else {"state": attributes})
 
@@ -279,7 +282,7 @@ def _loaded(folder: str) -> Checkpoint:
     return checkpoint
 
 
-def _rows_of(checkpoint: Checkpoint, operator: str) -> list[tuple[Row, dict[Any, Any] | None]]:
+def _rows_of(checkpoint: Checkpoint, operator: str) -> list[tuple[Row, Keyed | None]]:
     """Return the rows of an operator, each with its values by key."""
     rows = [row for row in checkpoint.rows if row.operator == operator]
     if not rows:
@@ -287,14 +290,14 @@ def _rows_of(checkpoint: Checkpoint, operator: str) -> list[tuple[Row, dict[Any,
     return [(row, _keyed(row, checkpoint)) for row in rows]
 
 
-def _keyed(row: Row, checkpoint: Checkpoint) -> dict[Any, Any] | None:
+def _keyed(row: Row, checkpoint: Checkpoint) -> Keyed | None:
     if row.since is None:
         return None
     bodies = checkpoint.changes[row.operator, row.index]
     return KeyedState(row.since, [one for body in bodies for one in _unpickled(row.operator, body)]).old
 
 
-def _contents(row: Row, kind: str, keyed: dict[Any, Any] | None) -> Iterator[str]:
+def _contents(row: Row, kind: str, keyed: Keyed | None) -> Iterator[str]:
     """Yield lines about one row."""
     state, left, function = _unpickled(row.operator, row.body)[0]
     yield f"task {row.index}"
@@ -315,20 +318,24 @@ def _contents(row: Row, kind: str, keyed: dict[Any, Any] | None) -> Iterator[str
             yield f"    and {len(keyed) - KEYS_SHOWN:,} more; sage state export writes all of them"
 
 
-def _value(name: str, value: Any) -> list[str]:
+def _value(name: str, value: object) -> list[str]:
     if value is None:
         return []
     first, *others = pprint.pformat(value, width=100, compact=True).splitlines()
     return [f"  {name}: {first}", *(f"    {line}" for line in others)]
 
 
-def _named(kind: str, keyed: dict[Any, Any] | None) -> Iterator[tuple[dict[str, str], Any, Any]]:
+def _named(kind: str, keyed: Keyed | None) -> Iterator[tuple[dict[str, str], object, object]]:
     """Yield the name of the state, if its function may have several, and the key and the value."""
     for key, value in (keyed or {}).items():
-        yield ({}, key, value) if kind in ONE_STATE else ({"state": key[0]}, key[1], value)
+        if kind in ONE_STATE:
+            yield {}, key, value
+        else:
+            assert isinstance(key, tuple)  # of the name and the key
+            yield {"state": key[0]}, key[1], value
 
 
-def _values_of(key: str, operator: str, kind: str, rows: list[tuple[Row, dict[Any, Any] | None]]) -> list[str]:
+def _values_of(key: str, operator: str, kind: str, rows: list[tuple[Row, Keyed | None]]) -> list[str]:
     """Return lines with the values of a key that was given as a word of the command line."""
     found = [
         line

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from dataclasses import replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._control.letters import counted
 from sage._plan.durability import keeps_state
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sage.connectors.dead_letters import StoredLetter
     from sage.environment import Environment
     from sage.report import JobReport
+
+    Letter = tuple[object, tuple[object, ...]]
+    """A record, and its key if it has one."""
 
 ROOM = 1_000
 """How many ids there are for the operators that are put in before each one."""
@@ -71,7 +74,7 @@ def _with_letters(graph: LogicalGraph, letters: Sequence[StoredLetter], path: st
         ConnectorError: a record cannot be unpickled.
     """
     by_name = {node.name: node for node in graph.nodes.values()}
-    records: dict[tuple[str, int], list[tuple[Any, tuple[Any, ...]]]] = defaultdict(list)
+    records: dict[tuple[str, int], list[Letter]] = defaultdict(list)
     for letter in letters:
         values = letter.values
         has_key = "key" in values or "key_text" in values
@@ -102,7 +105,7 @@ def _moved(id_: int) -> int:
     return (id_ + 1) * ROOM
 
 
-def _union(name: str, first: int, input_: int, records: list[tuple[Any, tuple[Any, ...]]]) -> Iterator[Node]:
+def _union(name: str, first: int, input_: int, records: list[Letter]) -> Iterator[Node]:
     """Yield operators that add records to an input; the last one has them all."""
     inputs = [input_]
     for has_key in (False, True):

@@ -9,7 +9,7 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage import errors
 from sage._assembly import INTERRUPT_TIMEOUT_S
@@ -45,7 +45,7 @@ class Program:
 
     def __init__(self, file: Path, args: Sequence[str] = ()) -> None:
         self.error: BaseException | None = None
-        self.names: dict[str, Any] = {}
+        self.names: dict[str, object] = {}
         self.file = file
         self._args = args
 

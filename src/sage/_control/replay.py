@@ -8,7 +8,7 @@ from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -139,6 +139,7 @@ class Replay:
     def _replay(self, graph: LogicalGraph, plan: PhysicalPlan, node: Node) -> int:
         said = self._kept()
         _refuse(node, said)
+        assert isinstance(said.value, tuple)
         value, keys, port, began_at = said.value
         cassette = Cassette(self._cassette, "replay", began_at)
         results: list[object] = []
@@ -216,7 +217,7 @@ def _alone(
 
 def _of_program(traceback: TracebackType | None) -> TracebackType | None:
     """Return the entries of a traceback that are of the program, so that its last line is the debugger's."""
-    entries: list[Any] = []
+    entries: list[TracebackType] = []
     while traceback is not None:
         entries.append(traceback)
         traceback = traceback.tb_next

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage.errors import ControlError
 from sage.observability import Event, HookEvent
 from sage.report import HookReport, JobReport, hook_lines, printable, seconds, table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 SECONDS_MAX = 1e11
@@ -47,19 +48,20 @@ class SavedJob:
         """Whether its report is there."""
         return self.report is not None
 
-    def take(self, line: dict[str, Any]) -> None:
+    def take(self, line: Mapping[str, object]) -> None:
         """Add the content of one line."""
         match line.get("type", "report"):
             case "job":
                 self.name = str(line["name"])
-                self.program = line.get("program")
+                program = line.get("program")
+                self.program = None if program is None else str(program)
                 self._reach(line["at"])
             case "failed":
                 operator, record, text, cassette = (
                     str(line[key]) for key in ("operator", "record", "error", "cassette")
                 )
                 self._reach(line["at"])
-                self.failures.append(SavedFailure(operator, record, text, cassette, int(line["number"])))
+                self.failures.append(SavedFailure(operator, record, text, cassette, int(_number(line["number"]))))
             case "event":
                 subject, name, before, after = (str(line[key]) for key in ("subject", "name", "before", "after"))
                 self.events.append(Event(self._reach(line["at"]), subject, name, before, after))
@@ -67,7 +69,7 @@ class SavedJob:
                 error = None if line["error"] is None else str(line["error"])
                 duration_s = max(0.0, _number(line["duration_s"]))
                 report = HookReport(
-                    str(line["hook"]), int(line["incarnation"]), str(line["outcome"]), duration_s, error
+                    str(line["hook"]), int(_number(line["incarnation"])), str(line["outcome"]), duration_s, error
                 )
                 self.hooks.append(HookEvent(self._reach(line["at"]), str(line["service"]), report))
             case "report":
@@ -101,7 +103,7 @@ class SavedJob:
     def _last_states(self) -> dict[tuple[str, str], str]:
         return {(event.subject, event.name): event.after for event in self.events}
 
-    def _reach(self, moment: Any) -> float:
+    def _reach(self, moment: object) -> float:
         at = _number(moment)
         self.began_at, self.ended_at = min(self.began_at, at), max(self.ended_at, at)
         return at
@@ -147,7 +149,9 @@ def known_jobs(path: Path) -> Saved:
     return saved
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
+    if not isinstance(value, int | float | str):
+        raise TypeError(f"{value} is not a number")
     number = float(value)
     if not abs(number) < SECONDS_MAX:
         raise ValueError(f"{value} is not a number of seconds")

@@ -42,7 +42,7 @@ class Claim(NamedTuple):
     pid: int = 0
     started: int = 0
     function: str = ""
-    args: Sequence[Any] = ()
+    args: Sequence[object] = ()
 
 
 @dataclass

@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from sage._descriptors import OpenFile
 from sage._guardian import guardian
@@ -431,7 +431,7 @@ def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _log_file(folder: str) -> Any:
+def _log_file(folder: str) -> BinaryIO:
     try:
         return open(os.path.join(folder, "guardian.log"), "ab")
     except OSError:

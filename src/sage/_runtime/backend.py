@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -96,7 +96,7 @@ class HostSurroundings:
 
     backend: Backend
     loop: CoroutineLoop
-    handles: dict[str, ServiceHandle[Any]]
+    handles: dict[str, ServiceHandle[object]]
     supervision: Supervision
     on_died: Callable[[int, str], None]
     on_failed: Callable[[int, str], None]
@@ -166,7 +166,7 @@ class Host(Protocol):
         The instance has a context already, which from now on acts like `context` (`ServiceContext.follow`).
         """
 
-    def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
+    def run(self, hook: str, due: float | None, done: Callable[[object, BaseException | None], None]) -> None:
         """Run a hook on another thread and pass its outcome to `done`.
 
         "build" makes an instance and gives the names of its hooks. "drain" waits until no call runs, then calls the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._arguments import check_count, check_seconds
 from sage.errors import GraphError, HeldBackError, UnsupportedPlanError, hint, short
@@ -42,7 +42,7 @@ class BudgetLimits:
         """Refuse values that cannot work, naming the limit."""
         if self.wall_s is not None:
             check_seconds("limit: wall_s is", self.wall_s, may_be_zero=False)
-        calls: Any = self.calls
+        calls: object = self.calls
         if not isinstance(calls, dict):
             raise hint(GraphError(f"limit: calls is {short(calls)}"), 'Give them by service: calls={"llm": 10_000}.')
         for service, count in calls.items():

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from sage._calls import refuse_on_foreign_loop
 from sage._current_job import carried, here
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sage._runtime.backend import Backend
+
+T = TypeVar("T")
 
 CLOSE_S = 1.0
 """How long coroutines may take to end when the loop is closed, and then its thread."""
@@ -49,25 +51,25 @@ class CoroutineLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._running: set[Future[Any]] = set()
+        self._running: set[Callable[[], bool]] = set()
         self._is_closed = False
 
-    def run(self, coroutine: Coroutine[Any, Any, object]) -> Any:
+    def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run a coroutine to its end and return its result; any thread but the loop's own may call it."""
         future = self.start(coroutine)
-        self._running.add(future)
+        self._running.add(future.cancel)
         try:
             with self.going_on():
                 return future.result()
         finally:
-            self._running.discard(future)
+            self._running.discard(future.cancel)
 
-    def run_to_end(self, coroutine: Coroutine[object, object, object]) -> Any:
+    def run_to_end(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run a coroutine that closes something, which a cancel of the job does not end."""
         with self.going_on():
             return self.start(coroutine).result()
 
-    def start(self, coroutine: Coroutine[object, object, object]) -> Future[Any]:
+    def start(self, coroutine: Coroutine[object, object, T]) -> Future[T]:
         """Start a coroutine and return its future, which a thread may wait for or cancel."""
         import asyncio  # importing it takes longer than a small job
 
@@ -82,7 +84,7 @@ class CoroutineLoop:
         """Start the loop now, so that it cannot fail later; RuntimeError if it is closed, or without more threads."""
         self._started()
 
-    def answer(self, coroutine: Coroutine[object, object, object]) -> Any:
+    def answer(self, coroutine: Coroutine[object, object, object]) -> object:
         """Run a coroutine for whoever asks: a thread gets its result, and a coroutine something to await."""
         caller = here.loop
         if caller is None:
@@ -105,8 +107,8 @@ class CoroutineLoop:
 
     def cancel(self) -> None:
         """Cancel every coroutine that a thread waits for."""
-        for future in tuple(self._running):
-            future.cancel()
+        for cancel in tuple(self._running):
+            cancel()
 
     def close(self) -> tuple[tuple[str, str], ...]:
         """Cancel the coroutines, and stop the loop and its thread; a thread that user code blocks is left behind.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._runtime.backend import HostSurroundings
 from sage._runtime.coroutines import CoroutineLoop
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
     MakeHost = Callable[[ServiceSpec, ServiceContext, HostSurroundings], Host]
     Report = Callable[[TaskEvent], None]
-    MakeTasks = Callable[[PhysicalPlan, Backend, CoroutineLoop, dict[str, ServiceHandle[Any]], Report], dict[str, Task]]
+    MakeTasks = Callable[
+        [PhysicalPlan, Backend, CoroutineLoop, dict[str, ServiceHandle[object]], Report], dict[str, Task]
+    ]
 
 
 def prepare(
@@ -130,7 +132,7 @@ class Dispatcher:
         self._budget = budget
         self._guard = guard
         self._loop = CoroutineLoop(plan.name if plan is not None else "sage", backend)
-        self._handles: dict[str, ServiceHandle[Any]] = {
+        self._handles: dict[str, ServiceHandle[object]] = {
             service.name: service.handle for service in services if not service.front
         }
         self._specs = {service.name: service for service in services}

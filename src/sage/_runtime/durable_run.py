@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import quote
 
 from sage._logs import log_of
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Lane
     from sage._runtime.checkpoints import Action, Row
     from sage._runtime.supervisor import Ended, Supervisor
-    from sage._runtime.task import Task
+    from sage._runtime.task import Task, TaskParts
     from sage.durable import Durable
 
 log = log_of("sage.checkpoints")
@@ -73,6 +73,7 @@ class DurableRun:
         self._promises = tuple(promises(graph))
         self._store = CheckpointStore(folder)
         self._lane: Lane | None = None
+        self._tasks: dict[str, DurableTask] = {}
         self._parts: dict[str, PartGiven] = {}
         self._last_parts: dict[str, PartGiven] = {}
         self._ways = ways_of_records(graph)
@@ -132,7 +133,7 @@ class DurableRun:
         changes = self._changes.pop((node.name, index), [])
         return Recovery(part, self.number, state, left, function, row.since, changes, row.held)
 
-    def task(self, *parts: Any) -> DurableTask:
+    def task(self, *parts: Unpack[TaskParts]) -> DurableTask:
         """Return a task of the job; `parts` are the arguments of `Task`."""
         return DurableTask(*parts, tell=self.tell, number=self.number, is_stopping=lambda: self._is_stopping)
 
@@ -143,6 +144,8 @@ class DurableRun:
     def joined(self, tasks: Iterable[Task]) -> None:
         """Let the channels know how many streams lead to each; the tasks have been joined."""
         for task in tasks:
+            if isinstance(task, DurableTask):
+                self._tasks[task.name] = task
             if isinstance(task.inbox, AligningChannel):
                 task.inbox.producers = task.input.producers
 
@@ -195,11 +198,10 @@ class DurableRun:
             self._carry_out(action)
 
     def _carry_out(self, action: Action) -> None:
-        tasks: dict[str, Any] = self._supervisor.tasks
         match action.do:
             case ActionKind.ASK:
                 for name in action.tasks:
-                    tasks[name].request_part(action.number)
+                    self._tasks[name].request_part(action.number)
             case ActionKind.WRITE:
                 parts = self._parts | {name: self._last_parts[name] for name in action.tasks}
                 self._parts = {}
@@ -212,7 +214,7 @@ class DurableRun:
                 self._lane.run(lambda: self._write(made))
             case ActionKind.COMPLETE:
                 log.debug("checkpoint complete number=%d", action.number)
-                for name, task in tasks.items():
+                for name, task in self._tasks.items():
                     task.request_commit(action.number, is_last=name in action.tasks)
 
     def _accounts(self, parts: Iterable[PartGiven], rows: Iterable[Row]) -> dict[str, Counts]:

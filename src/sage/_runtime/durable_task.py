@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from sage._runtime.accounts import counted
 from sage._runtime.aligning_channel import AligningChannel
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sage._operators.operator import Operator
+    from sage._runtime.task import TaskParts
 
 
 class DurableTask(Task):
@@ -30,7 +31,11 @@ class DurableTask(Task):
     """
 
     def __init__(
-        self, *args: Any, tell: Callable[[CheckpointEvent], None], number: int, is_stopping: Callable[[], bool]
+        self,
+        *args: Unpack[TaskParts],
+        tell: Callable[[CheckpointEvent], None],
+        number: int,
+        is_stopping: Callable[[], bool],
     ) -> None:
         super().__init__(*args)
         self._tell_part = tell

@@ -6,13 +6,16 @@ import os
 import signal
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sage._current_job import here
 from sage._descriptors import file_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from types import FrameType
+
+    Handler = Callable[[int, FrameType | None], object] | int | None
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
@@ -41,7 +44,7 @@ class SignalsTaken:
     _entered: ClassVar[list[SignalsTaken]] = []
 
     def __init__(self, on_signal: Callable[[int], None] | None = None, name: str = "sage-signals") -> None:
-        self.previous: dict[int, Any] = {}
+        self.previous: dict[int, Handler] = {}
         self._name = name
         self._on_signal = on_signal
         self._wakeup_before = -1
@@ -79,7 +82,7 @@ class SignalsTaken:
         """Whether the thread still hears of signals: the program may have closed every descriptor that it finds."""
         return self._pipe is not None and all(file_of(end) == self._file for end in self._pipe)
 
-    def take(self, signum: int, handler: Any) -> None:
+    def take(self, signum: int, handler: Handler) -> None:
         """Set a handler, and remember the one that the program has."""
         self.previous[signum] = signal.getsignal(signum)
         signal.signal(signum, handler)
@@ -193,11 +196,11 @@ class Interrupts:
     def _is_own(previous: object) -> bool:
         return previous not in (signal.SIG_DFL, signal.default_int_handler)
 
-    def _handle(self, signum: int, frame: object) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self._taken.is_heard:
             self._hear(signum)
         previous = self._taken.previous[signum]
-        if self._is_own(previous):
+        if callable(previous) and self._is_own(previous):
             previous(signum, frame)
 
     def _hear(self, signum: int) -> None:

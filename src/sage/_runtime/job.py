@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sized
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._current_job import carried, here
 from sage._logs import flush, log_of
@@ -25,6 +25,7 @@ from sage.report import Cleanliness
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from sage._plan.physical import PhysicalPlan
     from sage._runtime.dispatcher import Dispatcher
     from sage._runtime.durable_run import DurableRun
     from sage._runtime.supervisor import Ended
@@ -72,7 +73,7 @@ class Job:
         return f'<Job "{self.name}" {self.id} {self.state}>'
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> PhysicalPlan | None:
         """The physical plan."""
         return self.dispatcher.plan
 
@@ -174,7 +175,7 @@ class Job:
         """
         return self._wait(timeout_s, lambda: None)
 
-    def __await__(self) -> Generator[Any, None, JobReport]:
+    def __await__(self) -> Generator[object, None, JobReport]:
         """Wait as `wait` does on an event loop of the program; where the waiting is cancelled, the job goes on."""
         return self._awaited().__await__()
 

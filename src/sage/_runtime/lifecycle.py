@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._runtime.dues import Dues
 from sage._runtime.states import JobState, ServiceState, StopMode, TaskState
@@ -356,7 +356,7 @@ class HookEnded:
     service: str
     incarnation: int
     hook: str
-    value: Any = None
+    value: object = None
     error: BaseException | None = None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from sage._logs import log_of
 from sage._runtime.states import StopMode
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from sage._runtime.job import Job
-    from sage.report import JobReport
 
 JOBS_MAX = 100
 """How many ended jobs are remembered; the oldest are forgotten first."""
@@ -47,9 +46,30 @@ class NoDispatcher:
 class NewJob:
     """The job of an environment that has not been submitted."""
 
+    name = ""
     state = "new"
-    report = None
+    report = _report = None
     dispatcher = NoDispatcher()
+
+    def stop(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Do nothing: nothing runs."""
+
+
+class KeepsServices(Protocol):
+    """An environment, as the job manager knows it."""
+
+    def _close_at_exit(self) -> None: ...
+
+    def _after_fork_in_child(self) -> None: ...
+
+
+class JobStatus(TypedDict, total=False):
+    """Where a job is; the report is there once the job has ended."""
+
+    job_id: str
+    name: str
+    status: str
+    report: dict[str, Any]
 
 
 class Jobs(Mapping[str, Any]):
@@ -86,8 +106,8 @@ class JobManager:
             return cls._instance
 
     _jobs: dict[str, Job]
-    _environments: weakref.WeakValueDictionary[str, Any]
-    _keeping: set[Any]
+    _environments: weakref.WeakValueDictionary[str, KeepsServices]
+    _keeping: set[KeepsServices]
 
     @property
     def jobs(self) -> Jobs:
@@ -103,40 +123,39 @@ class JobManager:
                 self._jobs.pop(id_, None)
         log.info("job registered id=%s name=%r", job.id, job.name)
 
-    def expect(self, id_: str, environment: object) -> None:
+    def expect(self, id_: str, environment: KeepsServices) -> None:
         """Know the id that an environment's next job will have, and the environment, to close it at exit."""
         self._environments[id_] = environment
 
-    def hold(self, environment: object, *, keeps: bool) -> None:
+    def hold(self, environment: KeepsServices, *, keeps: bool) -> None:
         """Know an environment as long as it keeps services, which have to be cleaned at exit at the latest."""
         if keeps:
             self._keeping.add(environment)
         else:
             self._keeping.discard(environment)
 
-    def get_job_status(self, id_: object) -> dict[str, Any]:
+    def get_job_status(self, id_: object) -> JobStatus:
         """Return a job's id, name and state, and its report once it has ended.
 
         Raises:
             JobNotFoundError: no job of this process has the id.
         """
         job = self._find(str(id_))
-        status = {"job_id": str(id_), "name": getattr(job, "name", ""), "status": str(job.state)}
-        report: JobReport | None = getattr(job, "_report", None)
-        if report is not None:
-            status["report"] = report.to_dict()
+        status = JobStatus(job_id=str(id_), name=job.name, status=str(job.state))
+        if job._report is not None:
+            status["report"] = job._report.to_dict()
         return status
 
-    def list_jobs(self) -> list[dict[str, Any]]:
+    def list_jobs(self) -> list[JobStatus]:
         """Return id, name and state of every job."""
         return [{"job_id": job.id, "name": job.name, "status": str(job.state)} for job in tuple(self._jobs.values())]
 
-    def pause_job(self, id_: object, *, timeout_s: float | None = None) -> dict[str, Any]:
+    def pause_job(self, id_: object, *, timeout_s: float | None = None) -> JobStatus:
         """Stop a job within `timeout_s` seconds and return its status; old programs call this name."""
         self._find(str(id_)).stop(timeout_s=timeout_s)
         return self.get_job_status(id_)
 
-    def delete_job(self, id_: object, force: bool = False, *, timeout_s: float | None = None) -> dict[str, Any]:
+    def delete_job(self, id_: object, force: bool = False, *, timeout_s: float | None = None) -> JobStatus:
         """Stop a job, or cancel it with `force`, and return its status; it stays known.
 
         Raises:
@@ -145,7 +164,7 @@ class JobManager:
         self._find(str(id_)).stop(drain=not force, timeout_s=timeout_s)
         return self.get_job_status(id_)
 
-    def cleanup_all_jobs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
+    def cleanup_all_jobs(self, *, timeout_s: float | None = None) -> list[JobStatus]:
         """Stop every job that runs, all of them within `timeout_s` seconds, and return the status of all."""
         due = None if timeout_s is None else time.monotonic() + timeout_s
         for job in tuple(self._jobs.values()):
@@ -163,12 +182,12 @@ class JobManager:
             for environment in tuple(cls._instance._environments.values()):
                 environment._after_fork_in_child()
 
-    def _find(self, id_: str) -> Any:
+    def _find(self, id_: str) -> Job | NewJob:
         job = self._jobs.get(id_)
         if job is not None:
             return job
         if id_ in self._environments:
-            return NewJob
+            return NewJob()
         raise hint(
             JobNotFoundError(f'job "{id_}" is not known here'), "A job is known in the process that submitted it."
         )
@@ -239,7 +258,7 @@ def _wait_at_exit(job: Job) -> None:
 os.register_at_fork(after_in_child=JobManager._after_fork_in_child)
 
 
-def _at_exit(end: Any) -> None:
+def _at_exit(end: Callable[[], None]) -> None:
     # The interpreter's own hook for threads runs before it waits for them, and while new ones may still be started;
     # atexit comes too late for that from Python 3.12 on. It has no public name, so atexit takes over where it is gone.
     register = getattr(threading, "_register_atexit", None) or atexit.register

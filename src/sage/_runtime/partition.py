@@ -16,7 +16,7 @@ from sage.errors import FunctionError, describe, hint, short
 from sage.records import BATCH_RECORDS_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sage._runtime.channel import Channel, InFlight
     from sage.records import Batch
@@ -77,7 +77,7 @@ def stable_hash(key: object) -> int:
     )
 
 
-def _combine(hashes: Any) -> int:
+def _combine(hashes: Iterable[int]) -> int:
     return crc32(b",".join(b"%d" % (number & 0xFFFFFFFFFFFFFFFF) for number in hashes))
 
 
@@ -90,7 +90,7 @@ class Partitioner:
         self._targets = targets
         self._operator = operator
         self._next = index % targets
-        self._known: dict[Any, int] = {}
+        self._known: dict[object, int] = {}
 
     @property
     def copies(self) -> int:

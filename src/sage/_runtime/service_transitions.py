@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 from sage._runtime.lifecycle import (
     BEST_GUARD_S,
@@ -35,7 +35,7 @@ from sage._runtime.lifecycle import (
     WakeRequested,
 )
 from sage._runtime.states import SERVICE_TERMINAL, JobState, ServiceState
-from sage._runtime.transition import Transition
+from sage._runtime.transition import ServiceChanges, Transition
 from sage.errors import describe
 
 S = ServiceState
@@ -108,6 +108,7 @@ def _take_hook(t: Transition, event: HookEnded) -> None:
 def _take_start_hook(t: Transition, event: HookEnded) -> None:
     name, record = event.service, t.services[event.service]
     if event.hook == "build" and event.error is None:
+        assert isinstance(event.value, frozenset)
         record = _change(t, name, hooks=record.hooks | event.value)
     if event.error is not None:
         _start_failed(t, name, FailureKind.START, event.hook, event.error)
@@ -183,7 +184,7 @@ def _extend(t: Transition, name: str, seconds: float) -> None:
 # --- changes ---
 
 
-def _change(t: Transition, name: str, **changes: Any) -> ServiceRecord:
+def _change(t: Transition, name: str, **changes: Unpack[ServiceChanges]) -> ServiceRecord:
     record = replace(t.services[name], **changes)
     t.put_service(name, record)
     return record

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from sage.records import BatchReading
     from sage.serving import PipelineBridge
 
+    TaskParts = tuple[
+        str,
+        tuple[Operator, ...],
+        BatchReading,
+        Callable[[TaskEvent], None],
+        Callable[[], float],
+        Pace,
+        Channel | None,
+    ]
+    """The arguments of `Task`."""
+
 
 class Task:
     """Takes one parallel instance of a chain through its phases, step by step.

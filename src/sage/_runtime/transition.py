@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from sage._runtime.dues import with_due, without_first
 from sage._runtime.lifecycle import (
@@ -37,6 +37,23 @@ if TYPE_CHECKING:
 
     from sage._runtime.dues import Due
     from sage._runtime.lifecycle import Tally, TaskPlan
+
+
+class ServiceChanges(TypedDict, total=False):
+    """Fields of `ServiceRecord` that change together."""
+
+    hooks: frozenset[str]
+    incarnation: int
+    hook: str | None
+    due: float | None
+    start_due: float
+    restarts: tuple[float, ...]
+    again: bool
+    goal: ServiceState
+    extended_s: float
+    has_died: bool
+    rests: bool
+    wanted: bool
 
 
 CARRIED = (
@@ -176,7 +193,7 @@ class Transition:
             return
         assert after in JOB_NEXT[before], f"job: {before} -> {after}"
         self.job = after
-        self.do(ActionKind.NOTE, subject="job", before=before, after=after)
+        self.note("job", "", before, after)
         if self.stopping and after is not JobState.SEALED:
             self.end_starts()
 
@@ -186,23 +203,35 @@ class Transition:
         self.put_task(name, TaskRecord(after, due, self.tasks[name].opened))
         if before is not after:
             assert after in TASK_NEXT[before], f"task {name}: {before} -> {after}"
-            self.do(ActionKind.NOTE, name, subject="task", before=before, after=after)
+            self.note("task", name, before, after)
 
-    def move_service(self, name: str, after: ServiceState, **changes: Any) -> None:
+    def move_service(self, name: str, after: ServiceState, **changes: Unpack[ServiceChanges]) -> None:
         before = self.services[name].state
         self.put_service(name, replace(self.services[name], state=after, **changes))
         if before is not after:
             assert after in SERVICE_NEXT[before], f"service {name}: {before} -> {after}"
-            self.do(ActionKind.NOTE, name, subject="service", before=before, after=after)
+            self.note("service", name, before, after)
 
-    def do(self, do: ActionKind, target: str = "", **details: Any) -> None:
-        self.actions.append(Action(do, target, **details))
+    def do(
+        self, do: ActionKind, target: str = "", *, hook: str = "", incarnation: int = 0, due: float | None = None
+    ) -> None:
+        self.actions.append(Action(do, target, hook, incarnation, due))
+
+    def note(self, subject: str, name: str, before: str, after: str) -> None:
+        self.actions.append(Action(ActionKind.NOTE, name, subject=subject, before=before, after=after))
 
     def fail(
-        self, trouble: FailureKind, name: str, hook: str = "", error: BaseException | None = None, **more: Any
+        self,
+        trouble: FailureKind,
+        name: str,
+        hook: str = "",
+        error: BaseException | None = None,
+        *,
+        counts: bool = True,
+        text: str = "",
     ) -> None:
         incarnation = self.services[name].incarnation if name in self.services else 0
-        self.failures = (*self.failures, Failure(trouble, name, hook, error, incarnation=incarnation, **more))
+        self.failures += (Failure(trouble, name, hook, error, counts, text, incarnation=incarnation),)
 
     # --- questions ---
 
