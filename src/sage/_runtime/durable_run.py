@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from sage._logs import log_of
@@ -133,7 +133,7 @@ class DurableRun:
         changes = self._changes.pop((node.name, index), [])
         return Recovery(part, self.number, state, left, function, row.since, changes, row.held)
 
-    def task(self, *parts: Unpack[TaskParts]) -> DurableTask:
+    def task(self, *parts: *TaskParts) -> DurableTask:
         """Return a task of the job; `parts` are the arguments of `Task`."""
         return DurableTask(*parts, tell=self.tell, number=self.number, is_stopping=lambda: self._is_stopping)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 from sage._runtime.accounts import counted
 from sage._runtime.aligning_channel import AligningChannel
@@ -32,7 +32,7 @@ class DurableTask(Task):
 
     def __init__(
         self,
-        *args: Unpack[TaskParts],
+        *args: *TaskParts,
         tell: Callable[[CheckpointEvent], None],
         number: int,
         is_stopping: Callable[[], bool],
