@@ -17,9 +17,7 @@ def schema_of(hint: Any) -> Any:
     def tool(value: Any) -> None: ...
 
     tool.__annotations__["value"] = hint
-    properties = Tool.of(tool).parameters["properties"]
-    assert isinstance(properties, dict)
-    return properties["value"]
+    return Tool.of(tool).parameters["properties"]["value"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Description(TypedDict):
 
     name: str
     description: str
-    parameters: dict[str, object]
+    parameters: dict[str, Any]
 
 
 class Schema(TypedDict):
@@ -61,7 +61,7 @@ class Tool:
 
     name: str
     description: str
-    parameters: Mapping[str, object]
+    parameters: Mapping[str, Any]
     function: Callable[..., object]
 
     @classmethod
@@ -104,7 +104,7 @@ class Tool:
 class SchemaTool:
     """A tool of which only the schema is known: the program calls it by itself."""
 
-    schema: Mapping[str, object]
+    schema: Mapping[str, Any]
 
 
 def tool_of(tool: AnyTool) -> Tool | SchemaTool:
