@@ -8,6 +8,7 @@ import pytest
 
 import sage
 from sage._backends.threads import ThreadsBackend
+from sage._runtime.manager import JobManager
 
 
 class FaultyBackend(ThreadsBackend):
@@ -131,3 +132,11 @@ def test_a_refused_environment_leaves_an_iterator_as_it_was() -> None:
     for _ in range(2):
         with pytest.raises(sage.UnsupportedPlanError, match="cannot keep services"):
             env.submit(keep_services=True)
+
+
+def test_an_environment_that_was_not_submitted_is_new_and_its_job_can_be_stopped() -> None:
+    manager, env = JobManager(), sage.LocalEnvironment("later")
+    expected = {"job_id": env.env_uuid, "name": "", "status": "new"}
+    assert manager.get_job_status(env.env_uuid) == expected
+    assert manager.pause_job(env.env_uuid) == expected
+    assert manager.delete_job(env.env_uuid, force=True) == expected
