@@ -426,7 +426,7 @@ class MilvusStore(VectorStore):
 
     def _matching(self, name: str, condition: Condition) -> list[str]:
         text = "" if condition == ALWAYS else translated(condition)
-        settings: dict[str, Any] = {"filter": text, "output_fields": ["id"]}
+        settings: dict[str, object] = {"filter": text, "output_fields": ["id"]}
         self._ready(name)
         if self.path is not None:
             return [row["id"] for row in self._ask(self._open.query, name, **settings)]
