@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._logs import log_of
 from sage._runtime.states import StopMode
@@ -64,12 +64,13 @@ class KeepsServices(Protocol):
 
 
 class JobStatus(TypedDict, total=False):
-    """Where a job is; the report is there once the job has ended."""
-
     job_id: str
     name: str
     status: str
     report: dict[str, Any]
+
+
+"""Where a job is; the report is there once the job has ended."""
 
 
 class Jobs(Mapping[str, Any]):
@@ -134,28 +135,28 @@ class JobManager:
         else:
             self._keeping.discard(environment)
 
-    def get_job_status(self, id_: object) -> JobStatus:
+    def get_job_status(self, id_: object) -> dict[str, Any]:
         """Return a job's id, name and state, and its report once it has ended.
 
         Raises:
             JobNotFoundError: no job of this process has the id.
         """
         job = self._find(str(id_))
-        status = JobStatus(job_id=str(id_), name=job.name, status=str(job.state))
+        status: dict[str, Any] = {"job_id": str(id_), "name": job.name, "status": str(job.state)}
         if job._report is not None:
             status["report"] = job._report.to_dict()
         return status
 
-    def list_jobs(self) -> list[JobStatus]:
+    def list_jobs(self) -> list[dict[str, Any]]:
         """Return id, name and state of every job."""
         return [{"job_id": job.id, "name": job.name, "status": str(job.state)} for job in tuple(self._jobs.values())]
 
-    def pause_job(self, id_: object, *, timeout_s: float | None = None) -> JobStatus:
+    def pause_job(self, id_: object, *, timeout_s: float | None = None) -> dict[str, Any]:
         """Stop a job within `timeout_s` seconds and return its status; old programs call this name."""
         self._find(str(id_)).stop(timeout_s=timeout_s)
         return self.get_job_status(id_)
 
-    def delete_job(self, id_: object, force: bool = False, *, timeout_s: float | None = None) -> JobStatus:
+    def delete_job(self, id_: object, force: bool = False, *, timeout_s: float | None = None) -> dict[str, Any]:
         """Stop a job, or cancel it with `force`, and return its status; it stays known.
 
         Raises:
@@ -164,7 +165,7 @@ class JobManager:
         self._find(str(id_)).stop(drain=not force, timeout_s=timeout_s)
         return self.get_job_status(id_)
 
-    def cleanup_all_jobs(self, *, timeout_s: float | None = None) -> list[JobStatus]:
+    def cleanup_all_jobs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
         """Stop every job that runs, all of them within `timeout_s` seconds, and return the status of all."""
         due = None if timeout_s is None else time.monotonic() + timeout_s
         for job in tuple(self._jobs.values()):

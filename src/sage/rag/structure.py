@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sage._extras import load
 from sage.rag.documents import Block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from markdown_it import MarkdownIt
 
     Span = tuple[int, int]
 
@@ -114,7 +112,7 @@ def _has_empty_line(text: str, start: int, end: int) -> bool:
 
 
 @cache
-def _parser() -> MarkdownIt:
+def _parser() -> Any:
     """Return a parser of blocks: the text in them stays as it was written, and nothing is taken for a definition."""
-    parser: MarkdownIt = load("markdown_it", "rag").MarkdownIt("commonmark").enable("table")
+    parser = load("markdown_it", "rag").MarkdownIt("commonmark").enable("table")
     return parser.disable(["inline", "reference"])

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sage._extras import MissingExtraError, load
 from sage.errors import ServiceError, describe, hint
 from sage.services.models.embeddings import EmbeddingService, well_formed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from concurrent.futures import Executor
-    from contextlib import AbstractContextManager
     from types import ModuleType
 
     import numpy as np
     from numpy.typing import NDArray
-    from tokenizers import Tokenizer
 
     from sage.services.models.embeddings import EmbeddingOptions
 
@@ -73,7 +70,7 @@ class MiniLMEmbeddings(EmbeddingService):
     def __init__(self, folder: str | os.PathLike[str] | None = None, **settings: Unpack[EmbeddingOptions]) -> None:
         super().__init__(**settings)
         self._folder = None if folder is None else Path(folder)
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self._dimension = 384
         self._threads: ThreadPoolExecutor | None = None
@@ -104,8 +101,7 @@ class MiniLMEmbeddings(EmbeddingService):
             weights = safetensors.load_file(str(folder / "model.safetensors"))
             tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             libraries = load("threadpoolctl", "embed").ThreadpoolController()
-            limited = partial(libraries.limit, limits=1, user_api="blas")
-            self._encoder = Encoder(numpy, weights, settings, limited)
+            self._encoder = Encoder(numpy, weights, settings, libraries)
         except Exception as error:  # each of the libraries has errors of its own for a file that is broken
             failure = ServiceError(f"the model in {str(folder)!r} cannot be loaded: {describe(error)}")
             raise hint(
@@ -131,7 +127,6 @@ class MiniLMEmbeddings(EmbeddingService):
         return super()._identity() if self._folder is None else f"{self._folder.resolve()}/{self.dimension}"
 
     def _encode(self, texts: list[str]) -> Floats:
-        assert self._tokenizer is not None
         assert self._encoder is not None
         assert self._threads is not None
         # One by one, because a batch would start threads in the tokenizer that never end and that no fork survives.
@@ -147,10 +142,10 @@ class Encoder:
         numpy: ModuleType,
         weights: Mapping[str, Floats],
         settings: Mapping[str, float],
-        limited: Callable[[], AbstractContextManager[object]],
+        libraries: Any,
     ) -> None:
         self._numpy = numpy
-        self._limited = limited
+        self._libraries = libraries
         self._heads = int(settings["num_attention_heads"])
         self._epsilon = float(settings["layer_norm_eps"])
         self.dimension = int(settings["hidden_size"])
@@ -175,7 +170,7 @@ class Encoder:
         rows: Floats = self._numpy.empty((len(tokens), self.dimension), self._numpy.float32)
         groups = list(groups_of([len(some) for some in tokens]))
         encode = threads.map if len(groups) > 1 else map
-        with self._limited():
+        with self._libraries.limit(limits=1, user_api="blas"):
             encoded = encode(lambda places: self._encode_group([tokens[place] for place in places]), groups)
             for places, part in zip(groups, encoded, strict=True):
                 rows[places] = part

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 from urllib.parse import quote
 
 from sage._extras import load
@@ -67,13 +67,6 @@ class _Columns(TypedDict):
     metadatas: Sequence[Metadata | None]
 
 
-class _Answers(TypedDict):
-    ids: list[list[str]]
-    distances: list[list[float]]
-    documents: list[list[str | None]]
-    metadatas: list[list[Metadata | None]]
-
-
 class ChromaCollection(Protocol):
     """The parts of `chromadb.Collection` that are used here."""
 
@@ -81,7 +74,7 @@ class ChromaCollection(Protocol):
     configuration_json: Mapping[str, Mapping[str, str]]
     metadata: Mapping[str, int] | None
     get: Callable[..., _Columns]
-    query: Callable[..., _Answers]
+    query: Callable[..., Mapping[str, list[list[Any]]]]
     add: Callable[..., None]
     delete: Callable[..., object]
     count: Callable[[], int]

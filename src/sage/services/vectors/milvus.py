@@ -7,7 +7,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from sage._extras import load
 from sage.errors import ServiceError, ServiceUnavailableError, hint, short
@@ -84,11 +84,6 @@ class _FoundRow(TypedDict):
     entity: _Row
 
 
-class _Field(TypedDict):
-    name: str
-    params: Mapping[str, int | str]
-
-
 class _Pages(Protocol):
     next: Callable[[], list[_Row]]
     close: Callable[[], None]
@@ -104,7 +99,7 @@ class MilvusClient(Protocol):
 
     list_collections: Callable[..., list[str]]
     has_collection: Callable[..., bool]
-    describe_collection: Callable[..., Mapping[str, Sequence[_Field]]]
+    describe_collection: Callable[..., Mapping[str, Sequence[Mapping[str, Any]]]]
     describe_index: Callable[..., Mapping[str, str]]
     load_collection: Callable[..., None]
     create_schema: Callable[..., _Parts]
