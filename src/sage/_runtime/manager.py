@@ -63,13 +63,6 @@ class KeepsServices(Protocol):
     def _after_fork_in_child(self) -> None: ...
 
 
-class JobStatus(TypedDict, total=False):
-    job_id: str
-    name: str
-    status: str
-    report: dict[str, Any]
-
-
 """Where a job is; the report is there once the job has ended."""
 
 
