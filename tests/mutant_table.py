@@ -496,8 +496,8 @@ HOSTS = (
     Mutant(
         "a drain that waits does not hear of the last call",
         "_hosts/gate.py",
-        "            if self._waiting:\n                self._changed.notify_all()",
-        "            if self._waiting > 1:\n                self._changed.notify_all()",
+        "        if self._waiting:\n            self._changed.notify_all()",
+        "        if self._waiting > 1:\n            self._changed.notify_all()",
         GATES + "test_a_drain_hears_of_the_end_of_the_last_call",
     ),
     Mutant(
@@ -531,14 +531,14 @@ HOSTS = (
     Mutant(
         "a call that raised keeps its place",
         "_hosts/gate.py",
-        "            finally:\n                self._leave(me)\n",
-        "            else:\n                self._leave(me)\n",
+        "            finally:\n                with self._lock:\n                    self._leave(me)\n",
+        "            else:\n                with self._lock:\n                    self._leave(me)\n",
         GATES + "test_calls_and_errors_are_counted_and_free_their_place",
     ),
     Mutant(
         "an orphan does not wait for the calls that run",
         "_remote/process.py",
-        "        if not self._busy.wait_over(max(due - time.monotonic(), 0) / 2):\n"
+        "        if not self._wait_over(max(due - time.monotonic(), 0) / 2):\n"
         '            errors.append("a call or hook was still running")\n',
         "",
         ORPHANS + "test_an_orphan_waits_for_a_call_that_runs_before_its_stop",
@@ -824,8 +824,8 @@ MORE_RULES = (
     Mutant(
         "nobody hears that the other side of a link has gone",
         "_remote/rpc.py",
-        "            self._socket.close()\n        self._on_closed()\n",
-        "            self._socket.close()\n",
+        "a lane does not end by itself\n        self._on_closed()\n",
+        "a lane does not end by itself\n",
         LINKS + "test_a_request_that_waits_hears_that_the_link_was_shut",
     ),
     Mutant(
@@ -1006,9 +1006,9 @@ DURABLE: tuple[Mutant, ...] = (
     Mutant(
         "a checkpoint counts records that wait as taken",
         "_runtime/durable_task.py",
-        "waiting + operator.held,",
-        "waiting,",
-        RECOVERY,
+        "held = waiting + operator.held",
+        "held = waiting",
+        "tests/durable/test_recovery.py::test_records_that_wait_for_a_batch_are_in_the_checkpoint",
     ),
     Mutant(
         "a run counts anew what earlier ones have taken",
@@ -1055,7 +1055,7 @@ DURABLE: tuple[Mutant, ...] = (
     Mutant(
         "a checkpoint lacks the keys that changed",
         "_operators/keyed_state.py",
-        "        self._to_write |= dict.fromkeys(self.young)\n",
+        "        self._to_write += self.young\n",
         "",
         KEYED + "test_any_checkpoint_loads_as_it_was",
     ),

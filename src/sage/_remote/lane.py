@@ -31,7 +31,7 @@ BELL_BYTES = 8
 SIZE = struct.Struct("=I")
 SHORT_BYTES_MAX = GONE_AT - SIZE.size
 NONE, LONG = 0, 0xFFFF_FFFF
-"""In place of a size: there is no frame, or there is one that comes over the socket."""
+"""In place of a size: nothing is there, or a frame comes over the socket."""
 
 
 class Lanes:
