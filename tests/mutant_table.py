@@ -1008,7 +1008,7 @@ DURABLE: tuple[Mutant, ...] = (
         "_runtime/durable_task.py",
         "held = waiting + operator.held",
         "held = waiting",
-        "tests/durable/test_recovery.py::test_records_that_wait_for_a_batch_are_in_the_checkpoint",
+        "tests/durable/test_accounts.py::test_records_that_wait_are_not_lost",
     ),
     Mutant(
         "a run counts anew what earlier ones have taken",

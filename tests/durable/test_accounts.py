@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import sqlite3
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import LocalEnvironment
+from sage import Durable, LocalEnvironment
 from sage._operators.operator import Operator
 from sage.connectors import JsonLines, JsonLinesFiles
 from sage.errors import ServiceStartError
@@ -44,7 +45,7 @@ def run(folder: Path, model: type[Model] = Model, **limits: Any) -> JobReport:
     )
     doubled.sink(JsonLinesFiles(folder / "out"), name="out")
     env.limit(**limits)
-    with contextlib.suppress(ServiceStartError):
+    with suppress(ServiceStartError):
         env.submit(autostop=True)
     report: JobReport | None = env.jobmanager.jobs[env.env_uuid].report
     assert report is not None
@@ -79,6 +80,19 @@ def test_a_run_that_is_cancelled_at_its_start_leaves_everything_to_the_next(tmp_
     last = run(tmp_path)
     assert (last.waiting, last.is_accounted) == (0, True)
     assert last.operator("out").earlier_in + last.operator("out").records_in == COUNT
+
+
+def test_records_that_wait_are_not_lost(folder: Path) -> None:
+    """In a batch that is not full, at nearly each of many checkpoints."""
+    env = LocalEnvironment("job", durable=Durable(folder / "state", interval_s=0.001, keep=10_000))
+    numbers = env.from_batch(range(100_000), name="numbers")
+    numbers.map_batches(lambda many: many, max_records=7, max_wait_s=1.0, name="batches").sink(lambda _: None)
+    env.submit(autostop=True)
+    with closing(sqlite3.connect(folder / "state" / "checkpoints.sqlite")) as file:
+        (held,) = file.execute("SELECT sum(held) FROM parts").fetchone()
+        accounts = [json.loads(text) for (text,) in file.execute("SELECT accounts FROM checkpoints")]
+    assert held > 0
+    assert {lost for of_all in accounts for *_, lost in of_all.values()} == {0}
 
 
 def test_a_record_that_a_checkpoint_loses_is_missed_in_all_later_runs(
