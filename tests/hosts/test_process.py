@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.host_services import (
     Crowd,
+    Departing,
     FullError,
     Leaving,
     Listening,
@@ -642,6 +643,16 @@ def test_a_service_defers_extends_and_claims(tmp_path: Path, journal: Notes) -> 
     assert job.report is not None
     assert job.report.cleanliness is Cleanliness.CLEAN
     assert not (tmp_path / "made").exists()
+
+
+def test_a_process_ends_as_any_other_program(journal: Notes, capfd: pytest.CaptureFixture[str]) -> None:
+    """It waits for its threads, calls what was registered with atexit, and writes what it has printed."""
+    env = LocalEnvironment("departing")
+    env.register_service("departing", Departing, journal, options=OWN)
+    env.from_batch([1]).sink(lambda _: None)
+    env.submit(autostop=True)
+    assert journal == ["thread", "at exit"]
+    assert "no end of a line" in capfd.readouterr().out
 
 
 def test_what_a_constructor_deferred_is_done_though_it_raised(tmp_path: Path, journal: Notes) -> None:

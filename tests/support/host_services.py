@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -211,6 +212,26 @@ class Mortal(BaseService):
 
     def cleanup(self) -> None:
         self.notes.append(f"cleanup {self.number}")
+
+
+class Departing(BaseService):
+    """Leaves something to the end of its process."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def setup(self) -> None:
+        atexit.register(self.notes.append, "at exit")
+        self.is_over = threading.Event()
+        threading.Thread(target=self.wait_for_the_end).start()
+
+    def wait_for_the_end(self) -> None:
+        self.is_over.wait()
+        self.notes.append("thread")
+
+    def cleanup(self) -> None:
+        sys.stdout.write("no end of a line")
+        self.is_over.set()
 
 
 class Leaving(BaseService):

@@ -5,6 +5,7 @@ The process runs `main`. One thread answers each request, so the main thread onl
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
@@ -384,3 +385,15 @@ def main(link: int, guard: int, begun: int, name: str) -> None:
     child = ServiceProcess(socket.socket(fileno=link), socket.socket(fileno=guard), name, *memories)
     child.live()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End as the interpreter does, but do not take its modules apart: after `import openai`, that takes 0.2 s."""
+    join_threads: Callable[[], None] = vars(threading)["_shutdown"]
+    join_threads()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # it may be None, closed, or led nowhere
+            stream.flush()
+    os._exit(0)
