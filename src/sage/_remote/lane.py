@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sage._remote.wire import Frame
     from sage.service import ServiceHandle
 
-LANES_MAX = 64
+LANES_MAX = NO_LANE = 64
 """How many connections of a link have a lane, which takes two descriptors more; all others do without."""
 
 ROOM_BYTES, GONE_AT = 4096, 4095
@@ -52,15 +52,16 @@ class Lanes:
         with self._lock:
             if self._unused:
                 return self._unused.pop()
-            for number in self._left:
-                rooms = _rooms(number)
-                # An end that still makes a call of a connection that was given up has an answer to write.
-                if self.memory[rooms[0] + GONE_AT]:
-                    self._left.discard(number)
-                    for room in rooms:
-                        SIZE.pack_into(self.memory, room, NONE)
-                        self.memory[room + GONE_AT] = 0
-                    return number
+            with suppress(ValueError):  # the memory is closed
+                for number in self._left:
+                    rooms = _rooms(number)
+                    # An end that still makes a call of a connection that was given up has an answer to write.
+                    if self.memory[rooms[0] + GONE_AT]:
+                        self._left.discard(number)
+                        for room in rooms:
+                            SIZE.pack_into(self.memory, room, NONE)
+                            self.memory[room + GONE_AT] = 0
+                        return number
         return None
 
     def give_back(self, number: int) -> None:
@@ -72,6 +73,11 @@ class Lanes:
         """Let another connection have the lane when the other end has left it too."""
         with self._lock:
             self._left.add(number)
+
+    def refuse(self, number: int) -> None:
+        """Leave a lane of the other end, which could not be taken over."""
+        with suppress(ValueError):
+            self.memory[_rooms(number)[0] + GONE_AT] = 1
 
     def close(self) -> None:
         """Free the memory; connections that use it end."""
@@ -125,6 +131,7 @@ class LaneConnection(Connection):
         self._asks = asks
         self._is_shut = False
         self._timeout_s: float | None = None
+        self._polls = asks  # until the first answer: a process that can have no more descriptors loses its bells
 
     def send(self, frame: Frame) -> None:
         """Send the result of `encode`.
@@ -151,9 +158,8 @@ class LaneConnection(Connection):
         """Receive a frame; see `Connection.take`."""
         memory, at = self._memory, self._in + SIZE.size
         try:
-            if not (self._is_shut or memory[self._in + GONE_AT]):
-                if self._timeout_s is not None:
-                    self._wait_for_bell(self._timeout_s)
+            is_over = self._is_shut or memory[self._in + GONE_AT]
+            if not is_over and (not self._polls or self._hears_bell()):
                 os.read(self._bell, BELL_BYTES)  # which goes on after a signal, as `os.eventfd_read` does not
             (size,) = SIZE.unpack_from(memory, self._in)
             if size == NONE:  # so the bell has told of the end
@@ -166,7 +172,7 @@ class LaneConnection(Connection):
 
     def bound(self, timeout_s: float) -> None:
         """Let sending and receiving raise `TimeoutError` after a time; the connection is of no use after that."""
-        self._timeout_s = timeout_s
+        self._timeout_s, self._polls = timeout_s, True
         super().bound(timeout_s)
 
     def shut(self) -> None:
@@ -193,8 +199,13 @@ class LaneConnection(Connection):
             with suppress(OSError):
                 os.close(bell)
 
-    def _wait_for_bell(self, timeout_s: float) -> None:
-        bell = select.poll()
-        bell.register(self._bell, select.POLLIN)
-        if not bell.poll(timeout_s * 1000):
+    def _hears_bell(self) -> bool:
+        """Wait for the bell or, if the other end has none, for the end of the socket; return which it was."""
+        heard = select.poll()
+        heard.register(self._bell, select.POLLIN)
+        heard.register(self._socket, 0)  # which is told of its end alone
+        found = dict(heard.poll(None if self._timeout_s is None else self._timeout_s * 1000))
+        if not found:
             raise TimeoutError("no answer came in time")
+        self._polls = self._timeout_s is not None
+        return self._bell in found

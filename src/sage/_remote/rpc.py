@@ -14,7 +14,7 @@ from sage._current_job import carried
 from sage._forks import leave_if_forked, useless_after_fork
 from sage._logs import log_of
 from sage._remote.errors import pack, unpack
-from sage._remote.lane import LaneConnection
+from sage._remote.lane import NO_LANE, LaneConnection
 from sage._remote.wire import Connection, encode
 from sage.errors import ServiceError, describe
 
@@ -380,12 +380,13 @@ class SocketPairRpc(RpcClient, RpcServer):
             RpcClosedError: the other side is gone.
         """
         here, there = socket.socketpair()
-        return self._hand_over(Connection(here, self._handles), b"c", there)
+        return self._hand_over(Connection(here, self._handles), NO_LANE, there)
 
     def _connect_to_ask(self) -> Connection:
         """Open a connection with a lane, if there is one; see `connect`."""
         lanes = self._opens
-        number = None if lanes is None else lanes.take()
+        # A forked process must not write to the memory of its parent.
+        number = None if lanes is None or self._closed else lanes.take()
         if lanes is None or number is None:
             return self.connect()
         with ExitStack() as undone:
@@ -397,16 +398,16 @@ class SocketPairRpc(RpcClient, RpcServer):
             here, there = socket.socketpair()
             connection = LaneConnection(here, self._handles, lanes, number, bells, asks=True)
             undone.pop_all()
-        return self._hand_over(connection, bytes([number]), there, *reversed(bells))
+        return self._hand_over(connection, number, there, *reversed(bells))
 
-    def _hand_over(self, connection: Connection, number: bytes, there: socket.socket, *bells: int) -> Connection:
+    def _hand_over(self, connection: Connection, number: int, there: socket.socket, *bells: int) -> Connection:
         try:
             with self._lock:
                 if self._closed:
                     owner = "is closed" if not self.is_forked else "is one of the process that this one was forked from"
                     raise RpcClosedError(f"the link {owner}")
                 self._all.add(connection)
-                socket.send_fds(self._socket, [number], [there.fileno(), *bells])
+                socket.send_fds(self._socket, [bytes([number])], [there.fileno(), *bells])
         except OSError:
             self._drop(connection)
             raise RpcClosedError("the other side is gone") from None
@@ -437,26 +438,38 @@ class SocketPairRpc(RpcClient, RpcServer):
                 data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 3, socket.MSG_CMSG_CLOEXEC)
             except OSError:
                 break
-            if descriptors:
-                end, bells = socket.socket(fileno=descriptors[0]), descriptors[1:]
-                connection = Connection(end, self._handles)
-                if bells and self._accepts is not None:
-                    connection = LaneConnection(end, self._handles, self._accepts, data[0], bells, asks=False)
-                self._add(connection)
-                try:
-                    self._start_thread(partial(self._serve, connection))
-                except (
-                    RuntimeError
-                ) as error:  # the system has no more threads: whoever asks is told that nobody is there
-                    log.error("request cannot be answered name=%s error=%s", self._name, error)
-                    self._drop(connection)
             if not data:
                 break
+            connection = self._taken_over(data[0], descriptors)
+            if connection is None:
+                continue
+            self._add(connection)
+            try:
+                self._start_thread(partial(self._serve, connection))
+            except RuntimeError as error:  # the system has no more threads: whoever asks is told that nobody is there
+                log.error("request cannot be answered name=%s error=%s", self._name, error)
+                self._drop(connection)
         with self._lock, suppress(OSError):  # the program may have closed every descriptor that it found
             self._closed = True
             self._socket.close()
         Connections.shut(self)  # a lane does not end by itself
         self._on_closed()
+
+    def _taken_over(self, number: int, descriptors: list[int]) -> Connection | None:
+        """Return a connection that the other side has handed over, or None if this process had no descriptors left."""
+        lanes = None if number == NO_LANE else self._accepts
+        if len(descriptors) == (1 if lanes is None else 3):
+            end, *bells = descriptors
+            if lanes is None:
+                return Connection(socket.socket(fileno=end), self._handles)
+            return LaneConnection(socket.socket(fileno=end), self._handles, lanes, number, bells, asks=False)
+        # The system drops those for which there is no place, and whoever asks learns of that from the socket.
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if lanes is not None:
+            lanes.refuse(number)
+        log.error("request cannot be answered name=%s error=no descriptors left", self._name)
+        return None
 
 
 def _not_sent(error: BaseException, text: str) -> ServiceError:
