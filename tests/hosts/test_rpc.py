@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from sage import FunctionError, JobError, JobErrorGroup
+from sage import FunctionError, JobError, JobErrorGroup, ServiceUnavailableError
 from sage._remote.begun import PLACES_COUNT
+from sage._remote.calls import RemoteCalls
 from sage._remote.errors import sendable
 from sage._remote.lane import GONE_AT, LANES_MAX, MEMORY_BYTES, ROOM_BYTES, SHORT_BYTES_MAX, Lanes, shared_memory
-from sage._remote.protocol import served
-from sage._remote.rpc import IDLE_MAX, RpcClosedError, SocketPairRpc
+from sage._remote.protocol import CallSide, served
+from sage._remote.rpc import IDLE_MAX, NotReceivedError, RpcClosedError, SocketPairRpc
+from sage._remote.tcp import TcpRpcClient, TcpRpcServer
 from sage.errors import describe, hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOON_S = 10.0
+SECRET = b"shared by both sides"
 
 
 class Asked(Protocol):
@@ -279,3 +282,68 @@ def test_no_more_connections_are_kept_than_the_limit(pair: Pair) -> None:
     for thread in threads:
         thread.join()
     assert 0 < len(pair.link._idle) <= IDLE_MAX
+
+
+class Service:
+    """Has a method that waits, in a server of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.begun, self.go_on = name, threading.Event(), threading.Event()
+        self.server = TcpRpcServer("127.0.0.1", SECRET, served((CallSide, self)), {}, name)
+        self.client = TcpRpcClient(self.server.address, SECRET, {})
+        self.server.begin()
+
+    def attribute(self, service: str, name: str) -> tuple[bool, object]:
+        return True, False
+
+    def call(self, service: str, name: str, args: tuple[bool], kwargs: object, timeout_s: float | None) -> str:
+        if args[0]:
+            self.begun.set()
+            assert self.go_on.wait(SOON_S)
+        return self.name
+
+    def close(self) -> None:
+        self.go_on.set()
+        self.server.close(SOON_S)
+        self.client.close()
+
+
+@pytest.fixture
+def services() -> Iterator[list[Service]]:
+    made = [Service("first"), Service("second")]
+    yield made
+    for service in made:
+        service.close()
+
+
+def test_a_call_that_a_dead_process_has_not_received_is_made_by_the_next_one(services: list[Service]) -> None:
+    """Also one over a connection that was open when the process died."""
+    left = [service.client for service in services]
+    calls = RemoteCalls("service", None, lambda *_: left.pop(0))
+    assert calls.call("method", (False,), {}, None) == "first"
+    services[0].server.close(SOON_S)
+    assert calls.call("method", (False,), {}, None) == "second"
+    for _ in range(2):  # over an idle connection, and over a new one
+        with pytest.raises(NotReceivedError):
+            services[0].client.ask(CallSide.attribute, "service", "method")
+
+
+def test_a_call_that_a_dead_process_has_received_fails(services: list[Service]) -> None:
+    left = [service.client for service in services]
+    calls = RemoteCalls("service", None, lambda *_: left.pop(0))
+    call = calls.call_async("method", (True,), {}, None)
+    assert services[0].begun.wait(SOON_S)
+    services[0].server.shut()
+    with pytest.raises(ServiceUnavailableError, match="has no process any more"):
+        call.result(SOON_S)
+    assert calls.call("method", (False,), {}, None) == "second"
+    calls.close()
+
+
+def test_a_call_that_this_side_gives_up_may_have_been_received(services: list[Service]) -> None:
+    client = services[0].client
+    client.ask(CallSide.attribute, "service", "method")
+    client.shut()
+    with pytest.raises(RpcClosedError) as caught:
+        client.ask(CallSide.attribute, "service", "method")
+    assert caught.type is RpcClosedError

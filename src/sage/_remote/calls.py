@@ -8,7 +8,7 @@ from sage._calls import not_in_time
 from sage._forks import refusal
 from sage._hosts.call_threads import CallThreads
 from sage._remote.protocol import CallSide
-from sage._remote.rpc import NotSentError, RpcClosedError
+from sage._remote.rpc import NotReceivedError, NotSentError, RpcClosedError
 from sage._runtime.coroutines import is_on_loop
 from sage.errors import ServiceError, ServiceUnavailableError, describe
 
@@ -54,17 +54,21 @@ class RemoteCalls:
 
     def method(self, name: str) -> Any:
         """Return an attribute of the service."""
+        if name not in self._methods:
+            is_method, value = self._attribute(name)
+            if not is_method:
+                return value
+            self._methods[name] = value
+        return lambda *args, **kwargs: self.call(name, args, kwargs, None)
+
+    def _attribute(self, name: str) -> tuple[bool, Any]:
         try:
-            is_method, value = self._ask(None, CallSide.attribute, self._service, name)
+            return self._ask(None, CallSide.attribute, self._service, name)
         except ServiceUnavailableError:
             if self._client is not None:
                 raise
             # Its process went before it answered. Nothing was called yet, so the one that follows is asked.
-            is_method, value = self._ask(None, CallSide.attribute, self._service, name)
-        if not is_method:
-            return value
-        self._methods[name] = value
-        return lambda *args, **kwargs: self.call(name, args, kwargs, None)
+            return self._ask(None, CallSide.attribute, self._service, name)
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether it is known as a coroutine method."""
@@ -108,17 +112,19 @@ class RemoteCalls:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        client = self._client
-        if client is None:
-            client = self._client = self._find(service, self._gone)
-        try:
-            return client.ask_within(bound_s, method, service, name, *args, **kwargs)
-        except NotSentError as error:
-            text = f'the arguments of "{service}".{name} cannot be pickled: {describe(error.reason)}'
-            raise ServiceError(text, service=service) from error.reason
-        except RpcClosedError:
-            if client.is_forked:
-                raise refusal(service) from None
-        # The call may have been made, so it is not made again; the next one finds the process that follows.
-        self._client, self._gone = None, client
-        raise ServiceUnavailableError(f'service "{service}" {self._lost}', service=service)
+        while True:
+            client = self._client
+            if client is None:
+                client = self._client = self._find(service, self._gone)
+            try:
+                return client.ask_within(bound_s, method, service, name, *args, **kwargs)
+            except NotSentError as error:
+                text = f'the arguments of "{service}".{name} cannot be pickled: {describe(error.reason)}'
+                raise ServiceError(text, service=service) from error.reason
+            except RpcClosedError as error:
+                if client.is_forked:
+                    raise refusal(service) from None
+                self._client, self._gone = None, client
+                if not isinstance(error, NotReceivedError):
+                    # The call may have been made, so it is not made again; the next one finds the process that follows.
+                    raise ServiceUnavailableError(f'service "{service}" {self._lost}', service=service) from None

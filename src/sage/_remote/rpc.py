@@ -42,6 +42,10 @@ class RpcClosedError(Exception):
     """The other side is gone."""
 
 
+class NotReceivedError(RpcClosedError):
+    """The other side was gone before it had the whole request, and has done nothing of it."""
+
+
 class NotSentError(Exception):
     """A request cannot be pickled, for the `reason`."""
 
@@ -138,7 +142,7 @@ class RpcClient(Connections, ABC):
         """Send a request and return its answer, or raise its error.
 
         Raises:
-            RpcClosedError: the other side is gone, or went before it had answered.
+            RpcClosedError: the other side is gone, or went before it had answered; see `NotReceivedError`.
             NotSentError: the request cannot be pickled.
             TimeoutError: no answer came within `timeout_s` seconds.
         """
@@ -174,9 +178,11 @@ class RpcClient(Connections, ABC):
         except TimeoutError:
             self._drop(connection)
             raise
-        except (OSError, EOFError):
+        except (OSError, EOFError) as error:
+            # A shutdown of this side looks like the end of the other one, which may receive the request nevertheless.
+            is_missed = not self._closed and connection.has_missed(error)
             self._drop(connection)
-            raise RpcClosedError("the other side is gone") from None
+            raise (NotReceivedError if is_missed else RpcClosedError)("the other side is gone") from None
         except BaseException:
             self._drop(connection)
             raise

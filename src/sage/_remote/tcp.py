@@ -5,9 +5,12 @@ Nothing that arrives is unpickled before the other side has proved to hold the j
 
 from __future__ import annotations
 
+import fcntl
 import hmac
 import os
 import socket
+import struct
+import termios
 import threading
 from contextlib import suppress
 from functools import partial
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sage._forks import useless_after_fork
 from sage._remote.protocol import Address
-from sage._remote.rpc import RpcClient, RpcClosedError, RpcServer
+from sage._remote.rpc import NotReceivedError, RpcClient, RpcServer
 from sage._remote.wire import Connection
 
 if TYPE_CHECKING:
@@ -39,6 +42,25 @@ PROBE_S = 2
 PROBES_MAX = 4
 BACKLOG = 128
 
+UNCONFIRMED = struct.Struct("=i")
+"""How many bytes of a connection were sent, and are not known to have arrived."""
+
+
+class TcpConnection(Connection):
+    """A connection that can tell whether the other side's machine has received everything."""
+
+    def has_missed(self, error: Exception) -> bool:
+        """Return whether the other end was gone before it had all that was sent; see `Connection`.
+
+        A machine confirms with the end of a connection how much it has received before.
+        """
+        if isinstance(error, BrokenPipeError):
+            return True
+        with suppress(OSError):  # a system that does not tell
+            size = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(UNCONFIRMED.size))
+            return isinstance(error, EOFError) and UNCONFIRMED.unpack(size)[0] > 0
+        return False
+
 
 class TcpRpcClient(RpcClient):
     """Leads to another process of the job."""
@@ -53,20 +75,20 @@ class TcpRpcClient(RpcClient):
         """Open a connection to the process.
 
         Raises:
-            RpcClosedError: it is gone, it cannot be reached, or it is not one of this job.
+            NotReceivedError: it is gone, it cannot be reached, or it is not one of this job.
         """
         try:
             end = socket.create_connection(self.address, CONNECT_S)
         except OSError as error:
-            raise RpcClosedError(f"nothing answers at {self.address[0]}:{self.address[1]}: {error}") from None
+            raise NotReceivedError(f"nothing answers at {self.address[0]}:{self.address[1]}: {error}") from None
         try:
             _watch_over(end)
             _prove_as_client(end, self._secret)
             end.settimeout(None)
         except (OSError, EOFError) as error:
             end.close()
-            raise RpcClosedError(f"the process at {self.address[0]}:{self.address[1]} is not of this job") from error
-        connection = Connection(end, self._handles)
+            raise NotReceivedError(f"the process at {self.address[0]}:{self.address[1]} is not of this job") from error
+        connection = TcpConnection(end, self._handles)
         self._add(connection)
         return connection
 

@@ -133,6 +133,10 @@ class Connection:
         """Let sending and receiving raise `TimeoutError` after a time; the connection is of no use after that."""
         self._socket.settimeout(timeout_s)
 
+    def has_missed(self, error: Exception) -> bool:  # noqa: ARG002
+        """Return whether the other end was gone before it had all that was sent, given the error that told so."""
+        return False
+
     def shut(self) -> None:
         """Wake whoever sends or receives; data that has arrived can still be received."""
         with suppress(OSError):
