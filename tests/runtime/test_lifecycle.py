@@ -1113,6 +1113,14 @@ def test_an_exit_that_says_nothing_of_the_process_is_given_up(value: RuntimeErro
     assert job.service_states() == {"a": "abandoned"}
 
 
+def test_an_exit_that_its_host_bounds_is_given_up_after_the_time_that_the_host_needs() -> None:
+    job = Job(replace(process("a", kill_grace_s=3.0), exit_net_s=30.0)).stopping()
+    job.gone("a")
+    assert job.at(job.now + 3.0 + EXIT_NET_S) == []
+    job.end("a", "exit", Exit(0))
+    assert job.service_states() == {"a": "stopped"}
+
+
 @pytest.mark.parametrize("hook", ["build", "setup", "start"])
 def test_a_start_that_fails_ends_its_process(hook: str) -> None:
     job = Job(process("a"))

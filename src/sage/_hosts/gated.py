@@ -18,6 +18,7 @@ from sage._hosts.uses import Uses
 from sage._hosts.waits import Waits
 from sage._runtime.backend import CallWaits, HostFacts
 from sage._runtime.coroutines import AIO_HINT, is_on_loop
+from sage._runtime.lifecycle import EXIT_NET_S
 from sage.errors import HeldBackError, ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
@@ -120,6 +121,10 @@ class GatedHost(ABC):
     @property
     def local_hooks(self) -> frozenset[str]:
         return frozenset()
+
+    @property
+    def exit_net_s(self) -> float:
+        return EXIT_NET_S
 
     def adopt(self, context: ServiceContext, surroundings: HostSurroundings) -> None:
         """Let another job run the hooks of an instance that is kept."""

@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sage._ray.links import KILL_SEEN_S
+from sage._ray.processes import LEAVE_S
 from sage._ray.requests import SiteSide
 from sage._remote.calls import RemoteCalls
 from sage._runtime.backend import CallWaits, HostFacts
@@ -109,6 +111,11 @@ class RemoteHost:
     def local_hooks(self) -> frozenset[str]:
         """The hooks that run here: none, as the others end with their process."""
         return frozenset()
+
+    @property
+    def exit_net_s(self) -> float:
+        """As long as the cluster may take to end a process, and to start one on its node that looks for leftovers."""
+        return LEAVE_S + 2 * KILL_SEEN_S
 
     @property
     def hooks(self) -> frozenset[str]:

@@ -157,6 +157,10 @@ class Host(Protocol):
         """The names of the hooks that run in this process although the service has one of its own."""
 
     @property
+    def exit_net_s(self) -> float:
+        """How long after its bound its exit is given up, which it bounds by itself."""
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The names of the hooks of the instance that is there."""
 

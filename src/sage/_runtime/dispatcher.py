@@ -104,6 +104,7 @@ def _service_plan(service: ServiceSpec, host: Host, keep: frozenset[str], adopte
         local_hooks=host.local_hooks,
         front=service.front,
         spare=service.spare,
+        exit_net_s=host.exit_net_s,
     )
 
 

@@ -83,6 +83,7 @@ class ServicePlan:
         local_hooks: the hooks that run on a thread here although there is such a process.
         front: the service that it is a replica of, or "".
         spare: whether it is not started with the others, but when somebody asks for it.
+        exit_net_s: how long after its bound an exit is given up, which the host bounds by itself.
     """
 
     name: str
@@ -94,6 +95,7 @@ class ServicePlan:
     local_hooks: frozenset[str] = frozenset()
     front: str = ""
     spare: bool = False
+    exit_net_s: float = EXIT_NET_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -409,7 +409,7 @@ def _run_bounded(t: Transition, name: str, hook: str, timeout_s: float) -> None:
     """Run a hook that the host ends in time by itself; its own bound is only the net under that."""
     due = _hook_due(t, name, hook, timeout_s)
     _run_hook(t, name, hook, due)
-    _change(t, name, due=due + (EXIT_NET_S if hook == "exit" else DRAIN_NET_S))
+    _change(t, name, due=due + (t.start.service_plans[name].exit_net_s if hook == "exit" else DRAIN_NET_S))
 
 
 def _next_stop_hook(t: Transition, name: str, last: str) -> None:
