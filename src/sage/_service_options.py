@@ -140,10 +140,6 @@ class ServiceOptions:
         if self.has_replicas and self.shared:
             error = GraphError("service options replicas and shared do not go together")
             raise hint(error, "Leave shared=True out: a replicated service belongs to one environment.")
-        if self.has_replicas and self.host == "ray":
-            error = GraphError('service options replicas and host="ray" do not go together')
-            raise hint(error, 'Replicas run on this machine: give host="process", or leave host out.')
-
         if self.recycle_calls is not None:
             check_count("service option recycle_calls is", self.recycle_calls)
         if self.recycle_rss_mb is not None and not (is_number(self.recycle_rss_mb) and self.recycle_rss_mb > 0):

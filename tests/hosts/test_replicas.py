@@ -380,7 +380,6 @@ def test_each_replica_of_a_command_has_a_port_of_its_own() -> None:
         ({"replicas": 2, "replicas_min": 3}, "replicas_min is 3, with replicas=2"),
         ({"replicas": 2, "affinity": "key"}, "affinity is 'key', which is not callable"),
         ({"replicas": 2, "shared": True}, "replicas and shared do not go together"),
-        ({"replicas": 2, "host": "ray"}, 'replicas and host="ray" do not go together'),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_a_hint(options: dict[str, Any], text: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import RemoteEnvironment, ServiceOptions, UnsupportedPlanError
+from sage import Rate, RemoteEnvironment, ServiceOptions, UnsupportedPlanError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,12 @@ def answer(question: Any) -> Any:
 WAYS: dict[str, Callable[[RemoteEnvironment], object]] = {
     "is shared": lambda env: env.register_service("service", dict, options=ServiceOptions(shared=True)),
     "has idle_stop_s": lambda env: env.register_service("service", dict, options=ServiceOptions(idle_stop_s=60)),
-    "has replicas": lambda env: env.register_service("service", dict, options=ServiceOptions(replicas=2)),
+    "is recycled": lambda env: env.register_service(
+        "service", dict, options=ServiceOptions(host="process", recycle_calls=2)
+    ),
+    "has replicas and a rate": lambda env: env.register_service(
+        "service", dict, options=ServiceOptions(replicas=2, rate=Rate(requests_per_minute=60))
+    ),
     "answers piece by piece": lambda env: env.serve("service", lambda asked: asked.map(answer), stream=True),
 }
 

@@ -258,6 +258,11 @@ class GatedHost(ABC):
         """Return an attribute of the instance, without a gate before it."""
         return self._attribute(name)
 
+    def bound(self, name: str) -> Callable[..., Any]:
+        """Return a method behind the gate, which is looked up once for each instance of a replica."""
+        bound: Callable[..., Any] = getattr(self.spec.handle, name)
+        return bound
+
     def abandon(self) -> str:
         """Leave the thread that hangs behind, and go on with a new one."""
         stack = self._lane.where()

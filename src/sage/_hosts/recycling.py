@@ -77,7 +77,7 @@ class Recycler:
             return True
         if options.recycle_age_s is not None and age_s >= options.recycle_age_s:
             return True
-        pid = replica.host.facts().pid if options.recycle_rss_mb is not None else None
+        pid = None if options.recycle_rss_mb is None else self._supervisor.hosts[replica.name].facts().pid
         return pid is not None and resident_bytes(pid) >= (options.recycle_rss_mb or 0) * BYTES_PER_MB
 
     def _recycle(self, replica: Replica) -> None:
@@ -91,7 +91,7 @@ class Recycler:
     def _let_rest(self) -> None:
         old = self._old
         if old is not None and old.is_spare and old.running == 0:
-            self._supervisor.post(RestRequested(old.name, old.host.incarnation))
+            self._supervisor.post(RestRequested(old.name, self._supervisor.state.services[old.name].incarnation))
 
     def _note(self, event: Event | HookEvent) -> None:
         """Take in a change of state; called by the supervisor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sage._current_job import wait_for
 from sage._hosts.gate import ConcurrentGate
@@ -77,6 +77,36 @@ def check_replicas(services: Iterable[ServiceSpec], keep: frozenset[str]) -> Non
             raise hint(error, "Register it under another name.")
 
 
+class ReplicaHost(Protocol):
+    """The host of a replica, or the stand-in of one in another process, as the front needs it.
+
+    Attributes:
+        on_turned: called when calls are let through from now on, or are not.
+    """
+
+    on_turned: Callable[[], None]
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether calls are let through."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether calls fail, and no later ones will be let through."""
+
+    def is_coroutine(self, name: str) -> bool:
+        """Return whether `name` is a coroutine method."""
+
+    def attribute(self, name: str) -> Any:
+        """Return an attribute of the instance, without a gate before it."""
+
+    def bound(self, name: str) -> Callable[..., Any]:
+        """Return a method behind the replica's own gate."""
+
+    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+        """Return a coroutine method of the instance, or None if threads have to call it."""
+
+
 class Replica:
     """One replica, as its front sees it.
 
@@ -88,7 +118,8 @@ class Replica:
         ready_at: since when that process is ready, by the clock of the backend.
     """
 
-    def __init__(self, host: GatedHost, place: int | None) -> None:
+    def __init__(self, name: str, host: ReplicaHost, place: int | None) -> None:
+        self.name = name
         self.host = host
         self.place = place
         self.running = 0
@@ -97,19 +128,9 @@ class Replica:
         self.ready_at = 0.0
 
     @property
-    def name(self) -> str:
-        """Its name in the lifecycle."""
-        return self.host.spec.name
-
-    @property
     def is_spare(self) -> bool:
         """Whether it gets no calls."""
         return self.place is None
-
-    def bound(self, method: str) -> Callable[..., Any]:
-        """Return one of its methods, behind its own gate."""
-        bound: Callable[..., Any] = getattr(self.host.spec.handle, method)
-        return bound
 
 
 class ReplicasHost(GatedHost):
@@ -124,10 +145,13 @@ class ReplicasHost(GatedHost):
         spec: ServiceSpec,
         context: ServiceContext,
         surroundings: HostSurroundings,
-        replicas: Sequence[GatedHost],
+        replicas: Sequence[ReplicaHost],
     ) -> None:
         super().__init__(spec, context, surroundings)
-        self.replicas = [Replica(host, None if host.spec.spare else place) for place, host in enumerate(replicas)]
+        self.replicas = [
+            Replica(name, host, place if place < spec.options.replicas else None)
+            for place, (name, host) in enumerate(zip(spec.requires, replicas, strict=True))
+        ]
         self.recycler: Recycler | None = None
         self._choices = 0
         self._is_up = False
@@ -149,7 +173,7 @@ class ReplicasHost(GatedHost):
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method of the replicas."""
-        return self.replicas[0].host.is_coroutine(name)
+        return any(replica.host.is_coroutine(name) for replica in self.replicas)
 
     # --- the part of each host ---
 
@@ -171,12 +195,16 @@ class ReplicasHost(GatedHost):
         """Do nothing: it has no instance."""
 
     def _attribute(self, name: str) -> Any:
-        replica = self._enter(NO_KEY)
-        try:
-            attribute = replica.host.attribute(name)
-        finally:
-            self._leave(replica, calls=0)
-        return self._routed(name) if callable(attribute) else attribute
+        while True:
+            replica = self._enter(NO_KEY)
+            try:
+                attribute = replica.host.attribute(name)
+            except NotMadeError as error:
+                self._losses(replica, error, 0)
+            else:
+                return self._routed(name) if callable(attribute) else attribute
+            finally:
+                self._leave(replica, calls=0)
 
     def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
         if all(replica.host._coroutine_method(name) is None for replica in self.replicas):
@@ -190,7 +218,7 @@ class ReplicasHost(GatedHost):
                     await self._own_threads().submit(name, self._wait_open, None)
                     continue
                 try:
-                    return await replica.bound(name)(*args, **kwargs)
+                    return await replica.host.bound(name)(*args, **kwargs)
                 except ServiceUnavailableError as error:
                     losses = self._losses(replica, error, losses)
                 finally:
@@ -206,7 +234,7 @@ class ReplicasHost(GatedHost):
             while True:
                 replica = self._enter(key)
                 try:
-                    return replica.bound(name)(*args, **kwargs)
+                    return replica.host.bound(name)(*args, **kwargs)
                 except ServiceUnavailableError as error:
                     losses = self._losses(replica, error, losses)
                 finally:

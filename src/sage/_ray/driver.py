@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sage._extras import load
+from sage._hosts.replicas import with_replicas
 from sage._logs import log_of
 from sage._ray.actors import MasterActor
 from sage._ray.connection import allow_references, is_connected, prepared, starts_own, within
@@ -22,7 +23,7 @@ from sage._ray.placement import DRIVER, SitePlan, by_task, service_place, sites_
 from sage._ray.processes import actor_name, named
 from sage._ray.requests import DriverSide, MasterSide
 from sage._ray.reservations import check_there, nodes_now
-from sage._ray.shipping import outline, pickled_part, pickled_service
+from sage._ray.shipping import front_of, outline, outlines, pickled_part, pickled_service
 from sage._ray.site import Site
 from sage._remote.rpc import RpcClosedError
 from sage._remote.tcp import TcpRpcClient
@@ -85,13 +86,17 @@ def check_supported(name: str, graph: LogicalGraph) -> None:
         UnsupportedPlanError: a service is to run in a way that a cluster does not have.
     """
     for spec in graph.services:
-        what, instead = "", 'On a cluster a service has its own process, or host="inline", in the driver.'
+        options, what = spec.options, ""
+        instead = 'On a cluster a service has its own process, or host="inline", in the driver.'
         bridge = bridge_among(spec.target, spec.args, dict(spec.kwargs))
-        if spec.options.shared:
+        if options.shared:
             what = "is shared"
-        elif spec.options.has_replicas:
-            what, instead = "has replicas", "Leave replicas out, or run the job with a LocalEnvironment."
-        elif spec.options.idle_stop_s is not None:
+        elif options.recycles:
+            what, instead = "is recycled", "Leave the recycle options out, or run the job with a LocalEnvironment."
+        elif options.has_replicas and options.rate is not None:
+            # Each process of the job has a front of its own, which would keep a rate of its own.
+            what, instead = "has replicas and a rate", "Leave one of them out, or run the job with a LocalEnvironment."
+        elif options.idle_stop_s is not None:
             what, instead = "has idle_stop_s", "Leave idle_stop_s out, or run the job with a LocalEnvironment."
         elif bridge is not None and bridge.streams:
             what, instead = "answers piece by piece", "Leave stream=True out, or serve it with a LocalEnvironment."
@@ -210,7 +215,7 @@ class DriverSupervisor(DriverSide):
             DRIVER,
             launch.secret,
             launch.ip,
-            {spec.name: spec.options for spec in graph.services},
+            launch.options,
             launch.by_task,
             lambda _: launch.driver_part,
             self._master_lost,
@@ -405,6 +410,8 @@ class Launch:
         self.budget = settings.budget
         self._graph = graph
         self._plan = plan
+        self._services = with_replicas(graph.services)
+        self.options = {spec.name: spec.options for spec in outlines(graph.services)}
         self._limits = Limits(**limits)
         self._settings = settings
         self._stack = ExitStack()
@@ -426,7 +433,7 @@ class Launch:
             job=self.id,
             graph=outline(self._graph),
             plan=self._plan.outline(),
-            services=outline(self._graph).services,
+            services=outlines(self._services),
             limits=self._limits,
             secret=self.secret,
             sites=self._sites,
@@ -475,7 +482,10 @@ class Launch:
     # --- behind it ---
 
     def _prepare(self, connect: Callable[[str | None], object]) -> None:
-        settings, services = self._settings, {spec.name: spec for spec in self._graph.services}
+        settings = self._settings
+        fronts = tuple(front_of(spec) for spec in self._services if spec.options.has_replicas)
+        instances = tuple(spec for spec in self._services if not spec.options.has_replicas)
+        services = {spec.name: spec for spec in instances}
         workers_max = settings.workers or os.cpu_count() or 1
         is_own = starts_own(settings.address)
         if not is_own:
@@ -483,18 +493,20 @@ class Launch:
             allow_references()
             if settings.workers is None:
                 workers_max = int(load("ray", "ray").cluster_resources().get("CPU", 1))
-        self._sites: dict[str, SitePlan] = sites_of(self._plan, self._graph.services, workers_max)
+        self._sites: dict[str, SitePlan] = sites_of(self._plan, instances, workers_max)
         self.by_task = by_task(self._sites)
         # Everything is pickled before a cluster of its own is started, which takes seconds.
         self._parts = {
-            name: pickled_part(self._plan, site, services) for name, site in self._sites.items() if name != DRIVER
+            name: pickled_part(self._plan, site, services, fronts)
+            for name, site in self._sites.items()
+            if name != DRIVER
         }
         beside = {name for site in self._sites.values() for name in site.services}
         self._parts |= {
-            f"service {spec.name}": pickled_service(spec) for spec in self._graph.services if spec.name not in beside
+            f"service {spec.name}": pickled_service(spec, fronts) for spec in instances if spec.name not in beside
         }
         at_driver = self._sites.get(DRIVER, SitePlan(DRIVER))
-        self.driver_part = SitePayload(self._plan, tuple(services[name] for name in at_driver.services))
+        self.driver_part = SitePayload(self._plan, tuple(services[name] for name in at_driver.services), fronts)
         if is_own:
             self._connect(connect)
         if is_own or settings.address == WARM:  # another one may grow
@@ -511,9 +523,9 @@ class Launch:
         self._connected: Connected = self._stack.enter_context(connect(self._settings.address))
 
     def _site_order(self, name: str, part: Pickled, driver: tuple[str, int]) -> SiteLaunch:
-        options = {spec.name: spec.options for spec in self._graph.services}
         path = tuple(os.path.abspath(place) for place in sys.path)
-        return SiteLaunch(self.id, name, self.secret, options, self.by_task, part, path, _level(), driver, self.budget)
+        secret, by_task, budget = self.secret, self.by_task, self.budget
+        return SiteLaunch(self.id, name, secret, self.options, by_task, part, path, _level(), driver, budget)
 
 
 def _level() -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sage._ray.links import KILL_SEEN_S
+from sage._ray.links import KILL_SEEN_S, in_parallel
 from sage._ray.processes import LEAVE_S
 from sage._ray.requests import SiteSide
 from sage._remote.calls import RemoteCalls
@@ -16,7 +17,7 @@ from sage._runtime.lifecycle import Exit
 from sage.errors import ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from sage._plan.logical import ServiceSpec
     from sage._ray.links import SiteClient
@@ -36,6 +37,47 @@ PLACE_MARGIN_S = 1.0
 """How long before the end of the start a process without a place in the cluster is given up."""
 
 
+Counts = tuple[int, int, CallWaits]
+"""How many calls of a service there were, how many raised, and how long they waited."""
+
+
+class Callers:
+    """The processes of a job, each with a front of its own for each replicated service, which follows the master's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._links: list[SiteClient] = []
+        self._last: dict[str, Callable[[SiteClient], None]] = {}
+
+    def add(self, link: SiteClient) -> None:
+        """Tell a process all that the others were told last, as soon as it is up."""
+        with self._lock:
+            self._links.append(link)
+            for tell in self._last.values():
+                tell(link)
+
+    def tell(self, service: str, tell: Callable[[SiteClient], None]) -> None:
+        """Tell all processes about a service, in the same order, and do not wait for them."""
+        with self._lock:
+            self._last[service] = tell
+            self._links = [link for link in self._links if not link.is_gone]
+            for link in self._links:
+                tell(link)
+
+    def drain(self, front: str, left_s: float | None) -> bool:
+        """Wait until no front lets calls through or has one running, and return whether they came to that in time."""
+        ended: list[bool] = []
+
+        def drain(link: SiteClient) -> None:
+            link.ask(SiteSide.refuse, front)  # it may not have heard of that yet
+            ended.append(link.ask(SiteSide.run_hook, front, 1, "drain", left_s))
+
+        with self._lock:
+            links = [link for link in self._links if link.address is not None and not link.is_gone]
+        in_parallel([partial(drain, link) for link in links])
+        return all(ended)
+
+
 class RemoteHost:
     """Runs one service in a process of its own, a new one for each incarnation, or in a site beside tasks.
 
@@ -45,6 +87,8 @@ class RemoteHost:
         on_died: told when the process of an incarnation ended by itself.
         site: where it lives beside tasks, or None.
         start: starts the process of an incarnation otherwise.
+        callers: the processes that call it if it has replicas or is one.
+        on_counts: told the counts of all services in the process, before that ends.
     """
 
     def __init__(
@@ -54,6 +98,8 @@ class RemoteHost:
         on_died: Callable[[int, str], None],
         site: SiteClient | None,
         start: Callable[[ServiceSpec, int], SiteClient],
+        callers: Callers,
+        on_counts: Callable[[SiteClient, Mapping[str, Counts]], None],
     ) -> None:
         self.spec = spec
         self.calls = RemoteCalls(spec.name, spec.options.call_timeout_s, _nowhere)
@@ -61,11 +107,13 @@ class RemoteHost:
         self._on_died = on_died
         self._site = site
         self._start = start
+        self._callers = callers
+        self._on_counts = on_counts
         self._link: SiteClient | None = site
         self._lane = backend.lane(spec.name)
         self._incarnation = 0
         self._hooks: frozenset[str] = frozenset()
-        self._counts: dict[int, tuple[int, int, CallWaits]] = {}
+        self._counts: dict[str, Counts] = {}  # by the names of processes
         self._facts: HostFacts | None = None  # of a command
         self._is_exiting = False
         self._died = 0  # the last incarnation whose process ended by itself
@@ -233,9 +281,9 @@ class RemoteHost:
                 raise hint(error, "A service is stopped when what depends on it has ended, or when it failed.")
             return address
 
-    def take_counts(self, counts: tuple[int, int, CallWaits]) -> None:
-        """Take in how many calls there were of this incarnation, how many raised, and how long they waited."""
-        self._counts[self._incarnation] = counts
+    def take_counts(self, site: str, counts: Counts) -> None:
+        """Take in how many calls there were in a process, how many raised, and how long they waited."""
+        self._counts[site] = counts
 
     # --- behind it ---
 
@@ -285,7 +333,7 @@ class RemoteHost:
             began_at = time.monotonic()
             try:
                 _, services = link.ask_within(min(COUNT_BOUND_S, left_s), SiteSide.counts)
-                self.take_counts(services.get(self.spec.name, (0, 0, CallWaits())))
+                self._on_counts(link, services)
                 if self.spec.command is not None:
                     command = self._exit_command(link, left_s - (time.monotonic() - began_at))
                 link.ask_within(max(left_s - (time.monotonic() - began_at), 0.1), SiteSide.close_services)
@@ -308,6 +356,70 @@ class RemoteHost:
         link = self._link
         if link is not None and not link.is_gone and link.address is not None:
             link.tell(request, self.spec.name)
+
+
+class RemoteReplica(RemoteHost):
+    """A replica: the front in each process has to know where it takes calls."""
+
+    _opened: SiteClient | None = None
+
+    def admit(self) -> None:
+        """Let calls through, and then send them there."""
+        super().admit()
+        link = self._link
+        with self._changed:
+            self._opened = link
+        if link is not None:
+            link.after(partial(self._open, link))
+
+    def hold(self) -> None:
+        """Send calls elsewhere."""
+        self._shut(is_over=False)
+        super().hold()
+
+    def refuse(self) -> None:
+        """Send calls elsewhere for good."""
+        self._shut(is_over=True)
+        super().refuse()
+
+    def _open(self, link: SiteClient) -> None:
+        with self._changed:
+            if self._opened is link and not link.is_gone:
+                self._route(link.address, is_over=False)
+
+    def _shut(self, *, is_over: bool) -> None:
+        with self._changed:
+            self._opened = None
+            self._route(None, is_over=is_over)
+
+    def _route(self, address: Address | None, *, is_over: bool) -> None:
+        name = self.spec.name
+        self._callers.tell(name, lambda link: link.tell(SiteSide.route, name, address, is_over))
+
+
+class RemoteFront(RemoteHost):
+    """The front of a replicated service in the lifecycle. It has no process; the fronts of all processes follow it."""
+
+    @property
+    def own_hooks(self) -> frozenset[str]:
+        """None: it has nothing to end."""
+        return frozenset()
+
+    def facts(self) -> HostFacts:
+        """Return that it is a front."""
+        return HostFacts("replicas")
+
+    def hold_back(self) -> None:
+        """Do nothing: a rate is refused."""
+
+    def _run(self, hook: str, due: float | None) -> Any:
+        if hook == "drain":
+            return self._callers.drain(self.spec.name, None if due is None else max(due - self._backend.now(), 0.0))
+        return frozenset()
+
+    def _tell_gate(self, request: Callable[[SiteSide, str], None]) -> None:
+        name = self.spec.name
+        self._callers.tell(name, lambda link: link.tell(request, name))
 
 
 def _nowhere(service: str, _: object) -> Any:

@@ -147,10 +147,14 @@ class SiteClient:
 
         self._lane.run(work)
 
+    def after(self, work: Callable[[], None]) -> None:
+        """Run a function when everything was asked for that was told before."""
+        self._lane.run(work)
+
     def flush(self) -> None:
         """Wait until everything was asked for that was told before."""
         done = threading.Event()
-        self._lane.run(done.set)
+        self.after(done.set)
         done.wait()
 
     def wait_up(self) -> None:

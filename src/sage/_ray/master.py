@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sage._backends.threads import ThreadsBackend
 from sage._logs import log_of
-from sage._ray.hosts import RemoteHost
+from sage._ray.hosts import Callers, RemoteFront, RemoteHost, RemoteReplica
 from sage._ray.links import SiteClient, in_parallel
 from sage._ray.placement import DRIVER, by_task, service_place
 from sage._ray.requests import DriverSide, MasterSide, SiteSide
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from sage._plan.logical import Node, ServiceSpec
     from sage._plan.physical import PhysicalPlan
+    from sage._ray.hosts import Counts
     from sage._ray.orders import JobLaunch, TaskCounts
     from sage._ray.placement import SitePlan
     from sage._ray.processes import ClusterMemory, RayCluster
@@ -178,6 +179,7 @@ class Master(MasterSide):
         self._is_given_up = False
         self._own: dict[str, SiteClient] = {}
         self._backend = MasterBackend()
+        self._callers = Callers()
         names = {*order.sites, DRIVER}
         self._links = {name: self._new_link(name) for name in names}
         self._is_ready = threading.Event()
@@ -324,7 +326,9 @@ class Master(MasterSide):
     # --- processes ---
 
     def _new_link(self, name: str) -> SiteClient:
-        return SiteClient(name, self._order.secret, self._backend.lane(name), self._gone, self._on_followed)
+        link = SiteClient(name, self._order.secret, self._backend.lane(name), self._gone, self._on_followed)
+        self._callers.add(link)
+        return link
 
     def _start(self) -> None:
         """Let the driver and this process watch each other; not before that is anything started."""
@@ -380,7 +384,8 @@ class Master(MasterSide):
     def _new_host(self, spec: ServiceSpec, on_died: Callable[[int, str], None]) -> RemoteHost:
         sites = self._order.sites.values()
         link = next((self._links[site.name] for site in sites if spec.name in site.services), None)
-        return RemoteHost(spec, self._backend, on_died, link, self._start_service)
+        kind = RemoteFront if spec.options.has_replicas else RemoteReplica if spec.front else RemoteHost
+        return kind(spec, self._backend, on_died, link, self._start_service, self._callers, self._take_counts)
 
     def _start_service(self, spec: ServiceSpec, incarnation: int) -> SiteClient:
         name = f"service {spec.name}" + (f" {incarnation}" if incarnation > 1 else "")
@@ -463,7 +468,7 @@ class Master(MasterSide):
 
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
         if self._budget is not None:
-            self._budget.used(service, prompt_tokens, completion_tokens)
+            self._budget.used(self._host(service).spec.front or service, prompt_tokens, completion_tokens)
 
     def extend(self, service: str, incarnation: int, seconds: float) -> None:
         self._dispatcher.extend(service, incarnation, seconds)
@@ -496,12 +501,16 @@ class Master(MasterSide):
             tasks, services = link.ask_within(COUNTS_BOUND_S, SiteSide.counts)
             for name, counts in tasks.items():
                 cast("RemoteTask", self._dispatcher.supervisor.tasks[name]).take_counts(counts)
-            for name, calls in services.items():
-                self._host(name).take_counts(calls)
+            self._take_counts(link, services)
 
         links = [link for link in self._links.values() if link.address is not None and not link.is_gone]
         with self._gathering:  # so that no older counts arrive after newer ones
             in_parallel([partial(gather, link) for link in links])
+
+    def _take_counts(self, link: SiteClient, services: Mapping[str, Counts]) -> None:
+        for name, counts in services.items():
+            if name in self._dispatcher.supervisor.hosts:  # a master that follows another one has no fronts
+                self._host(name).take_counts(link.name, counts)
 
     def _gather_often(self) -> None:
         """Have recent counts for the budget, which compares failures with records."""
@@ -542,7 +551,9 @@ class Master(MasterSide):
 def left_of(services: tuple[ServiceSpec, ...], names: Collection[str]) -> tuple[ServiceSpec, ...]:
     """Return the services of these names, depending on each other only."""
     return tuple(
-        replace(spec, options=replace(spec.options, depends_on=[name for name in spec.requires if name in names]))
+        replace(
+            spec, options=replace(spec.options, depends_on=[name for name in spec.requires if name in names]), front=""
+        )
         for spec in services
         if spec.name in names
     )

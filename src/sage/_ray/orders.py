@@ -28,10 +28,12 @@ class SitePayload:
     Attributes:
         plan: the plan with the functions of its own tasks, or None for the process of a service.
         services: the services that live there.
+        fronts: the fronts of the job's replicated services, without the code of the replicas.
     """
 
     plan: PhysicalPlan | None
     services: tuple[ServiceSpec, ...]
+    fronts: tuple[ServiceSpec, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ class SiteSide(CallSide, LogSide, Protocol):
     def refuse(self, service: str) -> None:
         """Let calls of a service fail at once."""
 
+    def route(self, service: str, address: Address | None, is_over: bool) -> None:
+        """Take in where a replica takes calls from now on, or that it takes none, perhaps for good."""
+
     def abandon(self, service: str) -> str:
         """Leave the hook of a service that hangs, and return where it stands."""
 

@@ -23,24 +23,31 @@ if TYPE_CHECKING:
 HINT = 'Make it in open() or setup(), which run where it is used, or keep the operator in the driver: at="driver".'
 
 
-def pickled_part(plan: PhysicalPlan, site: SitePlan, services: Mapping[str, ServiceSpec]) -> Pickled:
+def pickled_part(
+    plan: PhysicalPlan, site: SitePlan, services: Mapping[str, ServiceSpec], fronts: tuple[ServiceSpec, ...]
+) -> Pickled:
     """Return the code and data of a site that runs tasks.
 
     Raises:
         GraphError: something of it cannot be pickled; operator or service and attribute are named.
     """
     own = own_part(plan, site.tasks)
-    part = SitePayload(own, tuple(services[name] for name in site.services))
+    part = SitePayload(own, tuple(services[name] for name in site.services), fronts)
     return _pickled(part)
 
 
-def pickled_service(spec: ServiceSpec) -> Pickled:
+def pickled_service(spec: ServiceSpec, fronts: tuple[ServiceSpec, ...]) -> Pickled:
     """Return the code and data of a service.
 
     Raises:
         GraphError: something of it cannot be pickled; the attribute is named.
     """
-    return _pickled(SitePayload(None, (spec,)))
+    return _pickled(SitePayload(None, (spec,), fronts))
+
+
+def front_of(spec: ServiceSpec) -> ServiceSpec:
+    """Return a front as each process has it, which chooses a replica and builds none."""
+    return replace(spec, target=_nothing)
 
 
 def outline(graph: LogicalGraph) -> LogicalGraph:
@@ -49,11 +56,16 @@ def outline(graph: LogicalGraph) -> LogicalGraph:
     for id_, node in graph.nodes.items():
         shown = {name: value for name, value in node.settings.items() if name == "concurrency"}  # in the report
         nodes[id_] = replace(node, function=None, settings=shown)
-    return replace(graph, nodes=nodes, services=tuple(map(_outline, graph.services)))
+    return replace(graph, nodes=nodes, services=outlines(graph.services))
+
+
+def outlines(services: tuple[ServiceSpec, ...]) -> tuple[ServiceSpec, ...]:
+    """Return services without code and arguments."""
+    return tuple(map(_outline, services))
 
 
 def _outline(spec: ServiceSpec) -> ServiceSpec:
-    options = replace(spec.options, depends_on=spec.requires)
+    options = replace(spec.options, depends_on=spec.requires, affinity=None)
     command = None if spec.command is None else Command(spec.name, ())
     handle: ServiceHandle[Any] = ServiceHandle(spec.name, None)
     return replace(spec, target=_nothing, args=(), kwargs={}, options=options, handle=handle, command=command)
@@ -93,7 +105,10 @@ def _named(part: SitePayload) -> Iterator[GraphError]:
                 yield _refused(f'operator "{node.name}"', _parts(node.function))
     for spec in part.services:
         if _error_of((spec.target, spec.args, dict(spec.kwargs))) is not None:
-            yield _refused(f'service "{spec.name}"', _parts(spec))
+            yield _refused(f'service "{spec.front or spec.name}"', _parts(spec))
+    for front in part.fronts:
+        if _error_of(front.options.affinity) is not None:
+            yield _refused(f'service "{front.name}"', {"its affinity": front.options.affinity})
 
 
 def _parts(spec: FunctionSpec | ServiceSpec) -> dict[str, object]:

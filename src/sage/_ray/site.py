@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from sage._backends.threads import WATCH_S, ThreadsBackend
 from sage._hosts.inline import InlineHost
 from sage._logs import forward, log_of
+from sage._ray.fronts import AwayReplica, SiteFront
 from sage._ray.links import FollowedError
 from sage._ray.orders import OperatorCounts, TaskCounts
 from sage._ray.requests import MasterSide, SiteSide
@@ -112,6 +113,7 @@ class Site(SiteSide):
         self._peers: dict[Address, TcpRpcClient] = {}
         self._outlets: dict[str, Outlet] = {}
         self._remote: list[RemoteCalls] = []
+        self._away: dict[str, AwayReplica] = {}
         self._once: dict[tuple[str, int, str], Future[Any]] = {}
         self._lock = threading.Lock()
         self._attached = threading.Condition()
@@ -199,6 +201,8 @@ class Site(SiteSide):
             host.close()
         for calls in self._remote:
             calls.close()
+        for replica in self._away.values():
+            replica.close()
         self._loop.close()
         self._backend.join_tasks([task for task in self.tasks.values() if task.phase.value == "done"])
         self.listener.close(JOIN_S)
@@ -275,6 +279,11 @@ class Site(SiteSide):
 
     def refuse(self, service: str) -> None:
         self.hosts[service].refuse()
+
+    def route(self, service: str, address: Address | None, is_over: bool) -> None:
+        """Take in where a replica takes calls; one that is here needs nobody to say so."""
+        if service in self._away:
+            self._away[service].route(address, is_over)
 
     def abandon(self, service: str) -> str:
         """Leave the hook of a service that hangs."""
@@ -374,12 +383,10 @@ class Site(SiteSide):
             self._remote.append(calls)
             handle._connect(calls)
         part = self._load(self.handles)
-        for spec in part.services:
-            name = spec.name
-            note = self._noted_by(name)
-            context = ServiceContext(name, self.handles, note, self)
-            self.hosts[name] = self._host_of(spec, context)
-            self.handles[name]._connect(self.hosts[name])
+        for spec in (*part.services, *part.fronts):
+            context = ServiceContext(spec.name, self.handles, self._noted_by(spec.name), self)
+            self.hosts[spec.name] = self._host_of(spec, context)
+            spec.handle._connect(self.hosts[spec.name])
         if part.plan is not None:
             self.tasks = deploy(part.plan, self._backend, self._loop, self.handles, self._events.put, self._leading_to)
         for work in (self._tell_events, self._watch):
@@ -389,6 +396,8 @@ class Site(SiteSide):
         is_bounded = self._budget is not None and self._budget.bounds(spec.name)
         permit = partial(self._ask_master, MasterSide.permit, spec.name) if is_bounded else None
         surroundings = HostSurroundings(self._backend, self._loop, self.handles, self, _untold, _untold, permit=permit)
+        if spec.options.has_replicas:
+            return SiteFront(spec, context, surroundings, [self._replica(name) for name in spec.requires])
         if spec.command is None:
             return InlineHost(spec, context, surroundings)
         from sage._guardian.job_journal import JobJournal
@@ -402,6 +411,12 @@ class Site(SiteSide):
                 self._ask_master(MasterSide.service_died, spec.name, incarnation, text)
 
         return CommandHost(spec, context, replace(surroundings, on_died=died, guard=self._journal, address=self._ip))
+
+    def _replica(self, name: str) -> GatedHost | AwayReplica:
+        if name in self.hosts:
+            return self.hosts[name]
+        replica = self._away[name] = AwayReplica(name, self._peer)
+        return replica
 
     def _noted_by(self, service: str) -> Callable[[str], None]:
         def note(name: str) -> None:
