@@ -829,6 +829,13 @@ MORE_RULES = (
         LINKS + "test_a_request_that_waits_hears_that_the_link_was_shut",
     ),
     Mutant(
+        "whoever asks waits for a bell that the other side never got",
+        "_remote/lane.py",
+        "self._polls = asks  #",
+        "self._polls = False  #",
+        LINKS + "test_whoever_asks_a_process_without_descriptors_is_told",
+    ),
+    Mutant(
         "a request that has no answer is answered",
         "_remote/rpc.py",
         "        leave_if_forked()\n        if not is_asked:\n            return None\n",

@@ -469,7 +469,7 @@ class SocketPairRpc(RpcClient, RpcServer):
             if lanes is None:
                 return Connection(socket.socket(fileno=end), self._handles)
             return LaneConnection(socket.socket(fileno=end), self._handles, lanes, number, bells, asks=False)
-        # The system drops those for which there is no place, and whoever asks learns of that from the socket.
+        # The system drops those that this process has too many of, and whoever asks learns of that from the socket.
         for descriptor in descriptors:
             os.close(descriptor)
         if lanes is not None:
