@@ -14,7 +14,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sage._extras import load
 from sage._logs import log_of
@@ -24,6 +24,7 @@ from sage.errors import AuthenticationError, GraphError, JobError, ServerUnreach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from types import ModuleType
 
 log = log_of("sage.cluster")
 
@@ -201,7 +202,7 @@ class Connection:
             why = "its token is a wrong one" if has_token and is_on else "this process shows none"
             raise _refused(target, why) from refused
 
-    def _connect(self, ray: Any, target: str) -> Connected:
+    def _connect(self, ray: ModuleType, target: str) -> Connected:
         namespace = f"sage-{secrets.token_hex(8)}"
         with _own_process_manners():
             try:
@@ -266,7 +267,7 @@ def _target(address: str) -> tuple[str, str | None]:
     return target, warm.token_path if warm is not None and warm.address == target else None
 
 
-def _adopted(ray: Any, address: str | None) -> Connected:
+def _adopted(ray: ModuleType, address: str | None) -> Connected:
     """Return the connection that the program made itself, if no other cluster is asked for."""
     context = ray.get_runtime_context()
     found: str = context.gcs_address
@@ -287,9 +288,9 @@ def _has_token() -> bool:
         return False
 
 
-def _refusal(raylet: Any, target: str) -> BaseException | None:
+def _refusal(raylet: ModuleType, target: str) -> BaseException | None:
     """Return the error with which a cluster refuses our token, or None."""
-    exceptions: Any = load("ray.exceptions", "ray")
+    exceptions = load("ray.exceptions", "ray")
     try:
         raylet.GcsClient(address=target)
     except exceptions.AuthenticationError as error:
@@ -354,10 +355,12 @@ def allow_references() -> None:
     copyreg.pickle(ray.ObjectRef, _reduced_reference)
 
 
-def _reduced_reference(reference: object) -> Any:
+def _reduced_reference(reference: object) -> tuple[Callable[..., object], tuple[object, ...]]:
     if not is_connected():
         raise TypeError("a reference to an object of Ray cannot be sent by a process that is not connected to it")
-    return load("ray.cloudpickle", "ray").CloudPickler.dispatch[type(reference)](reference)
+    reduced: tuple[Callable[..., object], tuple[object, ...]]
+    reduced = load("ray.cloudpickle", "ray").CloudPickler.dispatch[type(reference)](reference)
+    return reduced
 
 
 def prepared(runtime_env: Mapping[str, object] | None) -> dict[str, object] | None:
@@ -371,10 +374,11 @@ def prepared(runtime_env: Mapping[str, object] | None) -> dict[str, object] | No
     if not runtime_env:
         return None
     worker = load("ray._private.worker", "ray")
-    known: dict[str, Any] = dict(runtime_env)
+    known: dict[str, object] = dict(runtime_env)
     for name in ("working_dir", "py_modules"):
-        if isinstance(known.get(name), os.PathLike):
-            known[name] = os.fspath(known[name])
+        place = known.get(name)
+        if isinstance(place, os.PathLike):
+            known[name] = os.fspath(place)
     folder = worker.global_worker.node.get_runtime_env_dir_path()
     has_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     try:

@@ -38,6 +38,8 @@ from sage.serving import bridge_among
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+    from enum import StrEnum
 
     from sage._plan.logical import LogicalGraph
     from sage._plan.physical import PhysicalPlan
@@ -73,7 +75,7 @@ class RemoteSettings:
 
     address: str | None = None
     workers: int | None = None
-    runtime_env: Mapping[str, Any] | None = None
+    runtime_env: Mapping[str, object] | None = None
     on_driver_loss: str = "stop"
     start_timeout_s: float = 60.0
     budget: BudgetLimits | None = None
@@ -140,7 +142,7 @@ class RemoteJob(Job):
 class Seen:
     """Where something of the job is, as far as the driver has heard."""
 
-    state: Any
+    state: StrEnum
 
 
 @dataclass
@@ -197,13 +199,13 @@ class DriverSupervisor(DriverSide):
         self.events: list[Event] = []
         self.is_sealed = False
         self.listeners: list[Callable[[Event | HookEvent], None]] = []
-        self.hosts: dict[str, Any] = {}
+        self.hosts: dict[str, object] = {}
         self.backend = self
         self.runs_while_waited_for = False
         self._job = job
         self._launch = launch
         self._graph = graph
-        self._handles: dict[str, ServiceHandle[Any]] = {spec.name: spec.handle for spec in graph.services}
+        self._handles: dict[str, ServiceHandle[object]] = {spec.name: spec.handle for spec in graph.services}
         self._actor: Any = None
         self._master: TcpRpcClient | None = None
         self._over = threading.Event()
@@ -225,7 +227,7 @@ class DriverSupervisor(DriverSide):
             budget=launch.budget,
         )
 
-    def handle_of(self, service: str) -> ServiceHandle[Any] | None:
+    def handle_of(self, service: str) -> ServiceHandle[object] | None:
         return self._handles.get(service)
 
     def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
@@ -268,7 +270,7 @@ class DriverSupervisor(DriverSide):
         """Let the master end the job."""
         self.stop(event.way, "", event.budget_s, event.hook_cap_s)
 
-    def wait(self, _: Any, timeout_s: float | None) -> bool:
+    def wait(self, _: object, timeout_s: float | None) -> bool:
         """Wait until the job is sealed and nothing of it runs, and return whether that is so."""
         return self._over.wait(timeout_s)
 
@@ -403,7 +405,7 @@ class Launch:
         plan: PhysicalPlan,
         limits: Mapping[str, float],
         settings: RemoteSettings,
-        connect: Callable[[str | None], Any],
+        connect: Callable[[str | None], AbstractContextManager[Connected]],
     ) -> None:
         self.id = id_
         self.secret = secrets.token_bytes(32)
@@ -481,7 +483,7 @@ class Launch:
 
     # --- behind it ---
 
-    def _prepare(self, connect: Callable[[str | None], object]) -> None:
+    def _prepare(self, connect: Callable[[str | None], AbstractContextManager[Connected]]) -> None:
         settings = self._settings
         fronts = tuple(front_of(spec) for spec in self._services if spec.options.has_replicas)
         instances = tuple(spec for spec in self._services if not spec.options.has_replicas)
@@ -519,7 +521,7 @@ class Launch:
         allow_references()
         self.ip: str = load("ray.util", "ray").get_node_ip_address()
 
-    def _connect(self, connect: Callable[[str | None], Any]) -> None:
+    def _connect(self, connect: Callable[[str | None], AbstractContextManager[Connected]]) -> None:
         self._connected: Connected = self._stack.enter_context(connect(self._settings.address))
 
     def _site_order(self, name: str, part: Pickled, driver: tuple[str, int]) -> SiteLaunch:
@@ -538,7 +540,7 @@ def remote_job(
     plan: PhysicalPlan,
     limits: Mapping[str, float],
     settings: RemoteSettings,
-    connect: Callable[[str | None], object],
+    connect: Callable[[str | None], AbstractContextManager[Connected]],
     interrupt_timeout_s: float,
 ) -> RemoteJob:
     """Return a job that nothing runs of yet but the connection to the cluster.

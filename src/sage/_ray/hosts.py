@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 from sage._ray.links import KILL_SEEN_S, in_parallel
 from sage._ray.processes import LEAVE_S
@@ -179,7 +179,7 @@ class RemoteHost:
 
     # --- requests of the supervisor ---
 
-    def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
+    def run(self, hook: str, due: float | None, done: Callable[[object, BaseException | None], None]) -> None:
         """Run a hook there, and pass its outcome to `done`."""
         if hook == "build":
             with self._changed:
@@ -291,7 +291,7 @@ class RemoteHost:
         link = self._link
         return link is not None and not link.is_gone and link.address is not None and link.address != gone
 
-    def _run(self, hook: str, due: float | None) -> Any:
+    def _run(self, hook: str, due: float | None) -> object:
         if hook == "exit":
             return self._exit(due)
         if hook == "build":
@@ -302,6 +302,7 @@ class RemoteHost:
         left_s = None if due is None else max(due - self._backend.now(), 0.0)
         value = link.ask(SiteSide.run_hook, self.spec.name, self._incarnation, hook, left_s)
         if hook == "build":
+            assert isinstance(value, frozenset)
             self._hooks = value
         return value
 
@@ -350,7 +351,7 @@ class RemoteHost:
             ended = link.ask_within(max(left_s, 0.2), SiteSide.run_hook, name, self._incarnation, "exit", hook_s)
         finally:
             self._facts = link.ask_within(COUNT_BOUND_S, SiteSide.facts, name)
-        return ended or Exit(None)
+        return ended if isinstance(ended, Exit) else Exit(None)
 
     def _tell_gate(self, request: Callable[[SiteSide, str], None]) -> None:
         link = self._link
@@ -412,7 +413,7 @@ class RemoteFront(RemoteHost):
     def hold_back(self) -> None:
         """Do nothing: a rate is refused."""
 
-    def _run(self, hook: str, due: float | None) -> Any:
+    def _run(self, hook: str, due: float | None) -> object:
         if hook == "drain":
             return self._callers.drain(self.spec.name, None if due is None else max(due - self._backend.now(), 0.0))
         return frozenset()
@@ -422,5 +423,5 @@ class RemoteFront(RemoteHost):
         self._callers.tell(name, lambda link: link.tell(request, name))
 
 
-def _nowhere(service: str, _: object) -> Any:
+def _nowhere(service: str, _: object) -> NoReturn:
     raise ServiceUnavailableError(f'the job master does not call service "{service}"')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Never, ParamSpec, TypeVar
 
 from sage._logs import log_of
 from sage._ray.requests import ActorSide, SiteSide
@@ -114,12 +114,12 @@ class SiteClient:
         """Let everyone who waits for the site know that it does not come."""
         self._lost(why)
 
-    def ask(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def ask(self, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Ask the site; see `ask_within`."""
         return self.ask_within(None, method, *args, **kwargs)
 
     def ask_within(
-        self, timeout_s: float | None, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
+        self, timeout_s: float | None, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Ask the site; ServiceUnavailableError if its process is gone."""
         if self.peer is None:
@@ -133,7 +133,7 @@ class SiteClient:
             self._lost()  # whoever follows the site hears of it before the one who asked does
             raise ServiceUnavailableError(f"{self.name} is gone{self._reason()}") from None
 
-    def tell(self, method: Callable[Concatenate[Any, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
+    def tell(self, method: Callable[Concatenate[Never, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Ask the site for something when it is up, after earlier requests; errors are logged."""
 
         def work() -> None:

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 from sage._backends.threads import ThreadsBackend
 from sage._logs import log_of
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from sage._ray.hosts import Counts
     from sage._ray.orders import JobLaunch, TaskCounts
     from sage._ray.placement import SitePlan
-    from sage._ray.processes import ClusterMemory, RayCluster
+    from sage._ray.processes import ClusterMemory, Knowledge, LeftService, RayCluster
     from sage._remote.protocol import Address
     from sage._runtime.backend import Host, HostSurroundings
-    from sage._runtime.lifecycle import TaskEvent
+    from sage._runtime.lifecycle import LifecycleEvent, TaskEvent
     from sage._runtime.supervisor import Ended
     from sage._runtime.task import Task
     from sage.report import JobReport, OperatorReport
@@ -157,20 +157,20 @@ class Master(MasterSide):
         ip: str,
         on_over: Callable[[bool], None],
         on_followed: Callable[[], None],
-        known: dict[str, Any] | None = None,
+        known: Knowledge | None = None,
     ) -> None:
         self._order = order
         self._cluster = cluster
         self._memory = memory
         self._before = known
         self._epoch = 1 if known is None else known["epoch"] + 1
-        self._known: dict[str, Any] = {"epoch": self._epoch, "pid": os.getpid(), "services": {}}
+        self._known: Knowledge = {"epoch": self._epoch, "pid": os.getpid(), "services": {}}
         self._writing = threading.Lock()
         self._on_over = on_over
         self._on_followed = on_followed
         self._began_at = time.monotonic()
         self._reason = ""
-        self._orders: Mapping[str, Any] = {}
+        self._orders: Mapping[str, object] = {}
         self._is_driver_there = True
         self.is_cluster_lost = False
         self._has_started = True
@@ -250,14 +250,14 @@ class Master(MasterSide):
         """End in order the services that the previous master has left; the workers have ended with it."""
         assert self._before is not None
         log.error("master lost pid=%s, epoch %d takes over", self._before["pid"], self._epoch)
-        self._memory.write({**self._before, "epoch": self._epoch, "pid": os.getpid()})
+        self._memory.write({"epoch": self._epoch, "pid": os.getpid(), "services": self._before["services"]})
         self._cluster.watch(self._cluster_lost)
         self._dispatcher.supervisor.begin()
         for host in (self._host(name) for name in self._dispatcher.supervisor.hosts):
             if host.link is not None and host.link.is_gone:
                 host.died(host.link, "its process has ended")
 
-    def _adopt(self, left: Mapping[str, dict[str, Any]]) -> dict[str, Host]:
+    def _adopt(self, left: Mapping[str, LeftService]) -> dict[str, Host]:
         """Follow the master that was lost: return the hosts of services of which there may be an instance.
 
         A process that was never told to build one is ended at once.
@@ -269,17 +269,18 @@ class Master(MasterSide):
         adopted: dict[str, Host] = {}
 
         def adopt(spec: ServiceSpec) -> None:
-            known = left.get(spec.name, {})
+            known: LeftService = left.get(spec.name, {})
             link = driver
             if spec.name not in at_driver:
                 process = self._cluster.find(known["site"], known["cookie"])
-                if known["address"] is None:
+                address = known["address"]
+                if address is None:
                     if process is not None:
                         process.kill()
                     return
                 link = self._own[f"service {spec.name}"] = self._new_link(known["site"])
                 link.process, link.pid = process, known["pid"]
-                self._reach(link, tuple(known["address"]), {})
+                self._reach(link, (address[0], address[1]), {})  # a list, as JSON has no tuples
             incarnation, hooks = known.get("incarnation", 1), frozenset(known.get("hooks", ()))
             with suppress(ServiceUnavailableError, TimeoutError):  # it is gone, or its constructor hangs
                 incarnation, hooks = link.ask_within(LEFT_S, SiteSide.left, spec.name)
@@ -312,7 +313,7 @@ class Master(MasterSide):
             elif event.subject == "service" and event.after in SERVICE_TERMINAL:
                 self._keep(event.name, is_over=True)
 
-    def _keep(self, service: str, *, is_over: bool = False, **facts: object) -> None:
+    def _keep(self, service: str, *, is_over: bool = False, **facts: Unpack[LeftService]) -> None:
         if self._before is not None or self.is_cluster_lost:
             return  # the first one's entry is valid for all later ones
         with self._writing:
@@ -320,7 +321,7 @@ class Master(MasterSide):
             if is_over:
                 services.pop(service, None)
             else:
-                services[service] = {**services.get(service, {}), **facts}
+                services.setdefault(service, {}).update(facts)
             self._memory.write(self._known)
 
     # --- processes ---
@@ -493,7 +494,7 @@ class Master(MasterSide):
     def _host(self, service: str) -> RemoteHost:
         return cast("RemoteHost", self._dispatcher.supervisor.hosts[service])
 
-    def _post(self, event: Any) -> None:
+    def _post(self, event: LifecycleEvent) -> None:
         self._dispatcher.supervisor.post(event)
 
     def _gather_counts(self) -> None:

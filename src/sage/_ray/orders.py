@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +99,7 @@ class JobLaunch:
     continues: bool
     start_timeout_s: float
     level: int = 0
-    runtime_env: Mapping[str, Any] | None = None
+    runtime_env: Mapping[str, object] | None = None
     ends_itself: str | None = None
     budget: BudgetLimits | None = None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._remote.errors import pack, unpack
 from sage._remote.wire import encode
@@ -28,7 +28,7 @@ class Parcel:
 
     __slots__ = ("_buffers", "_data", "_records_count", "bytes_count")
 
-    def __init__(self, records_count: int, data: Any, buffers: tuple[Any, ...]) -> None:
+    def __init__(self, records_count: int, data: bytes | memoryview, buffers: tuple[bytes | memoryview, ...]) -> None:
         self._records_count = records_count
         self._data = data
         self._buffers = buffers

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from sage._extras import load
 from sage._logs import log_of
@@ -116,7 +116,7 @@ class RayCluster:
         is_lost: whether it can neither start nor end processes any more.
     """
 
-    def __init__(self, job: str, runtime_env: Mapping[str, Any] | None, site: type) -> None:
+    def __init__(self, job: str, runtime_env: Mapping[str, object] | None, site: type) -> None:
         self.is_lost = False
         self._site = site
         self._job = job
@@ -149,7 +149,7 @@ class RayCluster:
             cookie: the cookie in its children's environment.
             outlives_master: whether it stays when the master is killed, so that the next one can end it in order.
         """
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "num_cpus": place.num_cpus,
             "num_gpus": place.num_gpus,
             "resources": dict(place.resources),
@@ -171,19 +171,38 @@ class RayCluster:
         return ActorProcess(self, name, actor, {}, cookie)
 
 
+class LeftService(TypedDict, total=False):
+    """Where an instance of a service may be; it has no address before its process is up."""
+
+    site: str
+    cookie: str
+    address: tuple[str, int] | None
+    pid: int
+    incarnation: int
+    hooks: list[str]
+
+
+class Knowledge(TypedDict):
+    """The knowledge of a master that the next one needs."""
+
+    epoch: int
+    pid: int
+    services: dict[str, LeftService]
+
+
 class ClusterMemory:
     """Keeps a master's knowledge in the cluster's own store, beside Ray's data about its actors."""
 
     def __init__(self, job: str) -> None:
         self._key = f"sage/{job}".encode()
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self) -> Knowledge | None:
         """Return the last written value, or None."""
         data = _store().internal_kv_get(self._key, STORE, timeout=STORE_S)
-        known: dict[str, Any] | None = None if data is None else json.loads(data)
+        known: Knowledge | None = None if data is None else json.loads(data)
         return known
 
-    def write(self, known: dict[str, object]) -> None:
+    def write(self, known: Knowledge) -> None:
         """Store the value, and return when it is stored.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sage._remote.protocol import CallSide, LogSide
 
@@ -52,7 +52,7 @@ class SiteSide(CallSide, LogSide, Protocol):
     def put(self, task: str, port: int, element: Element | Parcel) -> int:
         """Put an element into the inbox of a task, wait for room there, and return its bound."""
 
-    def run_hook(self, service: str, incarnation: int, hook: str, left_s: float | None) -> Any:
+    def run_hook(self, service: str, incarnation: int, hook: str, left_s: float | None) -> object:
         """Run a hook of a service to its end, and return its value."""
 
     def admit(self, service: str) -> None:

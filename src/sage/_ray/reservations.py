@@ -109,7 +109,7 @@ def missing_now(wanted: Amounts) -> str:
 def _holders() -> list[tuple[str, dict[str, float]]]:
     """Return every actor that runs, with its reservation; Ray tells that to its own programs only."""
     try:
-        accessor: Any = load("ray._private.state", "ray").state._connect_and_get_accessor()
+        accessor = load("ray._private.state", "ray").state._connect_and_get_accessor()
         table = load("ray.core.generated.gcs_pb2", "ray").ActorTableData
         actors = [table.FromString(data) for data in accessor.get_actor_table(None, "ALIVE")]
         return [(_name_of(actor), dict(actor.required_resources)) for actor in actors]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._ray.orders import Pickled, SitePayload
 from sage._ray.placement import own_part
@@ -67,7 +67,7 @@ def outlines(services: tuple[ServiceSpec, ...]) -> tuple[ServiceSpec, ...]:
 def _outline(spec: ServiceSpec) -> ServiceSpec:
     options = replace(spec.options, depends_on=spec.requires, affinity=None)
     command = None if spec.command is None else Command(spec.name, ())
-    handle: ServiceHandle[Any] = ServiceHandle(spec.name, None)
+    handle: ServiceHandle[object] = ServiceHandle(spec.name, None)
     return replace(spec, target=_nothing, args=(), kwargs={}, options=options, handle=handle, command=command)
 
 
@@ -127,7 +127,7 @@ def _refused(who: str, parts: dict[str, object]) -> GraphError:
     return hint(GraphError(f"{who} cannot be sent to the cluster"), HINT)
 
 
-def _inside(value: Any) -> str:
+def _inside(value: object) -> str:
     """Return which attribute, or which variable that a function uses, cannot be pickled."""
     owner = getattr(value, "__self__", None)
     if owner is not None and not isinstance(owner, type):
@@ -137,10 +137,12 @@ def _inside(value: Any) -> str:
         if _error_of(attribute) is not None:
             return f'attribute "{name}" of '
     code = getattr(value, "__code__", None)
-    cells = zip(code.co_freevars, value.__closure__ or (), strict=True) if code is not None else ()
-    reached = {name: cell.cell_contents for name, cell in cells}
+    reached: dict[str, object] = {}
     if code is not None:
-        reached |= {name: value.__globals__[name] for name in code.co_names if name in value.__globals__}
+        cells = zip(code.co_freevars, getattr(value, "__closure__", None) or (), strict=True)
+        outside = getattr(value, "__globals__", {})
+        reached = {name: cell.cell_contents for name, cell in cells}
+        reached |= {name: outside[name] for name in code.co_names if name in outside}
     for name, used in reached.items():
         if _error_of(used) is not None:
             return f'variable "{name}" of '

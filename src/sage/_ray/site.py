@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Never, ParamSpec, TypeVar
 
 from sage._backends.threads import WATCH_S, ThreadsBackend
+from sage._calls import function_of
 from sage._hosts.inline import InlineHost
 from sage._logs import forward, log_of
 from sage._ray.fronts import AwayReplica, SiteFront
@@ -85,16 +86,16 @@ class Site(SiteSide):
         ip: str,
         options: Mapping[str, ServiceOptions],
         sites: Mapping[str, str],
-        load: Callable[[Mapping[str, ServiceHandle[Any]]], SitePayload],
+        load: Callable[[Mapping[str, ServiceHandle[object]]], SitePayload],
         on_master_lost: Callable[[], None],
         *,
         further: tuple[tuple[type, object], ...] = (),
-        handles: Mapping[str, ServiceHandle[Any]] | None = None,
+        handles: Mapping[str, ServiceHandle[object]] | None = None,
         stands_for: Inside | None = None,
         budget: BudgetLimits | None = None,
     ) -> None:
         self.name = name
-        self.handles: dict[str, ServiceHandle[Any]] = dict(handles or {})
+        self.handles: dict[str, ServiceHandle[object]] = dict(handles or {})
         self.tasks: dict[str, Task] = {}
         self.hosts: dict[str, GatedHost] = {}
         self._secret = secret
@@ -114,7 +115,7 @@ class Site(SiteSide):
         self._outlets: dict[str, Outlet] = {}
         self._remote: list[RemoteCalls] = []
         self._away: dict[str, AwayReplica] = {}
-        self._once: dict[tuple[str, int, str], Future[Any]] = {}
+        self._once: dict[tuple[str, int, str], Future[object]] = {}
         self._lock = threading.Lock()
         self._attached = threading.Condition()
         self._over = threading.Event()
@@ -126,7 +127,7 @@ class Site(SiteSide):
         self.listener = TcpRpcServer(ip, secret, methods, self.handles, name, self._check)
         self.listener.begin()
 
-    def handle_of(self, service: str) -> ServiceHandle[Any] | None:
+    def handle_of(self, service: str) -> ServiceHandle[object] | None:
         return self.handles.get(service)
 
     def wait_for(self, condition: threading.Condition, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
@@ -160,7 +161,7 @@ class Site(SiteSide):
             host.refuse()
             for hook in ("drain", "stop", "cleanup", "exit"):
                 if hook == "drain" or (hook in host.hooks and self._is_left(host, hook)):
-                    ended: Future[Any] = Future()
+                    ended: Future[object] = Future()
                     host.run(hook, due, _set(ended))
                     try:
                         ended.result(max(due - time.monotonic(), 0.0))
@@ -289,7 +290,7 @@ class Site(SiteSide):
         """Leave the hook of a service that hangs."""
         return self.hosts[service].abandon()
 
-    def run_hook(self, service: str, incarnation: int, hook: str, left_s: float | None) -> Any:
+    def run_hook(self, service: str, incarnation: int, hook: str, left_s: float | None) -> object:
         """Run a hook of a service to its end; "stop" and "cleanup" run once, whoever asks."""
         host = self.hosts[service]
         if hook == "build":
@@ -307,15 +308,15 @@ class Site(SiteSide):
         return value if hook in ("build", "drain", "exit") else None
 
     def call(
-        self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Any:
+        self, service: str, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
+    ) -> object:
         """Call a method of a service that lives here."""
         host = self.hosts[service]
         if timeout_s is not None:
             return host.call(name, args, kwargs, timeout_s)
-        return host.method(name)(*args, **kwargs)
+        return function_of(host.method(name))(*args, **kwargs)
 
-    def attribute(self, service: str, name: str) -> tuple[bool, Any]:
+    def attribute(self, service: str, name: str) -> tuple[bool, object]:
         host = self.hosts[service]
         host.wait_there()  # a value is not one to call later, as a method is
         attribute = host.method(name)
@@ -332,7 +333,7 @@ class Site(SiteSide):
         tasks = {name: _counts_of(task) for name, task in self.tasks.items()}
         return tasks, {name: (host.call_count, host.error_count, host.waits) for name, host in self.hosts.items()}
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, object]) -> None:
         """Take in a log record of another process."""
         forward(values)
 
@@ -351,11 +352,11 @@ class Site(SiteSide):
             self._ask_master(MasterSide.used, service, prompt_tokens, completion_tokens)
         self.hosts[service].used(prompt_tokens + completion_tokens)
 
-    def claim(self, service: str, entry: dict[str, Any]) -> None:
+    def claim(self, service: str, entry: dict[str, object]) -> None:
         """Refuse a claim: nobody keeps a journal."""
         raise no_journal(service, entry)
 
-    def _ask_master(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _ask_master(self, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         master = self._master
         if master is None:
             raise ServiceUnavailableError(f'site "{self.name}" has no master')
@@ -466,8 +467,8 @@ def _untold(incarnation: int, text: str) -> None:
     """Do nothing: a service without a process of its own does not end by itself."""
 
 
-def _set(ended: Future[Any]) -> Callable[[Any, BaseException | None], None]:
-    def done(value: Any, error: BaseException | None) -> None:
+def _set(ended: Future[object]) -> Callable[[object, BaseException | None], None]:
+    def done(value: object, error: BaseException | None) -> None:
         if error is not None:
             ended.set_exception(error)
         else:
@@ -476,11 +477,11 @@ def _set(ended: Future[Any]) -> Callable[[Any, BaseException | None], None]:
     return done
 
 
-def _has_succeeded(run: Future[Any] | None, hook: str) -> bool:
+def _has_succeeded(run: Future[object] | None, hook: str) -> bool:
     return run is not None and run.done() and run.exception() is None and (hook != "ready" or bool(run.result()))
 
 
-def _truth(hook: str, value: Any) -> bool:
+def _truth(hook: str, value: object) -> bool:
     return bool(value) if hook == "ready" else value is not False
 
 
