@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def function_of(attribute: object) -> Callable[..., object]:
+    """Return an attribute of a service that is to be called.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if not callable(attribute):
+        raise TypeError(f"{type(attribute).__name__!r} object is not callable")
+    return attribute
+
+
 def refuse_on_foreign_loop(waits_for: str, instead: str) -> None:
     """Refuse to wait on the thread of an event loop of the program, which nothing else could go on in meanwhile.
 

@@ -31,11 +31,11 @@ def shared(calls_max: int | None, **others: Any) -> ConcurrentGate:
     return gate
 
 
-def away(*_: Any) -> str:
+def away(*_: Any) -> Any:
     return AWAY
 
 
-async def away_awaited(*_: Any) -> str:
+async def away_awaited(*_: Any) -> Any:
     return AWAY
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._calls import CallFuture
 from sage._current_job import carried
@@ -38,7 +38,7 @@ class CallThreads:
         self._all_done = threading.Condition(self._lock)
         self._closed = False
 
-    def submit(self, method: str, function: Callable[[], Any], timeout_s: float | None) -> CallFuture:
+    def submit(self, method: str, function: Callable[[], object], timeout_s: float | None) -> CallFuture:
         """Have a call made and return its future."""
         future = CallFuture(self._service, method, timeout_s)
         with self._lock:
@@ -138,7 +138,7 @@ def _measured(wait: Wait, future: CallFuture, function: Callable[[], object]) ->
     """Return a call that says when a thread is free for it; it leaves with its future."""
     future.add_done_callback(lambda _: wait.end())
 
-    def call() -> Any:
+    def call() -> object:
         wait.found()
         return function()
 

@@ -12,7 +12,7 @@ import subprocess
 import threading
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._hosts.child_process import ChildProcess
 from sage._hosts.gated import GatedHost
@@ -130,7 +130,7 @@ class CommandHost(GatedHost):
     def _is_there(self) -> bool:
         return self._running is not None
 
-    def _attribute(self, name: str) -> Any:
+    def _attribute(self, name: str) -> object:
         try:
             return getattr(self._running, name)
         except AttributeError:
@@ -226,14 +226,14 @@ class CommandHost(GatedHost):
 
     # --- hooks ---
 
-    def _run_hook(self, hook: str, due: float | None) -> Any:
+    def _run_hook(self, hook: str, due: float | None) -> object:
         child = self._child
         match hook:
             case "exit":
                 return self._exit(due)
             case "stop":
                 assert child is not None
-                return self._stop(child)
+                self._stop(child)
             case "ready":
                 assert child is not None
                 self._unready = ""  # nobody knows why, until this try has an answer

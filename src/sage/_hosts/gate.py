@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sage._current_job import gates_here
 from sage._hosts.waits import Crowd, Waits
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sage._hosts.waits import Wait
+
+T = TypeVar("T")
 
 
 class Gate(ABC):
@@ -44,8 +46,8 @@ class Gate(ABC):
 
     @abstractmethod
     def bind(
-        self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
-    ) -> Callable[..., Any]:
+        self, method: Callable[..., T], otherwise: Callable[..., T], *, passes_closed: bool = False
+    ) -> Callable[..., T]:
         """Return `method` behind the gate; a call that finds it closed goes to `otherwise`, unless it may pass."""
 
     @abstractmethod
@@ -81,14 +83,14 @@ class SerialGate(Gate):
         self._lock = threading.RLock()
 
     def bind(
-        self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
-    ) -> Callable[..., Any]:
+        self, method: Callable[..., T], otherwise: Callable[..., T], *, passes_closed: bool = False
+    ) -> Callable[..., T]:
         # The hot path of services: one lock, one test and a plain call, about as long as the call itself. Handing on a
         # tuple and a dictionary would cost as much again, and most calls have one argument. Only calls that have to
         # wait are measured.
         acquire, release = self._lock.acquire, self._lock.release
 
-        def call(first: Any = ABSENT, /, *args: Any, **kwargs: Any) -> Any:
+        def call(first: object = ABSENT, /, *args: object, **kwargs: object) -> T:
             if first is ABSENT:
                 return call_with((), kwargs)
             if args or kwargs:
@@ -107,7 +109,7 @@ class SerialGate(Gate):
                 release()
             return otherwise(first)
 
-        def call_with(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        def call_with(args: tuple[object, ...], kwargs: dict[str, object]) -> T:
             wait = None if acquire(False) else self._waits.begin()
             if wait is not None:
                 acquire()
@@ -197,10 +199,10 @@ class ConcurrentGate(Gate):
         self._crowd = Crowd(self._waits)
 
     def bind(
-        self, method: Callable[..., object], otherwise: Callable[..., object], *, passes_closed: bool = False
-    ) -> Callable[..., Any]:
+        self, method: Callable[..., T], otherwise: Callable[..., T], *, passes_closed: bool = False
+    ) -> Callable[..., T]:
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> T:
             me = threading.get_ident()
             if not self._enter(me, passes_closed):
                 return otherwise(*args, **kwargs)
@@ -217,7 +219,7 @@ class ConcurrentGate(Gate):
         # are cold, and each line takes three times as long as in a loop: nothing is called but the method.
         acquire, release, running, crowd = self._lock.acquire, self._lock.release, self._running, self._crowd
 
-        def call_unbounded(*args: Any, **kwargs: Any) -> Any:
+        def call_unbounded(*args: object, **kwargs: object) -> T:
             me = object()
             acquire()
             try:
@@ -249,18 +251,18 @@ class ConcurrentGate(Gate):
 
     def bind_coroutine(
         self,
-        method: Callable[..., Awaitable[object]],
-        otherwise: Callable[..., Awaitable[object]],
+        method: Callable[..., Awaitable[T]],
+        otherwise: Callable[..., Awaitable[T]],
         *,
         passes_closed: bool = False,
-    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+    ) -> Callable[..., Coroutine[object, object, T]]:
         """Return a coroutine method behind the limit; like `bind`, for calls that are awaited."""
 
-        def call(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        def call(*args: object, **kwargs: object) -> Coroutine[object, object, T]:
             # Seen by the caller's thread: a service that calls itself needs no second place.
             return enter(self in gates_here.get() or threading.get_ident() in self._running, args, kwargs)
 
-        async def enter(is_inside: bool, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        async def enter(is_inside: bool, args: tuple[object, ...], kwargs: dict[str, object]) -> T:
             me = object()
             if not await self._enter_awaiting(me, is_inside, passes_closed):
                 return await otherwise(*args, **kwargs)

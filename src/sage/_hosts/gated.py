@@ -6,10 +6,10 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._bucket import Bucket
-from sage._calls import current_call, not_in_time, refuse_on_foreign_loop
+from sage._calls import current_call, function_of, not_in_time, refuse_on_foreign_loop
 from sage._current_job import wait_for
 from sage._forks import leave_if_forked, refusal, useless_after_fork
 from sage._hosts.call_threads import CallThreads
@@ -22,7 +22,7 @@ from sage._runtime.lifecycle import EXIT_NET_S
 from sage.errors import HeldBackError, ServiceError, ServiceTimeoutError, ServiceUnavailableError, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from sage._calls import CallFuture
     from sage._hosts.gate import Gate
@@ -43,7 +43,7 @@ def _nobody() -> None:
     """Stand for the front of a service that is not a replica."""
 
 
-async def _closed(*_: Any, **__: Any) -> object:
+async def _closed(*_: object, **__: object) -> object:
     return CLOSED
 
 
@@ -139,7 +139,7 @@ class GatedHost(ABC):
 
     # --- requests of the supervisor ---
 
-    def run(self, hook: str, due: float | None, done: Callable[[Any, BaseException | None], None]) -> None:
+    def run(self, hook: str, due: float | None, done: Callable[[object, BaseException | None], None]) -> None:
         """Run a hook on the service's own thread and pass its outcome to `done`."""
         lane = self._lane
         self._is_building = hook == "build"
@@ -152,7 +152,7 @@ class GatedHost(ABC):
                     self._context = self._context.fresh(self._incarnation)
                     self._earlier.append(self._gate)
                     self._gate = self._new_gate()
-                    value: Any = self._build()
+                    value: object = self._build()
                     with self._changed:
                         self._is_built = self._lane is lane
                     if not self._is_built:
@@ -254,13 +254,13 @@ class GatedHost(ABC):
         """Whether calls fail, and no later ones will be let through."""
         return self._refused
 
-    def attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> object:
         """Return an attribute of the instance, without a gate before it."""
         return self._attribute(name)
 
-    def bound(self, name: str) -> Callable[..., Any]:
+    def bound(self, name: str) -> Callable[..., object]:
         """Return a method behind the gate, which is looked up once for each instance of a replica."""
-        bound: Callable[..., Any] = getattr(self.spec.handle, name)
+        bound: Callable[..., object] = getattr(self.spec.handle, name)
         return bound
 
     def abandon(self) -> str:
@@ -286,7 +286,7 @@ class GatedHost(ABC):
 
     # --- requests of callers ---
 
-    def method(self, name: str) -> Any:
+    def method(self, name: str) -> object:
         """Return a method behind the gate, or another attribute as it is."""
         if self.is_coroutine(name):
             return lambda *args, **kwargs: self._run_or_await(name, args, kwargs)
@@ -317,7 +317,7 @@ class GatedHost(ABC):
             return inspect.iscoroutinefunction(getattr(target, name, None))
         return self._coroutine_method(name) is not None
 
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+    def call(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None) -> object:
         """Call a method, with a time-out on the service's own threads."""
         if is_on_loop() and self.is_coroutine(name):
             return self._awaitable(name, args, kwargs, timeout_s)
@@ -327,7 +327,7 @@ class GatedHost(ABC):
         return self.call_async(name, args, kwargs, timeout_s).result()
 
     def call_async(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
+        self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
     ) -> CallFuture:
         """Start a call on the service's own threads."""
         if timeout_s is None:
@@ -348,14 +348,14 @@ class GatedHost(ABC):
         """Whether there is an instance that attributes can be asked of."""
 
     @abstractmethod
-    def _attribute(self, name: str) -> Any:
+    def _attribute(self, name: str) -> object:
         """Return an attribute of the instance; a method is returned as a plain function, coroutine functions too.
 
         Raises:
             UnknownServiceError: the method does not exist.
         """
 
-    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:  # noqa: ARG002
+    def _coroutine_method(self, name: str) -> Callable[..., Awaitable[object]] | None:  # noqa: ARG002
         """Return an awaitable call of a coroutine method for the job's loop, or None if a thread has to wait for it."""
         return None
 
@@ -364,7 +364,7 @@ class GatedHost(ABC):
         """Make an instance and return the names of the hooks it has."""
 
     @abstractmethod
-    def _run_hook(self, hook: str, due: float | None) -> Any:
+    def _run_hook(self, hook: str, due: float | None) -> object:
         """Run one of the instance's hooks to its end and return its value."""
 
     @abstractmethod
@@ -388,7 +388,7 @@ class GatedHost(ABC):
         for gate in (*self._earlier, self._gate):
             gate.shut_after_fork()
 
-    def _run_or_await(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_or_await(self, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Call a coroutine method: run it to its end for a thread, and let a coroutine await it."""
         if self._is_forked:
             raise self._unavailable()
@@ -405,7 +405,9 @@ class GatedHost(ABC):
             return self._call_found(name, *args, **kwargs)
         return self._around.loop.run(gated(*args, **kwargs))
 
-    def _awaitable(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+    def _awaitable(
+        self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
+    ) -> object:
         gated = self._gated(name)
         if gated is None:
             return self.call_async(name, args, kwargs, timeout_s)
@@ -414,7 +416,7 @@ class GatedHost(ABC):
         coroutine = gated(*args, **kwargs)
         return self._around.loop.answer(coroutine if timeout_s is None else self._in_time(name, coroutine, timeout_s))
 
-    def _gated(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]] | None:
+    def _gated(self, name: str) -> Callable[..., Coroutine[object, object, object]] | None:
         """Return a coroutine method behind the gate, or None where threads have to call it."""
         gate = self._gate  # before the method: one that is open later lets calls through to this same instance
         method = self._coroutine_method(name)
@@ -423,7 +425,7 @@ class GatedHost(ABC):
         method = self._permitted_coroutine(method)
         return gate.bind_coroutine(method, lambda *args, **kwargs: self.call_async(name, args, kwargs, None))
 
-    async def _in_time(self, name: str, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+    async def _in_time(self, name: str, coroutine: Coroutine[object, object, object], timeout_s: float) -> object:
         import asyncio
 
         bound = asyncio.timeout(timeout_s)
@@ -435,7 +437,7 @@ class GatedHost(ABC):
                 raise
             raise not_in_time(self.spec.name, name, timeout_s) from None
 
-    def _admitted(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _admitted(self, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Make a call that was taken in while the service ran; the drain waits for it, so the gate may be closed."""
         if not self._is_there:
             return self._later(name, *args, **kwargs)
@@ -444,30 +446,29 @@ class GatedHost(ABC):
         method = self._coroutine_method(name)
         if method is not None and isinstance(gate, ConcurrentGate):
             # It takes its place on the loop: a thread that kept one meanwhile would keep others from going on there.
-            method = self._permitted_coroutine(method)
-            gated = gate.bind_coroutine(method, _closed, passes_closed=self._finishes_calls)
+            gated = gate.bind_coroutine(self._permitted_coroutine(method), _closed, passes_closed=self._finishes_calls)
             answer = self._around.loop.run(gated(*args, **kwargs))
             return self._later(name, *args, **kwargs) if answer is CLOSED else answer
         call = partial(self._found(name), *args, **kwargs)
 
-        def late() -> Any:
+        def late() -> object:
             if self._finishes_calls and self._is_there:
                 return self._gate.bind(call, call, passes_closed=True)()
             return self._later(name, *args, **kwargs)
 
         return gate.bind(call, late)()
 
-    def _found(self, name: str) -> Any:
+    def _found(self, name: str) -> Callable[..., object]:
         """Return a method, looked up behind the gate if a rest may end the instance before a call is let through."""
         if self._may_rest:
-            return lambda *args, **kwargs: self._permitted(self._attribute(name))(*args, **kwargs)
-        return self._permitted(self._attribute(name))
+            return lambda *args, **kwargs: function_of(self._permitted(self._attribute(name)))(*args, **kwargs)
+        return function_of(self._permitted(self._attribute(name)))
 
-    def _call_found(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def _call_found(self, name: str, /, *args: object, **kwargs: object) -> object:
         gate, method = self._gate, self._found(name)
         return gate.bind(method, partial(self._later, name))(*args, **kwargs)
 
-    def _attribute_of_resting(self, name: str) -> Any:
+    def _attribute_of_resting(self, name: str) -> object:
         """Return an attribute of a service that may rest; wait until it is there."""
         with self._uses.one():
             while self._is_resting:
@@ -494,17 +495,19 @@ class GatedHost(ABC):
                 raise hint(error, f"{AIO_HINT} Read attributes in a plain function.")
             return wait_for(self._changed, lambda: self._refused or not self._held, timeout_s)
 
-    def _paced(self, bound: Callable[..., Any]) -> Callable[..., Any]:
+    def _paced(self, bound: Callable[..., object]) -> Callable[..., object]:
         """Return a method whose calls wait for the rate before they wait for a place."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> object:
             self._wait_turn()
             return bound(*args, **kwargs)
 
         return call
 
-    def _paced_coroutine(self, bucket: Bucket, gated: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(*args: Any, **kwargs: Any) -> Any:
+    def _paced_coroutine(
+        self, bucket: Bucket, gated: Callable[..., Awaitable[object]]
+    ) -> Callable[..., Coroutine[object, object, object]]:
+        async def call(*args: object, **kwargs: object) -> object:
             await bucket.wait(self._check_held_back)
             return await gated(*args, **kwargs)
 
@@ -528,24 +531,24 @@ class GatedHost(ABC):
             text = f'service "{self.spec.name}" was not called: its rate has no place left before the job ends'
             raise HeldBackError(text, service=self.spec.name)
 
-    def _permitted(self, attribute: Any) -> Any:
+    def _permitted(self, attribute: object) -> object:
         """Return a method whose calls begin within the budget of the job; any other attribute as it is."""
         permit = self._around.permit
         if permit is None or not callable(attribute):
             return attribute
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> object:
             self._let_begin(permit)
             return attribute(*args, **kwargs)
 
         return call
 
-    def _permitted_coroutine(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _permitted_coroutine(self, method: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
         permit = self._around.permit
         if permit is None:
             return method
 
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def call(*args: object, **kwargs: object) -> object:
             self._let_begin(permit)
             return await method(*args, **kwargs)
 
@@ -560,7 +563,7 @@ class GatedHost(ABC):
             self._gate.error_count -= 1
             raise
 
-    def _later(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def _later(self, name: str, /, *args: object, **kwargs: object) -> object:
         """Make a call that found the gate closed: wait while the service is restarted, or fail."""
         timeout_s = self.spec.options.call_timeout_s
         if self.spec.front and not self._gate.is_open:
@@ -573,7 +576,7 @@ class GatedHost(ABC):
                 raise self._unavailable()
         if current_call(self.spec.name) is not None:  # another thread may not be free for it
             return self._admitted(name, args, kwargs)
-        return self.method(name)(*args, **kwargs)
+        return function_of(self.method(name))(*args, **kwargs)
 
     def _unavailable(self) -> ServiceUnavailableError:
         if self._is_forked:

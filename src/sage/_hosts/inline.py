@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
@@ -11,7 +11,7 @@ from sage._hosts.instance import Instance, has_coroutine_hooks
 from sage._logs import log_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from sage._plan.logical import ServiceSpec
     from sage._runtime.backend import HostSurroundings
@@ -54,7 +54,7 @@ class InlineHost(GatedHost):
     def _is_there(self) -> bool:
         return self._instance is not None
 
-    def _attribute(self, name: str) -> Any:
+    def _attribute(self, name: str) -> object:
         assert self._instance is not None
         return self._instance.attribute(name)
 
@@ -70,10 +70,10 @@ class InlineHost(GatedHost):
             self._gate = ConcurrentGate(concurrency, lambda: self._around.loop.going_on(), self._waits)
         return instance.hooks
 
-    def _coroutine_method(self, name: str) -> Callable[..., object] | None:
+    def _coroutine_method(self, name: str) -> Callable[..., Awaitable[object]] | None:
         return None if self._instance is None else self._instance.coroutine_method(name)
 
-    def _run_hook(self, hook: str, due: float | None) -> Any:  # noqa: ARG002
+    def _run_hook(self, hook: str, due: float | None) -> object:  # noqa: ARG002
         return self._latest.run_hook(hook)
 
     def _clean_late(self) -> None:

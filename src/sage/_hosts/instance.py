@@ -10,7 +10,8 @@ from sage.errors import UnknownServiceError, hint
 from sage.service import BaseService, ServiceUser
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
+    from contextlib import AbstractContextManager
 
     from sage._cassette import Recorded, Tape
     from sage._runtime.coroutines import CoroutineLoop
@@ -32,10 +33,10 @@ class Instance:
     def __init__(self, name: str, loop: CoroutineLoop) -> None:
         self.name = name
         self.loop = loop
-        self._target: Any = None
+        self._target: object = None
         self._tape: Tape | None = None
         self._context: ServiceContext | None = None
-        self._hooks: dict[str, Callable[[], Any]] = {}
+        self._hooks: dict[str, Callable[[], object]] = {}
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -49,7 +50,11 @@ class Instance:
         return type(self._target)
 
     def build(
-        self, make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], context: ServiceContext
+        self,
+        make: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        context: ServiceContext,
     ) -> None:
         """Call the constructor, and look for hooks. If it raises, "cleanup" still calls the deferred callbacks."""
         self._context = context
@@ -76,13 +81,14 @@ class Instance:
             elif _has(target, "__enter__") and _has(target, "__exit__"):
                 self._enter_at_setup(target)
 
-    def run_hook(self, hook: str) -> Any:
+    def run_hook(self, hook: str) -> object:
         """Run a hook to its end, a coroutine too, and return its value."""
         if hook == "cleanup":
-            return self._clean()
+            self._clean()
+            return None
         return self._settled(self._hooks[hook]())
 
-    def attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> object:
         """Return an attribute; a method is returned as a plain function, coroutine functions too.
 
         Only a caller on the loop has to await the result of a coroutine function.
@@ -98,14 +104,14 @@ class Instance:
             return attribute
         return lambda *args, **kwargs: self.loop.answer(attribute(*args, **kwargs))
 
-    def coroutine_method(self, name: str) -> Callable[..., Any] | None:
+    def coroutine_method(self, name: str) -> Callable[..., Coroutine[object, object, object]] | None:
         """Return a coroutine method as it is, or None if this is something else."""
         if not inspect.iscoroutinefunction(getattr(self._target, name, None)):
             return None
-        method: Callable[..., Any] = self._read(name)
-        return method
+        method = self._read(name)
+        return method if inspect.iscoroutinefunction(method) else None
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> object:
         attribute = getattr(self._target, name)
         return attribute if self._tape is None else self._tape.on(name, attribute)
 
@@ -143,7 +149,7 @@ class Instance:
         error = UnknownServiceError(f'service "{self.name}" has no method "{name}"')
         return hint(error, f"{type(self._target).__name__} has: {listed or 'no methods'}.")
 
-    def _enter_at_setup(self, manager: Any) -> None:
+    def _enter_at_setup(self, manager: AbstractContextManager[object]) -> None:
         """Enter a context manager in `setup`, use its value, and leave it as the cleanup."""
         setup = self._hooks.get("setup")
 
@@ -181,23 +187,22 @@ def _has(instance: object, name: str) -> bool:
     return inspect.getattr_static(instance, name, None) is not None
 
 
-def _drain_of(service: ServiceUser) -> Callable[[], Any] | None:
+def _drain_of(service: ServiceUser) -> Callable[[], object] | None:
     """Return the `drain` of a service of ours, if it can be called without arguments.
 
     One that takes arguments, or that belongs to another class, is a method like others: the name is too common.
     """
-    if not _has(service, "drain"):
+    method: object = getattr(service, "drain", None) if _has(service, "drain") else None
+    if not callable(method):
         return None
-    method: Any = getattr(service, "drain")  # noqa: B009
     try:
         inspect.signature(method).bind()
     except (TypeError, ValueError):
         return None
-    found: Callable[[], Any] = method
-    return found
+    return method
 
 
-def _hook(instance: object, name: str) -> Callable[[], Any] | None:
+def _hook(instance: object, name: str) -> Callable[[], object] | None:
     if not _has(instance, name):
         return None
     method = getattr(instance, name)
@@ -215,5 +220,5 @@ def _hook(instance: object, name: str) -> Callable[[], Any] | None:
         return None  # A method of the class's own that only happens to have this name.
     except ValueError:
         pass  # Some methods written in C do not tell their signature.
-    hook: Callable[[], Any] = method
+    hook: Callable[[], object] = method
     return hook

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from sage._calls import function_of
 from sage.command import Http, Line, Port, filled
 from sage.errors import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from sage.command import RunningCommand
+
+    Settle = Callable[[Coroutine[object, object, object]], object]
 
 PORT_TIMEOUT_S = 2.0
 
@@ -21,9 +24,7 @@ MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, Lookup
 """Errors that show a mistake in a callable; clients raise any other while the server does not answer."""
 
 
-def why_not(
-    probe: object, command: RunningCommand, has_line: bool, timeout_s: float, settle: Callable[[Any], object]
-) -> str | None:
+def why_not(probe: object, command: RunningCommand, has_line: bool, timeout_s: float, settle: Settle) -> str | None:
     """Return why a command cannot be used yet, in words, or None if it can be.
 
     Args:
@@ -82,9 +83,9 @@ def _port(host: str, port: int, timeout_s: float) -> str | None:
     return None
 
 
-def _callable(probe: Any, command: RunningCommand, settle: Callable[[Any], Any]) -> str | None:
+def _callable(probe: object, command: RunningCommand, settle: Settle) -> str | None:
     try:
-        answer = probe(command)
+        answer = function_of(probe)(command)
         if inspect.iscoroutine(answer):
             answer = settle(answer)
     except MISTAKES:

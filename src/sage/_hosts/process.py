@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import ExitStack
 from itertools import count
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Never, ParamSpec, TypeVar
 
 from sage._calls import current_call
 from sage._hosts.child_process import ChildProcess
@@ -122,18 +122,18 @@ class ProcessHost(GatedHost):
     def _is_there(self) -> bool:
         return self._is_built_there
 
-    def _attribute(self, name: str) -> Any:
+    def _attribute(self, name: str) -> object:
         if name not in self._methods:
             is_method, value = self._ask(name, ServiceSide.attribute, name)
             if not is_method:
                 return value
-            self._methods[name] = value
+            self._methods[name] = bool(value)
         link, begun, is_coroutine = self._link, self._begun, self._methods[name]
         assert link is not None
         assert begun is not None
         asked = link.asked
 
-        def remote(*args: Any, **kwargs: Any) -> Any:
+        def remote(*args: object, **kwargs: object) -> object:
             number = self._number_of_call(link) if is_coroutine else 0
             place = begun.take()
             try:
@@ -160,8 +160,8 @@ class ProcessHost(GatedHost):
         return ConcurrentGate(None if concurrency == 1 else concurrency, waits=self._waits)
 
     def _call_unanswered(
-        self, error: Exception, has_begun: bool, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, error: Exception, has_begun: bool, name: str, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         """Raise why a call has no answer; one that the process had not begun when it ended is made by the next one."""
         assert self._process is not None
         gate = self._gate
@@ -196,7 +196,7 @@ class ProcessHost(GatedHost):
         self._is_built_there = True
         return self._hooks
 
-    def _run_hook(self, hook: str, due: float | None) -> Any:
+    def _run_hook(self, hook: str, due: float | None) -> object:
         if hook == "exit":
             return self._exit(due)
         # The clock is that of the machine. Whoever was stopped, and is woken when nobody waits any more, can tell.
@@ -212,7 +212,7 @@ class ProcessHost(GatedHost):
         """The supervision of the present job."""
         return self._around.supervision
 
-    def handle(self, name: str) -> ServiceHandle[Any]:
+    def handle(self, name: str) -> ServiceHandle[object]:
         """Return the handle of another service, and note that this one depends on it.
 
         Raises:
@@ -331,7 +331,7 @@ class ProcessHost(GatedHost):
 
     # --- requests to the process ---
 
-    def _ask(self, name: str, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _ask(self, name: str, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Ask the process, and describe an error by the `name` of the service's method."""
         assert self._link is not None
         try:
@@ -360,21 +360,21 @@ class ServiceRequests(JobSide):
     def know(self, service: str) -> None:
         self._host.handle(service)
 
-    def attribute(self, service: str, name: str) -> tuple[bool, Any]:
+    def attribute(self, service: str, name: str) -> tuple[bool, object]:
         """Return whether an attribute of another service is a method, and its value or kind."""
         handle = self._host.handle(service)
         attribute = getattr(handle, name)
         return (True, handle._require().is_coroutine(name)) if callable(attribute) else (False, attribute)
 
     def call(
-        self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Any:
+        self, service: str, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
+    ) -> object:
         handle = self._host.handle(service)
         if timeout_s is None:
             return getattr(handle, name)(*args, **kwargs)
         return handle._require().call(name, args, kwargs, timeout_s)
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, object]) -> None:
         forward(values)
 
     # A kept service counts its incarnations in its first job, the host in the present one.
@@ -390,7 +390,7 @@ class ServiceRequests(JobSide):
     def used(self, service: str, prompt_tokens: int, completion_tokens: int) -> None:
         self._host.supervision.used(service, prompt_tokens, completion_tokens)
 
-    def claim(self, service: str, entry: dict[str, Any]) -> None:
+    def claim(self, service: str, entry: dict[str, object]) -> None:
         """Record a thing to reap if the service is lost."""
         self._host.supervision.claim(service, entry)
 
@@ -422,7 +422,7 @@ def _check(spec: ServiceSpec) -> None:
         raise hint(GraphError(text), "Make it in the constructor or in setup(), which run in that process.") from error
 
 
-def _error_of(value: Any) -> Exception | None:
+def _error_of(value: object) -> Exception | None:
     try:
         encode(value)
     except Exception as error:

@@ -15,7 +15,7 @@ from sage.service import ServiceHandle
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from sage._hosts.gate import Gate
     from sage._hosts.recycling import Recycler
@@ -97,13 +97,13 @@ class ReplicaHost(Protocol):
     def is_coroutine(self, name: str) -> bool:
         """Return whether `name` is a coroutine method."""
 
-    def attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> object:
         """Return an attribute of the instance, without a gate before it."""
 
     def bound(self, name: str) -> Callable[..., Any]:
         """Return a method behind the replica's own gate."""
 
-    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+    def _coroutine_method(self, name: str) -> Callable[..., Awaitable[object]] | None:
         """Return a coroutine method of the instance, or None if threads have to call it."""
 
 
@@ -188,13 +188,13 @@ class ReplicasHost(GatedHost):
         self._is_up = True
         return self.hooks
 
-    def _run_hook(self, hook: str, due: float | None) -> Any:
+    def _run_hook(self, hook: str, due: float | None) -> object:
         """Do nothing: it has no hooks."""
 
     def _clean_late(self) -> None:
         """Do nothing: it has no instance."""
 
-    def _attribute(self, name: str) -> Any:
+    def _attribute(self, name: str) -> object:
         while True:
             replica = self._enter(NO_KEY)
             try:
@@ -206,11 +206,11 @@ class ReplicasHost(GatedHost):
             finally:
                 self._leave(replica, calls=0)
 
-    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+    def _coroutine_method(self, name: str) -> Callable[..., Awaitable[object]] | None:
         if all(replica.host._coroutine_method(name) is None for replica in self.replicas):
             return None
 
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def call(*args: object, **kwargs: object) -> object:
             key, losses = self._key(args, kwargs), 0
             while True:
                 replica = self._entered(key)
@@ -226,10 +226,10 @@ class ReplicasHost(GatedHost):
 
         return call
 
-    def _routed(self, name: str) -> Callable[..., Any]:
+    def _routed(self, name: str) -> Callable[..., object]:
         """Return a method that each call makes on a replica of its own choice."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> object:
             key, losses = self._key(args, kwargs), 0
             while True:
                 replica = self._enter(key)
@@ -244,7 +244,7 @@ class ReplicasHost(GatedHost):
 
     # --- the choice ---
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def _key(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         affinity = self.spec.options.affinity
         return NO_KEY if affinity is None else affinity(*args, **kwargs)
 

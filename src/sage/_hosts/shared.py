@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
@@ -18,7 +18,7 @@ from sage.report import UNCLEAN_STATES, Cleanliness
 from sage.service import ServiceHandle, ServiceOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from sage._hosts.gate import Gate
     from sage._runtime.backend import Host, HostSurroundings
@@ -61,7 +61,7 @@ class SharedInstance:
         self._spec = spec
         # The hosts of the users bound the calls, as an environment does not end while a call of its own runs.
         own = replace(spec.options, shared=False, required=True, call_timeout_s=None)
-        handle: ServiceHandle[Any] = ServiceHandle(spec.name, spec.target)
+        handle: ServiceHandle[object] = ServiceHandle(spec.name, spec.target)
         self._job = make_job(ServiceSpec(spec.name, spec.target, spec.args, spec.kwargs, own, handle))
         self._supervisor = self._job.dispatcher.supervisor
         self.host: Host = self._supervisor.hosts[spec.name]
@@ -240,7 +240,7 @@ class SharedHost(GatedHost):
     def _is_there(self) -> bool:
         return self.instance is not None and self.instance.is_ready
 
-    def _attribute(self, name: str) -> Any:
+    def _attribute(self, name: str) -> object:
         assert self.instance is not None
         return self.instance.host.calls.method(name)
 
@@ -249,14 +249,15 @@ class SharedHost(GatedHost):
         instance = self.instance
         return super().is_coroutine(name) if instance is None else instance.host.calls.is_coroutine(name)
 
-    def _coroutine_method(self, name: str) -> Callable[..., Any] | None:
+    def _coroutine_method(self, name: str) -> Callable[..., Awaitable[object]] | None:
         instance = self.instance
         if instance is None or not instance.host.calls.is_coroutine(name):
             return None
 
         # On the loop of this job, the host of the instance gives something to await.
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            return await self._attribute(name)(*args, **kwargs)
+        async def call(*args: object, **kwargs: object) -> object:
+            assert self.instance is not None
+            return await self.instance.host.calls.method(name)(*args, **kwargs)
 
         return call
 
@@ -267,7 +268,7 @@ class SharedHost(GatedHost):
         SharedInstance.join(self, self._make_job)
         return self.hooks
 
-    def _run_hook(self, hook: str, due: float | None) -> Any:  # noqa: ARG002
+    def _run_hook(self, hook: str, due: float | None) -> None:  # noqa: ARG002
         instance = self.instance
         if instance is None:
             return

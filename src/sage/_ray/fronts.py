@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sage._calls import function_of
 from sage._hosts.gated import NotMadeError
 from sage._hosts.replicas import NO_KEY, ReplicasHost
 from sage._remote.calls import RemoteCalls
@@ -38,7 +39,7 @@ class SiteFront(ReplicasHost):
         super().__init__(spec, context, surroundings, replicas)
         self._build()  # the master starts the front of the lifecycle, and only opens the gate of this one
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def _key(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Return a key whose hash is the same in all processes, so that their calls go to the same replica."""
         key = super()._key(args, kwargs)
         return key if key is NO_KEY else stable_hash(key)
@@ -74,16 +75,15 @@ class AwayReplica:
         """Return whether it is known as a coroutine method."""
         return any(calls.is_coroutine(name) for calls in self._calls)
 
-    def attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> object:
         """Return an attribute of the instance."""
         if not self._calls:
             raise self._unavailable()
         return self._calls[-1].method(name)
 
-    def bound(self, name: str) -> Callable[..., Any]:
+    def bound(self, name: str) -> Callable[..., object]:
         """Return a method; its gate is in its process."""
-        bound: Callable[..., Any] = self.attribute(name)
-        return bound
+        return function_of(self.attribute(name))
 
     def route(self, address: Address | None, is_over: bool) -> None:
         """Take in where it takes calls from now on, or that it takes none, perhaps for good."""

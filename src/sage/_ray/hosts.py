@@ -70,7 +70,7 @@ class Callers:
 
         def drain(link: SiteClient) -> None:
             link.ask(SiteSide.refuse, front)  # it may not have heard of that yet
-            ended.append(link.ask(SiteSide.run_hook, front, 1, "drain", left_s))
+            ended.append(bool(link.ask(SiteSide.run_hook, front, 1, "drain", left_s)))
 
         with self._lock:
             links = [link for link in self._links if link.address is not None and not link.is_gone]

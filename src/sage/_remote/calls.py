@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Never, ParamSpec, TypeVar
 
 from sage._calls import not_in_time
 from sage._forks import refusal
@@ -52,16 +52,16 @@ class RemoteCalls:
         self._threads = CallThreads(service, None)
         self._methods: dict[str, bool] = {}  # whether each is a coroutine method
 
-    def method(self, name: str) -> Any:
+    def method(self, name: str) -> object:
         """Return an attribute of the service."""
         if name not in self._methods:
             is_method, value = self._attribute(name)
             if not is_method:
                 return value
-            self._methods[name] = value
+            self._methods[name] = bool(value)
         return lambda *args, **kwargs: self.call(name, args, kwargs, None)
 
-    def _attribute(self, name: str) -> tuple[bool, Any]:
+    def _attribute(self, name: str) -> tuple[bool, object]:
         try:
             return self._ask(None, CallSide.attribute, self._service, name)
         except ServiceUnavailableError:
@@ -74,7 +74,7 @@ class RemoteCalls:
         """Return whether it is known as a coroutine method."""
         return self._methods.get(name, False)
 
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+    def call(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None) -> object:
         """Call a method; the process of the service sees to the time-out."""
         if is_on_loop() and self.is_coroutine(name):
             return self.call_async(name, args, kwargs, timeout_s)
@@ -90,7 +90,9 @@ class RemoteCalls:
         """End the threads."""
         self._threads.close()
 
-    def _called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> object:
+    def _called(
+        self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
+    ) -> object:
         if timeout_s is None:
             timeout_s = self._timeout_s
         if timeout_s is None:
@@ -106,7 +108,7 @@ class RemoteCalls:
     def _ask(
         self,
         bound_s: float | None,
-        method: Callable[Concatenate[Any, str, str, P], R],
+        method: Callable[Concatenate[Never, str, str, P], R],
         service: str,
         name: str,
         *args: P.args,

@@ -45,7 +45,7 @@ class UnknownError(JobError):
         super().__init__(packed.text)
         self.packed = packed
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return unpack, (self.packed,)
 
 
@@ -108,7 +108,7 @@ class _Sendable:
         self._value = value
         self._process = process
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         room = io.BytesIO()
         _Pickler(room, self._process).dump(self._value)
         return pickle.loads, (room.getvalue(),)
@@ -119,7 +119,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(room, 5)
         self._process = process
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, value: object) -> Any:
         if isinstance(value, JobErrorGroup):
             return type(value), (value.message, value.exceptions), value.__dict__
         if isinstance(value, BaseException):

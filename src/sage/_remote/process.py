@@ -16,8 +16,9 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from sage._calls import function_of
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
 from sage._remote.begun import BEGUN, BegunCalls
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from sage._calls import CallFuture
     from sage._remote.rpc import RpcClient
     from sage._remote.wire import Connection
+
+    CoroutineMethod = Callable[..., Coroutine[object, object, object]]
 
 ORDER_BYTES_MAX = 65_536
 
@@ -78,8 +81,8 @@ class ServiceProcess(ServiceSide):
         self._busy = Busy()
         self._begun_marks = begun.marks
         self._turn: threading.Lock | Busy = self._busy
-        self._methods: dict[str, tuple[bool, Callable[..., Any]]] = {}  # each, and whether it is a coroutine method
-        self._running: dict[int, Future[Any]] = {}
+        self._methods: dict[str, tuple[CoroutineMethod | None, Callable[..., object]]] = {}
+        self._running: dict[int, Future[object]] = {}
         self._given_up: set[int] = set()
         requests = served((ServiceSide, self))
         self.link = SocketPairRpc(link, requests, self._handles, name, self._over.set, accepts=lanes)
@@ -95,7 +98,13 @@ class ServiceProcess(ServiceSide):
     # --- requests of the driver ---
 
     def build(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], incarnation: int, level: int, is_serial: bool
+        self,
+        target: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        incarnation: int,
+        level: int,
+        is_serial: bool,
     ) -> frozenset[str]:
         """Make the instance; see `ServiceSide`, also for the other requests."""
         if is_serial:
@@ -119,22 +128,23 @@ class ServiceProcess(ServiceSide):
         # Hooks may return any value; only these two have an answer.
         return bool(value) if hook == "ready" else value is not False if hook == "health" else None
 
-    def call(self, place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Any:
+    def call(self, place: int, name: str, args: tuple[object, ...], kwargs: dict[str, object], number: int) -> object:
         """Call a method of the service, a coroutine method to its end; the driver sees to the time-out."""
-        is_coroutine, method = self._methods.get(name) or self._found(name)
+        awaited, method = self._methods.get(name) or self._found(name)
         with self._turn:
             if self._over.is_set():  # while it waited for its turn, so that nobody waits for its answer any more
                 raise RpcClosedError("the driver is gone")
             self._begun_marks[place] = BEGUN
-            answer = method(*args, **kwargs)
-            return self._awaited(answer, number) if is_coroutine else answer
+            if awaited is not None:
+                return self._awaited(awaited(*args, **kwargs), number)
+            return method(*args, **kwargs)
 
-    def _found(self, name: str) -> tuple[bool, Callable[..., Any]]:
+    def _found(self, name: str) -> tuple[CoroutineMethod | None, Callable[..., object]]:
         awaited = self._instance.coroutine_method(name)
-        self._methods[name] = awaited is not None, awaited or self._instance.attribute(name)
+        self._methods[name] = awaited, awaited or function_of(self._instance.attribute(name))
         return self._methods[name]
 
-    def _awaited(self, coroutine: Coroutine[Any, Any, Any], number: int) -> Any:
+    def _awaited(self, coroutine: Coroutine[object, object, object], number: int) -> object:
         """Run a coroutine to its end, or until the driver gives up its call; nobody can give up number 0."""
         running = self._loop.start(coroutine)
         if not number:
@@ -154,7 +164,7 @@ class ServiceProcess(ServiceSide):
         if running is not None:
             running.cancel()
 
-    def attribute(self, name: str) -> tuple[bool, Any]:
+    def attribute(self, name: str) -> tuple[bool, object]:
         attribute = self._instance.attribute(name)
         return (True, self._instance.coroutine_method(name) is not None) if callable(attribute) else (False, attribute)
 
@@ -189,9 +199,9 @@ class ServiceProcess(ServiceSide):
         """Have an entry written into the journal."""
         self.link.ask(JobSide.claim, service, entry)
 
-    def handle(self, name: str) -> ServiceHandle[Any]:
+    def handle(self, name: str) -> ServiceHandle[object]:
         """Return a handle of a service of the job; this service's own leads to the instance here."""
-        handle: ServiceHandle[Any] = ServiceHandle(name, None)
+        handle: ServiceHandle[object] = ServiceHandle(name, None)
         handle._connect(OwnCalls(self._instance) if name == self._name else self._driver_calls(name))
         return handle
 
@@ -275,20 +285,20 @@ class Busy:
             return self._over.wait_for(lambda: not self._running, timeout_s)
 
 
-class Handles(dict[str, ServiceHandle[Any]]):
+class Handles(dict[str, ServiceHandle[object]]):
     """The handles of the job's services by name, made when they are asked for."""
 
     def __init__(self, child: ServiceProcess) -> None:
         super().__init__()
         self._child = child
 
-    def __missing__(self, name: str) -> ServiceHandle[Any]:
+    def __missing__(self, name: str) -> ServiceHandle[object]:
         """Ask the driver whether there is such a service."""
         self._child.ask_for(name)
         self[name] = self._child.handle(name)
         return self[name]
 
-    def get(self, name: str, _default: Any = None, /) -> Any:
+    def get(self, name: str, _default: object = None, /) -> ServiceHandle[object]:
         """Return a handle without asking: one that was pickled is known."""
         if name not in self:
             self[name] = self._child.handle(name)
@@ -302,18 +312,20 @@ class OwnCalls:
         self._instance = instance
         self._threads = CallThreads(instance.name, None)
 
-    def method(self, name: str) -> Any:
+    def method(self, name: str) -> object:
         """Return an attribute of the instance."""
         return self._instance.attribute(name)
 
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None) -> Any:
+    def call(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None) -> object:
         return self.call_async(name, args, kwargs, timeout_s).result()
 
     def call_async(
         self, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
     ) -> CallFuture:
         """Call a method on another thread."""
-        return self._threads.submit(name, lambda: self._instance.attribute(name)(*args, **kwargs), timeout_s)
+        return self._threads.submit(
+            name, lambda: function_of(self._instance.attribute(name))(*args, **kwargs), timeout_s
+        )
 
     def is_coroutine(self, name: str) -> bool:
         """Return whether it is a coroutine method."""
@@ -352,7 +364,7 @@ class Forward(logging.Handler):
             logging.lastResort.handle(record)
 
 
-def _plain(values: Mapping[str, object]) -> dict[str, Any]:
+def _plain(values: Mapping[str, object]) -> dict[str, object]:
     """Return a form that can be read without the program's code."""
     return {
         name: value if isinstance(value, str | int | float | None) else str(value) for name, value in values.items()

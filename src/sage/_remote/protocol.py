@@ -6,7 +6,7 @@ type checker, and the name on the wire is that of the method. A server takes req
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sage.service import Supervision
 
@@ -19,19 +19,19 @@ Address = tuple[str, int]
 class LogSide(Protocol):
     """Takes in the log of another process."""
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, object]) -> None:
         """Take in a record, as plain values."""
 
 
 class CallSide(Protocol):
     """Reaches services for another process."""
 
-    def attribute(self, service: str, name: str) -> tuple[bool, Any]:
+    def attribute(self, service: str, name: str) -> tuple[bool, object]:
         """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""
 
     def call(
-        self, service: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float | None
-    ) -> Any:
+        self, service: str, name: str, args: tuple[object, ...], kwargs: dict[str, object], timeout_s: float | None
+    ) -> object:
         """Call a method."""
 
 
@@ -40,9 +40,9 @@ class ServiceSide(Protocol):
 
     def build(
         self,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        target: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         incarnation: int,
         level: int,
         is_serial: bool,
@@ -58,13 +58,13 @@ class ServiceSide(Protocol):
             is_serial: whether one call at a time is made.
         """
 
-    def run_hook(self, hook: str, due: float) -> Any:
+    def run_hook(self, hook: str, due: float) -> object:
         """Run a hook, if it can begin before `due` on the machine's clock."""
 
-    def attribute(self, name: str) -> tuple[bool, Any]:
+    def attribute(self, name: str) -> tuple[bool, object]:
         """Return whether an attribute is a method, and its value if it is not, or whether it is a coroutine method."""
 
-    def call(self, place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Any:
+    def call(self, place: int, name: str, args: tuple[object, ...], kwargs: dict[str, object], number: int) -> object:
         """Call a method; `place` is that of the call in `BegunCalls`, and `number` that for `give_up`, or 0."""
 
     def give_up(self, number: int) -> None:
@@ -84,7 +84,7 @@ class JobSide(CallSide, LogSide, Supervision, Protocol):
         """Refuse an unknown service, and note one that this one depends on."""
 
 
-def served(*sides: tuple[type, object]) -> dict[str, Callable[..., Any]]:
+def served(*sides: tuple[type, object]) -> dict[str, Callable[..., object]]:
     """Return the methods that a server offers by name: for each pair, those of the protocol, bound to the object.
 
     A later pair goes before an earlier one.

@@ -8,7 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Never, ParamSpec, TypeVar
 
 from sage._current_job import carried
 from sage._forks import leave_if_forked, useless_after_fork
@@ -61,7 +61,7 @@ class Connections:
         is_forked: whether this process was forked from the one whose connections they are.
     """
 
-    def __init__(self, handles: Mapping[str, ServiceHandle[Any]]) -> None:
+    def __init__(self, handles: Mapping[str, ServiceHandle[object]]) -> None:
         self._handles = handles
         self._lock = threading.Lock()
         self._all: set[Connection] = set()
@@ -109,7 +109,7 @@ class RpcClient(Connections, ABC):
 
     epoch: int | None = None
 
-    def __init__(self, handles: Mapping[str, ServiceHandle[Any]]) -> None:
+    def __init__(self, handles: Mapping[str, ServiceHandle[object]]) -> None:
         Connections.__init__(self, handles)
         self._idle: list[Connection] = []
         self._told: list[Connection] = []
@@ -131,13 +131,13 @@ class RpcClient(Connections, ABC):
         """Open a connection for one request after another, each of which is answered or the last; see `connect`."""
         return self.connect()
 
-    def ask(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def ask(self, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Send a request and return its answer, or raise its error; see `ask_within`."""
         result: R = self.asked(None, method, args, kwargs)
         return result
 
     def ask_within(
-        self, timeout_s: float | None, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
+        self, timeout_s: float | None, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Send a request and return its answer, or raise its error.
 
@@ -196,7 +196,7 @@ class RpcClient(Connections, ABC):
             raise unpack(result[1])
         return result[0]
 
-    def tell(self, method: Callable[Concatenate[Any, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def tell(self, method: Callable[Concatenate[Never, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Send a request that has no answer; RpcClosedError if the other side is gone."""
         # One that is there already has a thread on the other side, which could perhaps not start another one any more.
         try:
@@ -210,7 +210,7 @@ class RpcClient(Connections, ABC):
         except OSError:
             raise RpcClosedError("the other side is gone") from None
 
-    def post(self, method: Callable[Concatenate[Any, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def post(self, method: Callable[Concatenate[Never, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Send a request that has no answer, if the other side is there; the next one may use its connection."""
         with suppress(OSError, RpcClosedError):
             try:
@@ -225,7 +225,7 @@ class RpcClient(Connections, ABC):
                     self._free()  # `close` may have looked before
 
     def request(
-        self, is_asked: bool, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, is_asked: bool, method: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Frame:
         """Return the frame of a request; without `is_asked`, one that has no answer."""
         return encode((method.__name__, args, kwargs, is_asked, self.epoch))
@@ -260,8 +260,8 @@ class RpcServer(Connections):
 
     def __init__(
         self,
-        methods: Mapping[str, Callable[..., Any]],
-        handles: Mapping[str, ServiceHandle[Any]],
+        methods: Mapping[str, Callable[..., object]],
+        handles: Mapping[str, ServiceHandle[object]],
         name: str,
         check: Callable[[int | None], object] | None = None,
     ) -> None:
@@ -355,8 +355,8 @@ class SocketPairRpc(RpcClient, RpcServer):
     def __init__(
         self,
         end: socket.socket,
-        methods: Mapping[str, Callable[..., Any]],
-        handles: Mapping[str, ServiceHandle[Any]],
+        methods: Mapping[str, Callable[..., object]],
+        handles: Mapping[str, ServiceHandle[object]],
         name: str,
         on_closed: Callable[[], None],
         *,

@@ -14,7 +14,7 @@ import termios
 import threading
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sage._forks import useless_after_fork
 from sage._remote.protocol import Address
@@ -65,7 +65,7 @@ class TcpConnection(Connection):
 class TcpRpcClient(RpcClient):
     """Leads to another process of the job."""
 
-    def __init__(self, address: Address, secret: bytes, handles: Mapping[str, ServiceHandle[Any]]) -> None:
+    def __init__(self, address: Address, secret: bytes, handles: Mapping[str, ServiceHandle[object]]) -> None:
         super().__init__(handles)
         self.address = address
         self._secret = secret
@@ -109,8 +109,8 @@ class TcpRpcServer(RpcServer):
         self,
         ip: str,
         secret: bytes,
-        methods: Mapping[str, Callable[..., Any]],
-        handles: Mapping[str, ServiceHandle[Any]],
+        methods: Mapping[str, Callable[..., object]],
+        handles: Mapping[str, ServiceHandle[object]],
         name: str,
         check: Callable[[int | None], object] | None = None,
     ) -> None:

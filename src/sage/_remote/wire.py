@@ -65,7 +65,7 @@ class Connection:
         handles: resolves handles of services among the received values.
     """
 
-    def __init__(self, end: socket.socket, handles: Mapping[str, ServiceHandle[Any]]) -> None:
+    def __init__(self, end: socket.socket, handles: Mapping[str, ServiceHandle[object]]) -> None:
         self._socket = end
         self._handles = handles
         self._inbox = bytearray(INBOX_BYTES)
