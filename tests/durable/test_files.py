@@ -358,6 +358,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], object, str, str]] = {
         r"record \{'id': 1\} has no 'day', which names its folder",
         "partition_by",
     ),
+    "long folder": (
+        lambda folder: JsonLinesFiles(folder, partition_by="day"),
+        {"day": "é" * 60},
+        "record {'day': 'é+'} has a value in 'day' that is too long for the name of its folder",
+        '"day=" and the value may take 255 bytes',
+    ),
+    "no character": (
+        lambda folder: JsonLinesFiles(folder, partition_by="day"),
+        {"day": "\ud800"},
+        "cannot be written as JSON: UnicodeEncodeError",
+        "Map it",
+    ),
     "escape": (
         lambda folder: CsvFiles(folder, quoting=csv.QUOTE_NONE),
         {"a": ","},

@@ -144,6 +144,34 @@ def test_values_of_many_kinds_come_back(address: str) -> None:
         assert read(address, table=None, query=query)[0] == [tuple(row.values())]
 
 
+def test_what_copy_cannot_write_is_inserted(address: str) -> None:
+    """A view, and a table with rules for its rows."""
+    rows = [{"id": 1, "name": "ann", "price": 1}, {"id": 2, "name": "bob"}]
+    execute(address, "ALTER TABLE orders RENAME TO kept")
+    execute(address, "CREATE VIEW orders AS SELECT * FROM kept")
+    run(address, rows)
+    assert execute(address, "SELECT name FROM kept ORDER BY id") == [("ann",), ("bob",)]
+    execute(address, "DROP VIEW orders")
+    execute(address, "ALTER TABLE kept RENAME TO orders")
+    execute(address, "CREATE POLICY all_of_them ON orders USING (true)")
+    execute(address, "ALTER TABLE orders ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    run(address, [{"id": 3, "name": "eve"}])
+    assert execute(address, "SELECT count(*) FROM orders") == [(3,)]
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_with_another_encoding(address: str, encoding: str) -> None:
+    database = f"in_{encoding}".lower()
+    made = f"CREATE DATABASE {database} OWNER sage ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'"
+    server().execute(made, database="postgres")
+    there = f"{address.partition('/shop')[0]}/{database}"
+    execute(f"{there}?client_encoding=UTF8", 'CREATE SCHEMA sage CREATE TABLE orders (id INTEGER, "größe" TEXT)')
+    there += "?options=-csearch_path%3Dsage"
+    rows = [{"id": 1, "größe": "ü"}, {"id": 2, "größe": "klein"}]
+    run(there, rows)
+    assert read(there)[0] == [(1, "ü"), (2, "klein")]
+
+
 def test_a_row_with_a_key_takes_the_place_of_another(address: str) -> None:
     execute(address, "INSERT INTO orders VALUES (1, 'a', 10), (2, 'b', 20)")
     run(address, [{"id": 1, "price": 11, "name": "a"}, {"id": 3, "name": "c"}, {"id": 3, "name": "d"}], key="id")

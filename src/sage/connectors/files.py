@@ -37,6 +37,9 @@ PREPARED = ".prepared"
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 """The folder of records whose value is None or empty, as other programs name it."""
 
+NAME_BYTES_MAX = 255
+"""How long file systems let the name of a folder be."""
+
 OPEN_MAX = 64
 """How many files a task writes at once; for further folders, it ends the file that was used least recently."""
 
@@ -460,7 +463,13 @@ class FileSink(TransactionalSink[T]):
                 error = ConnectorError(f"record {short(record)} has no {column!r}, which names its folder")
                 raise hint(error, "Map it to a dict with a value for each column of partition_by.")
             value = "" if record[column] is None else str(record[column])
-            names.append(f"{quote(column, safe=' ')}={quote(value, safe=' ') or NO_VALUE}")
+            # Not an error here: the format refuses characters that it cannot write.
+            name = f"{quote(column, safe=' ')}={quote(value, safe=' ', errors='replace') or NO_VALUE}"
+            if len(name) > NAME_BYTES_MAX:
+                text = f"record {short(record)} has a value in {column!r} that is too long for the name of its folder"
+                note = f'"{quote(column, safe=" ")}=" and the value may take {NAME_BYTES_MAX} bytes; other characters '
+                raise hint(ConnectorError(text), f"{note}than ASCII take several. Use a column with short values.")
+            names.append(name)
         return os.path.join(*names)
 
     def _begin(self) -> Part[T]:

@@ -44,6 +44,8 @@ IS_UNIQUE = """
 SELECT 1 FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
 WHERE indrelid = to_regclass($1) AND attname = $2
 AND indisunique AND indisvalid AND indpred IS NULL AND indnkeyatts = 1"""
+CAN_COPY = """
+SELECT relkind IN ('r', 'p', 'f') AND NOT row_security_active(oid) FROM pg_class WHERE oid = to_regclass($1)"""
 ONE_BY_ONE = 7_243_001
 """The number of a lock for tasks that make the same table; any would do."""
 
@@ -92,6 +94,7 @@ class _PostgresDatabase(Database):
             connection: psycopg.Connection[Values] = driver.connect(
                 self._address,
                 autocommit=True,
+                client_encoding="UTF8",  # commands have it, whatever the encoding of the database
                 cursor_factory=driver.RawCursor,  # values are $1, so that a % in a query is only a %
                 connect_timeout=max(2, round(self._timeout_s)),
                 tcp_user_timeout=milliseconds,
@@ -154,6 +157,10 @@ class _PostgresDatabase(Database):
         """Insert rows."""
         with self._connected().cursor() as cursor:
             cursor.executemany(command.encode(), rows)
+
+    def can_copy(self, table: str) -> bool:
+        """Return whether COPY may write the table; most views, and rules for rows, exclude it."""
+        return self.select(CAN_COPY, [self.quoted(table)]).rows == [(True,)]
 
     def copy(self, table: str, columns: tuple[str, ...], rows: Iterable[Values]) -> None:
         """Insert rows by COPY, which is several times faster."""
@@ -232,9 +239,16 @@ class PostgresSink(TableSink):
     def __init__(self, address: str, table: str, *, key: str | Sequence[str] = (), timeout_s: float = 10.0) -> None:
         database = _PostgresDatabase("PostgresSink", address, timeout_s)
         super().__init__(database, table, key, f'PostgresSink("{EXAMPLE}", "orders").')
+        self._copies = False
+
+    def open(self, part: str, checkpoint: int) -> None:
+        """Connect to the database, and look which checkpoint of this part it has; raises as `TableSink.open` does."""
+        super().open(part, checkpoint)
+        with self._database.naming():
+            self._copies = not self._key and self._database.can_copy(self._table)
 
     def _put(self, rows: list[Cells]) -> None:
-        if self._key:
+        if not self._copies:
             super()._put(rows)
             return
         for columns, alike in groupby(rows, itemgetter(0)):
