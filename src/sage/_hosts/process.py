@@ -19,7 +19,7 @@ from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
 from sage._logs import forward, log_of
 from sage._remote.begun import BegunCalls
-from sage._remote.lane import Lanes, shared_memory
+from sage._remote.lane import shared_memory
 from sage._remote.protocol import JobSide, ServiceSide, served
 from sage._remote.rpc import NO_KWARGS, NotSentError, RpcClosedError, SocketPairRpc
 from sage._remote.wire import encode
@@ -62,7 +62,6 @@ class ProcessHost(GatedHost):
         self._process: ChildProcess | None = None
         self._link: SocketPairRpc | None = None
         self._begun: BegunCalls | None = None
-        self._lanes: Lanes | None = None
         self._cookie = ""
         self._hooks: frozenset[str] = frozenset()
         self._numbers = count(1)  # of calls
@@ -228,9 +227,8 @@ class ProcessHost(GatedHost):
         self._close_memories()
 
     def _close_memories(self) -> None:
-        for memory in (self._begun, self._lanes):
-            if memory is not None:
-                memory.close()
+        if self._begun is not None:
+            self._begun.close()
 
     def _start(self) -> None:
         name, incarnation = self.spec.name, self._incarnation
@@ -255,9 +253,9 @@ class ProcessHost(GatedHost):
                 if incarnation <= self._given_up:
                     raise ServiceError(f'service "{name}" was given up before its process was started')
                 # Its handles are found by the name that is pickled for them, in the job that asks.
-                self._begun, self._lanes = BegunCalls(begun), Lanes(begun)
+                self._begun = BegunCalls(begun)
                 requests = served((JobSide, ServiceRequests(self)))
-                link = SocketPairRpc(here, requests, self._around.handles, name, lambda: None, opens=self._lanes)
+                link = SocketPairRpc(here, requests, self._around.handles, name, lambda: None)
                 link.begin()
                 process = ChildProcess(
                     [sys.executable, "-c", boot],
