@@ -824,16 +824,9 @@ MORE_RULES = (
     Mutant(
         "nobody hears that the other side of a link has gone",
         "_remote/rpc.py",
-        "a lane does not end by itself\n        self._on_closed()\n",
-        "a lane does not end by itself\n",
+        "            self._socket.close()\n        self._on_closed()\n",
+        "            self._socket.close()\n",
         LINKS + "test_a_request_that_waits_hears_that_the_link_was_shut",
-    ),
-    Mutant(
-        "whoever asks waits for a bell that the other side never got",
-        "_remote/lane.py",
-        "self._polls = asks  #",
-        "self._polls = False  #",
-        LINKS + "test_whoever_asks_a_process_without_descriptors_is_told",
     ),
     Mutant(
         "a request that has no answer is answered",

@@ -20,7 +20,7 @@ from sage._hosts.process import BOOT
 from sage._plan.logical import ServiceSpec
 from sage._ray.orders import SitePayload
 from sage._ray.site import Site
-from sage._remote.lane import shared_memory
+from sage._remote.begun import shared_memory
 from sage._remote.protocol import ServiceSide
 from sage._remote.rpc import RpcClosedError, SocketPairRpc
 from sage._remote.tcp import TcpRpcServer

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import resource
 import socket
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from sage import FunctionError, JobError, JobErrorGroup, ServiceUnavailableError
-from sage._remote.begun import PLACES_COUNT
 from sage._remote.calls import RemoteCalls
 from sage._remote.errors import sendable
-from sage._remote.lane import GONE_AT, LANES_MAX, MEMORY_BYTES, ROOM_BYTES, SHORT_BYTES_MAX, Lanes, shared_memory
 from sage._remote.protocol import CallSide, served
 from sage._remote.rpc import IDLE_MAX, NotReceivedError, RpcClosedError, SocketPairRpc
 from sage._remote.tcp import TcpRpcClient, TcpRpcServer
@@ -46,30 +41,19 @@ class Asked(Protocol):
 class Pair(Asked):
     """Two links; the other one answers here."""
 
-    def __init__(self, has_lanes: bool) -> None:
+    def __init__(self) -> None:
         here, there = socket.socketpair()
-        memory = shared_memory()
-        self.lanes = Lanes(memory), Lanes(memory)
-        os.close(memory)
-        opens, accepts = self.lanes if has_lanes else (None, None)
         self.is_asked, self.go_on = threading.Event(), threading.Event()
         self.closed: list[str] = []
         self.has_ended = threading.Event()
-        self.link = SocketPairRpc(here, {}, {}, "asks", lambda: None, opens=opens)
-        self.other = SocketPairRpc(there, served((Asked, self)), {}, "answers", self.end, accepts=accepts)
+        self.link = SocketPairRpc(here, {}, {}, "asks", lambda: None)
+        self.other = SocketPairRpc(there, served((Asked, self)), {}, "answers", self.end)
         self.link.begin()
         self.other.begin()
 
     def end(self) -> None:
         self.closed.append("answers")
         self.has_ended.set()
-
-    def close(self) -> None:
-        self.go_on.set()
-        self.link.close(SOON_S)
-        self.other.close(SOON_S)
-        for lanes in self.lanes:
-            lanes.close()
 
     def echo(self, *values: Any) -> tuple[Any, ...]:
         return values
@@ -91,97 +75,13 @@ class Pair(Asked):
             raise ValueError("failed") from error
 
 
-@pytest.fixture(params=[False, True], ids=["sockets", "lanes"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    made = Pair(request.param)
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
     yield made
-    made.close()
-
-
-@pytest.mark.parametrize("size", [0, 1, SHORT_BYTES_MAX - 100, SHORT_BYTES_MAX, SHORT_BYTES_MAX + 1, 1_000_000])
-def test_frames_of_any_length_arrive_one_after_another(pair: Pair, size: int) -> None:
-    values = (b"x" * size, pickle.PickleBuffer(bytearray(b"y" * size)), "z")
-    for _ in range(3):
-        first, second, third = pair.link.ask(Asked.echo, *values)
-        assert (first, bytes(second), third) == (b"x" * size, b"y" * size, "z")
-        assert pair.link.ask(Asked.echo, b"x" * size) == (b"x" * size,)
-
-
-def test_a_lane_is_not_used_again_before_the_other_end_has_left_it(pair: Pair) -> None:
-    """Whose late answer another caller would take for its own."""
-    for _ in range(2 * LANES_MAX):
-        pair.is_asked.clear()
-        pair.go_on.clear()
-        with pytest.raises(TimeoutError):
-            pair.link.ask_within(0.01, Asked.wait)
-        assert pair.link.ask(Asked.echo, "mine") == ("mine",)
-        pair.go_on.set()
-        assert pair.link.ask(Asked.echo, "next") == ("next",)
-
-
-@pytest.mark.parametrize("left_count", [4, 5])
-def test_whoever_asks_a_process_without_descriptors_is_told(left_count: int) -> None:
-    """Four are needed to ask with a lane, and the other side needs three."""
-    pair = Pair(True)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held: list[int] = []
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
-        with suppress(OSError):
-            while True:
-                held.append(os.open(os.devnull, os.O_RDONLY))
-        for _ in range(left_count):
-            os.close(held.pop())
-        with pytest.raises(RpcClosedError):
-            pair.link.ask(Asked.echo, "lost")
-    finally:
-        for descriptor in held:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert pair.link.ask(Asked.echo, "found") == ("found",)
-    assert len(list(iter(pair.lanes[0].take, None))) == LANES_MAX - 1, "the lane that was lost can be used again"
-    pair.close()
-
-
-def test_whoever_asks_when_the_memory_is_closed_is_told() -> None:
-    pair = Pair(True)
-    lanes = pair.lanes[0]
-    for number in iter(lanes.take, None):
-        lanes.leave(number)
-    pair.close()
-    with pytest.raises(RpcClosedError):
-        pair.link.ask(Asked.echo, "late")
-
-
-def test_a_forked_process_leaves_the_lanes_alone() -> None:
-    pair = Pair(True)
-    pair.link.ask(Asked.echo, 1)
-    child = os.fork()
-    if not child:
-        with suppress(RpcClosedError):
-            pair.link.ask(Asked.echo, 1)
-            os._exit(1)
-        memory = pair.lanes[0].memory
-        os._exit(any(memory[at] for at in range(PLACES_COUNT + GONE_AT, MEMORY_BYTES, ROOM_BYTES)))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    pair.close()
-
-
-def test_callers_of_all_lanes_and_more_get_their_own_answers(pair: Pair) -> None:
-    wrong: list[object] = []
-
-    def call(caller: int) -> None:
-        for number in range(20):
-            answer = pair.link.ask(Asked.echo, caller, number)
-            if answer != (caller, number):
-                wrong.append(answer)
-
-    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(LANES_MAX + 16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    made.go_on.set()
+    made.link.close(SOON_S)
+    made.other.close(SOON_S)
 
 
 def test_a_late_answer_is_given_to_nobody(pair: Pair) -> None:

@@ -18,8 +18,7 @@ from sage._hosts.child_process import ChildProcess
 from sage._hosts.gate import ConcurrentGate
 from sage._hosts.gated import GatedHost
 from sage._logs import forward, log_of
-from sage._remote.begun import BegunCalls
-from sage._remote.lane import shared_memory
+from sage._remote.begun import BegunCalls, shared_memory
 from sage._remote.protocol import JobSide, ServiceSide, served
 from sage._remote.rpc import NO_KWARGS, NotSentError, RpcClosedError, SocketPairRpc
 from sage._remote.wire import encode
@@ -224,9 +223,6 @@ class ProcessHost(GatedHost):
     def _close_link(self) -> None:
         if self._link is not None:
             self._link.close(LINK_CLOSE_S)
-        self._close_memories()
-
-    def _close_memories(self) -> None:
         if self._begun is not None:
             self._begun.close()
 
@@ -271,9 +267,10 @@ class ProcessHost(GatedHost):
                 self._around.process_guard.started(name, incarnation, process.pid, guardians.detach())
         except BaseException:
             if self._process is None:
+                if self._begun is not None:
+                    self._begun.close()
                 if link is not None:
                     link.close(LINK_CLOSE_S)
-                self._close_memories()
                 here.close()
             guardians.close()
             raise

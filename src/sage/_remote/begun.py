@@ -7,6 +7,7 @@ process. Waiting calls therefore need no place in a queue of the driver, and no 
 from __future__ import annotations
 
 import mmap
+import os
 
 BEGUN = 1
 PLACES_COUNT = 4096
@@ -50,3 +51,10 @@ class BegunCalls:
         """Free the memory; calls that still wait count as begun."""
         self.marks = bytearray([BEGUN]) * PLACES_COUNT
         self._memory.close()
+
+
+def shared_memory() -> int:
+    """Return a descriptor of new memory for `BegunCalls`; the caller closes it."""
+    descriptor = os.memfd_create("sage-begun")
+    os.ftruncate(descriptor, PLACES_COUNT)
+    return descriptor

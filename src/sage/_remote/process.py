@@ -23,7 +23,6 @@ from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
 from sage._remote.begun import BEGUN, BegunCalls
 from sage._remote.calls import RemoteCalls
-from sage._remote.lane import Lanes
 from sage._remote.protocol import JobSide, LogSide, ServiceSide, served
 from sage._remote.rpc import RpcClosedError, SocketPairRpc
 from sage._runtime.coroutines import CoroutineLoop
@@ -65,10 +64,9 @@ class ServiceProcess(ServiceSide):
         guard: the guardian's orders come from here; end-of-file says that driver and guardian are both gone.
         name: the service's name.
         begun: where calls that begin are noted.
-        lanes: the memory of the lanes of calls.
     """
 
-    def __init__(self, link: socket.socket, guard: socket.socket, name: str, begun: BegunCalls, lanes: Lanes) -> None:
+    def __init__(self, link: socket.socket, guard: socket.socket, name: str, begun: BegunCalls) -> None:
         self._name = name
         self._guard = guard
         self._loop = CoroutineLoop(name)
@@ -84,8 +82,7 @@ class ServiceProcess(ServiceSide):
         self._methods: dict[str, tuple[CoroutineMethod | None, Callable[..., object]]] = {}
         self._running: dict[int, Future[object]] = {}
         self._given_up: set[int] = set()
-        requests = served((ServiceSide, self))
-        self.link = SocketPairRpc(link, requests, self._handles, name, self._over.set, accepts=lanes)
+        self.link = SocketPairRpc(link, served((ServiceSide, self)), self._handles, name, self._over.set)
 
     def live(self) -> None:
         """Do as the driver says until it says "exit", or until it is gone; then end in order."""
@@ -381,20 +378,20 @@ def main(link: int, guard: int, begun: int, name: str) -> None:
     Args:
         link: the descriptor of the link to the driver.
         guard: the descriptor on which the guardian gives its orders.
-        begun: the descriptor of the memory for `BegunCalls` and `Lanes`.
+        begun: the descriptor of the memory for `BegunCalls`.
         name: the service's name.
     """
     # They were handed over by inheritance, which must not go on to the service's own children.
     os.set_inheritable(link, False)
     os.set_inheritable(guard, False)
-    memories = BegunCalls(begun), Lanes(begun)
+    begun_calls = BegunCalls(begun)
     os.close(begun)
     # While the driver lives, only it decides when the service ends: a signal to the whole group must not break the
     # order. Its requests come over the link, and the final one as SIGKILL.
     mean_nothing(SIGNALS)
     # Ignored signals are inherited: with SIGCHLD, the service could not know how its own children end.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = ServiceProcess(socket.socket(fileno=link), socket.socket(fileno=guard), name, *memories)
+    child = ServiceProcess(socket.socket(fileno=link), socket.socket(fileno=guard), name, begun_calls)
     child.live()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _leave()

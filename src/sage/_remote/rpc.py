@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from abc import ABC, abstractmethod
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Never, ParamSpec, TypeVar
 
@@ -14,14 +13,12 @@ from sage._current_job import carried
 from sage._forks import leave_if_forked, useless_after_fork
 from sage._logs import log_of
 from sage._remote.errors import pack, unpack
-from sage._remote.lane import NO_LANE, LaneConnection
 from sage._remote.wire import Connection, encode
 from sage.errors import ServiceError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sage._remote.lane import Lanes
     from sage._remote.wire import Frame
     from sage.service import ServiceHandle
 
@@ -80,7 +77,7 @@ class Connections:
         self._lock = threading.Lock()
         self._closed = self.is_forked = True
         for connection in self._all:
-            connection.free()
+            connection.close()
         self._all = set()
 
     def _add(self, connection: Connection) -> None:
@@ -113,11 +110,10 @@ class RpcClient(Connections, ABC):
         Connections.__init__(self, handles)
         self._idle: list[Connection] = []
         self._told: list[Connection] = []
-        self._posting: list[Connection] = []
 
     def _after_fork_in_child(self) -> None:
         super()._after_fork_in_child()
-        self._idle, self._told, self._posting = [], [], []
+        self._idle, self._told = [], []
 
     @abstractmethod
     def connect(self) -> Connection:
@@ -126,10 +122,6 @@ class RpcClient(Connections, ABC):
         Raises:
             RpcClosedError: the other side is gone.
         """
-
-    def _connect_to_ask(self) -> Connection:
-        """Open a connection for one request after another, each of which is answered or the last; see `connect`."""
-        return self.connect()
 
     def ask(self, method: Callable[Concatenate[Never, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Send a request and return its answer, or raise its error; see `ask_within`."""
@@ -169,7 +161,7 @@ class RpcClient(Connections, ABC):
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._connect_to_ask()
+            connection = self.connect()
         try:
             if timeout_s is not None:
                 connection.bound(timeout_s)
@@ -202,7 +194,7 @@ class RpcClient(Connections, ABC):
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._connect_to_ask()
+            connection = self.connect()
         # Open until the link is closed, as the other side may take the end of a connection for that of the asker.
         self._told.append(connection)
         try:
@@ -214,15 +206,13 @@ class RpcClient(Connections, ABC):
         """Send a request that has no answer, if the other side is there; the next one may use its connection."""
         with suppress(OSError, RpcClosedError):
             try:
-                connection = self._posting.pop()
+                connection = self._idle.pop()
             except IndexError:
                 connection = self.connect()
             try:
                 connection.send(self.request(False, method, args, kwargs))
             finally:
-                self._posting.append(connection)
-                if self._closed:
-                    self._free()  # `close` may have looked before
+                self._keep(connection, None)
 
     def request(
         self, is_asked: bool, method: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -232,7 +222,7 @@ class RpcClient(Connections, ABC):
 
     def _free(self) -> None:
         """Close the connections that no request has."""
-        for connections in (self._idle, self._told, self._posting):
+        for connections in (self._idle, self._told):
             while connections:
                 self._drop(connections.pop())
 
@@ -348,8 +338,6 @@ class SocketPairRpc(RpcClient, RpcServer):
         handles: resolves handles of services among the received values.
         name: the name of the threads.
         on_closed: called when the other side is gone.
-        opens: the memory for lanes of the connections that it opens, if any.
-        accepts: the memory for lanes of those that the other side opens.
     """
 
     def __init__(
@@ -359,16 +347,11 @@ class SocketPairRpc(RpcClient, RpcServer):
         handles: Mapping[str, ServiceHandle[object]],
         name: str,
         on_closed: Callable[[], None],
-        *,
-        opens: Lanes | None = None,
-        accepts: Lanes | None = None,
     ) -> None:
         RpcClient.__init__(self, handles)
         RpcServer.__init__(self, methods, handles, name)
         self._socket = end
         self._on_closed = on_closed
-        self._opens = opens
-        self._accepts = accepts
         useless_after_fork(self)
 
     def _after_fork_in_child(self) -> None:
@@ -386,34 +369,14 @@ class SocketPairRpc(RpcClient, RpcServer):
             RpcClosedError: the other side is gone.
         """
         here, there = socket.socketpair()
-        return self._hand_over(Connection(here, self._handles), NO_LANE, there)
-
-    def _connect_to_ask(self) -> Connection:
-        """Open a connection with a lane, if there is one; see `connect`."""
-        lanes = self._opens
-        # A forked process must not write to the memory of its parent.
-        number = None if lanes is None or self._closed else lanes.take()
-        if lanes is None or number is None:
-            return self.connect()
-        with ExitStack() as undone:
-            undone.callback(lanes.give_back, number)
-            bells = []
-            for _ in range(2):
-                bells.append(os.eventfd(0))
-                undone.callback(os.close, bells[-1])
-            here, there = socket.socketpair()
-            connection = LaneConnection(here, self._handles, lanes, number, bells, asks=True)
-            undone.pop_all()
-        return self._hand_over(connection, number, there, *reversed(bells))
-
-    def _hand_over(self, connection: Connection, number: int, there: socket.socket, *bells: int) -> Connection:
+        connection = Connection(here, self._handles)
         try:
             with self._lock:
                 if self._closed:
                     owner = "is closed" if not self.is_forked else "is one of the process that this one was forked from"
                     raise RpcClosedError(f"the link {owner}")
                 self._all.add(connection)
-                socket.send_fds(self._socket, [bytes([number])], [there.fileno(), *bells])
+                socket.send_fds(self._socket, [b"c"], [there.fileno()])
         except OSError:
             self._drop(connection)
             raise RpcClosedError("the other side is gone") from None
@@ -441,41 +404,25 @@ class SocketPairRpc(RpcClient, RpcServer):
         """Take connections that the other side hands over, until it is gone."""
         while True:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 3, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
             except OSError:
                 break
+            for descriptor in descriptors:
+                connection = Connection(socket.socket(fileno=descriptor), self._handles)
+                self._add(connection)
+                try:
+                    self._start_thread(partial(self._serve, connection))
+                except (
+                    RuntimeError
+                ) as error:  # the system has no more threads: whoever asks is told that nobody is there
+                    log.error("request cannot be answered name=%s error=%s", self._name, error)
+                    self._drop(connection)
             if not data:
                 break
-            connection = self._taken_over(data[0], descriptors)
-            if connection is None:
-                continue
-            self._add(connection)
-            try:
-                self._start_thread(partial(self._serve, connection))
-            except RuntimeError as error:  # the system has no more threads: whoever asks is told that nobody is there
-                log.error("request cannot be answered name=%s error=%s", self._name, error)
-                self._drop(connection)
         with self._lock, suppress(OSError):  # the program may have closed every descriptor that it found
             self._closed = True
             self._socket.close()
-        Connections.shut(self)  # a lane does not end by itself
         self._on_closed()
-
-    def _taken_over(self, number: int, descriptors: list[int]) -> Connection | None:
-        """Return a connection that the other side has handed over, or None if this process had no descriptors left."""
-        lanes = None if number == NO_LANE else self._accepts
-        if len(descriptors) == (1 if lanes is None else 3):
-            end, *bells = descriptors
-            if lanes is None:
-                return Connection(socket.socket(fileno=end), self._handles)
-            return LaneConnection(socket.socket(fileno=end), self._handles, lanes, number, bells, asks=False)
-        # The system drops those that this process has too many of, and whoever asks learns of that from the socket.
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if lanes is not None:
-            lanes.refuse(number)
-        log.error("request cannot be answered name=%s error=no descriptors left", self._name)
-        return None
 
 
 def _not_sent(error: BaseException, text: str) -> ServiceError:

@@ -92,7 +92,7 @@ class Connection:
             views[0] = views[0][sent:]
             sent = self._socket.sendmsg(views[:PARTS_MAX])
 
-    def take(self) -> tuple[bytes | memoryview, Sequence[bytearray]]:
+    def take(self) -> tuple[memoryview, Sequence[bytearray]]:
         """Receive a frame; the pickle is valid until the next one is received.
 
         Raises:
@@ -120,7 +120,7 @@ class Connection:
         large = memoryview(self._read(length))
         return large, [self._read(size) for size in sizes]
 
-    def decode(self, data: bytes | memoryview, buffers: Sequence[bytearray]) -> Any:
+    def decode(self, data: memoryview, buffers: Sequence[bytearray]) -> Any:
         """Return the value of a frame.
 
         Raises:
@@ -144,10 +144,6 @@ class Connection:
 
     def close(self) -> None:
         """Free the socket; nobody may be sending or receiving."""
-        self.free()
-
-    def free(self) -> None:
-        """Free the socket in this process alone, which was forked from that of the connection, or is to close it."""
         with suppress(OSError):  # the program may have closed every descriptor that it found
             self._socket.close()
 
