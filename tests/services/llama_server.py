@@ -92,7 +92,7 @@ def serve() -> None:
     Path(os.environ["NOTED"]).write_text(str(os.getpid()))
     signal.sigwait(ends)
     del server  # it ends its threads
-    print("llama-server has ended", flush=True)
+    os.write(1, b"\nllama-server has ended\n")  # at once, as its log is written from other threads
 
 
 if __name__ == "__main__":
