@@ -55,11 +55,21 @@ class Meter:
         self._size = 0.0
         self._full_at = 0.0  # when all of it is there again, if nobody takes more
 
-    def set(self, limit: Limit, now_s: float) -> None:
-        """Take in a limit; others may have taken of it, but what was taken here is not given back."""
-        missing = max(self._full_at - now_s, 0.0) / self.unit_s if self.unit_s else 0.0
+    def set(self, limit: Limit, now_s: float, uncounted: float = 0.0) -> None:
+        """Take in a limit; others may have taken of it, but what was taken here is not given back.
+
+        Args:
+            limit: the limit.
+            now_s: the time.
+            uncounted: how much may be on its way to the provider that was taken before there was a limit.
+        """
+        missing = limit.size - limit.left
+        if self.unit_s:
+            missing = max(missing, (self._full_at - now_s) / self.unit_s)
+        else:
+            missing += uncounted
         self.unit_s, self._size = MINUTE_S / limit.per_minute, limit.size
-        self._full_at = now_s + max(missing, limit.size - limit.left) * self.unit_s
+        self._full_at = now_s + missing * self.unit_s
 
     def left_s(self, amount: float, now_s: float) -> float:
         """Return how long it takes until so much is there, or all that can be; not above 0 if it is there."""
@@ -103,6 +113,7 @@ class Bucket:
         if rate is not None and rate.tokens_per_minute is not None:
             self._tokens.set(Limit(rate.tokens_per_minute, 0, 0), now())
         self._usual_tokens = 0.0
+        self._unanswered = 0  # calls that began, of those whose answers `learn` is told
         self._reserved: deque[float] = deque(maxlen=RESERVED_MAX)
         self.clear()
 
@@ -151,17 +162,19 @@ class Bucket:
             self._calls.take(1, due_s)
             self._tokens.take(usual, due_s)
             self._reserved.append(self._usual_tokens)
+            self._unanswered += 1
             if turn.has_waited:
                 self.waits_count += 1
                 self.waited_s += now_s - turn.came_at
             return 0.0
 
     def learn(self, calls: Limit | None, tokens: Limit | None) -> None:
-        """Take in the limits as an answer of the provider tells them."""
+        """Take in the limits as the answer of a call tells them, which may be none."""
         with self._lock:
-            for meter, limit in ((self._calls, calls), (self._tokens, tokens)):
+            self._unanswered = max(self._unanswered - 1, 0)
+            for meter, limit, each in ((self._calls, calls, 1.0), (self._tokens, tokens, self._usual_tokens)):
                 if limit is not None:
-                    meter.set(limit, self._now())
+                    meter.set(limit, self._now(), self._unanswered * each)
 
     def used(self, tokens: int) -> None:
         """Count the tokens of an answer in the place of those that its call was taken to use."""

@@ -106,6 +106,8 @@ def test_what_is_left_begins_at_once_and_the_rest_as_it_comes_back() -> None:
     clock = ManualClock()
     bucket = Bucket(None, clock)
     assert begun(bucket, clock, 50) == [0.0] * 50
+    for _ in range(49):
+        bucket.learn(None, None)
     bucket.learn(Limit(60, 100, 3), None)
     assert begun(bucket, clock, 5) == [0, 0, 0, 1, 2]
     clock.advance(10)
@@ -113,6 +115,15 @@ def test_what_is_left_begins_at_once_and_the_rest_as_it_comes_back() -> None:
     assert begun(bucket, clock, 12) == [0] * 10 + [1, 2]
     bucket.learn(Limit(120, 100, 0), None)  # others share the account
     assert begun(bucket, clock, 3) == [0.5, 1, 1.5]
+
+
+def test_calls_on_their_way_when_a_limit_becomes_known_are_counted() -> None:
+    clock = ManualClock()
+    bucket = Bucket(None, clock)
+    assert begun(bucket, clock, 5) == [0] * 5
+    bucket.learn(None, None)  # an answer that tells nothing, such as one of a connection that failed
+    bucket.learn(Limit(60, 20, 18), None)  # three more are on their way
+    assert begun(bucket, clock, 17) == [0] * 15 + [1, 2]
 
 
 def test_tokens_that_are_left_begin_at_once_too() -> None:

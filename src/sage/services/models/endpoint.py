@@ -405,9 +405,9 @@ class Endpoint:
     def _learn(self, answer: object) -> None:
         """Take in the limits that an answer or a refusal tells in its headers."""
         headers = getattr(answer, "headers", None)
-        if headers is None or not self._options.keeps_limits:
+        if not self._options.keeps_limits:
             return
-        requests, tokens = limit_in(headers, "requests"), limit_in(headers, "tokens")
+        requests, tokens = (None if headers is None else limit_in(headers, kind) for kind in ("requests", "tokens"))
         self._rate.learn(requests, tokens)
         if not self._knows_limits and (requests or tokens):
             self._knows_limits = True
