@@ -8,6 +8,7 @@ import subprocess
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from pathlib import Path
 
@@ -137,6 +138,32 @@ def test_ambient_state_of_threads_and_coroutines_stands_in_one_file() -> None:
     kinds = ("threading.local", "ContextVar(")
     texts = {path.relative_to(SAGE).as_posix(): path.read_text("utf-8") for path in SOURCES}
     assert {name for name, text in texts.items() for kind in kinds if kind in text} == {"_current_job.py"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules that a file imports anywhere: at its top, for its types, or in a function."""
+    found: set[str] = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if names <= modules else {node.module, *names}
+    return found & modules
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """The layers say so for packages; here it holds for each module, also for imports of types."""
+    modules = {module_name(path): path for path in SOURCES}
+    graph = {name: imported(path, {*modules}) - {name} for name, path in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])), pytrace=False)
 
 
 def test_functions_are_short() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 from sage._arguments import check_count
 from sage._current_job import inside
 from sage._plan.signature import builder_of
-from sage._runtime.backend import Backend
+from sage._runtime.backend import Backend, SupervisedJob
 from sage._runtime.states import Step
 from sage._testing.leftovers import assert_clean
 from sage.environment import LocalEnvironment
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from sage._runtime.checkpoints import CheckpointEvent
     from sage._runtime.lifecycle import LifecycleEvent
-    from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
     from sage._testing.stepped_loop import SteppedLoop
     from sage._types import T, U
@@ -315,14 +314,14 @@ class StepBackend(Backend):
                 stack.enter_context(loop.going_on())
             yield
 
-    def start(self, supervisor: Supervisor) -> None:
+    def start(self, supervisor: SupervisedJob) -> None:
         """Do nothing: the job runs while somebody waits for it."""
 
-    def post(self, supervisor: Supervisor, event: LifecycleEvent | CheckpointEvent) -> None:  # noqa: ARG002
+    def post(self, supervisor: SupervisedJob, event: LifecycleEvent | CheckpointEvent) -> None:  # noqa: ARG002
         """Keep an event for its turn; events keep their order."""
         self._events.append(event)
 
-    def start_task(self, supervisor: Supervisor, task: Task) -> None:  # noqa: ARG002
+    def start_task(self, supervisor: SupervisedJob, task: Task) -> None:  # noqa: ARG002
         """Take a task into the round."""
         task.wake = lambda: self._ready.add(task)
         self._tasks.append(task)
@@ -335,7 +334,7 @@ class StepBackend(Backend):
     def join_tasks(self, tasks: list[Task]) -> None:
         """Do nothing: this backend does not use threads."""
 
-    def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:  # noqa: ARG002
+    def wait(self, supervisor: SupervisedJob, timeout_s: float | None) -> bool:  # noqa: ARG002
         """Run the job to its end.
 
         Raises:
@@ -357,7 +356,7 @@ class StepBackend(Backend):
 
     def wait_for(
         self,
-        supervisor: Supervisor,
+        supervisor: SupervisedJob,
         condition: threading.Condition,
         is_over: Callable[[], bool],
         timeout_s: float | None,
@@ -374,7 +373,7 @@ class StepBackend(Backend):
         self._thread_id = threading.get_ident()
         return is_over()
 
-    def _stand_in(self, supervisor: Supervisor) -> None:
+    def _stand_in(self, supervisor: SupervisedJob) -> None:
         """Take turns until it is that of a thread that waits."""
         with inside(supervisor):
             try:
@@ -394,7 +393,7 @@ class StepBackend(Backend):
         assert waiter is not None
         waiter.give()
 
-    def _go_on(self, supervisor: Supervisor) -> None:
+    def _go_on(self, supervisor: SupervisedJob) -> None:
         """Take a turn; when the job is sealed, those who still wait for something of it get theirs."""
         self._thread_id = threading.get_ident()
         self._turns += 1
@@ -410,7 +409,7 @@ class StepBackend(Backend):
         """How many events wait for their turn."""
         return len(self._events)
 
-    def turn(self, supervisor: Supervisor) -> None:
+    def turn(self, supervisor: SupervisedJob) -> None:
         """Do one thing: a step of a task, a round of coroutines, a hook, or one event.
 
         A subclass may do something before it.
@@ -452,7 +451,7 @@ class StepBackend(Backend):
         elif came is Step.DONE:
             self._tasks.remove(task)
 
-    def _pass_time(self, supervisor: Supervisor) -> None:
+    def _pass_time(self, supervisor: SupervisedJob) -> None:
         resting = [task for task in self._tasks if task not in self._stepping]
         dues = [task.wake_at for task in resting if task.wake_at is not None]
         dues += [waiter.due for waiter in self._waiting if waiter.due < math.inf]
@@ -470,7 +469,7 @@ class StepBackend(Backend):
         self.clock.now_s = max(self.clock.now_s, min(dues))
         self._ring(supervisor)
 
-    def _ring(self, supervisor: Supervisor) -> None:
+    def _ring(self, supervisor: SupervisedJob) -> None:
         """Wake everybody whose moment has come."""
         now_s = self.now()
         self._ready.update(task for task in self._tasks if (due := task.wake_at) is not None and due <= now_s)
@@ -486,7 +485,7 @@ class WatchedBackend(StepBackend):
         super().__init__(seed)
         self._before_step = before_step
 
-    def turn(self, supervisor: Supervisor) -> None:
+    def turn(self, supervisor: SupervisedJob) -> None:
         """Call it, and take the turn."""
         self._before_step()
         super().turn(supervisor)

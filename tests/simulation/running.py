@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from simulation.scenario import Node, Request, Scenario
 
     from sage import DataStream, JobReport
+    from sage._runtime.backend import SupervisedJob
     from sage._runtime.job import Job
-    from sage._runtime.supervisor import Supervisor
     from sage.observability import Event
 
 TURNS_MAX = 20_000
@@ -39,7 +39,7 @@ class Schedule(StepBackend):
         self.taken: list[StopMode] = []
         self._requests = [request for request in requests if not request.place]
 
-    def turn(self, supervisor: Supervisor) -> None:
+    def turn(self, supervisor: SupervisedJob) -> None:
         """Do one thing."""
         self.turns += 1
         for request in self._requests:

@@ -11,7 +11,7 @@ from sage.errors import InternalError
 from sage.testing import StepBackend
 
 if TYPE_CHECKING:
-    from sage._runtime.supervisor import Supervisor
+    from sage._runtime.backend import SupervisedJob
 
 
 class Stuck(StepBackend):
@@ -19,7 +19,7 @@ class Stuck(StepBackend):
 
     is_stuck = True
 
-    def turn(self, supervisor: Supervisor) -> None:
+    def turn(self, supervisor: SupervisedJob) -> None:
         if self.is_stuck:
             raise InternalError("nothing can go on")
         super().turn(supervisor)

@@ -14,7 +14,7 @@ from sage._backends.pool import Pool
 from sage._current_job import inside
 from sage._logs import log_of
 from sage._processes import zombies_of_init
-from sage._runtime.backend import Backend
+from sage._runtime.backend import Backend, SupervisedJob
 from sage._runtime.channel import CHANNEL_RECORDS_MAX
 from sage._runtime.lifecycle import CannotBegin, TaskEvent, TaskEvents
 from sage._runtime.pace import TimedPace
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sage._runtime.checkpoints import CheckpointEvent
     from sage._runtime.lifecycle import LifecycleEvent
     from sage._runtime.pace import Pace
-    from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
 
 BOOTSTRAP = frozenset({"_bootstrap", "_bootstrap_inner", "run"})
@@ -84,7 +83,7 @@ class ThreadsBackend(Backend):
         """Return a thread for the hooks of one service."""
         return ThreadLane(name, self, must_start=must_start)
 
-    def start(self, supervisor: Supervisor) -> None:
+    def start(self, supervisor: SupervisedJob) -> None:
         self.supervisor = supervisor
         self._zombies_before = zombies_of_init()
         thread = threading.Thread(target=self._supervise, args=(supervisor,), name="sage-supervisor", daemon=True)
@@ -96,7 +95,7 @@ class ThreadsBackend(Backend):
             return
         self._supervisor_thread = thread
 
-    def post(self, supervisor: Supervisor, event: LifecycleEvent | CheckpointEvent) -> None:  # noqa: ARG002
+    def post(self, supervisor: SupervisedJob, event: LifecycleEvent | CheckpointEvent) -> None:  # noqa: ARG002
         """Put an event into the supervisor's queue."""
         self._queue.put((event, time.monotonic()))
 
@@ -112,7 +111,7 @@ class ThreadsBackend(Backend):
             self._pool.relieve()
 
     def wait_for(
-        self, supervisor: Supervisor, condition: Condition, is_over: Callable[[], bool], timeout_s: float | None
+        self, supervisor: SupervisedJob, condition: Condition, is_over: Callable[[], bool], timeout_s: float | None
     ) -> bool:
         """Wait inside a function or a hook for other tasks of its job."""
         if self._pool is not None:
@@ -143,7 +142,7 @@ class ThreadsBackend(Backend):
             for one in sorted(zombies_of_init() - self._zombies_before)
         )
 
-    def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:
+    def wait(self, supervisor: SupervisedJob, timeout_s: float | None) -> bool:
         """Wait for the one event that says that a job is sealed, then for the supervisor's thread."""
         if not self._sealed.wait(timeout_s):
             return False
@@ -153,7 +152,7 @@ class ThreadsBackend(Backend):
             self._supervisor_thread = None
         return supervisor.is_sealed
 
-    def _supervise(self, supervisor: Supervisor) -> None:
+    def _supervise(self, supervisor: SupervisedJob) -> None:
         try:
             self._handle_events(supervisor)
         except BaseException as error:  # a bug of ours, which must not leave anyone waiting
@@ -162,7 +161,7 @@ class ThreadsBackend(Backend):
             self._pool = None  # a job that has ended is remembered for long
             self._sealed.set()
 
-    def _handle_events(self, supervisor: Supervisor) -> None:
+    def _handle_events(self, supervisor: SupervisedJob) -> None:
         with inside(supervisor):
             while not supervisor.is_sealed:
                 due = supervisor.next_due

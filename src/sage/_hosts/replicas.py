@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from sage._hosts.gate import Gate
-    from sage._hosts.recycling import Recycler
     from sage._runtime.backend import HostSurroundings
     from sage.service import ServiceContext
 
@@ -133,6 +132,22 @@ class Replica:
         return self.place is None
 
 
+class Recycling(Protocol):
+    """The recycling of a front's replicas, as the front sees it.
+
+    Attributes:
+        count: how many processes have given their place to new ones.
+    """
+
+    count: int
+
+    def starts(self, replica: Replica) -> bool:
+        """Return whether a spare replica is on its start, so that calls may wait for it."""
+
+    def returned(self, replica: Replica) -> None:
+        """Take in that a call of a replica has returned; the front holds its lock."""
+
+
 class ReplicasHost(GatedHost):
     """The front of a replicated service: it has no instance, and gives each call to one of the replicas.
 
@@ -152,7 +167,7 @@ class ReplicasHost(GatedHost):
             Replica(name, host, place if place < spec.options.replicas else None)
             for place, (name, host) in enumerate(zip(spec.requires, replicas, strict=True))
         ]
-        self.recycler: Recycler | None = None
+        self.recycler: Recycling | None = None
         self._choices = 0
         self._is_up = False
         for host in replicas:

@@ -7,18 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from sage._current_job import Inside
+
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from threading import Condition
 
     from sage._guardian.job_journal import JobJournal
     from sage._plan.logical import ServiceSpec
     from sage._runtime.checkpoints import CheckpointEvent
     from sage._runtime.coroutines import CoroutineLoop
-    from sage._runtime.lifecycle import LifecycleEvent
+    from sage._runtime.lifecycle import LifecycleEvent, State
     from sage._runtime.pace import Pace
-    from sage._runtime.supervisor import Supervisor
     from sage._runtime.task import Task
     from sage.records import BatchReading
     from sage.service import ServiceCalls, ServiceContext, ServiceHandle, ServiceOptions, Supervision
@@ -213,8 +214,40 @@ class Host(Protocol):
         """Free everything; no hook follows."""
 
 
+class SupervisedJob(Inside, Protocol):
+    """A job as its backend sees it: the job's supervisor."""
+
+    @property
+    def state(self) -> State:
+        """The lifecycle as it stands."""
+
+    @property
+    def hosts(self) -> Mapping[str, Host]:
+        """The hosts of the job's services, by name."""
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether everything has ended and the report is made."""
+
+    @property
+    def next_due(self) -> float | None:
+        """When `tick` is due next, by the backend's clock."""
+
+    def handle(self, event: LifecycleEvent | CheckpointEvent, happened_at: float | None = None) -> None:
+        """Take a posted event in; `happened_at` is when a waiting one came. One thread at a time may call this."""
+
+    def tick(self) -> None:
+        """Let time-outs take effect."""
+
+    def watch(self) -> None:
+        """Interrupt slow batches so that their finished records can move on."""
+
+    def crash(self, error: BaseException) -> None:
+        """Give up after a bug in the supervision itself."""
+
+
 class Backend(ABC):
-    """Where tasks run. A backend only calls `Task.step` repeatedly, and `Supervisor.handle` with each posted event.
+    """Where tasks run. A backend only calls `Task.step` repeatedly, and `SupervisedJob.handle` with each posted event.
 
     Attributes:
         capacity_records: the bound of each channel.
@@ -254,7 +287,7 @@ class Backend(ABC):
 
     def wait_for(
         self,
-        supervisor: Supervisor,  # noqa: ARG002
+        supervisor: SupervisedJob,  # noqa: ARG002
         condition: Condition,
         is_over: Callable[[], bool],
         timeout_s: float | None,
@@ -275,15 +308,15 @@ class Backend(ABC):
         return nullcontext()
 
     @abstractmethod
-    def start(self, supervisor: Supervisor) -> None:
+    def start(self, supervisor: SupervisedJob) -> None:
         """Begin to run a job: handle posted events until it is sealed."""
 
     @abstractmethod
-    def post(self, supervisor: Supervisor, event: LifecycleEvent | CheckpointEvent) -> None:
+    def post(self, supervisor: SupervisedJob, event: LifecycleEvent | CheckpointEvent) -> None:
         """Have `supervisor.handle(event)` called; any thread may post."""
 
     @abstractmethod
-    def start_task(self, supervisor: Supervisor, task: Task) -> None:
+    def start_task(self, supervisor: SupervisedJob, task: Task) -> None:
         """Begin to step a task."""
 
     @abstractmethod
@@ -299,5 +332,5 @@ class Backend(ABC):
         return ()
 
     @abstractmethod
-    def wait(self, supervisor: Supervisor, timeout_s: float | None) -> bool:
+    def wait(self, supervisor: SupervisedJob, timeout_s: float | None) -> bool:
         """Wait until the job is sealed and nothing of it runs, and return whether that is so."""

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sage._calls import refuse_on_foreign_loop
 from sage._current_job import carried, here
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
-
-    from sage._runtime.backend import Backend
 
 T = TypeVar("T")
 
@@ -37,6 +35,16 @@ def is_on_loop() -> bool:
     return here.loop is not None
 
 
+class LoopBackend(Protocol):
+    """The part of a backend that an event loop needs."""
+
+    def event_loop(self) -> asyncio.AbstractEventLoop:
+        """Return a new loop for the coroutines of a job, which is run on a thread of its own."""
+
+    def loop_going_on(self) -> AbstractContextManager[None]:
+        """Return a context that keeps the loop going while a thread waits for it."""
+
+
 class CoroutineLoop:
     """An asyncio loop on a thread of its own, started by the first coroutine.
 
@@ -45,7 +53,7 @@ class CoroutineLoop:
         backend: makes the loop, so that tests can decide when it goes on; by default it is one of the standard library.
     """
 
-    def __init__(self, name: str, backend: Backend | None = None) -> None:
+    def __init__(self, name: str, backend: LoopBackend | None = None) -> None:
         self._name = name
         self._backend = backend
         self._lock = threading.Lock()

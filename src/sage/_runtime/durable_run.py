@@ -160,7 +160,7 @@ class DurableRun:
         sources = frozenset(name for name, task in tasks.items() if task.nodes[0].kind is Kind.SOURCE)
         self._state = Checkpoints(self._settings.interval_s, frozenset(tasks), sources, self.number)
         self._lane = supervisor.backend.lane("checkpoints")
-        supervisor.durable = self
+        supervisor.handle_checkpoint = self.handle
         for line in self._promises:
             log.info("%s", line)
         for note in self._beginning():

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from sage._runtime.backend import Backend, Host
     from sage._runtime.checkpoints import CheckpointEvent
     from sage._runtime.coroutines import CoroutineLoop
-    from sage._runtime.durable_run import DurableRun
     from sage._runtime.lifecycle import Action, State
     from sage._runtime.task import Task
     from sage.service import ServiceHandle
@@ -75,7 +74,7 @@ class Supervisor:
         events: every change of state so far.
         is_sealed: whether everything has ended and the report is made.
         listeners: called with every event and hook as they come, by the supervisor's thread; they must not raise.
-        durable: makes the checkpoints of the job, or None.
+        handle_checkpoint: called with each event of a durable job's checkpoints, or None.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Supervisor:
         self.events: list[Event] = []
         self.is_sealed = False
         self.listeners: list[Callable[[Event | HookEvent], None]] = []
-        self.durable: DurableRun | None = None
+        self.handle_checkpoint: Callable[[CheckpointEvent], None] | None = None
         self._loop = loop
         self._on_sealed = on_sealed
         self._hooks: dict[str, list[HookReport]] = {name: [] for name in hosts}
@@ -143,8 +142,8 @@ class Supervisor:
         if self.is_sealed:
             return
         if not isinstance(event, LifecycleEvent):
-            if self.durable is not None:
-                self.durable.handle(event)
+            if self.handle_checkpoint is not None:
+                self.handle_checkpoint(event)
             return
         if isinstance(event, HookEnded):
             self._hook_ended(event)
@@ -185,7 +184,7 @@ class Supervisor:
         self.hosts = {}
         self._hooks = {}
         self.listeners = []
-        self.durable = None
+        self.handle_checkpoint = None
         self.state = replace(
             self.state, service_plans={}, task_plans={}, failures=(), shape=NOTHING.shape, tally=NOTHING.tally
         )
