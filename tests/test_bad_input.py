@@ -142,6 +142,11 @@ Build = Callable[[DataStream], Any]
         (lambda s: s.keyby(abs).top_k(0), "top_k: k is 0, which is not a positive", "a whole number"),
         (lambda s: s.keyby(abs).top_k(2, by=pow), "top_k: by is pow, which has the wrong arity", "one argument"),
         (
+            lambda s: s.keyby(abs).changed(removed=lambda: 0),
+            "changed: removed is <lambda>, which has the wrong arity: too many positional arguments",
+            "Give a plain function of one argument.",
+        ),
+        (
             lambda s: s.keyby(abs).changed(fingerprint="id"),
             "fingerprint is 'id', which is not callable",
             "one argument",

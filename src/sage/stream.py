@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     ManyRecords: TypeAlias = Callable[[T], Results[U] | Awaitable[Results[U]]] | Processes[T, Results[U]]
     # The type of the keys is not known after an operator that may change the record, as `keyby` stands before it.
     Keyed: TypeAlias = "KeyedStream[Any, U]"
+    OfKey: TypeAlias = Callable[[Any], U]
     Pairs: TypeAlias = "KeyedStream[Any, tuple[Any, U]]"
     OnError: TypeAlias = "Literal['fail', 'skip'] | Retry | DataStream[object] | None"
 
@@ -891,9 +892,25 @@ class DataStream(Generic[T_co]):
         """
         return self._stateful("distinct", distinct, False, "record", dict(options))
 
+    @overload
     def changed(
         self, *, fingerprint: Callable[[T_co], object] = itself, **options: Unpack[OperatorOptions]
-    ) -> Keyed[T_co]:
+    ) -> Keyed[T_co]: ...
+    @overload
+    def changed(
+        self,
+        *,
+        fingerprint: Callable[[T_co], object] = itself,
+        removed: OfKey[U],
+        **options: Unpack[OperatorOptions],
+    ) -> Keyed[T_co | U]: ...
+    def changed(
+        self,
+        *,
+        fingerprint: Callable[[T_co], object] = itself,
+        removed: OfKey[object] | None = None,
+        **options: object,
+    ) -> KeyedStream:
         """Let a record pass if it is the first of its key, or differs from the one before; the stream has to be keyed.
 
         Emits a record as soon as it comes. In a durable job, the one before may have come in an earlier run.
@@ -901,17 +918,21 @@ class DataStream(Generic[T_co]):
         Args:
             fingerprint: takes a record and returns the value to compare and to remember, such as a time of change or a
                 hash, by default the whole record.
+            removed: takes a key that earlier runs of a durable job had and this one has not, and returns the record to
+                emit for it. The sources before it are read from the beginning in each run. It is called when all of
+                them have ended by themselves, and not if the job was stopped or if a record failed before it came here.
             **options: see the class.
 
         Raises:
-            GraphError: the stream has no keys, or `fingerprint` is not a function of one record.
+            GraphError: the stream has no keys, or a function is not one of one argument.
 
         >>> from sage.testing import run
         >>> run([("a", 1), ("b", 1), ("a", 1), ("a", 2)], lambda stream: stream.keyby(lambda row: row[0]).changed())
         [('a', 1), ('b', 1), ('a', 2)]
         """
         find = plain_function("changed: fingerprint", fingerprint, 1)
-        return self._stateful("changed", comparing(find), None, "record", dict(options))
+        then = None if removed is None else plain_function("changed: removed", removed, 1)
+        return self._stateful("changed", comparing(find), None, "record", dict(options), removed=then)
 
     def _aggregate(
         self,
@@ -936,6 +957,7 @@ class DataStream(Generic[T_co]):
         options: dict[str, object],
         emit: Emit = "each",
         result: object = itself,
+        removed: object = None,
     ) -> KeyedStream:
         """Return the stream after an operator that calls a function with the state of each key."""
         _check_emit(method, emit)
@@ -950,6 +972,7 @@ class DataStream(Generic[T_co]):
             form=form,
             emit_each=emit == "each",
             result=result,
+            removed=removed,
         )
         return KeyedStream(self._builder, id_)
 

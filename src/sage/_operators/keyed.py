@@ -13,10 +13,11 @@ from sage.errors import hint, short
 from sage.records import BATCH_RECORDS_MAX, Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sage._operators.operator import OperatorContext
     from sage._plan.logical import Node
+    from sage.observability import OperatorMetrics
 
 
 DURABLE_LINES = (
@@ -122,14 +123,18 @@ class States(dict[object, object]):
     Args:
         initial: the initial state.
         old: further states by key, which those in this dict replace.
+
+    Attributes:
+        unseen: the keys of earlier runs of which no record has come in this one, if somebody wants to know them.
     """
 
-    __slots__ = ("_initial", "_old")
+    __slots__ = ("_initial", "_old", "unseen")
 
     def __init__(self, initial: object, old: dict[object, object]) -> None:
         super().__init__()
         self._initial = initial
         self._old = old
+        self.unseen: dict[object, None] = {}
 
     def __missing__(self, key: object) -> object:
         return self._old[key] if key in self._old else deepcopy(self._initial)
@@ -155,6 +160,7 @@ class StatefulMap(Keeping):
         """Bind the function, and load the states of a durable job."""
         self._call = self.callable_of()
         self._form: str = self.node.settings["form"]
+        self._lines = LINES[self._form]
         self._result: Callable[[object], object] = self.node.settings["result"]
         self._keys: Iterator[object] = iter(())
         old: dict[object, object] = {}
@@ -188,7 +194,7 @@ class StatefulMap(Keeping):
         """Return the call, if the key is there and the function does not look at it."""
         if not has_key or self._sees_keys:
             return None
-        return InlineCode(LINES[self._form], self._call, self._states, gives=self._emit_each)
+        return InlineCode(self._lines, self._call, self._states, gives=self._emit_each)
 
     def at_end(self, key: object, value: object) -> object:
         """Return the key and its last result."""
@@ -211,6 +217,54 @@ class StatefulMap(Keeping):
         """Add for each record whether it stays."""
         states = self._states
         for value, key in zip(records, self._keys, strict=False):
+            new, kept = function(states[key], value)
+            if kept:
+                states[key] = new
+            out.append(kept)
+
+
+class Changed(StatefulMap):
+    """Lets records pass that have changed, and at the end gives a record for each key of which none has come.
+
+    Attributes:
+        before: the counts of all operators before it, which tell whether it has seen all records.
+        unseen_failed: how many records failed before it, so that no key counts as removed.
+    """
+
+    def __init__(self, node: Node, surroundings: OperatorContext) -> None:
+        super().__init__(node, surroundings)
+        self.before: Sequence[OperatorMetrics] = ()
+        self.unseen_failed = 0
+        self._gone: Iterator[object] = iter(())
+
+    def prepare(self) -> None:
+        """Load the states of a durable job; all of their keys may be gone."""
+        super().prepare()
+        self._lines = ("{state}.unseen.pop(key, None)", *self._lines)
+        self._removed: Callable[[object], object] = self.node.settings["removed"]
+        if self.keyed is not None:
+            self._states.unseen = dict.fromkeys(self.keyed.old)
+
+    def finish(self) -> Batch | None:
+        """Return a record for each key that is gone, and take these keys out, in parts."""
+        from sage._operators.keyed_state import Removed
+
+        if not self.more:
+            self.unseen_failed = sum(one.failed for one in self.before) if self._states.unseen else 0
+            self._gone = iter(() if self.unseen_failed else self._states.unseen)
+        part = list(islice(self._gone, BATCH_RECORDS_MAX))
+        self.more = len(part) == BATCH_RECORDS_MAX
+        gone = [self._removed(key) for key in part]
+        self._states.update(dict.fromkeys(part, Removed.REMOVED))
+        return Batch(gone, part) if part else None
+
+    def _verdicts(
+        self, records: Iterable[object], function: Callable[..., tuple[object, bool]], out: list[object]
+    ) -> None:
+        """Add for each record whether it stays, and note its key."""
+        states, unseen = self._states, self._states.unseen
+        for value, key in zip(records, self._keys, strict=False):
+            unseen.pop(key, None)
             new, kept = function(states[key], value)
             if kept:
                 states[key] = new

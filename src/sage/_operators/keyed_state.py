@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import threading
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +21,13 @@ SWEEP_FACTOR = 2
 """How many unchanged keys a checkpoint writes for each that changed."""
 
 
-PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+class Removed(Enum):
+    """Stands for the value of a key that is taken out; a checkpoint writes it, and after that the key is gone."""
+
+    REMOVED = "removed"
+
+
+PLAIN = frozenset({int, float, bool, str, bytes, type(None), Removed})
 """The types of values that a function cannot change in place, so that they may be pickled while it goes on."""
 
 PORTION_KEYS = 5_000
@@ -62,11 +69,23 @@ class KeyedState:
     pickled at the barrier, as a function may change what it has got.
 
     Attributes:
-        young: the values that were set since the last checkpoint. Nothing else has to be noted about a change.
+        young: the values that were set since the last checkpoint. Nothing else has to be noted about a change. A key
+            is taken out by the value `Removed.REMOVED`, and not used any more in this run.
         old: the values before it, of which those in `young` no longer count.
     """
 
-    __slots__ = ("_are_plain", "_began", "_late", "_settled", "_since", "_sweep", "_to_write", "old", "young")
+    __slots__ = (
+        "_are_plain",
+        "_began",
+        "_late",
+        "_removed",
+        "_settled",
+        "_since",
+        "_sweep",
+        "_to_write",
+        "old",
+        "young",
+    )
 
     def __init__(self, since: int | None = None, changes: Iterable[Changes] = ()) -> None:
         """Load the changes of checkpoints, the oldest first, whose number is `since`."""
@@ -74,6 +93,7 @@ class KeyedState:
         self.old: dict[object, object] = {}
         self._to_write: list[object] = []
         self._settled: set[object] = set()
+        self._removed: list[object] = []
         self._since = since
         self._began = 0
         self._sweep: Iterator[object] | None = None
@@ -82,12 +102,21 @@ class KeyedState:
             self.old.update(zip(keys, values, strict=True))
             self._settled.difference_update(keys)
             self._settled.update(settled)
-        self._are_plain = PLAIN.issuperset(map(type, self.old.values()))
+        kinds = set(map(type, self.old.values()))
+        self._are_plain = kinds <= PLAIN
+        if Removed in kinds:
+            self.old = {key: value for key, value in self.old.items() if value is not Removed.REMOVED}
+            self._settled.intersection_update(self.old)
+
+    def __len__(self) -> int:
+        """Return how many keys there are; those that were set since the last checkpoint count only from the next on."""
+        return len(self.old) - len(self._removed)
 
     def unsettled(self) -> Iterator[tuple[object, object]]:
         """Return the keys and values that were set since `settle`, also in an earlier run."""
         self._grow_old()
-        return (item for item in self.old.items() if item[0] not in self._settled)
+        settled = self._settled
+        return (item for item in self.old.items() if item[0] not in settled and item[1] is not Removed.REMOVED)
 
     def settle(self) -> None:
         """Remember that all values have been handed on."""
@@ -127,7 +156,7 @@ class KeyedState:
         if self._sweep is None:
             self._sweep, self._began = iter(list(self.old)), number
         for key in self._sweep:
-            if key not in due:
+            if key not in due and key in self.old:
                 keys.append(key)
                 room -= 1
                 if not room:
@@ -139,11 +168,19 @@ class KeyedState:
         if self._late is not None:
             self._late.since()  # it reads the old values
             self._late = None
-        self._are_plain = self._are_plain and PLAIN.issuperset(map(type, self.young.values()))
+            for key in self._removed:  # a checkpoint has it
+                del self.old[key]
+            self._settled.difference_update(self._removed)
+            self._removed = []
+        kinds = set(map(type, self.young.values()))
+        self._are_plain = self._are_plain and kinds <= PLAIN
         self._to_write += self.young
         if self._settled:
             self._settled.difference_update(self.young)
         self.old |= self.young
+        if Removed in kinds or self._removed:
+            keys = dict.fromkeys([*self._removed, *self.young])
+            self._removed = [key for key in keys if self.old[key] is Removed.REMOVED]
         self.young.clear()
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sage._operators.asynchronous import MapAsync
 from sage._operators.batched import MapBatches
-from sage._operators.keyed import Join, Reduce, StatefulMap
+from sage._operators.keyed import Changed, Join, Reduce, StatefulMap
 from sage._operators.per_record import CoMap, Filter, FlatMap, KeyBy, Map, Pass, Process, Reply, Sink
 from sage._operators.sources import Reader
 from sage._operators.transactions import TransactionSink
@@ -42,4 +42,6 @@ def operator_class(node: Node) -> type[Operator]:
     """Return the operator that runs a node."""
     if node.function is not None and isinstance(node.function.target, TransactionalSink):
         return TransactionSink
+    if node.settings.get("removed") is not None:
+        return Changed
     return OPERATORS[node.kind]

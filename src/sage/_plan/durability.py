@@ -51,6 +51,25 @@ def problems(graph: LogicalGraph) -> Iterator[UnsupportedPlanError]:
         if kind:
             error = UnsupportedPlanError(f'operator "{node.name}" is {kind}, which a durable job does not cover yet')
             yield hint(error, "Leave durable= out, or do this part in a second job that reads the output of the first.")
+    for changed, before in before_changed(graph).items():
+        for node in before:
+            if keeps_state(node):
+                text = f'operator "{node.name}" keeps a state, and stands before "{changed}", which has removed='
+                error = UnsupportedPlanError(f"{text}: it would see all records again in each run")
+                yield hint(error, "Put it after changed(removed=...), or leave removed= out.")
+
+
+def before_changed(graph: LogicalGraph) -> dict[str, list[Node]]:
+    """Return for each operator that looks for removed keys, by its name, the operators before it.
+
+    It has to see every record in each run, so sources among them are read from the beginning.
+    """
+    back = ways_of(edges_of(graph), forward=False, backward=True)
+    return {
+        node.name: [graph.nodes[id_] for id_ in sorted(reach(node.id, back)) if id_ != node.id]
+        for node in graph.nodes.values()
+        if node.settings.get("removed") is not None
+    }
 
 
 def _uncovered(node: Node) -> str:
@@ -76,13 +95,19 @@ def keeps_state(node: Node) -> bool:
 
 def promises(graph: LogicalGraph) -> Iterator[str]:
     """Yield for each sink a line that says how often its records come over restarts."""
-    back = ways_of(edges_of(graph), forward=False, backward=True)
+    looking = before_changed(graph)
+    again = {node.name for before in looking.values() for node in before}
+    edges = [edge for edge in edges_of(graph) if graph.nodes[edge.target].name not in looking]
+    back = ways_of(edges, forward=False, backward=True)  # behind changed(removed=...), a record comes once
     for sink in graph.nodes.values():
         if sink.kind is not Kind.SINK:
             continue
         before = [graph.nodes[id_] for id_ in sorted(reach(sink.id, back))]
-        lost = [f'"{node.name}"' for node in before if node.kind is Kind.SOURCE and not goes_on(node)]
+        sources = [node for node in before if node.kind is Kind.SOURCE]
+        anew = [f'"{node.name}"' for node in sources if node.name in again]
+        lost = [f'"{node.name}"' for node in sources if node.name not in again and not goes_on(node)]
         then = f"; records of {', '.join(lost)} at most once, or again: a source without a position" if lost else ""
+        then += f"; records of {', '.join(anew)} again in each run: it is read for changed(removed=...)" if anew else ""
         yield f'over a restart, "{sink.name}" gets {_times(sink)}{then}'
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from sage._logs import log_of
+from sage._operators.keyed import Changed
 from sage._operators.keyed_state import each_pickle
 from sage._operators.operator import Recovery
-from sage._plan.durability import promises
+from sage._plan.durability import before_changed, promises
 from sage._plan.logical import Kind
 from sage._runtime.accounts import Counts, not_taken, total, ways_of_records
 from sage._runtime.aligning_channel import AligningChannel
@@ -77,6 +78,7 @@ class DurableRun:
         self._parts: dict[str, PartGiven] = {}
         self._last_parts: dict[str, PartGiven] = {}
         self._ways = ways_of_records(graph)
+        self._before_changed = {name: {node.name for node in nodes} for name, nodes in before_changed(graph).items()}
         try:
             if resume == "never":
                 self._store.clear()
@@ -127,7 +129,8 @@ class DurableRun:
     def recovery(self, node: Node, index: int) -> Recovery:
         """Return the part of one operator in one task."""
         part = f"{self._store.key}-{_in_file_names(node.name)}-{index}"
-        if (node.name, index) not in self._rows_found:
+        is_read_anew = node.kind is Kind.SOURCE and any(node.name in names for names in self._before_changed.values())
+        if (node.name, index) not in self._rows_found or is_read_anew:
             return Recovery(part, self.number)
         row, (state, left, function) = self._rows_found.pop((node.name, index))
         changes = self._changes.pop((node.name, index), [])
@@ -148,6 +151,11 @@ class DurableRun:
                 self._tasks[task.name] = task
             if isinstance(task.inbox, AligningChannel):
                 task.inbox.producers = task.input.producers
+        operators = [operator for task in self._tasks.values() for operator in task.operators]
+        for operator in operators:
+            if isinstance(operator, Changed):
+                names = self._before_changed[operator.node.name]
+                operator.before = [one.metrics for one in operators if one.node.name in names]
 
     def tell(self, event: CheckpointEvent) -> None:
         """Take in the part of a task; any thread may call this."""
@@ -180,7 +188,17 @@ class DurableRun:
         sources = [task.operators[0] for task in tasks if task.nodes[0].kind is Kind.SOURCE]
         has_read = any(operator.metrics.records_in for operator in sources)
         nothing = [] if self._resumed is None or has_read else ["nothing new: the sources have no further records"]
-        return (*self._beginning(), *nothing)
+        failed = {
+            operator.node.name: operator.unseen_failed
+            for task in tasks
+            for operator in task.operators
+            if isinstance(operator, Changed) and operator.unseen_failed
+        }
+        unseen = [
+            f'"{name}" calls no key removed, because records before it failed: {count:,}'
+            for name, count in failed.items()
+        ]
+        return (*self._beginning(), *nothing, *unseen)
 
     def handle(self, event: CheckpointEvent) -> None:
         """Take one step, and carry out its actions."""

@@ -148,7 +148,7 @@ class DurableTask(Task):
             body = pickle.dumps((state, left, function), pickle.HIGHEST_PROTOCOL)
             if operator.keyed is not None:
                 late = operator.keyed.take(number).take
-                keys = len(operator.keyed.old)
+                keys = len(operator.keyed)
         except Exception as error:
             holds = "holds a record" if function is None and operator.keyed is None else "has a state"
             raise cannot_be_pickled(operator.node.name, holds, error) from error
