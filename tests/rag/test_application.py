@@ -422,3 +422,62 @@ def test_the_page_shows_both_ways_together_as_at_least_as_good(embeddings: str) 
     assert all(
         both >= max(one, other) for both, one, other in zip(rows["hybrid"], *list(rows.values())[:2], strict=True)
     )
+
+
+class Updates:
+    """Runs `update.py` on a folder of documents."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.docs = folder / "docs"
+        self.docs.mkdir()
+        for name, text in (("tape", "Tape costs two coins."), ("hours", "We open at nine."), ("glue", "Glue dries.")):
+            self.write(name, text)
+
+    def write(self, name: str, text: str) -> None:
+        # In one step, as the program may read the folder meanwhile.
+        new = self.folder / "new"
+        new.write_text(text, encoding="utf-8")
+        new.replace(self.docs / f"{name}.md")
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-W", "error", EXAMPLE / "update.py", "docs", "kept", "How much is tape?", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.folder,
+            env=environment(self.folder),
+        )
+
+    def run(self) -> list[str]:
+        printed, errors = self.start().communicate(timeout=60)
+        assert errors == ""
+        return printed.splitlines()
+
+
+def test_each_run_embeds_only_what_is_new_or_changed_and_takes_out_what_is_gone(tmp_path: Path) -> None:
+    updates = Updates(tmp_path)
+    assert updates.run() == ["embedded: glue.md, hours.md, tape.md", "found: Tape costs two coins."]
+    updates.write("tape", "Tape costs three coins.")
+    updates.write("string", "String is sold by the yard.")
+    (updates.docs / "glue.md").unlink()
+    assert updates.run() == ["embedded: string.md, tape.md", "found: Tape costs three coins."]
+    (updates.docs / "tape.md").unlink()
+    embedded, found = updates.run()
+    assert embedded == "embedded: nothing"
+    assert "coins" not in found
+
+
+def test_a_folder_is_looked_at_every_few_seconds(tmp_path: Path) -> None:
+    updates = Updates(tmp_path)
+    program = updates.start("--every", "0.1")
+    try:
+        assert program.stdout is not None
+        assert next(program.stdout) == "embedded: glue.md, hours.md, tape.md\n"
+        updates.write("tape", "Tape costs four coins.")
+        later = list(iter(program.stdout.readline, "found: Tape costs four coins.\n"))
+        assert later.count("embedded: tape.md\n") == 1
+    finally:
+        program.send_signal(signal.SIGINT)
+        program.communicate(timeout=60)
