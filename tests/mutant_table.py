@@ -951,6 +951,7 @@ CHECKPOINTS = "tests/durable/test_checkpoints.py::"
 FOLDER = "tests/durable/test_folder.py::"
 KEYED = "tests/durable/test_keyed_state.py::"
 STATE = "tests/durable/test_function_state.py::"
+TTL = "tests/durable/test_ttl.py::"
 RECOVERY = "tests/durable/test_recovery.py::test_recovered_equals_undisturbed[0]"
 
 DURABLE: tuple[Mutant, ...] = (
@@ -1167,6 +1168,41 @@ STATES = (
         "        if place in self._old:\n            return self._old[place]\n"
         "        value = self._young[place] = self._old",
         "tests/durable/test_stateful.py::test_a_state_survives_crashes[process]",
+    ),
+    Mutant(
+        "a key that was removed stays in the checkpoints",
+        "_operators/keyed_state.py",
+        "if value is not Removed.REMOVED}",
+        "if key}",
+        KEYED + "test_any_checkpoint_loads_as_it_was",
+    ),
+    Mutant(
+        "a value ends between two looks at it",
+        "state.py",
+        "found.written_at <= self._at - self._ttl_s",
+        "found.written_at <= self._now() - self._ttl_s",
+        TTL + "test_a_value_does_not_end_between_two_looks_at_it_in_one_call",
+    ),
+    Mutant(
+        "a value that was written again is removed",
+        "state.py",
+        "if found.written_at <= ended_at:",
+        "if True:",
+        TTL + "test_a_value_that_is_only_read_ends_and_one_that_is_written_lasts",
+    ),
+    Mutant(
+        "after a clock was set back, a value stays for years",
+        "state.py",
+        "written_at=min(dated.written_at, self._at)",
+        "written_at=dated.written_at",
+        TTL + "test_a_clock_that_was_set_back_between_two_runs_keeps_a_value_for_its_time_and_no_longer",
+    ),
+    Mutant(
+        "values that have ended stay in memory",
+        "_operators/operator.py",
+        "self.remove_ended(ENDED_VALUES_FACTOR * total)",
+        "self.remove_ended(0)",
+        TTL + "test_the_memory_of_a_job_that_is_not_durable_is_freed",
     ),
     Mutant(
         "finish works with the state of the last record's key",

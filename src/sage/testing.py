@@ -284,6 +284,10 @@ class StepBackend(Backend):
         """Return the virtual time."""
         return self.clock()
 
+    def wall(self) -> float:
+        """Return the virtual time, counted from the epoch."""
+        return self.now()
+
     def pace(self) -> SeededPace:
         """Return a pace drawn from the seed."""
         return SeededPace(self._random)

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage import LocalEnvironment
-from sage._operators.keyed_state import KeyedState, Removed, each_pickle
+from sage._operators.keyed_state import KeyedState, each_pickle
 from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 from sage._runtime.checkpoints import Row, without_changes
 from sage.errors import CheckpointError, FunctionError
+from sage.state import Removed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +82,21 @@ def test_a_checkpoint_costs_as_much_as_what_changed_and_the_folder_stays_small(t
     assert values(loaded(store)[1]) == values(state)
     assert max(sizes) < 5 * whole
     assert max(sizes[150:]) <= max(sizes[:150])  # it does not grow
+    store.close()
+
+
+def test_keys_that_are_removed_leave_the_folder(tmp_path: Path) -> None:
+    store, state = CheckpointStore(str(tmp_path / "state")), KeyedState()
+    sizes = []
+    for number in range(1, 200):
+        for key in range(number * 300, (number + 1) * 300):
+            change(state, key, number)
+            if key >= 3_000:
+                state.remove(key - 3_000)
+        write(store, state, number)
+        sizes.append((tmp_path / "state" / "checkpoints.sqlite").stat().st_size)
+    assert values(loaded(store)[1]) == values(state)
+    assert max(sizes[100:]) <= max(sizes[:100])
     store.close()
 
 

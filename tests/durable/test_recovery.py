@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from sage import BaseCoMapFunction, BaseJoinFunction, Durable, LocalEnvironment, ProcessFunction, ValueState
+from sage import (
+    BaseCoMapFunction,
+    BaseJoinFunction,
+    Durable,
+    ListState,
+    LocalEnvironment,
+    MapState,
+    ProcessFunction,
+    ValueState,
+)
 from sage._backends.threads import ThreadsBackend
 from sage._operators import keyed_state
 from sage.connectors import JsonLines, JsonLinesFiles
@@ -133,6 +142,21 @@ class Counting(ProcessFunction[int, int]):
         return [data % 3 * 1000 + self.count.value]
 
 
+class Lasting(ProcessFunction[int, int]):
+    """Does the same with states that last for a long time."""
+
+    count = ValueState(0, ttl_s=1e6)
+    seen = ListState[int](ttl_s=1e6)
+    latest = MapState[str, int](ttl_s=1e6)
+
+    def execute(self, data: int) -> list[int]:
+        self.count.value += 1
+        self.seen.append(data)
+        self.latest["count"] = self.latest.get("count", 0) + 1
+        assert self.count.value == len(self.seen) == self.latest["count"]
+        return [data % 3 * 1000 + self.count.value]
+
+
 class Apart(BaseCoMapFunction):
     """Numbers the records of each input."""
 
@@ -216,7 +240,7 @@ def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLe
             emit: Literal["each", "last"] = rng.choice(["each", "last"])
             return keyed.reduce(added, emit=emit, parallelism=parallelism).map(flat)
         case 10:
-            function = rng.choice([Numbering, Counting])
+            function = rng.choice([Numbering, Counting, Lasting])
             return stream.keyby(lambda record: record % 3).process(function, parallelism=parallelism)
         case 11 | 12:
             return stateful(stream, rng, parallelism)

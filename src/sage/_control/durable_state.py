@@ -22,6 +22,7 @@ from sage._runtime.checkpoint_store import CheckpointReader, CheckpointStore, ch
 from sage.connectors.json_lines import as_json
 from sage.errors import CheckpointError, describe, hint, short
 from sage.report import printable, table
+from sage.state import Dated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -332,7 +333,7 @@ def _named(kind: str, keyed: Keyed | None) -> Iterator[tuple[dict[str, str], obj
             yield {}, key, value
         else:
             assert isinstance(key, tuple)  # of the name and the key
-            yield {"state": key[0]}, key[1], value
+            yield {"state": key[0]}, key[1], value.value if isinstance(value, Dated) else value
 
 
 def _values_of(key: str, operator: str, kind: str, rows: list[tuple[Row, Keyed | None]]) -> list[str]:

@@ -11,6 +11,7 @@ from sage._operators.operator import InlineCode, Operator
 from sage._operators.per_record import DROP, NOTHING, FlatMap, drop_requests
 from sage.errors import hint, short
 from sage.records import BATCH_RECORDS_MAX, Batch
+from sage.state import Removed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -247,8 +248,6 @@ class Changed(StatefulMap):
 
     def finish(self) -> Batch | None:
         """Return a record for each key that is gone, and take these keys out, in parts."""
-        from sage._operators.keyed_state import Removed
-
         if not self.more:
             self.unseen_failed = sum(one.failed for one in self.before) if self._states.unseen else 0
             self._gone = iter(() if self.unseen_failed else self._states.unseen)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 import threading
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from sage.state import Dated, Removed
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
 Changes = tuple[list[object], list[object], list[object]]
 """Keys, their values, and those of the keys whose value was handed on at the end of a run."""
@@ -19,12 +20,6 @@ SWEEP_MIN = 1_000
 
 SWEEP_FACTOR = 2
 """How many unchanged keys a checkpoint writes for each that changed."""
-
-
-class Removed(Enum):
-    """Stands for the value of a key that is taken out; a checkpoint writes it, and after that the key is gone."""
-
-    REMOVED = "removed"
 
 
 PLAIN = frozenset({int, float, bool, str, bytes, type(None), Removed})
@@ -70,7 +65,7 @@ class KeyedState:
 
     Attributes:
         young: the values that were set since the last checkpoint. Nothing else has to be noted about a change. A key
-            is taken out by the value `Removed.REMOVED`, and not used any more in this run.
+            is taken out by the value `Removed.REMOVED`.
         old: the values before it, of which those in `young` no longer count.
     """
 
@@ -102,7 +97,7 @@ class KeyedState:
             self.old.update(zip(keys, values, strict=True))
             self._settled.difference_update(keys)
             self._settled.update(settled)
-        kinds = set(map(type, self.old.values()))
+        kinds = _kinds(self.old.values())
         self._are_plain = kinds <= PLAIN
         if Removed in kinds:
             self.old = {key: value for key, value in self.old.items() if value is not Removed.REMOVED}
@@ -111,6 +106,10 @@ class KeyedState:
     def __len__(self) -> int:
         """Return how many keys there are; those that were set since the last checkpoint count only from the next on."""
         return len(self.old) - len(self._removed)
+
+    def remove(self, key: object) -> None:
+        """Take a key out."""
+        self.young[key] = Removed.REMOVED
 
     def unsettled(self) -> Iterator[tuple[object, object]]:
         """Return the keys and values that were set since `settle`, also in an earlier run."""
@@ -172,7 +171,7 @@ class KeyedState:
                 del self.old[key]
             self._settled.difference_update(self._removed)
             self._removed = []
-        kinds = set(map(type, self.young.values()))
+        kinds = _kinds(self.young.values())
         self._are_plain = self._are_plain and kinds <= PLAIN
         self._to_write += self.young
         if self._settled:
@@ -182,6 +181,14 @@ class KeyedState:
             keys = dict.fromkeys([*self._removed, *self.young])
             self._removed = [key for key in keys if self.old[key] is Removed.REMOVED]
         self.young.clear()
+
+
+def _kinds(values: Collection[object]) -> set[type]:
+    """Return the types of values; a value with its time counts as the value."""
+    kinds = set(map(type, values))
+    if Dated in kinds:
+        kinds = kinds - {Dated} | {type(value.value) for value in values if isinstance(value, Dated)}
+    return kinds
 
 
 def each_pickle(body: bytes, load: Callable[[io.BytesIO], object] = pickle.load) -> list[Any]:

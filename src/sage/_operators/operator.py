@@ -18,7 +18,7 @@ from sage.functions import BaseFunction, is_coroutine_function
 from sage.observability import OperatorMetrics
 from sage.records import Batch
 from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod
-from sage.state import NO_KEY
+from sage.state import NO_KEY, ValuesInMemory
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from sage._plan.logical import FunctionSpec, Node
     from sage.functions import TaskContext
     from sage.records import BatchReading, RecordRequest
-    from sage.state import KeyState
+    from sage.state import Expiry, KeyState, Values
 
+
+ENDED_VALUES_FACTOR = 2
+"""How many values that may have ended are looked at for each record: more than a record adds to a state."""
 
 Copied = TypeVar("Copied", bound=BaseFunction | TransactionalSink[object])
 
@@ -61,6 +64,7 @@ class OperatorContext:
         context: the `self.ctx` of the user's function.
         span: where the operator says which list it works through.
         now: the monotonic clock of the backend, in seconds.
+        wall: the time of the backend in seconds since the epoch, which may jump.
         running_s: see `Costs`.
         run_coroutine: runs a coroutine on the job's event loop and returns its result.
         run_to_end: does the same for one that closes something, and that a cancel of the job does not end.
@@ -71,6 +75,7 @@ class OperatorContext:
     context: TaskContext
     span: BatchReading
     now: Callable[[], float]
+    wall: Callable[[], float]
     running_s: Callable[[float], float]
     run_coroutine: Callable[[Coroutine[object, object, object]], object]
     run_to_end: Callable[[Coroutine[object, object, object]], object]
@@ -159,6 +164,7 @@ class Operator:
     port: int = 0
     keyed: KeyedState | None = None
     _has_states: bool = False
+    _expiries: Sequence[Expiry] = ()
     keep_failed: Callable[[FailedRecord], None] | None = None
     began_at: float = 0.0
 
@@ -195,17 +201,25 @@ class Operator:
         """Give the function its states of keys."""
         if not states:
             return
-        young: dict[object, object] = {}
-        old: dict[object, object] = {}
+        values: Values = ValuesInMemory()
         if self.recovery is not None:
             from sage._operators.keyed_state import KeyedState
 
-            self.keyed = KeyedState(self.recovery.since, self.recovery.changes)
-            young, old = self.keyed.young, self.keyed.old
+            values = self.keyed = KeyedState(self.recovery.since, self.recovery.changes)
         self._has_states = True
         self.forget_key()
-        for state in states.values():
-            state.bind(self._function, young, old, self.context)
+        now = self._surroundings.now
+        # A clock that is set back or forth while the job runs changes nothing.
+        began_at = self._surroundings.wall() - now()
+        bound = [
+            state.bind(self._function, values, self.context, lambda: began_at + now()) for state in states.values()
+        ]
+        self._expiries = [expiry for expiry in bound if expiry is not None]
+
+    def remove_ended(self, values_max: int) -> None:
+        """Remove values of states with `ttl_s` that have ended, at most so many of each state."""
+        for expiry in self._expiries:
+            expiry.go_on(values_max)
 
     def forget_key(self) -> None:
         """Let the states of the function be refused, as no record is in hand."""
@@ -369,6 +383,8 @@ class Operator:
         total = len(values)
         begun = 0
         dropped: set[int] = set()
+        if self._expiries:
+            self.remove_ended(ENDED_VALUES_FACTOR * total)
         while True:
             reading = span.begin(values if begun == 0 else values[begun:])
             records = reading if self.keep_failed is None else self._timed(reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -260,6 +261,10 @@ class Backend(ABC):
     @abstractmethod
     def now(self) -> float:
         """Return the monotonic time in seconds."""
+
+    def wall(self) -> float:
+        """Return the time in seconds since the epoch; unlike `now`, it goes on between two runs, and may jump."""
+        return time.time()
 
     @abstractmethod
     def pace(self) -> Pace:

@@ -124,7 +124,7 @@ def _task(
         context = TaskContext(node.name, services, index, chain.parallelism, stopping)
         alone = chain.parallelism == 1
         surroundings = OperatorContext(
-            context, span, backend.now, pace.running_s, loop.run, loop.run_to_end, loop.post, alone
+            context, span, backend.now, backend.wall, pace.running_s, loop.run, loop.run_to_end, loop.post, alone
         )
         operator = operator_class(node)(node, surroundings)
         if durable is not None:

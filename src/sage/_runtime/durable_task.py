@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from sage._runtime.task import TaskParts
 
 
+ENDED_VALUES_MAX = 10_000
+"""How many values of states with `ttl_s` a checkpoint looks at, so that they end although no records come."""
+
+
 class DurableTask(Task):
     """A task that passes barriers on, gives its part at each, and tells its operators when a checkpoint is complete.
 
@@ -133,6 +137,7 @@ class DurableTask(Task):
 
     def _row(self, operator: Operator, number: int) -> Row | None:
         try:
+            operator.remove_ended(ENDED_VALUES_MAX)
             state, records = operator.snapshot(number)
             function = operator.function_state()
         except Exception as error:
