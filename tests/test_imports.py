@@ -47,6 +47,12 @@ def test_the_process_of_a_service_starts_without_what_few_services_need() -> Non
     assert not loaded & {"sage._cassette", "sqlite3", "hashlib", "pathlib", "asyncio", "cloudpickle"}
 
 
+def test_sage_exec_starts_without_the_imports_of_other_commands() -> None:
+    """Each command that it runs pays for them; neither does it say anything to a log."""
+    loaded = modules_after("import sage._control.supervisor")
+    assert not loaded & {"click", "dataclasses", "inspect", "logging", "sage._guardian.guardian", "sage.report"}
+
+
 def test_the_package_alone_loads_none_of_its_parts() -> None:
     loaded = {name for name in modules_after("import sage") if name.startswith("sage.")}
     assert loaded == {"sage._lazy", "sage._old_paths"}

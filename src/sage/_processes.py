@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,9 @@ COOKIE_VARIABLE = "SAGE_COOKIE"
 
 GUARDIAN_VARIABLE = "SAGE_GUARDIAN"
 """Marks a guardian and the processes that it starts for its own work."""
+
+GUARDIAN_IGNORES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""The signals that do not end a guardian."""
 
 TERM_GRACE_S = 2.0
 KILL_BOUND_S = 5.0
@@ -469,3 +474,14 @@ def patiently(function: Callable[..., T], *args: object) -> T:
             if error.errno not in SCARCE or time.monotonic() >= due:
                 raise
         pause(LOADING_PAUSE_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End as the interpreter does, but do not take its modules apart: after `import openai`, that takes 0.2 s."""
+    join_threads: Callable[[], None] = vars(threading)["_shutdown"]
+    join_threads()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # it may be None, closed, or led nowhere
+            stream.flush()
+    os._exit(code)

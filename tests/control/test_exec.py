@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def ran(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*EXEC, *words], capture_output=True, text=True, timeout=60, **options)
 
 
+@contextmanager
+def killed_at_the_end(words: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process and kill it at the end of the block; `Popen` alone would wait for it, also in a failed test."""
+    with subprocess.Popen(words, **options) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> list[str]:
     return made_server(tmp_path)
@@ -83,7 +94,7 @@ def test_options_of_the_command_are_its_own() -> None:
 
 def test_a_signal_reaches_the_command() -> None:
     program = "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); print(flush=True); signal.pause()"
-    with subprocess.Popen([*EXEC, sys.executable, "-c", program], stdout=subprocess.PIPE) as running:
+    with killed_at_the_end([*EXEC, sys.executable, "-c", program], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         running.stdout.readline()
         running.send_signal(signal.SIGTERM)
@@ -118,12 +129,14 @@ def test_a_terminal_belongs_to_the_command_and_is_given_back() -> None:
     program = "import signal, sys; signal.signal(2, lambda *_: sys.exit(5)); print('up', flush=True); signal.pause()"
     main, other = pty.openpty()
     words = [*EXEC, sys.executable, "-c", program]
-    with subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True, preexec_fn=controls):
+    options: dict[str, Any] = {"start_new_session": True, "preexec_fn": controls}
+    with killed_at_the_end(words, stdin=other, stdout=other, stderr=other, **options) as running:
         os.close(other)
         shown = b""
         while b"up" not in shown:
             shown += os.read(main, 100)
         os.write(main, b"\x03")
+        assert running.wait(WAIT_S) == 5
     os.close(main)
 
 
@@ -142,7 +155,7 @@ def test_nothing_survives_a_killed_driver(server: list[str], tmp_path: Path, see
 @pytest.mark.proof
 @pytest.mark.timeout(0)
 def test_nothing_survives_many_killed_drivers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """As many as `--kills` says, two at a time; 1,000 take about half an hour on two cores."""
+    """As many as `--kills` says, two at a time; 1,000 take about a quarter of an hour on two busy cores."""
     count = request.config.getoption("--kills")
 
     def kill(seed: int) -> None:
@@ -163,10 +176,9 @@ def kill_at_a_moment(server: list[str], tmp_path: Path, seed: int) -> None:
     token = f"test-{os.getpid()}-{seed}"
     environment["SAGE_COOKIE"] = token
     up_count, pause_s = choice.randrange(5), choice.random() * 0.05
-    with subprocess.Popen([*EXEC, *server], env=environment) as driver:
+    with killed_at_the_end([*EXEC, *server], env=environment):
         wait_for(lambda: len(os.listdir(server[3])) >= up_count)
         time.sleep(pause_s)
-        driver.kill()
     due = time.monotonic() + SURVIVE_S
     while left := with_cookie(token):
         assert time.monotonic() < due, f"{left} survived, with {up_count} processes up and {pause_s:.3f} s later"
@@ -208,14 +220,13 @@ def test_without_a_guardian_the_command_does_not_begin(tmp_path: Path) -> None:
 
 def test_a_block_ends_what_began_in_it_and_nothing_else() -> None:
     sleep = ["sleep", "60"]
-    with subprocess.Popen(sleep) as before:
+    with killed_at_the_end(sleep) as before:
         with sage.supervised("helpers") as block:
             inside = subprocess.Popen(sleep, start_new_session=True)
         assert inside.wait(WAIT_S) == -signal.SIGTERM
         assert block.ended == (f"process {inside.pid} (sleep 60)",)
         assert (block.killed, block.left) == ((), ())
         assert is_alive(process(before.pid) or Process(0, 0))
-        before.kill()
     assert "SAGE_COOKIE" not in os.environ or "helpers" not in os.environ["SAGE_COOKIE"]
 
 
@@ -239,7 +250,7 @@ with sage.supervised("helpers", grace_s=60.0):
     sys.stdin.readline()
 """
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe) as running:
+    with killed_at_the_end([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe) as running:
         assert running.stdin is not None
         assert running.stdout is not None
         inside = process(int(running.stdout.readline()))

@@ -10,8 +10,9 @@ def main(prog_name: str | None = None) -> None:
     words = sys.argv[3:] if sys.argv[2:3] == ["--"] else sys.argv[2:]
     if sys.argv[1:2] == ["exec"] and words and not words[0].startswith("-"):
         from sage._control.supervisor import run
+        from sage._processes import leave
 
-        sys.exit(run(words))
+        leave(run(words))
     from sage._control.cli import main as commands
 
     commands(prog_name=prog_name)

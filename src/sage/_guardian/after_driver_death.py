@@ -67,7 +67,7 @@ def take_over(
     for service in reversed(services):
         end = ends.get(key_of(service))
         service.state = end.state if end is not None else service.state
-        errors[service.job] += reap(run, service)
+        errors[service.job] += reap(run, service.name, service.claims_due())
     # Reap actions may have started processes.
     errors["" if not jobs else jobs[0].id] += _left(end_all(lambda: _of_run(run)).left)
     for cluster in clusters:  # its folder may be outside of that of the run

@@ -60,16 +60,16 @@ def checked(entry: Entry) -> Entry:
             raise ValueError(f"a claim is a path, process, call or release, not {other!r}")
 
 
-def reap(run: Run, service: ServiceLine) -> list[str]:
-    """Act on the claims of a service that are due, the last declared first, and return the failures.
+def reap(run: Run, service: str, claims: Iterable[Claim]) -> list[str]:
+    """Act on the claims of a service, in this order, and return the failures.
 
     It may run again for the same claims after whoever ran it was killed.
     """
     errors = []
-    for claim in service.claims_due():
+    for claim in claims:
         problem = _carry_out(run, claim)
         if problem is not None:
-            errors.append(f'service "{service.name}": {claim.claim}: {problem}')
+            errors.append(f'service "{service}": {claim.claim}: {problem}')
     return errors
 
 

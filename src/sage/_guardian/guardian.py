@@ -25,19 +25,19 @@ from sage._guardian.after_driver_death import take_over
 from sage._guardian.journal import Run, encode, lines_from, read_lines, replay
 from sage._guardian.run_folder import hold, reap_folder, stale_folders
 from sage._guardian.stop_order import Key
+from sage._processes import GUARDIAN_IGNORES
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 MESSAGE_BYTES_MAX = 65_536
 DESCRIPTORS_MAX = 8
 
 
 def main() -> None:
     """Guard a run until its driver dies, or clean up an old one; if it is not needed, the driver kills it."""
-    for signum in IGNORED:
+    for signum in GUARDIAN_IGNORES:
         # Not SIG_IGN, which child processes would inherit.
         signal.signal(signum, lambda *_: None)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as the driver may have it, no exit code could be known
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GUARDIAN_IGNORES)
     folder = sys.argv[1]
     if len(sys.argv) == 2:
         reap_folder(folder, log)

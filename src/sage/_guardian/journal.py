@@ -6,8 +6,6 @@ import json
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass, field
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
 from sage._descriptors import OpenFile
@@ -45,8 +43,15 @@ class Claim(NamedTuple):
     args: Sequence[object] = ()
 
 
-@dataclass
-class ServiceLine:
+class Content:
+    """A part of a journal's content, equal to one with the same attributes; importing `dataclasses` takes too long."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other tells the same."""
+        return type(other) is type(self) and vars(other) == vars(self)
+
+
+class ServiceLine(Content):
     """One incarnation of a service, as far as the journal tells.
 
     Attributes:
@@ -62,17 +67,18 @@ class ServiceLine:
         is_reaped: whether its claims were seen to already.
     """
 
-    job: str
-    name: str
-    incarnation: int
-    host: str = "inline"
-    requires: tuple[str, ...] = ()
-    token: str | None = None
-    process: Process | None = None
-    stop_signal: int | None = None
-    state: str = "new"
-    claims: list[Claim] = field(default_factory=list)
-    is_reaped: bool = False
+    def __init__(self, job: str, name: str, incarnation: int, requires: tuple[str, ...] = ()) -> None:
+        self.job = job
+        self.name = name
+        self.incarnation = incarnation
+        self.host = "inline"
+        self.requires = requires
+        self.token: str | None = None
+        self.process: Process | None = None
+        self.stop_signal: int | None = None
+        self.state = "new"
+        self.claims: list[Claim] = []
+        self.is_reaped = False
 
     @property
     def is_over(self) -> bool:
@@ -90,20 +96,19 @@ class ServiceLine:
         return [claim for claim in reversed(self.claims) if claim.claim in kinds]
 
 
-@dataclass
-class JobLine:
+class JobLine(Content):
     """One job: its id, its name, its report file or None, when it began (seconds since the epoch), its services.
 
     A block of `sage.supervised` is a job without services, with the token in the cookie of its processes.
     """
 
-    id: str
-    name: str
-    report: str | None = None
-    began_at: float = 0.0
-    token: str | None = None
-    is_sealed: bool = False
-    services: dict[tuple[str, int], ServiceLine] = field(default_factory=dict)
+    def __init__(self, id_: str) -> None:
+        self.id = self.name = id_
+        self.report: str | None = None
+        self.began_at = 0.0
+        self.token: str | None = None
+        self.is_sealed = False
+        self.services: dict[tuple[str, int], ServiceLine] = {}
 
     @property
     def is_over(self) -> bool:
@@ -120,8 +125,7 @@ class JobLine:
         return self.services.setdefault((name, incarnation), ServiceLine(self.id, name, incarnation))
 
 
-@dataclass
-class ClusterLine:
+class ClusterLine(Content):
     """One Ray cluster of the driver's own.
 
     Attributes:
@@ -131,14 +135,14 @@ class ClusterLine:
         is_over: whether it was ended while the driver lived.
     """
 
-    token: str
-    jobs: str
-    leader: Process | None = None
-    is_over: bool = False
+    def __init__(self, token: str, jobs: str) -> None:
+        self.token = token
+        self.jobs = jobs
+        self.leader: Process | None = None
+        self.is_over = False
 
 
-@dataclass
-class Run:
+class Run(Content):
     """Everything that a journal tells.
 
     Attributes:
@@ -156,22 +160,23 @@ class Run:
         unread_count: how many lines could not be read; one torn line, the last, is normal.
     """
 
-    cookie: str = ""
-    driver: Process | None = None
-    python: str = ""
-    path: tuple[str, ...] = ()
-    folder: str = "/"
-    reports: str = ""
-    jobs: dict[str, JobLine] = field(default_factory=dict)
-    seen: set[tuple[str, str, str]] = field(default_factory=set)
-    owners: dict[tuple[str, str], str] = field(default_factory=dict)
-    clusters: dict[str, ClusterLine] = field(default_factory=dict)
-    released: list[Process] = field(default_factory=list)
-    unread_count: int = 0
+    def __init__(self) -> None:
+        self.cookie = ""
+        self.driver: Process | None = None
+        self.python = ""
+        self.path: tuple[str, ...] = ()
+        self.folder = "/"
+        self.reports = ""
+        self.jobs: dict[str, JobLine] = {}
+        self.seen: set[tuple[str, str, str]] = set()
+        self.owners: dict[tuple[str, str], str] = {}
+        self.clusters: dict[str, ClusterLine] = {}
+        self.released: list[Process] = []
+        self.unread_count = 0
 
     def job(self, id_: str) -> JobLine:
         """Return a job, a nameless one if its line was lost."""
-        return self.jobs.setdefault(id_, JobLine(id_, id_))
+        return self.jobs.setdefault(id_, JobLine(id_))
 
     # --- the schema: the kinds of entries, with their fields ---
 
@@ -362,7 +367,7 @@ def lines_from(descriptor: int) -> list[bytes]:
 
 
 KINDS = {
-    name.removeprefix("take_").replace("_", " "): (method, tuple(signature(method).parameters)[1:])
+    name.removeprefix("take_").replace("_", " "): (method, method.__code__.co_varnames[1 : method.__code__.co_argcount])
     for name, method in vars(Run).items()
     if name.startswith("take_")
 }

@@ -14,16 +14,13 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from sage._descriptors import OpenFile
-from sage._guardian import guardian
 from sage._guardian.claims import reap
 from sage._guardian.journal import Journal, Run, encode, entries_of, entry, forget_over, make_private, take
 from sage._guardian.run_folder import hold, make_run_folder
-from sage._logs import log_of
-from sage._processes import COOKIE_VARIABLE, GUARDIAN_VARIABLE, is_alive, process
+from sage._processes import COOKIE_VARIABLE, GUARDIAN_IGNORES, GUARDIAN_VARIABLE, is_alive, process
 from sage.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -31,9 +28,11 @@ if TYPE_CHECKING:
 
     from sage._guardian.journal import Entry
     from sage._guardian.stop_order import Key
+    from sage._logs import Log
     from sage._processes import Process
 
-log = log_of("sage.dispatcher")
+GUARDIAN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guardian.py")
+"""The program of the guardian. Its modules are not imported here: they take longer than a whole `sage exec`."""
 
 GUARDIANS_MAX = 5
 """How many times in a row a guardian may end at once; after that the driver goes on without."""
@@ -191,18 +190,18 @@ class GuardianLease:
         """Act on the claims that are due of a job's services, or of one of them, and return the failures."""
         with self._lock_of_run:
             known = self._run.jobs.get(job)
-            lines = [
-                replace(line, claims=list(line.claims))
+            due = [
+                (line, line.claims_due())
                 for line in reversed(known.services.values() if known is not None else ())
                 if line.state != "kept" and service in (None, line.name)
             ]
         errors: list[str] = []
-        for line in lines:
-            if line.claims_due():
-                errors += reap(self._run, line)
+        for line, claims in due:
+            if claims:
+                errors += reap(self._run, line.name, claims)
                 self.note(entry(Run.take_reaped, job, line.name, line.incarnation))
         for error in errors:
-            log.error("reap action failed %s", error)
+            _log().error("reap action failed %s", error)
         return errors
 
     def released(self) -> list[Process]:
@@ -226,14 +225,14 @@ class GuardianLease:
                     self._shorten()
                 return True
             except OSError as error:
-                log.error("journal cannot be written folder=%s error=%s", self.folder, error)
+                _log().error("journal cannot be written folder=%s error=%s", self.folder, error)
         # From now on the guardian learns everything by the lease, in order; only the death of both would forget it.
         self._unwritten.append(entry)
         return False
 
     def _restore(self) -> None:
         """Write the journal again where others look for it: somebody has removed it, or the whole folder."""
-        log.warning("the folder of this run was cleaned by others, and is written again folder=%s", self.folder)
+        _log().warning("the folder of this run was cleaned by others, and is written again folder=%s", self.folder)
         make_private(os.path.dirname(self.folder))
         make_private(self.folder)
         held, self._hold = self._hold, hold(self.folder)
@@ -245,7 +244,7 @@ class GuardianLease:
         try:
             self._rewrite()
         except OSError as error:  # the longer one still tells everything
-            log.warning("journal cannot be shortened folder=%s error=%s", self.folder, error)
+            _log().warning("journal cannot be shortened folder=%s error=%s", self.folder, error)
             self._lines_max *= 2
 
     def _rewrite(self) -> None:
@@ -270,7 +269,7 @@ class GuardianLease:
             if self._hold is None:
                 self._hold = hold(self.folder)
         except OSError as error:
-            log.error("journal cannot be kept folder=%s error=%s", self.folder, error)
+            _log().error("journal cannot be kept folder=%s error=%s", self.folder, error)
 
     def _start(self) -> None:
         """Start a guardian, in the place of one that has died, and tell it everything."""
@@ -278,8 +277,8 @@ class GuardianLease:
         environment = {name: value for name, value in os.environ.items() if name != COOKIE_VARIABLE}
         environment[GUARDIAN_VARIABLE] = str(os.getpid())
         try:
-            with other, _log_file(self.folder) as log_file, _blocked(guardian.IGNORED):
-                command = [sys.executable, "-I", "-S", guardian.__file__, self.folder, str(other.fileno())]
+            with other, _log_file(self.folder) as log_file, _blocked(GUARDIAN_IGNORES):
+                command = [sys.executable, "-I", "-S", GUARDIAN, self.folder, str(other.fileno())]
                 self._guardian = subprocess.Popen(
                     command,
                     env=environment,
@@ -336,14 +335,14 @@ class GuardianLease:
                     return
                 self._short_lives = 0 if lived_s >= GUARDIAN_LIFE_MIN_S else self._short_lives + 1
                 if self._short_lives >= GUARDIANS_MAX:
-                    log.error("guardian keeps ending, going on without folder=%s", self.folder)
+                    _log().error("guardian keeps ending, going on without folder=%s", self.folder)
                     return
-                log.error("guardian died and is replaced pid=%d", self._guardian.pid)
+                _log().error("guardian died and is replaced pid=%d", self._guardian.pid)
                 began_at = time.monotonic()
                 try:
                     self._start()
                 except OSError as error:
-                    log.error("guardian cannot be replaced, going on without folder=%s error=%s", self.folder, error)
+                    _log().error("guardian cannot be replaced, going on without folder=%s error=%s", self.folder, error)
                     return
 
     def _has_ended(self) -> bool:
@@ -429,6 +428,13 @@ def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _log() -> Log:
+    """Return the log; `logging` is imported only for something to say, as `sage exec` has to start quickly."""
+    from sage._logs import log_of
+
+    return log_of("sage.dispatcher")
 
 
 def _log_file(folder: str) -> BinaryIO:

@@ -17,7 +17,6 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from sage._descriptors import OpenFile
-from sage._guardian.after_driver_death import take_over
 from sage._guardian.journal import Run, check_private, make_private, read_lines, replay
 from sage._processes import Process, is_alive, process, with_cookie
 
@@ -97,6 +96,8 @@ def reap_folder(folder: str, log: Callable[[str], None]) -> list[dict[str, Any]]
 
     None stands for a run that has a guardian, which does the same, or whose driver lives.
     """
+    from sage._guardian.after_driver_death import take_over  # a driver does without its imports
+
     lock, is_held = _locked(folder, fcntl.LOCK_EX)
     try:
         run = _run_of(folder)

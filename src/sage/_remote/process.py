@@ -5,7 +5,6 @@ The process runs `main`. One thread answers each request, so the main thread onl
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
@@ -16,11 +15,12 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from sage._calls import function_of
 from sage._hosts.call_threads import CallThreads
 from sage._hosts.instance import Instance
+from sage._processes import leave
 from sage._remote.begun import BEGUN, BegunCalls
 from sage._remote.calls import RemoteCalls
 from sage._remote.protocol import JobSide, LogSide, ServiceSide, served
@@ -394,15 +394,4 @@ def main(link: int, guard: int, begun: int, name: str) -> None:
     child = ServiceProcess(socket.socket(fileno=link), socket.socket(fileno=guard), name, begun_calls)
     child.live()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _leave()
-
-
-def _leave() -> NoReturn:
-    """End as the interpreter does, but do not take its modules apart: after `import openai`, that takes 0.2 s."""
-    join_threads: Callable[[], None] = vars(threading)["_shutdown"]
-    join_threads()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # it may be None, closed, or led nowhere
-            stream.flush()
-    os._exit(0)
+    leave(0)
