@@ -1224,9 +1224,23 @@ SCALES = (
     Mutant(
         "an old answer gives back the calls that began since",
         "_bucket.py",
-        "max(missing, limit.size - limit.left)",
-        "(limit.size - limit.left)",
+        "missing = max(missing, (self._full_at - now_s) / self.unit_s)",
+        "pass",
         "tests/services/test_limits.py::test_what_is_left_begins_at_once_and_the_rest_as_it_comes_back",
+    ),
+    Mutant(
+        "calls on their way when a limit becomes known are forgotten",
+        "_bucket.py",
+        "missing += uncounted",
+        "pass",
+        "tests/services/test_limits.py::test_calls_on_their_way_when_a_limit_becomes_known_are_counted",
+    ),
+    Mutant(
+        "a bucket that vanished is taken for a file that was taken on from there",
+        "connectors/places.py",
+        " and not NO_BUCKET.search(text)",
+        "",
+        "tests/durable/test_objects.py::test_a_bucket_that_vanishes_before_the_commit_is_told",
     ),
     Mutant(
         "a client does not look at the limits in answers",

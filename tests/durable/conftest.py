@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
-from support import postgres_server
+from support import object_server, postgres_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _no_server_is_left() -> Iterator[None]:
     yield
     postgres_server.stop()
+    object_server.stop()
 
 
 @pytest.fixture(autouse=True)

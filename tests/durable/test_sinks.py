@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from support.needs import needs_parquet
+from support.object_server import needs_objects, objects
 from support.postgres_server import execute, needs_postgres, server
 
 from sage import ConnectorError, Durable, FunctionError, LocalEnvironment
@@ -71,6 +72,10 @@ def share(folder: Path, other: Path) -> None:
     server().share(folder, other)
 
 
+def copy_objects(folder: Path, other: Path) -> None:
+    objects().copy(folder, other)
+
+
 class Case(NamedTuple):
     """A sink: how it is made, its record for a number, one that it cannot write, how it is read back, and copied."""
 
@@ -106,6 +111,20 @@ SINKS = {
         {"id": 1},
         lambda folder: Parquet(folder / "out"),
     ),
+    "Objects, JsonLinesFiles": Case(
+        lambda folder: JsonLinesFiles(objects().url(folder)),
+        value,
+        {1},
+        lambda folder: JsonLines(f"{objects().url(folder)}/*.jsonl"),
+        copy_objects,
+    ),
+    "Objects, CsvFiles in folders": Case(
+        lambda folder: CsvFiles(objects().url(folder), partition_by="text", file_bytes_max=20),
+        value,
+        {"id": 1},
+        lambda folder: Csv(objects().url(folder)),
+        copy_objects,
+    ),
     "SqliteSink": Case(rows_in, value, {"name": 1}, lambda folder: SqliteTable(folder / "rows.db", "rows", by="id")),
     "SqliteSink with a key": Case(
         lambda folder: rows_in(folder, key="id"),
@@ -120,7 +139,7 @@ SINKS = {
 }
 
 
-MARKS = {"ParquetFiles": needs_parquet, "PostgresSink": needs_postgres}
+MARKS = {"ParquetFiles": needs_parquet, "PostgresSink": needs_postgres, "Objects,": needs_objects}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SINKS])
@@ -255,10 +274,14 @@ def test_a_job_that_is_not_durable_writes_all_or_nothing(case: Case, tmp_path: P
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SINKS if not name.startswith("Postgres")],
+    [
+        pytest.param(name, marks=MARKS.get(name.split()[0], ()))
+        for name in SINKS
+        if not name.startswith(("Postgres", "Objects"))
+    ],
 )
 def test_a_job_that_is_killed_anywhere_writes_each_record_once(name: str) -> None:
-    """A server does not go back with its folder, so test_postgres.py kills whole programs."""
+    """A server does not go back with its folder, so the tests of those with one kill whole programs."""
     case = SINKS[name]
     numbers = range(40)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.running_job import RunningJob
 
-from sage import Line, LocalEnvironment, ServiceOptions, StopSignal
+from sage import Line, LocalEnvironment, ServiceOptions
 
 if TYPE_CHECKING:
     from sage import RunningCommand
@@ -61,16 +62,7 @@ class PostgresServer:
             stop_signal=signal.SIGINT,
             options=ServiceOptions(restart="on_failure", restarts_max=1_000, backoff_s=(0.1, 0.2)),
         )
-        started, self._over = threading.Event(), threading.Event()
-
-        def wait() -> StopSignal:
-            started.set()
-            self._over.wait()
-            return StopSignal()
-
-        self._env.from_source(wait).sink(lambda _: None)
-        self._job = self._env.submit()
-        assert started.wait(60.0)
+        self._job = RunningJob(self._env)
         self.port = int(self._command.port)
         self._schemas: dict[Path, str] = {}
         self.execute(f"CREATE ROLE sage LOGIN PASSWORD '{PASSWORD}'", database="postgres")
@@ -112,8 +104,7 @@ class PostgresServer:
 
     def close(self) -> None:
         """Stop it."""
-        self._over.set()
-        self._job.wait()
+        self._job.close()
         shutil.rmtree(self._folder)
 
 

@@ -10,11 +10,13 @@ import traceback
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sage._arguments import path_of
-from sage.connectors.files import FileSink, Format, Lines
+from sage.connectors.files import FileSink, Format, Lines, prepared_name
 from sage.connectors.json_lines import as_json
+from sage.connectors.places import URL
 from sage.errors import ConnectorError, GraphError, describe, hint
 from sage.failure import DeadLetter
 
@@ -113,6 +115,8 @@ class DeadLetterFile(FileSink[DeadLetter]):
 
     def __init__(self, path: str | os.PathLike[str], job: str) -> None:
         given = path_of("dead_letters: store", path, 'Give the path of a file: store="failed.jsonl".')
+        if URL.match(given):
+            raise hint(GraphError(f'dead_letters: store is "{given}"'), "Letters are kept in a file of this machine.")
         self.path = os.path.realpath(given)
         if os.path.isdir(self.path):
             raise GraphError(f'dead_letters: store is the folder "{path}", and not a file')
@@ -154,7 +158,7 @@ class DeadLetterFile(FileSink[DeadLetter]):
     def commit(self, token: Sequence[str]) -> None:
         """Append the letters to the file; those that a crash has left there are not appended again."""
         (name,) = token
-        prepared = self._prepared(name)
+        prepared = Path(os.path.dirname(self.path), prepared_name(name))
         if not prepared.exists():
             return
         with _failing(self.path):
@@ -169,7 +173,7 @@ class DeadLetterFile(FileSink[DeadLetter]):
                 _add(file, [_with_id(id_, line) for id_, line in named if id_ not in there])
                 _sync(file)
             prepared.unlink()
-            self._sync(token)
+            self._place.sync(token)
 
 
 def _letter(line: bytes) -> StoredLetter | None:

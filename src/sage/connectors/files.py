@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import re
@@ -11,13 +10,13 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from copy import copy
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple
 from urllib.parse import quote
 
 from sage._arguments import check_count, names_of, path_of
 from sage._types import T
 from sage.connector import Source, TransactionalSink
+from sage.connectors.places import place_of
 from sage.errors import ConnectorError, GraphError, describe, hint, short
 
 if TYPE_CHECKING:
@@ -74,16 +73,16 @@ class Lines:
     """The lines of one file, each with its end.
 
     Attributes:
-        path: the file.
+        path: the name of the file.
         start: the byte at which the last line begins.
         offset: the byte at which the next line begins.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self.path = path
         self.start = self.offset = 0
         self._counted = 0, 1
-        self._file: BinaryIO = open(path, "rb", READ_BYTES)  # noqa: SIM115  (closed by `close`)
+        self._file = file
 
     def __iter__(self) -> Lines:
         return self
@@ -219,6 +218,7 @@ class Files(Source[T]):
     def __init__(self, pattern: str | os.PathLike[str], suffix: str) -> None:
         owner = type(self).__name__
         self._pattern = path_of(f"{owner}: pattern", pattern, f'Name files: {owner}("in/*").')
+        self._place = place_of(self._pattern)
         self._suffix = suffix
         self._offsets: dict[str, int] = {}
         self._left: deque[str] = deque()
@@ -230,13 +230,12 @@ class Files(Source[T]):
             ConnectorError: a file does not have any more what was read, or no file matches, and none ever did.
         """
         self._offsets = dict(position or {})
-        pattern = self._pattern
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "**", f"*{self._suffix}")
-        self._left = deque(sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))))
+        with naming(f'"{self._pattern}"', "looked through"):
+            self._place.open()
+            self._left = deque(self._place.find(self._suffix))
         if not self._left and not self._offsets:
-            error = ConnectorError(f'no file matches "{pattern}"', fault="external")
-            raise hint(error, f"The program runs in {os.getcwd()}.")
+            error = ConnectorError(f'no file matches "{self._pattern}"', fault="external")
+            raise hint(error, self._place.note)
         for path in self._left:
             with naming(f'file "{path}"', "read"):
                 self._check(path, self._offsets.get(path, 0))
@@ -275,13 +274,13 @@ class FileSource(Files[T]):
         self._records: Iterator[T] = iter(())
 
     def _check(self, path: str, read: int) -> None:
-        size = os.path.getsize(path)
+        size = self._place.size(path)
         if size < read:
             text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
             error = ConnectorError(text, fault="external")
             raise hint(error, "Give other contents another name; a durable job reads on where it stopped.")
         if 0 < read < size:
-            lines = Lines(path)
+            lines = self._lines_of(path)
             try:
                 lines.go_on(read)
             finally:
@@ -314,7 +313,7 @@ class FileSource(Files[T]):
                     break  # those before it go on first
                 raise
             if not is_bad and len(records) + bad_count < records_max:
-                self.close()
+                self._close_lines()
         return records if records or self._lines is not None or self._left else None
 
     def _read_on(self, lines: Lines, records: list[T], records_max: int) -> None:
@@ -329,9 +328,12 @@ class FileSource(Files[T]):
             self._records = self._format.decode(lines, self._header)
             raise
 
+    def _lines_of(self, path: str) -> Lines:
+        return Lines(path, self._place.read(path))
+
     def _begin(self, path: str) -> Lines:
         """Open the next file at its position."""
-        lines = Lines(path)
+        lines = self._lines_of(path)
         try:
             try:
                 self._header = self._format.begin(lines)
@@ -364,17 +366,21 @@ class FileSource(Files[T]):
             more = "" if level == logging.DEBUG else "; the report counts all such lines"
             logger.log(level, 'skipped: file "%s", line %d %s%s', lines.path, lines.number(), error, more)
 
-    def close(self) -> None:
-        """Close the file that is being read."""
+    def _close_lines(self) -> None:
         if self._lines is not None:
             self._lines.close()
             self._lines = None
+
+    def close(self) -> None:
+        """Close the file that is being read."""
+        self._close_lines()
+        self._place.close()
 
 
 class Part(NamedTuple, Generic[T]):
     """A file that is being written."""
 
-    path: Path
+    name: str
     file: BinaryIO
     writer: FileWriter[T]
 
@@ -401,7 +407,8 @@ class FileSink(TransactionalSink[T]):
         file_bytes_max: int | None = None,
     ) -> None:
         owner = type(self).__name__
-        self._folder = Path(path_of(f"{owner}: folder", folder, f'Name a folder: {owner}("out").'))
+        self._folder = path_of(f"{owner}: folder", folder, f'Name a folder: {owner}("out").')
+        self._place = place_of(self._folder)
         advice = 'Give names of columns: partition_by=["day", "city"].'
         self._partition_by = names_of(f"{owner}: a column of partition_by", partition_by, advice)
         if file_bytes_max is not None:
@@ -410,7 +417,7 @@ class FileSink(TransactionalSink[T]):
         self._format = self._writer = format
         self._part = ""
         self._parts: dict[str, Part[T]] = {}
-        self._ended: list[tuple[Path, str]] = []
+        self._ended: list[tuple[str, str]] = []
 
     def open(self, part: str, checkpoint: int) -> None:
         """Make the folder, and remove files of this part that belong to no checkpoint."""
@@ -418,24 +425,15 @@ class FileSink(TransactionalSink[T]):
         self._writer = copy(self._format)  # it may remember the first record, and the sink may serve another job later
         own = re.compile(rf"\.{re.escape(part)}\.\d+\.writing")
         with naming(f'folder "{self._folder}"', "written into"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._path(0).touch()
-            for folder, below, names in os.walk(self._folder):
-                below[:] = [name for name in below if "=" in name]
-                for full in names:
-                    name = full.removeprefix(".").removesuffix(PREPARED).removesuffix(self._format.suffix)
-                    begin, _, numbers = name.rpartition("-")
-                    number, _, _ = numbers.partition(".")
-                    is_later = begin == part and number.isdecimal() and int(number) > checkpoint
-                    if is_later or own.fullmatch(full):
-                        Path(folder, full).unlink()
-
-    def _path(self, place: int) -> Path:
-        return self._folder / f".{self._part}.{place}.writing"
-
-    def _prepared(self, name: str) -> Path:
-        path = self._folder / name
-        return path.with_name(f".{path.name}{PREPARED}")
+            self._place.open()
+            self._place.prepare()
+            for full in self._place.names():
+                name = os.path.basename(full).removeprefix(".").removesuffix(PREPARED)
+                begin, _, numbers = name.removesuffix(self._format.suffix).rpartition("-")
+                number, _, _ = numbers.partition(".")
+                is_later = begin == part and number.isdecimal() and int(number) > checkpoint
+                if is_later or own.fullmatch(full):
+                    self._place.remove(full)
 
     def write(self, batch: Sequence[T]) -> None:
         """Add the records to files.
@@ -473,62 +471,59 @@ class FileSink(TransactionalSink[T]):
         return os.path.join(*names)
 
     def _begin(self) -> Part[T]:
-        path = self._path(len(self._parts) + len(self._ended))
-        file = path.open("wb")
-        return Part(path, file, self._writer.writer(file))
+        name = f".{self._part}.{len(self._parts) + len(self._ended)}.writing"
+        file = self._place.begin(name)
+        return Part(name, file, self._writer.writer(file))
 
     def _end(self, folder: str) -> None:
-        """Write a file through to the disk."""
+        """Make a file durable."""
         part = self._parts[folder]
         part.writer.finish()
-        part.file.flush()
-        os.fsync(part.file.fileno())
-        part.file.close()
+        self._place.finish(part.file, part.name)
         del self._parts[folder]
-        self._ended.append((part.path, folder))
+        self._ended.append((part.name, folder))
 
     def prepare(self, number: int) -> list[str] | None:
-        """Write the files through to the disk, and return the names that they will have."""
+        """Make the files durable, and return the names that they will have."""
         names = []
         with naming(f'folder "{self._folder}"', "written into"):
             for folder in list(self._parts):
                 self._end(folder)
             is_divided = self._partition_by or self._bytes_max is not None
-            for place, (path, folder) in enumerate(self._ended):
+            for place, (written, folder) in enumerate(self._ended):
                 piece = f".{place:05}" if is_divided else ""
                 name = os.path.join(folder, f"{self._part}-{number:08}{piece}{self._format.suffix}")
                 names.append(name)
-                prepared = self._prepared(name)
-                prepared.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(prepared)
+                self._place.rename(written, prepared_name(name))
             self._ended = []
-            self._sync(names)
+            self._place.sync(names)
         return names or None
 
     def commit(self, token: Sequence[str]) -> None:
         """Give the files their names."""
-        for name in token:
-            # If it is not there any more, it has its name already, or somebody has taken it on from there.
-            with suppress(FileNotFoundError):
-                self._prepared(name).replace(self._folder / name)
-        self._sync(token)
+        with naming(f'folder "{self._folder}"', "written into"):
+            for name in token:
+                # If it is not there any more, it has its name already, or somebody has taken it on from there.
+                with suppress(FileNotFoundError):
+                    self._place.rename(prepared_name(name), name)
+            self._place.sync(token)
 
     def abort(self) -> None:
         """Remove the files that were not prepared."""
-        for path, file, _ in self._parts.values():
+        for part in self._parts.values():
             with suppress(OSError):  # of a full disk, which the write has told of
-                file.close()
-            path.unlink(missing_ok=True)
-        for path, _ in self._ended:
-            path.unlink(missing_ok=True)
+                part.file.close()
+            self._place.remove(part.name)
+        for name, _ in self._ended:
+            self._place.remove(name)
         self._parts, self._ended = {}, []
 
-    def _sync(self, names: Sequence[str]) -> None:
-        """Write the names of folders through to the disk: those of the files, and those of the folders above them."""
-        folders = {self._folder / above for name in names for above in Path(name).parents}
-        for path in sorted(folders, reverse=True):
-            folder = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._place.close()
+
+
+def prepared_name(name: str) -> str:
+    """Return the name of a file that is whole, and has not appeared yet."""
+    folder, file = os.path.split(name)
+    return os.path.join(folder, f".{file}{PREPARED}")

@@ -41,17 +41,14 @@ class Parquet(Files[Row]):
         self._columns: list[str] | None = None
         if columns is not None:
             self._columns = list(names_of("Parquet: a column", columns, 'Name them: columns=["id", "name"].'))
-        self._file: pyarrow.parquet.ParquetFile | None = None
+        self._file: BinaryIO | None = None
         self._batches: Iterator[pyarrow.RecordBatch] = iter(())
         self._rest: pyarrow.RecordBatch | None = None
 
     def _check(self, path: str, read: int) -> None:
-        with _reading(path):
-            file = _opened(path)
-            try:
-                names, count = file.schema_arrow.names, file.metadata.num_rows
-            finally:
-                file.close()
+        with _reading(path), self._place.read(path) as file:
+            parquet = _opened(file)
+            names, count = parquet.schema_arrow.names, parquet.metadata.num_rows
         for column in self._columns or ():
             if column not in names:
                 error = ConnectorError(f'file "{path}" has no column {column!r}', fault="external")
@@ -69,7 +66,7 @@ class Parquet(Files[Row]):
                 with _reading(path):
                     batch = self._next(path)
                     if batch is None:
-                        self.close()
+                        self._close_file()
                         self._left.popleft()
                         continue
                     count = min(records_max - len(rows), batch.num_rows)
@@ -77,7 +74,7 @@ class Parquet(Files[Row]):
                     self._rest = batch.slice(count)
                     self._offsets[path] += count
             except ConnectorError:
-                self.close()  # a retry begins the file anew, at its position
+                self._close_file()  # a retry begins the file anew, at its position
                 if rows:
                     break  # those before it go on first
                 raise
@@ -96,7 +93,8 @@ class Parquet(Files[Row]):
     def _begin(self, path: str) -> None:
         """Open a file at its position."""
         skipped = self._offsets.setdefault(path, 0)
-        file = self._file = _opened(path)
+        self._file = self._place.read(path)
+        file = _opened(self._file)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         group = 0
         while group < len(sizes) and skipped >= sizes[group]:
@@ -114,15 +112,19 @@ class Parquet(Files[Row]):
             self._rest = batch.slice(skipped)
             skipped -= batch.num_rows - self._rest.num_rows
 
-    def close(self) -> None:
-        """Close the file that is being read."""
+    def _close_file(self) -> None:
         file, self._file, self._rest, self._batches = self._file, None, None, iter(())
         if file is not None:
             file.close()
 
+    def close(self) -> None:
+        """Close the file that is being read."""
+        self._close_file()
+        self._place.close()
 
-def _opened(path: str) -> pyarrow.parquet.ParquetFile:
-    return load("pyarrow.parquet", "parquet").ParquetFile(path, pre_buffer=False)
+
+def _opened(file: BinaryIO) -> pyarrow.parquet.ParquetFile:
+    return load("pyarrow.parquet", "parquet").ParquetFile(file, pre_buffer=False)
 
 
 @contextmanager
