@@ -952,6 +952,7 @@ FOLDER = "tests/durable/test_folder.py::"
 KEYED = "tests/durable/test_keyed_state.py::"
 STATE = "tests/durable/test_function_state.py::"
 TTL = "tests/durable/test_ttl.py::"
+LOOPS = "tests/durable/test_recovery.py::test_records_on_their_way_round_a_loop_are_in_the_checkpoint[0]"
 RECOVERY = "tests/durable/test_recovery.py::test_recovered_equals_undisturbed[0]"
 
 DURABLE: tuple[Mutant, ...] = (
@@ -1052,6 +1053,27 @@ DURABLE: tuple[Mutant, ...] = (
         "        if self.left is None:\n            self.given_back",
         "        if self.left != 0:\n            self.given_back",
         "tests/durable/test_held_back.py::test_after_a_budget_the_next_run_asks_for_the_rest[threads-by_map]",
+    ),
+    Mutant(
+        "records on their way round a loop are not in the checkpoint",
+        "_runtime/durable_task.py",
+        "first = self._row(self.operators[0], part.number, before)",
+        "first = self._row(self.operators[0], part.number)",
+        LOOPS,
+    ),
+    Mutant(
+        "records that a loop's channel holds back do not count as in flight",
+        "_runtime/aligning_channel.py",
+        "            counter.add(1)\n",
+        "            counter.add(0)\n",
+        LOOPS,
+    ),
+    Mutant(
+        "a loop ends before it has taken in what the last run left in flight",
+        "_runtime/durable_run.py",
+        "                    counter.add(1)\n",
+        "                    counter.add(task.input.unsettled - 1)\n                task.input.unsettled = 0\n",
+        "tests/durable/test_recovery.py::test_a_loop_goes_on_after_its_source_has_ended",
     ),
     Mutant(
         "a checkpoint lacks the keys that changed",

@@ -18,6 +18,7 @@ from sage import (
     Durable,
     GraphError,
     LocalEnvironment,
+    MapFunction,
     RemoteEnvironment,
     TransactionalSink,
     UnsupportedPlanError,
@@ -342,17 +343,25 @@ def test_a_cluster_is_refused_before_anything_starts() -> None:
         RemoteEnvironment("far", durable="state")
 
 
+class Overlapping(MapFunction[int, int]):
+    async def execute(self, data: int) -> int:
+        return data
+
+    def snapshot(self) -> int:
+        return 1
+
+    def restore(self, state: int) -> None:
+        pass
+
+
 def test_operators_that_are_not_covered_are_all_named(tmp_path: Path) -> None:
     env = LocalEnvironment("job", durable=tmp_path / "state")
-    env.from_source(lambda: None, lockstep=True, name="slow").sink(print)
-    loop = env.from_future("loop")
-    stream = env.from_batch([1]).union(loop)
-    stream.filter(lambda record: record > 1).fill_future(loop)
-    stream.sink(print)
-    with pytest.raises(GraphError, match="2 problems") as caught:
+    env.serve("answers", lambda requests: requests.map(str))
+    env.from_batch([1]).map_async(Overlapping, concurrency=2, name="asks").sink(print)
+    with pytest.raises(GraphError, match="3 problems") as caught:
         env.submit()
-    assert 'operator "slow" is a source with lockstep, which a durable job does not cover yet' in str(caught.value)
-    assert 'operator "loop" is of kind future, which a durable job does not cover yet' in str(caught.value)
+    assert "is part of a served pipeline, which a durable job does not cover yet" in str(caught.value)
+    assert 'operator "asks" is a map_async whose function has snapshot() and restore()' in str(caught.value)
     assert not (tmp_path / "state").exists()
 
 

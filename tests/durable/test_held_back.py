@@ -44,6 +44,29 @@ class Model:
         return [self.ask(number) for number in numbers]
 
 
+def test_records_in_a_loop_wait_for_the_next_run(tmp_path: Path) -> None:
+    arrived = threading.Semaphore(0)
+
+    def build() -> LocalEnvironment:
+        env = LocalEnvironment("job", durable=tmp_path / "state")
+        loop = env.from_future("loop")
+        pairs = env.from_batch([[1_000, key] for key in range(3)], name="pairs").union(loop)
+        less = pairs.map(lambda pair: [pair[0] - 1, pair[1]]).tap(lambda _: arrived.release())
+        less.filter(lambda pair: pair[0] > 0).fill_future(loop)
+        less.sink(JsonLinesFiles(tmp_path / "out"), name="out")
+        return env
+
+    job = build().submit()
+    for _ in range(10):
+        assert arrived.acquire(timeout=30)
+    job.stop()
+    assert (job.report.state, job.report.waiting, job.report.undelivered) == ("stopped", 3, 0)
+    report = build().submit(autostop=True).report
+    assert (report.state, report.is_accounted) == ("completed", True)
+    rows = [json.loads(line) for path in (tmp_path / "out").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(rows) == [[left, key] for left in range(1_000) for key in range(3)]
+
+
 def by_map(stream: DataStream[int], model: Any) -> DataStream[int]:
     return stream.map(lambda number: number + 0).map(model.ask)
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import pytest
+from support.numbers import Numbers
 
 from sage import (
     BaseCoMapFunction,
@@ -73,7 +74,7 @@ def source(env: LocalEnvironment, rng: random.Random, folder: Path, place: int) 
     for part in range(2):
         lines = [f"{number}\n" for number in range(part, count, 2)]
         (inputs / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return env.from_source(JsonLines(inputs / "*.jsonl"), name=f"lines {place}")
+    return env.from_source(JsonLines(inputs / "*.jsonl"), lockstep=rng.random() < 0.2, name=f"lines {place}")
 
 
 def refuse(record: int) -> int:
@@ -208,6 +209,37 @@ def together(first: DataStream[int], second: DataStream[int], rng: random.Random
     return both.join(Pairs, parallelism=parallelism)
 
 
+def once_less(pair: tuple[int, int]) -> tuple[int, int]:
+    return pair[0] - 1, pair[1] + 5
+
+
+async def once_less_soon(pair: tuple[int, int]) -> tuple[int, int]:
+    import asyncio
+
+    await asyncio.sleep(pair[1] % 3 * 0.001)
+    return once_less(pair)
+
+
+def around(env: LocalEnvironment, stream: DataStream[int], rng: random.Random, name: str) -> DataStream[int]:
+    """Let each record go round a loop up to three times."""
+    loop = env.from_future(name)
+    pairs = stream.map(lambda record: (record % 4, record)).union(loop)
+    parallelism = rng.choice([1, 1, 2])
+    match rng.randrange(4):
+        case 0:
+            less = pairs.map(once_less, parallelism=parallelism)
+        case 1:
+            less = pairs.map_async(once_less_soon, concurrency=rng.choice([1, 3]), ordered=rng.random() < 0.5)
+        case 2:
+            less = pairs.map_batches(lambda some: [*map(once_less, some)], max_records=3, max_wait_s=0.1)
+        case _:
+            less = pairs.keyby(lambda pair: pair[1] % 3).flatmap(
+                lambda pair: [once_less(pair)], parallelism=parallelism
+            )
+    less.filter(lambda pair: pair[0] > 0).fill_future(loop)
+    return less.filter(lambda pair: pair[0] <= 0).map(lambda pair: pair[1])
+
+
 def grow(stream: DataStream[int], rng: random.Random, letters: DataStream[DeadLetter]) -> DataStream[int]:
     parallelism = rng.choice([1, 1, 2, 3])
     match rng.randrange(14):
@@ -253,13 +285,15 @@ def build(env: LocalEnvironment, seed: int, folder: Path) -> None:
     letters = env.dead_letters()
     letters.map(lambda letter: letter.value).sink(JsonLinesFiles(folder / "out" / "letters"), name="letters")
     streams = [source(env, rng, folder, place) for place in range(rng.choice([1, 1, 2, 3]))]
-    for _ in range(rng.randrange(1, 5)):
+    for number in range(rng.randrange(1, 5)):
         streams = [grow(stream, rng, letters) for stream in streams]
         if len(streams) > 1 and rng.random() < 0.5:
             first, second, *others = streams
             streams = [together(first, second, rng), *others]
         elif rng.random() < 0.2:
             streams.append(streams[0])
+        if rng.random() < 0.2:
+            streams[0] = around(env, streams[0], rng, f"loop {number}")
     for place, stream in enumerate(streams):
         stream.sink(JsonLinesFiles(folder / "out" / str(place)), name=f"out {place}", parallelism=rng.choice([1, 1, 2]))
 
@@ -335,6 +369,65 @@ def test_threads_write_each_row_once(first: int, folder: Path) -> None:
         report = run(seed, one / "threads", ThreadsBackend)
         assert written(one / "threads") == wanted, f"seed {seed}: {report}"
         assert {one.name: one.records_in for one in report.operators} == taken, report
+
+
+def build_lockstep(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    """Build a job with one record at a time, which counts those on their way."""
+    on_their_way: set[int] = set()
+
+    def begin(record: int) -> int:
+        assert not on_their_way
+        on_their_way.add(record)
+        return record
+
+    async def waits(record: int) -> int:
+        import asyncio
+
+        await asyncio.sleep(0.001)
+        return record
+
+    source = env.from_source(Numbers(), lockstep=True, name="numbers").map(begin)
+    waited = source.map_async(waits, concurrency=4).keyby(lambda record: record % 3).map(str, parallelism=2).map(int)
+    waited.tap(on_their_way.discard).sink(JsonLinesFiles(folder / "out" / "rows"), name="rows")
+
+
+def test_a_source_in_lockstep_stays_in_lockstep(folder: Path) -> None:
+    assert sum(check(seed, folder, build_lockstep) for seed in range(10)) > 5
+
+
+def build_loop(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    """Build a loop that nearly always has records on their way back."""
+    rng = random.Random(f"loop {seed}")
+    stream = env.from_batch(range(30), name="numbers")
+    for number in range(rng.choice([1, 1, 2])):
+        stream = around(env, stream, rng, f"loop {number}")
+    stream.sink(JsonLinesFiles(folder / "out" / "rows"), name="rows")
+
+
+async def once_less_late(pair: tuple[int, int]) -> tuple[int, int]:
+    import asyncio
+
+    await asyncio.sleep(0.1)
+    return once_less(pair)
+
+
+def build_slow_loop(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    """Build a loop that has records long after its source has ended."""
+    loop = env.from_future("loop")
+    pairs = env.from_batch([(2, 1), (2, 2), (3, 3)], name="numbers").union(loop)
+    less = pairs.map_async(once_less_late, concurrency=1 + seed % 3, name="late")
+    less.filter(lambda pair: pair[0] > 0).fill_future(loop)
+    less.map(flat).sink(JsonLinesFiles(folder / "out" / "rows"), name="rows")
+
+
+def test_a_loop_goes_on_after_its_source_has_ended(folder: Path) -> None:
+    assert sum(check(seed, folder, build_slow_loop) for seed in range(10)) > 5
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(10, 200, 10))])
+def test_records_on_their_way_round_a_loop_are_in_the_checkpoint(first: int, folder: Path) -> None:
+    assert sum(check(seed, folder, build_loop) for seed in range(first, first + 10)) > 5
 
 
 def test_records_that_wait_for_a_batch_are_in_the_checkpoint(folder: Path) -> None:

@@ -32,6 +32,7 @@ COVERED = frozenset(
         Kind.PROCESS,
         Kind.REDUCE,
         Kind.STATEFUL_MAP,
+        Kind.FUTURE,
         Kind.LETTERS,
         Kind.SINK,
     }
@@ -75,8 +76,6 @@ def before_changed(graph: LogicalGraph) -> dict[str, list[Node]]:
 def _uncovered(node: Node) -> str:
     if node.settings.get("bridge") is not None or node.kind is Kind.REPLY:
         return "part of a served pipeline"
-    if node.settings.get("lockstep"):
-        return "a source with lockstep"
     if node.kind is Kind.MAP_ASYNC and node.function is not None and has_state(node.function):
         return "a map_async whose function has snapshot() and restore(), which would see calls that run"
     return "" if node.kind in COVERED else f"of kind {node.kind}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sage._runtime.channel import Channel, ends
-from sage.records import Barrier
+from sage.records import Barrier, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,7 @@ class AligningChannel(Channel):
             return True
         with self._lock:
             if wake in self._ahead and not self._closed:
-                return self._hold_back(port, element, wake)
+                return self._hold_back(port, element, wake, force=force)
         # Only the producer itself puts itself ahead, and it is here.
         if not super().put_nowait(port, element, wake, force=force):
             return False
@@ -63,6 +64,16 @@ class AligningChannel(Channel):
         assert isinstance(barrier, Barrier)
         return barrier.number
 
+    def take_barrier_from_behind(self) -> list[tuple[int, Batch]] | None:
+        """Take out the barrier, and return the batches before it, which stay; None if it has not come yet."""
+        with self._lock:
+            for place, (_, element, _) in enumerate(self._elements):
+                if isinstance(element, Barrier):
+                    before = list(islice(self._elements, place))
+                    del self._elements[place]
+                    return [(port, batch) for port, batch, _ in before if isinstance(batch, Batch)]
+        return None
+
     def get_nowait(self) -> tuple[int, Element] | None:
         """Return the next element with its input, or None if it is empty or a barrier comes next."""
         # One that is empty now may get a barrier in the next moment, which only `take_barrier` may take.
@@ -74,20 +85,25 @@ class AligningChannel(Channel):
         with self._lock:
             held = sum(len(element) for _, element, _ in self._held)
             held_up, self._held_up = self._held_up, {}
+            count = len(self._held)
             self._held.clear()
             self._ahead.clear()
+        for counter in self.counters:
+            counter.add(-count)
         dropped = super().close()
         for wake in held_up:
             wake()
         return dropped + held
 
-    def _hold_back(self, port: int, element: Element, wake: Callable[[], None]) -> bool:
-        """Keep an element behind the barrier, if there is room; called under the lock."""
+    def _hold_back(self, port: int, element: Element, wake: Callable[[], None], *, force: bool) -> bool:
+        """Keep an element behind the barrier, if there is room or it has to be; called under the lock."""
         size = element.bytes_count
         is_full = self._held_records >= self._capacity_records or self._held_bytes + size > self._capacity_bytes
-        if self._held and is_full:
+        if self._held and is_full and not force:
             self._held_up[wake] = None
             return False
+        for counter in self.counters:
+            counter.add(1)
         self._held.append((port, element, size))
         self._held_records += len(element)
         self._held_bytes += size

@@ -145,12 +145,22 @@ class DurableRun:
         return self._supervisor.state.way is not None
 
     def joined(self, tasks: Iterable[Task]) -> None:
-        """Let the channels know how many streams lead to each; the tasks have been joined."""
+        """Let the channels know how many streams lead to each; the tasks have been joined.
+
+        A task in a loop counts as busy until it has taken in what was in flight there when the last run ended.
+        """
         for task in tasks:
             if isinstance(task, DurableTask):
                 self._tasks[task.name] = task
             if isinstance(task.inbox, AligningChannel):
-                task.inbox.producers = task.input.producers
+                task.inbox.producers += task.input.producers
+                task.input.unsettled += 1
+                for counter in task.inbox.counters:
+                    counter.add(1)
+            fed_back = [outlet for outlets in task.outbox.outlets.values() for outlet in outlets if outlet.feedback]
+            for channel in [channel for outlet in fed_back for channel in outlet.channels]:
+                assert isinstance(channel, AligningChannel)
+                channel.producers += 1
         operators = [operator for task in self._tasks.values() for operator in task.operators]
         for operator in operators:
             if isinstance(operator, Changed):
@@ -165,7 +175,7 @@ class DurableRun:
         """Begin to make checkpoints; the job begins."""
         self._supervisor = supervisor
         tasks = supervisor.tasks
-        sources = frozenset(name for name, task in tasks.items() if task.nodes[0].kind is Kind.SOURCE)
+        sources = frozenset(name for name, task in tasks.items() if task.nodes[0].kind in (Kind.SOURCE, Kind.FUTURE))
         self._state = Checkpoints(self._settings.interval_s, frozenset(tasks), sources, self.number)
         self._lane = supervisor.backend.lane("checkpoints")
         supervisor.handle_checkpoint = self.handle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sage._runtime.accounts import counted
@@ -14,10 +15,11 @@ from sage.errors import FunctionError, describe, hint
 from sage.records import Barrier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sage._operators.operator import Operator
     from sage._runtime.task import TaskParts
+    from sage.records import Batch
 
 
 ENDED_VALUES_MAX = 10_000
@@ -51,6 +53,7 @@ class DurableTask(Task):
         self._asked: int | None = None
         self._has_given_last = False
         self._recovered = 0
+        self._cut: PartGiven | None = None
 
     @property
     def waiting(self) -> int:
@@ -60,8 +63,13 @@ class DurableTask(Task):
         )
         return never_taken_in + sum(len(batch) for operator in self.operators for _, batch in operator.left or ())
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a step would find nothing to do; records of the last run may be the only ones that a loop has."""
+        return not self.input.unsettled and super().is_waiting
+
     def request_part(self, number: int) -> None:
-        """Ask a source for its part of a checkpoint; any thread may call this."""
+        """Ask a source, or the beginning of a loop, for its part of a checkpoint; any thread may call this."""
         self._asked = number
         self.wake()
 
@@ -82,13 +90,35 @@ class DurableTask(Task):
             self._recover()
         if self._complete[0] > self._committed:
             self._commit(self._complete[0])
+        if self._cut is not None:
+            return self._wait_for_return(self._cut)
         if not (self.chain.stash or self.chain.failures):
             number = self._next_barrier()
             if number is not None:
-                self._tell_part(PartGiven(self.name, number, self._rows(number), counted(self.operators)))
+                part = PartGiven(self.name, number, self._rows(number), counted(self.operators))
                 self.outbox.send(Barrier(number))
+                if self.input.loop is None:
+                    self._tell_part(part)
+                else:
+                    self._cut = part
                 return Step.PROGRESSED
         return super()._run()
+
+    def _wait_for_return(self, part: PartGiven) -> Step:
+        """Take nothing in until the barrier has come round the loop; the records before it belong to the checkpoint.
+
+        They stay in the inbox, and are processed after that.
+        """
+        assert isinstance(self.inbox, AligningChannel)
+        before = self.inbox.take_barrier_from_behind()
+        if before is None:
+            return Step.IDLE if self._has_flushed() else Step.BLOCKED
+        self._cut = None
+        assert part.number is not None
+        first = self._row(self.operators[0], part.number, before)
+        others = [row for row in part.rows if row.operator != self.operators[0].node.name]
+        self._tell_part(replace(part, rows=tuple(filter(None, [first, *others]))))
+        return Step.PROGRESSED
 
     def _conclude(self) -> Step:
         """Wait until the last part is in a checkpoint that is complete."""
@@ -102,7 +132,7 @@ class DurableTask(Task):
 
     def _next_barrier(self) -> int | None:
         """Return the number of the checkpoint whose turn it is, or None."""
-        if isinstance(self.inbox, AligningChannel):
+        if isinstance(self.inbox, AligningChannel) and self.input.loop is None:
             return self.inbox.take_barrier()
         number = self._asked
         if number is not None:
@@ -135,14 +165,15 @@ class DurableTask(Task):
         self._number = number
         return tuple(filter(None, [self._row(operator, number) for operator in self.operators]))
 
-    def _row(self, operator: Operator, number: int) -> Row | None:
+    def _row(self, operator: Operator, number: int, before: Sequence[tuple[int, Batch]] = ()) -> Row | None:
+        """Return the state of an operator, and the records that wait in front of it."""
         try:
             operator.remove_ended(ENDED_VALUES_MAX)
             state, records = operator.snapshot(number)
             function = operator.function_state()
         except Exception as error:
             raise operator.blame_hook(f"prepare checkpoint {number}", error) from error
-        left = tuple(operator.left or ())
+        left = (*(operator.left or ()), *before)
         if state is None and function is None and not left and operator.keyed is None:
             return None
         waiting = sum(len(batch) for _, batch in left)

@@ -100,8 +100,11 @@ class Input:
             self.producers -= 1
             if self.producers == 0:
                 self.has_ended = True
-        elif self.loop is not None and self.is_stopping:
-            self._chain.undelivered += len(element)
+        elif isinstance(element, Batch) and self.loop is not None and self.is_stopping:
+            first = self._chain.operators[0]
+            first.leave(element)
+            self._chain.undelivered += first.given_back
+            first.given_back = 0
         elif isinstance(element, Batch) and self.holder is not None:
             self.holder.take(element)
             self._give_back(self.holder)
