@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sage.connector import Source as Source
     from sage.connector import TransactionalSink as TransactionalSink
     from sage.durable import Durable as Durable
+    from sage.durable import Restart as Restart
     from sage.environment import LocalEnvironment as LocalEnvironment
     from sage.errors import AuthenticationError as AuthenticationError
     from sage.errors import CheckpointError as CheckpointError
@@ -82,7 +83,7 @@ __getattr__ = lazy(
         "_supervised": "supervised",
         "command": "Http Line Port RunningCommand",
         "connector": "Source TransactionalSink",
-        "durable": "Durable",
+        "durable": "Durable Restart",
         "environment": "LocalEnvironment",
         "errors": "AuthenticationError CheckpointError CleanupError CleanupTimeoutError ConnectorError ControlError "
         "DuplicateNameError "

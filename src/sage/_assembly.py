@@ -92,6 +92,7 @@ def assemble(
         guard=guard,
         budget=counted,
         until_asked=until_asked,
+        restart=None if durable is None else durable.restart,
     )
     _join(job, guard, counted, durable)
     job._when_begun(lambda: _begin_recycling(services, job.dispatcher.supervisor))
@@ -106,7 +107,7 @@ def _join(job: Job, guard: JobJournal, budget: Budget | None, durable: DurableRu
         job._when_begun(partial(budget.begin, supervisor))
     if durable is not None:
         job._durable = durable
-        job._when_begun(partial(durable.begin, supervisor))
+        job._when_begun(partial(durable.begin, supervisor, job.dispatcher.make_tasks))
         job._when_sealed(durable.close)
     supervisor.listeners.append(guard.note)
     job._when_begun(guard.begin)

@@ -18,7 +18,7 @@ from sage._kept import KeptServices
 from sage._plan.logical import GraphBuilder, Kind, LogicalGraph, ServiceSpec
 from sage._plan.signature import builder_of, check_service_arguments, class_of, source_spec
 from sage._runtime.manager import JobManager
-from sage.durable import Durable, begins_as
+from sage.durable import Durable, Restart, begins_as, check_restarts
 from sage.errors import DuplicateNameError, GraphError, hint, short
 from sage.functions import BaseFunction
 from sage.service import DEFAULT_OPTIONS, ServiceHandle, ServiceOptions, unknown_service
@@ -98,6 +98,7 @@ class Environment:
         self._durable: Durable | None = None
         self._resume: str = "auto"
         self._drop_state: tuple[str, ...] = ()
+        self._restarts: Restart | None = None
         self.log_dir: str | os.PathLike[str] | None = os.environ.get("SAGE_LOG_DIR")
         self.report_file: str | os.PathLike[str] | None = os.environ.get("SAGE_REPORT_FILE")
         self._builder = GraphBuilder(self)
@@ -457,6 +458,7 @@ class Environment:
         progress: bool = False,
         resume: Literal["auto", "never", "must"] = "auto",
         drop_state: Iterable[str] = (),
+        restarts: Restart | None = None,
     ) -> Job:
         """Run the pipeline and return its job.
 
@@ -473,6 +475,7 @@ class Environment:
                 not, and "never" deletes the checkpoints and begins anew.
             drop_state: names of operators whose state a durable job does not take from its last checkpoint; a source
                 begins anew. Leave it out again after that run, as it drops the state each time.
+            restarts: lets the tasks of a durable job start again if one fails, with copies of instances that you gave.
 
         Raises:
             GraphError: the program is wrong; nothing was started.
@@ -485,15 +488,13 @@ class Environment:
             if not keep_services:
                 raise hint(GraphError(f"keep_s is {keep_s}, but no service is kept"), "Add keep_services=True.")
         asked = begins_as(self.name, resume, drop_state, is_durable=self._durable is not None)
+        check_restarts(self.name, restarts, is_durable=self._durable is not None)
         with self._alone():
-            self._resume, self._drop_state = asked
+            self._resume, self._drop_state, self._restarts = *asked, restarts
             graph = Environment._changed(self, self._graph())
             keep = self._kept.names(keep_services, self._services)
-            if any(spec.options.has_replicas for spec in graph.services):
-                from sage._hosts.replicas import check_replicas
-
-                check_replicas(graph.services, keep)
             plan = self._plan(graph)
+            self._check_run(graph, keep)
             if autostop and len(plan.serving) == len(graph.nodes):
                 error = GraphError(f'environment "{self.name}" only serves requests, so nothing would end it')
                 raise hint(error, "Call submit() without autostop and env.stop() at the end, or add a pipeline.")
@@ -517,6 +518,7 @@ class Environment:
         progress: bool = False,
         resume: Literal["auto", "never", "must"] = "auto",
         drop_state: Iterable[str] = (),
+        restarts: Restart | None = None,
     ) -> JobReport:
         """Run the pipeline, wait for its end, and return the report; see `submit`, which this calls with `autostop`.
 
@@ -532,6 +534,7 @@ class Environment:
             progress=progress,
             resume=resume,
             drop_state=drop_state,
+            restarts=restarts,
         ).report
 
     def _submit_for(self, over: Callable[[object], None]) -> Job:
@@ -638,6 +641,16 @@ class Environment:
 
         return plan(graph)
 
+    def _check_run(self, graph: LogicalGraph, keep: frozenset[str]) -> None:
+        if any(spec.options.has_replicas for spec in graph.services):
+            from sage._hosts.replicas import check_replicas
+
+            check_replicas(graph.services, keep)
+        if self._restarts is not None:
+            from sage._plan.durability import check_sources_again
+
+            check_sources_again(graph)
+
     def _backend(self) -> Backend:
         from sage._backends.threads import ThreadsBackend
 
@@ -659,7 +672,7 @@ class Environment:
         if self._durable is not None and graph.is_durable and plan is not None:
             from sage._runtime.durable_run import DurableRun
 
-            durable = DurableRun(self._durable, graph, self._resume, self._drop_state)
+            durable = DurableRun(self._durable, graph, self._resume, self._drop_state, self._restarts)
         try:
             job, guard = assemble(
                 id_,

@@ -195,6 +195,7 @@ class JobReport:
         errors: everything that went wrong, the first cause first.
         running_s: for how long records flowed, after the start of the services and before their end, in seconds.
         notes: lines about the checkpoints of a durable job, such as the one that it was resumed from.
+        restarts: how often the tasks of a durable job started again; the counts of operators are those since then.
     """
 
     id: str
@@ -213,6 +214,7 @@ class JobReport:
     running_s: float = 0.0
     notes: tuple[str, ...] = ()
     waiting: int = 0
+    restarts: int = 0
 
     @property
     def bottleneck(self) -> str | None:
@@ -290,6 +292,7 @@ class JobReport:
                 "running_s",
                 "undelivered",
                 "waiting",
+                "restarts",
             )
         }
         return {

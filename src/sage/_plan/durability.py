@@ -10,7 +10,7 @@ from sage._operators.sources import goes_on
 from sage._plan.logical import Kind
 from sage._plan.rules import edges_of, reach, ways_of
 from sage.connector import TransactionalSink
-from sage.errors import UnsupportedPlanError, hint
+from sage.errors import GraphError, UnsupportedPlanError, hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +79,19 @@ def _uncovered(node: Node) -> str:
     if node.kind is Kind.MAP_ASYNC and node.function is not None and has_state(node.function):
         return "a map_async whose function has snapshot() and restore(), which would see calls that run"
     return "" if node.kind in COVERED else f"of kind {node.kind}"
+
+
+def check_sources_again(graph: LogicalGraph) -> None:
+    """Refuse sources that cannot be read a second time in one run.
+
+    Raises:
+        GraphError: a source is an iterator.
+    """
+    for node in graph.nodes.values():
+        target = None if node.function is None or node.function.is_class else node.function.target
+        if node.kind is Kind.SOURCE and (hasattr(target, "__next__") or hasattr(target, "__anext__")):
+            error = GraphError(f'source "{node.name}" is an iterator, which cannot be read again after a restart')
+            raise hint(error, "Give the function that makes it, or leave restarts= out.")
 
 
 def has_state(function: FunctionSpec) -> bool:

@@ -122,7 +122,8 @@ def _task(
     stopping = Stopping(wait_for)
     for node in chain.nodes:
         context = TaskContext(node.name, services, index, chain.parallelism, stopping)
-        alone = chain.parallelism == 1
+        # Tasks that are made again must not find the user's instance as the first ones have left it.
+        alone = chain.parallelism == 1 and (durable is None or durable.restart is None)
         surroundings = OperatorContext(
             context, span, backend.now, backend.wall, pace.running_s, loop.run, loop.run_to_end, loop.post, alone
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from sage._runtime.deployment import deploy, task_plans
 from sage._runtime.lifecycle import CleanupDeferred, ExtendTimeout, ServiceDied, ServiceFailed, ServicePlan, begin
 from sage._runtime.states import SERVICE_TERMINAL, TASK_TERMINAL
 from sage._runtime.supervisor import Supervisor
+from sage._runtime.task_restarts import TaskRestarts
 from sage.errors import ServiceError, hint
 from sage.service import ServiceContext, no_journal
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from sage._runtime.lifecycle import LifecycleEvent, Limits, TaskEvent
     from sage._runtime.supervisor import Ended
     from sage._runtime.task import Task
+    from sage.durable import Restart
     from sage.service import ServiceHandle
 
     MakeHost = Callable[[ServiceSpec, ServiceContext, HostSurroundings], Host]
@@ -50,6 +54,7 @@ def prepare(
     guard: JobJournal | None = None,
     budget: Budget | None = None,
     until_asked: bool = False,
+    restart: Restart | None = None,
 ) -> Dispatcher:
     """Make everything of a job: its tasks, the hosts of its services, and their supervisor. Nothing runs yet.
 
@@ -68,22 +73,24 @@ def prepare(
         guard: watches over processes and claims.
         budget: what the job may use, or None.
         until_asked: whether a job without tasks goes on until it is asked to end.
+        restart: how tasks start again after one has failed, or None.
     """
     job = Dispatcher(plan, services, backend, frozenset(adopted), guard, budget)
     hosts: dict[str, Host] = {}
     try:
         for service in services:
-            if service.name in adopted:
-                hosts[service.name] = adopted[service.name]
-            else:
-                hosts[service.name] = make_host(service, *job._around(service, backend))
-        tasks = {} if plan is None else make_tasks(plan, backend, job._loop, job._handles, job._post)
+            name = service.name
+            hosts[name] = adopted[name] if name in adopted else make_host(service, *job._around(service, backend))
+        if plan is not None:
+            job.make_tasks = partial(make_tasks, plan, backend, job._loop, job._handles, job._post)
+        tasks = job.make_tasks()
     except BaseException:
         for name in hosts.keys() - adopted.keys():
             hosts[name].close()
         raise
     service_plans = tuple(_service_plan(service, hosts[service.name], keep, adopted) for service in services)
     state = begin(service_plans, task_plans(plan) if plan is not None else (), limits, until_asked=until_asked)
+    state = replace(state, restarts=TaskRestarts(restart))
     job.supervisor = Supervisor(state, tasks, hosts, backend, job._loop, on_sealed)
     job._dependencies.tell = job._depends
     for service in services:
@@ -115,9 +122,11 @@ class Dispatcher:
         supervisor: starts and stops everything of the job.
         plan: the physical plan.
         tokens: how many tokens services have told of: those of prompts, and those of completions.
+        make_tasks: makes the tasks of the job, each time new ones.
     """
 
     supervisor: Supervisor
+    make_tasks: Callable[[], dict[str, Task]] = dict
 
     def __init__(
         self,
@@ -208,6 +217,7 @@ class Dispatcher:
         if self.plan is not None:
             self.plan = self.plan.outline()
         self._handles, self._specs, self._guard = {}, {}, None
+        self.make_tasks = dict
         self.supervisor.forget()
 
     def _depends(self, service: str, requires: str) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -33,23 +33,46 @@ from sage._runtime.checkpoints import (
     without_changes,
 )
 from sage._runtime.durable_task import DurableTask, cannot_be_pickled
-from sage._runtime.lifecycle import TaskFailed
-from sage._runtime.states import TASK_TERMINAL
+from sage._runtime.lifecycle import TaskFailed, TasksRenewed
+from sage._runtime.states import TASK_TERMINAL, JobState
 from sage.errors import CheckpointError, JobError, describe, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sage._plan.logical import LogicalGraph, Node
     from sage._runtime.backend import Lane
     from sage._runtime.checkpoints import Action, Row
     from sage._runtime.supervisor import Ended, Supervisor
     from sage._runtime.task import Task, TaskParts
-    from sage.durable import Durable
+    from sage.durable import Durable, Restart
 
 log = log_of("sage.checkpoints")
 
 NAME_LENGTH_MAX = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A checkpoint for new tasks, which take their parts out.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        rows: the row of each operator and task, with what was pickled in it.
+        changes: the changes of the keys of each, the oldest first.
+    """
+
+    checkpoint: Checkpoint
+    rows: dict[tuple[str, int], tuple[Row, Any]]
+    changes: dict[tuple[str, int], list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded(CheckpointEvent):
+    """The last checkpoint was loaded again, as all tasks have ended after a failure, or there is an error."""
+
+    restored: Restored | None = None
+    error: Exception | None = None
 
 
 class DurableRun:
@@ -59,6 +82,7 @@ class DurableRun:
         number: the number of the checkpoint that the job goes on from, or 0.
         before: the records of each operator up to there, by its name, over all runs.
         waiting: how many records wait there in each operator, with those that were lost before.
+        restart: how tasks start again after one has failed, or None.
 
     Raises:
         CheckpointError: the folder cannot be used, or its checkpoint does not fit the graph or cannot be read; with
@@ -67,9 +91,18 @@ class DurableRun:
 
     channel_kind = AligningChannel
 
-    def __init__(self, settings: Durable, graph: LogicalGraph, resume: str, drop_state: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        settings: Durable,
+        graph: LogicalGraph,
+        resume: str,
+        drop_state: Sequence[str] = (),
+        restart: Restart | None = None,
+    ) -> None:
         folder = os.path.abspath(settings.folder)
+        self.restart = restart
         self._settings = settings
+        self._drop_state = drop_state
         self._graph = {node.name: (str(node.kind), node.parallelism) for node in graph.nodes.values()}
         self._promises = tuple(promises(graph))
         self._store = CheckpointStore(folder)
@@ -89,16 +122,14 @@ class DurableRun:
             self._resumed = found
             loaded, self._dropped = _without(drop_state, found or Checkpoint(0, {}, ()))
             self._check(loaded)
-            self._rows_found = {
-                (row.operator, row.index): (row, _unpickled(row.operator, row.body)[0]) for row in loaded.rows
-            }
-            self._changes = {
-                key: [one for body in bodies for one in _unpickled(key[0], body)]
-                for key, bodies in loaded.changes.items()
-            }
+            self._go_on_from(_restored(loaded))
         except BaseException:
             self._store.close()
             raise
+
+    def _go_on_from(self, restored: Restored) -> None:
+        loaded = restored.checkpoint
+        self._restored = restored
         self.number = loaded.number
         self.before = loaded.accounts
         self.waiting = _held(loaded.rows)
@@ -130,10 +161,10 @@ class DurableRun:
         """Return the part of one operator in one task."""
         part = f"{self._store.key}-{_in_file_names(node.name)}-{index}"
         is_read_anew = node.kind is Kind.SOURCE and any(node.name in names for names in self._before_changed.values())
-        if (node.name, index) not in self._rows_found or is_read_anew:
+        if (node.name, index) not in self._restored.rows or is_read_anew:
             return Recovery(part, self.number)
-        row, (state, left, function) = self._rows_found.pop((node.name, index))
-        changes = self._changes.pop((node.name, index), [])
+        row, (state, left, function) = self._restored.rows.pop((node.name, index))
+        changes = self._restored.changes.pop((node.name, index), [])
         return Recovery(part, self.number, state, left, function, row.since, changes, row.held)
 
     def task(self, *parts: *TaskParts) -> DurableTask:
@@ -171,14 +202,19 @@ class DurableRun:
         """Take in the part of a task; any thread may call this."""
         self._supervisor.post(event)
 
-    def begin(self, supervisor: Supervisor) -> None:
-        """Begin to make checkpoints; the job begins."""
+    def begin(self, supervisor: Supervisor, make_tasks: Callable[[], dict[str, Task]]) -> None:
+        """Begin to make checkpoints; the job begins.
+
+        Args:
+            supervisor: the supervisor of the job.
+            make_tasks: makes the tasks again, after one has failed.
+        """
         self._supervisor = supervisor
-        tasks = supervisor.tasks
-        sources = frozenset(name for name, task in tasks.items() if task.nodes[0].kind in (Kind.SOURCE, Kind.FUTURE))
-        self._state = Checkpoints(self._settings.interval_s, frozenset(tasks), sources, self.number)
-        self._lane = supervisor.backend.lane("checkpoints")
+        self._make_tasks = make_tasks
+        self._state = self._first_state(supervisor.tasks)
+        self._lane = lane = supervisor.backend.lane("checkpoints")
         supervisor.handle_checkpoint = self.handle
+        supervisor.renew_tasks = lambda: lane.run(self._reload)
         for line in self._promises:
             log.info("%s", line)
         for note in self._beginning():
@@ -186,18 +222,50 @@ class DurableRun:
             _show(note)
         supervisor.call_at(supervisor.backend.now(), lambda: self.handle(Due()))
 
+    def _first_state(self, tasks: Mapping[str, Task]) -> Checkpoints:
+        sources = frozenset(name for name, task in tasks.items() if task.nodes[0].kind in (Kind.SOURCE, Kind.FUTURE))
+        return Checkpoints(self._settings.interval_s, frozenset(tasks), sources, self.number)
+
+    def _reload(self) -> None:
+        """Load the last checkpoint again, on the thread that has written it; `handle` goes on."""
+        try:
+            found = self._store.load() or Checkpoint(0, {}, ())
+            was_dropped = self._resumed is None or found.number > self._resumed.number
+            loaded = found if was_dropped else _without(self._drop_state, found)[0]
+            self._supervisor.post(Reloaded(_restored(loaded)))
+        except JobError as error:
+            self._supervisor.post(Reloaded(error=error))
+
+    def _begin_again(self, event: Reloaded) -> None:
+        """Make the tasks of the job again, from the checkpoint that was loaded."""
+        supervisor = self._supervisor
+        if supervisor.state.job is not JobState.RESTARTING:
+            return  # it was stopped meanwhile
+        if event.restored is None:
+            supervisor.handle(TasksRenewed(event.error))
+            return
+        self._go_on_from(event.restored)
+        self._tasks, self._parts, self._last_parts = {}, {}, {}
+        tasks = self._make_tasks()
+        self._state = self._first_state(tasks)
+        log.warning("tasks start again checkpoint=%d", self.number)
+        supervisor.begin_again(tasks)
+        self.handle(Due())
+
     def _beginning(self) -> list[str]:
-        skipped = [f"checkpoint {number} is damaged and was left out" for number in self._store.skipped]
+        numbers = dict.fromkeys(self._store.skipped)
+        skipped = [f"checkpoint {number} is damaged and was left out" for number in numbers]
         if self._resumed is None:
             return skipped
-        resumed = f"resumed from checkpoint {self.number} ({self._resumed.records:,} records done)"
+        resumed = f"resumed from checkpoint {self._resumed.number} ({self._resumed.records:,} records done)"
         return [*skipped, resumed, *self._dropped]
 
     def notes(self, tasks: Iterable[Task]) -> tuple[str, ...]:
         """Return lines for the report of the job with these tasks."""
         sources = [task.operators[0] for task in tasks if task.nodes[0].kind is Kind.SOURCE]
         has_read = any(operator.metrics.records_in for operator in sources)
-        nothing = [] if self._resumed is None or has_read else ["nothing new: the sources have no further records"]
+        is_last = self._resumed is not None and self.number == self._resumed.number
+        nothing = ["nothing new: the sources have no further records"] if is_last and not has_read else []
         failed = {
             operator.node.name: operator.unseen_failed
             for task in tasks
@@ -217,6 +285,9 @@ class DurableRun:
                 (self._last_parts if number is None else self._parts)[task] = event
             case WriteFailed(error):
                 self._fail(error)
+                return
+            case Reloaded():
+                self._begin_again(event)
                 return
         before = self._state.due
         self._state, actions = step(self._state, event, self._supervisor.backend.now())
@@ -274,6 +345,14 @@ class DurableRun:
         if self._lane is not None:
             self._lane.close(wait=True)
         self._store.close()
+
+
+def _restored(loaded: Checkpoint) -> Restored:
+    rows = {(row.operator, row.index): (row, _unpickled(row.operator, row.body)[0]) for row in loaded.rows}
+    changes = {
+        key: [one for body in bodies for one in _unpickled(key[0], body)] for key, bodies in loaded.changes.items()
+    }
+    return Restored(loaded, rows, changes)
 
 
 def _complete(row: Row) -> Row:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sage._runtime.dues import Dues
 from sage._runtime.states import JobState, ServiceState, StopMode, TaskState
+from sage._runtime.task_restarts import NO_RESTARTS, TaskRestarts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -161,7 +162,6 @@ class FailureKind(StrEnum):
     """The kind of failure."""
 
     BEGIN = "begin"
-
     TASK = "task"
     CLOSE = "close"
     START = "start"
@@ -286,6 +286,7 @@ class State:
         drain_due: when draining turns into cancelling.
         tasks_due: when tasks that still run are abandoned.
         hook_cap_s: bound of every hook after an impatient stop, in seconds.
+        restarts: the restarts of the tasks.
     """
 
     services: Mapping[str, ServiceRecord]
@@ -307,14 +308,15 @@ class State:
     drain_due: float = math.inf
     tasks_due: float = math.inf
     hook_cap_s: float = math.inf
+    restarts: TaskRestarts = NO_RESTARTS
 
     @property
     def next_due(self) -> float | None:
         """When a `Tick` is due next, or None."""
-        first = self.tally.dues[1][0] if self.tally.dues is not None else None
-        if self.job is JobState.DRAINING:
-            return self.drain_due if first is None else min(first, self.drain_due)
-        return first
+        first = self.tally.dues[1][0] if self.tally.dues is not None else math.inf
+        restarts = self.job is JobState.RESTARTING and self.tally.tasks_left == 0
+        other = self.drain_due if self.job is JobState.DRAINING else self.restarts.due if restarts else math.inf
+        return None if min(first, other) == math.inf else min(first, other)
 
     @property
     def is_failed(self) -> bool:
@@ -470,6 +472,13 @@ class TaskEnded:
     state: TaskState
 
 
+@dataclass(frozen=True, slots=True)
+class TasksRenewed:
+    """All tasks were made again, from the last checkpoint, unless there is an `error`."""
+
+    error: Exception | None = None
+
+
 TaskEvent = TaskOpened | TaskFailed | TaskClosing | TaskEnded
 
 
@@ -482,7 +491,7 @@ class TaskEvents:
 
 Rest = RestRequested | WakeRequested
 ServiceEvent = HookEnded | ServiceDied | ServiceFailed | CleanupDeferred | ExtendTimeout | DependencySeen | Rest
-LifecycleEvent = Begin | CannotBegin | Tick | StopRequested | ServiceEvent | TaskEvent | TaskEvents
+LifecycleEvent = Begin | CannotBegin | Tick | StopRequested | ServiceEvent | TaskEvent | TaskEvents | TasksRenewed
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
@@ -495,6 +504,8 @@ class ActionKind(Enum):
     STOP_TASK = "stop_task"
     HOLD_BACK_TASK = "hold_back_task"
     CANCEL_TASK = "cancel_task"
+    RESET_TASK = "reset_task"
+    RENEW_TASKS = "renew_tasks"
     ABANDON_TASK = "abandon_task"
     RUN_HOOK = "run_hook"
     ABANDON_HOOK = "abandon_hook"

@@ -26,7 +26,7 @@ from sage.errors import (
 from sage.report import STANDS_HERE, Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from sage._plan.logical import LogicalGraph
     from sage._runtime.backend import Host, HostFacts
@@ -170,8 +170,16 @@ def seal(
             for task in dispatcher.supervisor.tasks.values()
         ),
         errors=errors,
-        notes=notes,
+        notes=(*notes, *_restart_notes(state, graph.name)),
+        restarts=len(state.restarts.at),
     )
+
+
+def _restart_notes(state: State, job: str) -> Iterator[str]:
+    """Yield a line for each failure after which the tasks of the job were started again."""
+    for one in state.restarts.setbacks:
+        error = error_of(Failure(FailureKind.TASK, one.task, error=one.error), job, None)
+        yield f"restart {one.number}: {str(error).splitlines()[0]}"
 
 
 def so_far(

@@ -11,6 +11,7 @@ class JobState(StrEnum):
     NEW = "new"
     STARTING = "starting"
     RUNNING = "running"
+    RESTARTING = "restarting"
     DRAINING = "draining"
     CANCELLING = "cancelling"
     FAILING = "failing"
@@ -93,8 +94,9 @@ J, T, S = JobState, TaskState, ServiceState
 
 JOB_NEXT: dict[JobState, frozenset[JobState]] = {
     J.NEW: frozenset({J.STARTING, J.CANCELLING, J.FAILING}),
-    J.STARTING: frozenset({J.RUNNING, J.CANCELLING, J.FAILING}),
-    J.RUNNING: frozenset({J.DRAINING, J.CANCELLING, J.FAILING, J.STOPPING_SERVICES}),
+    J.STARTING: frozenset({J.RUNNING, J.RESTARTING, J.CANCELLING, J.FAILING}),
+    J.RUNNING: frozenset({J.DRAINING, J.RESTARTING, J.CANCELLING, J.FAILING, J.STOPPING_SERVICES}),
+    J.RESTARTING: frozenset({J.STARTING, J.CANCELLING, J.FAILING}),
     J.DRAINING: frozenset({J.CANCELLING, J.FAILING, J.STOPPING_SERVICES}),
     J.CANCELLING: frozenset({J.STOPPING_SERVICES}),
     J.FAILING: frozenset({J.STOPPING_SERVICES}),

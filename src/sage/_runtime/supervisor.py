@@ -20,6 +20,7 @@ from sage._runtime.lifecycle import (
     StopRequested,
     TaskEnded,
     TaskFailed,
+    TasksRenewed,
     Tick,
     begin,
 )
@@ -75,6 +76,7 @@ class Supervisor:
         is_sealed: whether everything has ended and the report is made.
         listeners: called with every event and hook as they come, by the supervisor's thread; they must not raise.
         handle_checkpoint: called with each event of a durable job's checkpoints, or None.
+        renew_tasks: called to make the tasks of a durable job again; `begin_again` follows.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Supervisor:
         self.is_sealed = False
         self.listeners: list[Callable[[Event | HookEvent], None]] = []
         self.handle_checkpoint: Callable[[CheckpointEvent], None] | None = None
+        self.renew_tasks: Callable[[], None] | None = None
         self._loop = loop
         self._on_sealed = on_sealed
         self._hooks: dict[str, list[HookReport]] = {name: [] for name in hosts}
@@ -113,6 +116,11 @@ class Supervisor:
     def post(self, event: LifecycleEvent | CheckpointEvent) -> None:
         """Post an event; any thread may."""
         self.backend.post(self, event)
+
+    def begin_again(self, tasks: dict[str, Task]) -> None:
+        """Go on with new tasks in the place of those that have ended."""
+        self.tasks = tasks
+        self.handle(TasksRenewed())
 
     def note_dependency(self, service: str, requires: str) -> None:
         """Say that a service was seen to ask for another, which therefore has to outlive it."""
@@ -184,9 +192,15 @@ class Supervisor:
         self.hosts = {}
         self._hooks = {}
         self.listeners = []
-        self.handle_checkpoint = None
+        self.handle_checkpoint = self.renew_tasks = None
         self.state = replace(
-            self.state, service_plans={}, task_plans={}, failures=(), shape=NOTHING.shape, tally=NOTHING.tally
+            self.state,
+            service_plans={},
+            task_plans={},
+            failures=(),
+            restarts=NOTHING.restarts,
+            shape=NOTHING.shape,
+            tally=NOTHING.tally,
         )
 
     def _carry_out(self, action: Action) -> None:
@@ -222,6 +236,13 @@ class Supervisor:
                 self.tasks[target].request_cancel()
                 self._hold_back_calls()
                 self._loop.cancel()
+            case ActionKind.RESET_TASK:
+                self.tasks[target].request_cancel()
+                self._loop.cancel()
+            case ActionKind.RENEW_TASKS:
+                self.backend.join_tasks([*self.tasks.values()])
+                assert self.renew_tasks is not None
+                self.renew_tasks()
             case ActionKind.ABANDON_TASK:
                 self._abandoned.add(target)
                 task = self.tasks[target]
@@ -257,7 +278,7 @@ class Supervisor:
 
     def _note(self, action: Action) -> None:
         if action.subject == "job" and action.after == JobState.RUNNING:
-            self._ran_from = self.backend.now()
+            self._ran_from = self.backend.now() if self._ran_from is None else self._ran_from
         elif action.subject == "job" and action.after == JobState.STOPPING_SERVICES:
             self._ran_until = self.backend.now()
         event = Event(time.time(), action.subject, action.target, action.before, action.after)

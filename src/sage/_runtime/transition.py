@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from sage._runtime.dues import Due
     from sage._runtime.lifecycle import Tally, TaskPlan
+    from sage._runtime.task_restarts import TaskRestarts
 
 
 class ServiceChanges(TypedDict, total=False):
@@ -70,6 +71,7 @@ CARRIED = (
     "drain_due",
     "tasks_due",
     "hook_cap_s",
+    "restarts",
 )
 """The fields of a state that a step may change; `tally` is copied."""
 
@@ -101,6 +103,7 @@ class Transition:
     drain_due: float
     tasks_due: float
     hook_cap_s: float
+    restarts: TaskRestarts
 
     def __init__(self, start: State, now: float) -> None:
         self.start = start
@@ -237,7 +240,7 @@ class Transition:
 
     @property
     def stopping(self) -> bool:
-        return self.job not in (JobState.NEW, JobState.STARTING, JobState.RUNNING)
+        return self.job not in (JobState.NEW, JobState.STARTING, JobState.RUNNING, JobState.RESTARTING)
 
     @property
     def starting_ends(self) -> bool:
@@ -321,7 +324,10 @@ class Transition:
             self.do(ActionKind.HURRY_EXIT, name, hook="exit", incarnation=record.incarnation, due=due)
 
     def fail_job(self) -> None:
-        if self.job in (JobState.STARTING, JobState.RUNNING, JobState.DRAINING):
+        if self.job is JobState.RESTARTING:  # which was in vain
+            causes = (Failure(FailureKind.TASK, one.task, error=one.error) for one in self.restarts.causes)
+            self.failures = (*causes, *self.failures)
+        if self.job in (JobState.STARTING, JobState.RUNNING, JobState.RESTARTING, JobState.DRAINING):
             self.arm()
             self.move_job(JobState.FAILING)
             self.cancel_tasks()
@@ -338,13 +344,39 @@ class Transition:
             if not self.start.task_plans[name].serving and record.state not in TASK_TERMINAL:
                 self.do(ActionKind.HOLD_BACK_TASK, name)
 
-    def cancel_tasks(self) -> None:
+    def cancel_tasks(self, do: ActionKind = ActionKind.CANCEL_TASK) -> None:
         for name, record in list(self.tasks.items()):
             if record.state is TaskState.CREATED:
                 self.move_task(name, TaskState.SKIPPED)
             elif record.state not in TASK_TERMINAL:
-                self.do(ActionKind.CANCEL_TASK, name)
+                self.do(do, name)
         self.tighten_tasks()
+
+    # --- a restart of the tasks ---
+
+    def may_restart(self, error: BaseException) -> bool:
+        """Return whether the tasks start again, or do so anyway, after one has failed with an error."""
+        if self.job in (JobState.STARTING, JobState.RUNNING) and not self.restarts.allows(self.now):
+            return False
+        return not self.stopping and self.restarts.covers(error)
+
+    def restart_tasks(self, name: str, error: BaseException) -> None:
+        """End all tasks so that they can be made again, unless that is under way; `name` is that of the failed one."""
+        if self.job is not JobState.RESTARTING:
+            self.restarts = self.restarts.begun(self.now)
+            self.move_job(JobState.RESTARTING)
+            self.cancel_tasks(ActionKind.RESET_TASK)
+        self.restarts = self.restarts.after(name, error)
+
+    def renew_tasks(self) -> None:
+        """Begin with new tasks; the services are there."""
+        plans = self.start.task_plans
+        self.tasks = {name: TaskRecord() for name in plans}
+        self.tally.tasks_left = self.tally.tasks_unopened = len(plans)
+        self.tally.main_left = sum(not plan.serving for plan in plans.values())
+        self.tally.unopened = {name: len({*plan.downstream}) for name, plan in plans.items()}
+        self.move_job(JobState.STARTING)
+        self.openable.update(plans)
 
     def tighten_tasks(self) -> None:
         """Give every task that still runs its time to leave user code."""

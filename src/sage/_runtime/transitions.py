@@ -7,6 +7,7 @@ tested with numbers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ from sage._runtime.lifecycle import (
     TaskFailed,
     TaskOpened,
     TaskRecord,
+    TasksRenewed,
     Tick,
 )
 from sage._runtime.service_transitions import (
@@ -48,6 +50,10 @@ from sage.errors import ServiceUnavailableError
 if TYPE_CHECKING:
     from sage._runtime.dues import Due
     from sage._runtime.lifecycle import LifecycleEvent, TaskEvent
+
+
+GOING_ON = frozenset({JobState.NEW, JobState.STARTING, JobState.RUNNING, JobState.RESTARTING, JobState.DRAINING})
+"""The states of a job that nobody has asked to end at once."""
 
 
 def step(
@@ -90,6 +96,8 @@ def _take(t: Transition, event: LifecycleEvent) -> None:
         case TaskEvents():
             for one in event.events:
                 _take(t, one)
+        case TasksRenewed():
+            _take_renewal(t, event)
         case Tick():
             pass
         case _:
@@ -128,7 +136,7 @@ def _take_stop(t: Transition, event: StopRequested) -> None:
                 t.bring_forward(name, capped)
         t.tighten_tasks()
     job = t.job
-    if job in (JobState.NEW, JobState.STARTING, JobState.RUNNING, JobState.DRAINING, JobState.CANCELLING):
+    if job in GOING_ON or job is JobState.CANCELLING:
         t.ended_by = event.way
     if event.way is StopMode.KILL:
         _kill(t)
@@ -138,9 +146,19 @@ def _take_stop(t: Transition, event: StopRequested) -> None:
         if job is JobState.RUNNING:
             t.move_job(JobState.DRAINING)
             t.stop_sources(lambda plan: not plan.serving)
-    elif job in (JobState.NEW, JobState.STARTING, JobState.RUNNING, JobState.DRAINING):
+    elif job in GOING_ON:
         t.move_job(JobState.CANCELLING)
         t.cancel_tasks()
+
+
+def _take_renewal(t: Transition, event: TasksRenewed) -> None:
+    if t.job is not JobState.RESTARTING:
+        return  # it was stopped meanwhile
+    if event.error is None:
+        t.renew_tasks()
+    else:
+        t.fail(FailureKind.TASK, next(iter(t.tasks)), error=event.error)
+        t.fail_job()
 
 
 def _take_task(t: Transition, event: TaskEvent) -> None:
@@ -150,6 +168,8 @@ def _take_task(t: Transition, event: TaskEvent) -> None:
             t.put_task(name, TaskRecord(t.tasks[name].state, t.tasks[name].due, opened=True))
         case TaskFailed() if _takes_along(t, event.error):
             pass
+        case TaskFailed() if not event.closing and t.may_restart(event.error):
+            t.restart_tasks(name, event.error)
         case TaskFailed():
             trouble = FailureKind.CLOSE if event.closing else FailureKind.TASK
             t.fail(trouble, name, event.closing, event.error)
@@ -183,7 +203,7 @@ def _takes_along(t: Transition, error: BaseException) -> bool:
 
 def _kill(t: Transition) -> None:
     """Give up on everything that has not ended."""
-    if t.job in (JobState.NEW, JobState.STARTING, JobState.RUNNING, JobState.DRAINING):
+    if t.job in GOING_ON:
         t.move_job(JobState.CANCELLING)
     for name, task in list(t.tasks.items()):
         if task.state is TaskState.CREATED:
@@ -222,6 +242,8 @@ def _advance(t: Transition) -> None:
     check_replicas(t)
     if t.job is JobState.STARTING:
         _advance_start(t)
+    if t.job is JobState.RESTARTING and t.tasks_over:
+        _advance_restart(t)
     job = t.job
     if job is JobState.DRAINING or (job is JobState.RUNNING and not t.start.shape.serves_only):
         _stop_serving(t)
@@ -255,6 +277,15 @@ def _advance_start(t: Transition) -> None:
         for name in t.tasks:
             t.move_task(name, TaskState.RUNNING)
             t.do(ActionKind.RUN_TASK, name)
+
+
+def _advance_restart(t: Transition) -> None:
+    """Have the tasks made again after the pause; one that could not be ended might still write."""
+    if any(record.state is TaskState.ABANDONED for record in t.tasks.values()):
+        t.fail_job()
+    elif t.now >= t.restarts.due:
+        t.restarts = replace(t.restarts, due=math.inf)
+        t.do(ActionKind.RENEW_TASKS)
 
 
 def _stop_serving(t: Transition) -> None:
