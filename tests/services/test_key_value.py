@@ -535,8 +535,8 @@ class TestRedis:
     def test_what_other_programs_put_there(self, server: str) -> None:
         with opened(RedisKeyValue(server, password=PASSWORD, prefix="others:")) as store:
             assert isinstance(store, RedisKeyValue)
-            store._connected().set("others:text", "{not json")
-            store._connected().rpush("others:list", "1")
+            store._server.client.set("others:text", "{not json")
+            store._server.client.rpush("others:list", "1")
             with pytest.raises(TypeError, match=r"its value is '\{not json', which is not a whole number"):
                 store.increment("text")
             with pytest.raises(ServiceError, match=r"the value of 'text' is not JSON: '\{not json'"):
