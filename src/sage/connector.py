@@ -68,9 +68,11 @@ class TransactionalSink(ABC, Generic[A_contra]):
 
     Attributes:
         durable: whether the job is durable, so that a commit may be repeated; set before `open`.
+        promise: how often records come over restarts, for the plan that people see.
     """
 
     durable: bool = True
+    promise: str = "each record exactly once"
 
     def open(self, part: str, checkpoint: int) -> None:
         """Acquire resources, and drop everything of `part` that belongs to a later checkpoint than `checkpoint`.

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
-from support import object_server, postgres_server
+from support import brokers, object_server, postgres_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,7 @@ def _no_server_is_left() -> Iterator[None]:
     yield
     postgres_server.stop()
     object_server.stop()
+    brokers.stop()
 
 
 @pytest.fixture(autouse=True)

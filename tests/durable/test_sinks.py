@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from support import brokers
 from support.needs import needs_parquet
 from support.object_server import needs_objects, objects
 from support.postgres_server import execute, needs_postgres, server
@@ -21,10 +22,12 @@ from sage.connectors import (
     CsvFiles,
     JsonLines,
     JsonLinesFiles,
+    KafkaSink,
     Parquet,
     ParquetFiles,
     PostgresSink,
     PostgresTable,
+    RedisStreamSink,
     SqliteSink,
     SqliteTable,
     Text,
@@ -136,10 +139,30 @@ SINKS = {
     "PostgresSink with a key": Case(
         lambda folder: rows_in_postgres(folder, key="id"), value, {"text": "no key"}, back_from_postgres, share
     ),
+    "KafkaSink": Case(
+        lambda folder: KafkaSink(brokers.kafka(), brokers.topic(folder)),
+        value,
+        {1},
+        lambda folder: brokers.KafkaValues(brokers.kafka(), brokers.topic(folder)),
+        brokers.share,
+    ),
+    "RedisStreamSink": Case(
+        lambda folder: RedisStreamSink(brokers.redis(), brokers.stream(folder)),
+        value,
+        {"id": None},
+        lambda folder: brokers.RedisValues(brokers.redis(), brokers.stream(folder)),
+        brokers.share,
+    ),
 }
 
 
-MARKS = {"ParquetFiles": needs_parquet, "PostgresSink": needs_postgres, "Objects,": needs_objects}
+MARKS = {
+    "ParquetFiles": needs_parquet,
+    "PostgresSink": needs_postgres,
+    "KafkaSink": brokers.needs_kafka,
+    "RedisStreamSink": brokers.needs_redis,
+    "Objects,": needs_objects,
+}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SINKS])
@@ -276,12 +299,12 @@ def test_a_job_that_is_not_durable_writes_all_or_nothing(case: Case, tmp_path: P
     "name",
     [
         pytest.param(name, marks=MARKS.get(name.split()[0], ()))
-        for name in SINKS
-        if not name.startswith(("Postgres", "Objects"))
+        for name, case in SINKS.items()
+        if case.copy is shutil.copytree
     ],
 )
 def test_a_job_that_is_killed_anywhere_writes_each_record_once(name: str) -> None:
-    """A server does not go back with its folder, so the tests of those with one kill whole programs."""
+    """A server does not go back with its folder, so the tests of each server kill whole programs."""
     case = SINKS[name]
     numbers = range(40)
 

@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from support import brokers
 from support.needs import needs_parquet
 from support.postgres_server import execute, needs_postgres, server
 
@@ -79,6 +80,14 @@ def append_to_postgres(folder: Path, numbers: Sequence[int]) -> None:
         execute(address, "INSERT INTO rows VALUES ($1, $2, $3)", *ticket(number).values())
 
 
+def append_to_kafka(folder: Path, numbers: Sequence[int]) -> None:
+    brokers.produce(brokers.topic(folder), [json.dumps(value(number)).encode() for number in numbers])
+
+
+def append_to_redis(folder: Path, numbers: Sequence[int]) -> None:
+    brokers.add(brokers.stream(folder), list(map(value, numbers)))
+
+
 def postgres(folder: Path, **options: Any) -> PostgresTable:
     return PostgresTable(server().address(folder), **options, by="at")
 
@@ -118,10 +127,24 @@ SOURCES = {
         ticket,
         is_ordered=False,
     ),
+    "KafkaTopic": Case(
+        append_to_kafka,
+        lambda folder: brokers.KafkaValues(brokers.kafka(), brokers.topic(folder, has_to_be_there=False)),
+        value,
+        is_ordered=False,
+    ),
+    "RedisStream": Case(
+        append_to_redis, lambda folder: brokers.RedisValues(brokers.redis(), brokers.stream(folder)), value
+    ),
 }
 
 
-MARKS = {"Parquet": needs_parquet, "PostgresTable": needs_postgres}
+MARKS = {
+    "Parquet": needs_parquet,
+    "PostgresTable": needs_postgres,
+    "KafkaTopic": brokers.needs_kafka,
+    "RedisStream": brokers.needs_redis,
+}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name.split()[0], ())) for name in SOURCES])
@@ -190,10 +213,10 @@ def test_a_source_that_was_opened_is_closed_without_a_read(case: Case, tmp_path:
 
 
 def test_nothing_to_read_from_is_an_error_that_says_where_it_looked(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(ConnectorError, match=r"^no (file|database)|has no table|does not exist") as caught:
+    with pytest.raises(ConnectorError, match=r"^no (file|database)|has no table|does not exist|is not there") as caught:
         read(case.source(tmp_path))
     assert any(
-        any(word in note for word in ("The program runs in", "There are: ", "search_path"))
+        any(word in note for word in ("The program runs in", "There are: ", "search_path", "XADD"))
         for note in caught.value.__notes__
     )
 

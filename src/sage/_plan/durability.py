@@ -127,7 +127,7 @@ def _times(sink: Node) -> str:
     assert sink.function is not None
     target = sink.function.target
     if isinstance(target, TransactionalSink):
-        return "each record exactly once"
+        return target.promise
     if isinstance(getattr(target, "__self__", None), IN_MEMORY):
         return "nothing of earlier runs: its records are in memory"
     return "each record at least once"

@@ -1,4 +1,4 @@
-"""Sources and sinks for files and databases, written as your own would be."""
+"""Sources and sinks for files, databases and brokers, written as your own would be."""
 
 from sage._lazy import lazy
 
@@ -8,10 +8,16 @@ if TYPE_CHECKING:
     from sage.connectors.csv import CsvFiles as CsvFiles
     from sage.connectors.json_lines import JsonLines as JsonLines
     from sage.connectors.json_lines import JsonLinesFiles as JsonLinesFiles
+    from sage.connectors.kafka import KafkaRecord as KafkaRecord
+    from sage.connectors.kafka import KafkaSink as KafkaSink
+    from sage.connectors.kafka import KafkaTopic as KafkaTopic
     from sage.connectors.parquet import Parquet as Parquet
     from sage.connectors.parquet import ParquetFiles as ParquetFiles
     from sage.connectors.postgres import PostgresSink as PostgresSink
     from sage.connectors.postgres import PostgresTable as PostgresTable
+    from sage.connectors.redis_streams import RedisEntry as RedisEntry
+    from sage.connectors.redis_streams import RedisStream as RedisStream
+    from sage.connectors.redis_streams import RedisStreamSink as RedisStreamSink
     from sage.connectors.sqlite import SqliteSink as SqliteSink
     from sage.connectors.sqlite import SqliteTable as SqliteTable
     from sage.connectors.text import Text as Text
@@ -23,8 +29,10 @@ __getattr__ = lazy(
     {
         "csv": "Csv CsvFiles",
         "json_lines": "JsonLines JsonLinesFiles",
+        "kafka": "KafkaRecord KafkaSink KafkaTopic",
         "parquet": "Parquet ParquetFiles",
         "postgres": "PostgresSink PostgresTable",
+        "redis_streams": "RedisEntry RedisStream RedisStreamSink",
         "sqlite": "SqliteSink SqliteTable",
         "text": "Text TextFiles",
     },
