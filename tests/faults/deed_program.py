@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from faults.deeds import DEEDS, DONE, WAIT_S, Deed, undo
+from faults.deeds import COMMAND, COMMANDS, DEEDS, DONE, FUNCTION, INLINE, RECYCLED, REPLICAS, WAIT_S, Deed, undo
 
 from sage import BaseService, JobError, Line, LocalEnvironment, MapFunction, ServiceOptions, StopSignal
 from sage._runtime.job import Job
@@ -39,6 +39,7 @@ class Service(BaseService):
     def __init__(self, deed: str, marks: str) -> None:
         self.deed = deed
         self.marks = marks
+        mark(marks, "build")
 
     def setup(self) -> None:
         mark(self.marks, "setup")
@@ -75,9 +76,14 @@ class Run:
 
     def read(self) -> Any:
         if self.given < RECORDS:
+            if self.host == RECYCLED and self.given == RECORDS - 1 and "cleanup" not in self.marked():
+                return None  # the last record is for the successor
             self.given += 1
             return self.given
         return StopSignal() if self.way == "natural" or self.is_ending.is_set() else None
+
+    def marked(self) -> list[str]:
+        return Path(self.marks).read_text(encoding="utf-8").split()
 
     def read_beside(self) -> Any:
         if self.is_ending.is_set() and self.way == "failure":
@@ -94,19 +100,27 @@ class Run:
 
         class Function(MapFunction):
             def execute(self, data: int) -> Any:
-                if run.host == "function":
+                if run.host == FUNCTION:
                     return run.deed.do()
-                return DONE if run.host == "command" else self.call_service("service", data)
+                return DONE if run.host in (COMMAND, COMMANDS) else self.call_service("service", data)
 
             def close(self) -> None:
                 mark(run.marks, "close")
 
-        if self.host == "command":
+        replicas = 2 if self.host in (REPLICAS, COMMANDS) else 1
+        if self.host in (COMMAND, COMMANDS):
             words = [sys.executable, "-m", "faults.deed_program", "command", self.deed.name]
-            env.register_command("service", words, ready=Line("up"), options=ServiceOptions(stop_timeout_s=5))
+            env.register_command(
+                "service", words, ready=Line("up"), options=ServiceOptions(stop_timeout_s=5, replicas=replicas)
+            )
         else:
             # What a function does may hurt what leads from its process to that of a service.
-            options = ServiceOptions(host="inline" if self.host == "inline" else "process", kill_grace_s=5.0)
+            options = ServiceOptions(
+                host="inline" if self.host == INLINE else "process",
+                kill_grace_s=5.0,
+                replicas=replicas,
+                recycle_calls=1 if self.host == RECYCLED else None,
+            )
             env.register_service("service", Service, self.deed.name, self.marks, options=options)
         env.from_source(self.read).map(Function).sink(self.take)
         env.from_source(self.read_beside).sink(lambda _: None)
@@ -156,7 +170,7 @@ class Run:
             "cleanliness": str(report.cleanliness),
             "service": report.service("service").state,
             "errors": [str(error) for error in report.errors],
-            "marks": Path(self.marks).read_text(encoding="utf-8").split(),
+            "marks": self.marked(),
             "left": left,
             "took_s": [self.began_at or self.ended_at, self.ended_at],
             "is_reported": self.report_file.exists() and '"type": "report"' in self.report_file.read_text(),

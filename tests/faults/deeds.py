@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sage import LocalEnvironment, ServiceOptions
 
@@ -34,7 +34,36 @@ FUNCTION, INLINE, PROCESS, COMMAND = "function", "inline", "process", "command"
 HOSTS = (FUNCTION, INLINE, PROCESS)
 """Where a deed is done. A command does most of them as any other program would, so that few say something."""
 
-ALL = (*HOSTS, COMMAND)
+REPLICAS, RECYCLED, COMMANDS = "replicas", "recycled", "replicas of a command"
+LIKE = {REPLICAS: PROCESS, RECYCLED: PROCESS, COMMANDS: COMMAND}
+"""Hosts with several processes, and the host with one, of which each does the same deeds and must end alike."""
+
+SINGLE = (*HOSTS, COMMAND)
+ALL = (*SINGLE, *LIKE)
+
+SLOW = ("spawn", "forkserver")
+"""Start methods that load the whole program again for each process."""
+
+LIKE_OTHERS = {
+    "a pool by fork",
+    "an executor by fork",
+    "clears the environment and leaves a program",
+    "closes standard input",
+    "dumps on signals",
+    "forks and ends the child",
+    "forks and leaves the child",
+    "leaves a pool of threads",
+    "leaves a program in a session",
+    "leaves a program that inherits",
+    "registers for the exit",
+    "removes the folder",
+    "runs a program that inherits",
+    "runs programs by asyncio",
+    "sets the wake-up descriptor",
+    "terminates a process",
+    "uses the shell",
+}
+"""Deeds whose main part another deed does as well."""
 
 WAYS = ("natural", "stop", "cancel", "failure", "SIGINT", "SIGTERM")
 OUTCOMES = {
@@ -45,6 +74,8 @@ OUTCOMES = {
     "SIGINT": "stopped",
     "SIGTERM": "stopped",
 }
+
+T = TypeVar("T")
 
 STAYS_S = 1000.0
 WAIT_S = 20.0
@@ -61,7 +92,7 @@ class Deed:
     Attributes:
         name: what is done, in words.
         do: does it, and returns `DONE` if it went as it should.
-        hosts: where it is done.
+        single: where it is done by one process or function.
         before: done on the main thread of the program before its jobs.
         dirty: the hosts whose job is dirty for it, with what an error must say there.
         fails: the hosts whose job fails for it, with what an error must say there.
@@ -72,13 +103,28 @@ class Deed:
 
     name: str
     do: Callable[[], str]
-    hosts: tuple[str, ...] = HOSTS
+    single: tuple[str, ...] = HOSTS
     before: Callable[[], None] | None = None
     dirty: tuple[tuple[str, str], ...] = ()
     fails: tuple[tuple[str, str], ...] = ()
     ends: tuple[tuple[str, int], ...] = ()
     unchecked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     ignore: tuple[str, ...] = ()
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether no other deed does its main part, and it loads no program again."""
+        return not self.name.endswith(SLOW) and self.name not in LIKE_OTHERS
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Where it is done; several processes of a service do only those that are quick."""
+        several = [host for host, like in LIKE.items() if like in self.single and self.is_quick]
+        return (*self.single, *several)
+
+    def on(self, host: str, table: tuple[tuple[str, T], ...]) -> T | None:
+        """Return what one of the attributes above says about a host, or None."""
+        return dict(table).get(LIKE.get(host, host))
 
 
 @dataclass(frozen=True)
@@ -92,7 +138,7 @@ class Cell:
     @property
     def outcome(self) -> str:
         """How the job ends."""
-        return "failed" if self.host in dict(self.deed.fails) else OUTCOMES[self.way]
+        return "failed" if self.deed.on(self.host, self.deed.fails) else OUTCOMES[self.way]
 
 
 # --- what is undone in the process in which it was done, when the job is over
@@ -468,10 +514,10 @@ NOT_KNOWN = tuple((host, "its exit code is not known") for host in (FUNCTION, PR
 DEEDS = {
     deed.name: deed
     for deed in (
-        Deed("does nothing", nothing, ALL),
-        Deed("forks", forks, ALL),
-        Deed("forks and leaves the child", forks_and_leaves_it, ALL),
-        Deed("forks twice and leaves the child", forks_twice_and_leaves_it, ALL),
+        Deed("does nothing", nothing, SINGLE),
+        Deed("forks", forks, SINGLE),
+        Deed("forks and leaves the child", forks_and_leaves_it, SINGLE),
+        Deed("forks twice and leaves the child", forks_twice_and_leaves_it, SINGLE),
         Deed("forks and ends the child", forks_and_ends_it),
         Deed("forks, and the child comes back", comes_back_from_a_fork),
         Deed("forks, and the child runs a job", forks_and_runs_a_job_there),
@@ -484,13 +530,13 @@ DEEDS = {
         Deed("runs a program", runs_a_program()),
         Deed("runs a program that inherits", runs_a_program(close_fds=False)),
         Deed("uses the shell", uses_the_shell),
-        Deed("leaves a program", leaves_a_program(), ALL),
-        Deed("leaves a program that inherits", leaves_a_program(close_fds=False), ALL),
-        Deed("leaves a program in a session", leaves_a_program(start_new_session=True), ALL),
+        Deed("leaves a program", leaves_a_program(), SINGLE),
+        Deed("leaves a program that inherits", leaves_a_program(close_fds=False), SINGLE),
+        Deed("leaves a program in a session", leaves_a_program(start_new_session=True), SINGLE),
         Deed(
             "leaves a stubborn program",
             leaves_a_program(STUBBORN, start_new_session=True),
-            ALL,
+            SINGLE,
             dirty=((PROCESS, "had to be killed"), (COMMAND, "had to be killed")),
         ),
         Deed(
@@ -503,8 +549,8 @@ DEEDS = {
         Deed("blocks signals", blocks_signals),
         Deed("dumps on signals", dumps_on_signals),
         Deed("waits for every child", waits_for_every_child, unchecked=((FUNCTION, ("cleanliness",)),)),
-        Deed("ignores SIGCHLD", nothing, ALL, before=ignores_sigchld, dirty=NOT_KNOWN),
-        Deed("has the default SIGPIPE", nothing, ALL, before=ignores_sigpipe),
+        Deed("ignores SIGCHLD", nothing, SINGLE, before=ignores_sigchld, dirty=NOT_KNOWN),
+        Deed("has the default SIGPIPE", nothing, SINGLE, before=ignores_sigpipe),
         Deed("lowers the limit of descriptors", lowers_the_limit_of_descriptors),
         Deed(
             "closes every descriptor",
@@ -517,8 +563,8 @@ DEEDS = {
                 (PROCESS, ("marks", "cleanliness")),  # either side may see the end of the other first
             ),
         ),
-        Deed("closes standard streams", nothing, ALL, before=closes_standard_streams),
-        Deed("closes standard input", nothing, ALL, before=closes_standard_input),
+        Deed("closes standard streams", nothing, SINGLE, before=closes_standard_streams),
+        Deed("closes standard input", nothing, SINGLE, before=closes_standard_input),
         Deed("loses standard output", loses_standard_output),
         Deed("changes the folder", changes_the_folder),
         Deed("removes the folder", removes_the_folder),
@@ -555,9 +601,10 @@ def table() -> str:
 
 def consequence(deed: Deed, host: str) -> str:
     """Return in words what follows from a deed on a host."""
-    if host in dict(deed.ends):
-        return f"the program ends with code {dict(deed.ends)[host]}, and nothing is left"
-    dirty, fails = dict(deed.dirty).get(host), dict(deed.fails).get(host)
+    code = deed.on(host, deed.ends)
+    if code is not None:
+        return f"the program ends with code {code}, and nothing is left"
+    dirty, fails = deed.on(host, deed.dirty), deed.on(host, deed.fails)
     if fails:
         return f"the job fails: {fails}"
     return f"right results; the job is dirty: {dirty}" if dirty else "right results, clean"
