@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ CALL_S = 0.05
 CALLERS = 64
 REPLICAS = 4
 
-LEAK_BYTES = 10_000_000
+CALL_BYTES = 10_000_000
 LEAKY_CALL_S = 0.02
 LIMIT_MB = 600
 
@@ -51,16 +52,23 @@ Host = Literal["process", "command"]
 
 
 class Model(BaseService):
-    """Takes its time for a call, and may keep some bytes of each."""
+    """Takes its time for a call, may need memory from the system for each, and may keep it."""
 
-    def __init__(self, call_s: float, leak_bytes: int = 0, made: str | None = None) -> None:
-        self.call_s, self.leak_bytes, self.made = call_s, leak_bytes, made
-        self.kept: list[bytes] = []
+    def __init__(self, call_s: float, call_bytes: int = 0, keeps: bool = False, made: str | None = None) -> None:
+        self.call_s, self.keeps, self.made = call_s, keeps, made
+        self.content = b"x" * call_bytes
+        self.kept: list[mmap.mmap] = []
 
     def process(self, call: int) -> int:
         """Make a call, and note that it was made."""
         until = time.monotonic() + self.call_s
-        self.kept.append(b"x" * self.leak_bytes)
+        if self.content:
+            memory = mmap.mmap(-1, len(self.content))
+            memory.write(self.content)
+            if self.keeps:
+                self.kept.append(memory)
+            else:
+                memory.close()
         if self.made is not None:
             with open(self.made, "a") as file:
                 file.write(f"{call}\n")
@@ -166,16 +174,19 @@ def _back(job: Job, killed_at: float) -> float:
 
 
 def recycling(scale: Scale) -> Iterator[Figure]:
-    """A service that keeps 10 MB of each call, recycled by its memory, against one that keeps nothing."""
+    """A service that keeps the 10 MB of each call, recycled by its memory, against one that gives them back.
+
+    Both get the memory from the system, which may take longer than the call on a busy machine.
+    """
     calls = scale.records // 100
-    plain, _ = recycled(calls, 0)
-    leaking, peak_mb = recycled(calls, LEAK_BYTES)
+    plain, _ = recycled(calls, keeps=False)
+    leaking, peak_mb = recycled(calls, keeps=True)
     name = f"recycling, {calls:,} calls of 10 MB"
     yield at_least(name, "of the rate without a leak", 0.9, [plain.running_s / leaking.running_s])
     yield at_most(name, "times the limit, peak of both processes", 4.0, [peak_mb / LIMIT_MB])
 
 
-def recycled(calls: int, leak_bytes: int) -> tuple[JobReport, float]:
+def recycled(calls: int, *, keeps: bool) -> tuple[JobReport, float]:
     """Run a job whose service is recycled, and return its report and the peak of the memory of its processes.
 
     Raises:
@@ -185,7 +196,7 @@ def recycled(calls: int, leak_bytes: int) -> tuple[JobReport, float]:
         made = Path(folder) / "made"
         env = LocalEnvironment("recycling")
         options = ServiceOptions(host="process", recycle_rss_mb=LIMIT_MB)
-        model = env.register_service("model", Model, LEAKY_CALL_S, leak_bytes, str(made), options=options)
+        model = env.register_service("model", Model, LEAKY_CALL_S, CALL_BYTES, keeps, str(made), options=options)
         pids: dict[int, None] = {}
         peaks: list[float] = []
         is_over = threading.Event()
@@ -207,6 +218,6 @@ def recycled(calls: int, leak_bytes: int) -> tuple[JobReport, float]:
         raise AssertionError(
             f"{calls - len(counts)} calls were lost, and {sum(counts.values()) - len(counts)} made twice"
         )
-    if bool(leak_bytes) != bool(report.service("model").recycled):
+    if keeps != bool(report.service("model").recycled):
         raise AssertionError(f"{report.service('model').recycled} processes were recycled")
     return report, max(peaks, default=0.0)

@@ -136,10 +136,10 @@ class ChildProcess:
         """
         began_at = time.monotonic()
         # When the process has gone, its descendants without a cookie can no longer be found.
-        known = descendants(self._process) if self._process is not None else set()
+        ended_before = self._ended.is_set()
+        known = set() if ended_before or self._process is None else descendants(self._process)
         with self._hurried:
             self._due = min(self._due, began_at + timeout_s)
-        ended_before = self._ended.is_set()
         if not ended_before:
             ask()
             with self._hurried:
