@@ -59,7 +59,7 @@ class KafkaRecord:
         offset: its place in the partition; a sink does not look at it.
     """
 
-    value: object
+    value: Any
     key: bytes | None = None
     headers: tuple[tuple[str, bytes | None], ...] = ()
     timestamp_ms: int | None = None

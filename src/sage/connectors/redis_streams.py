@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sage._arguments import check_count, check_seconds, check_text
 from sage._extras import load
@@ -50,7 +50,7 @@ class RedisEntry:
         id: as the server gave it; a sink does not look at it.
     """
 
-    fields: dict[str, object]
+    fields: dict[str, Any]
     id: str = ""
 
 
@@ -223,8 +223,8 @@ class RedisStream(BrokerSource[Found, RedisEntry]):
 
     def _records(self, message: Found) -> Iterator[RedisEntry]:
         id_, fields = message
-        values = {decode("text", name): decode(self._format, value) for name, value in fields.items()}
-        yield RedisEntry({str(name): value for name, value in values.items()}, text_of(id_))
+        values = {str(decode("text", name)): decode(self._format, value) for name, value in fields.items()}
+        yield RedisEntry(values, text_of(id_))
 
     def _pass(self, message: Found) -> None:
         self._last = Position(text_of(message[0]), self._last.read + 1)
