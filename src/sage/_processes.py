@@ -237,9 +237,9 @@ def _carriers(token: str) -> tuple[set[Process], bool]:
     found, is_loading = set(), False
     begin, wanted = f"{COOKIE_VARIABLE}=".encode(), token.encode()
     for name in patiently(os.listdir, "/proc"):
-        if not name.isdecimal() or int(name) == os.getpid():
+        if not name.isdecimal() or int(name) == os.getpid() or not _may_carry(name, wanted):
             continue
-        # The moment of start is read first: if the pid changes hands in between, nobody has both.
+        # The moment of start is read before the cookie: if the pid changes hands in between, nobody has both.
         carrier = process(int(name))
         if carrier is None:
             continue
@@ -252,6 +252,17 @@ def _carriers(token: str) -> tuple[set[Process], bool]:
                 fields = _stat(carrier.pid)
                 is_loading |= fields is not None and fields[STATE] != b"Z" and not int(fields[_FLAGS]) & KERNEL_THREAD
     return found, is_loading
+
+
+def _may_carry(name: str, wanted: bytes) -> bool:
+    """Return whether a process shows a token or nothing; most show something else, and nothing more is read of them."""
+    try:
+        shown = _read(f"/proc/{name}/environ")
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise  # it may well have it
+        return False
+    return not shown or wanted in shown
 
 
 def in_session(leader: Process) -> set[Process]:
