@@ -1043,9 +1043,9 @@ DURABLE: tuple[Mutant, ...] = (
     Mutant(
         "a task passes a barrier on in the middle of a batch",
         "_runtime/durable_task.py",
-        "if not (self.chain.stash or self.chain.failures):",
-        "if not self.chain.failures:",
-        RECOVERY,
+        "        if not self.chain.stash:\n",
+        "        if True:\n",
+        "tests/durable/test_recovery.py::test_results_that_cannot_be_read_again_are_waited_for[build_unpicklable]",
     ),
     Mutant(
         "a record whose call was held back is forgotten",
@@ -1074,6 +1074,34 @@ DURABLE: tuple[Mutant, ...] = (
         "                    counter.add(1)\n",
         "                    counter.add(task.input.unsettled - 1)\n                task.input.unsettled = 0\n",
         "tests/durable/test_recovery.py::test_a_loop_goes_on_after_its_source_has_ended",
+    ),
+    Mutant(
+        "results of a record that was cut in the middle come again",
+        "_operators/per_record.py",
+        "result, self._given, None)",
+        "result, 0, None)",
+        "tests/durable/test_recovery.py::test_a_record_with_many_results_is_cut_in_the_middle[0]",
+    ),
+    Mutant(
+        "a function with a state gives its results again",
+        "_operators/per_record.py",
+        "return is_long and not self.takes_part and not self._has_states",
+        "return is_long",
+        "tests/durable/test_recovery.py::test_results_that_cannot_be_read_again_are_waited_for[build_counting]",
+    ),
+    Mutant(
+        "a record that cannot be pickled is not waited for",
+        "_runtime/durable_task.py",
+        " and self._can_be_pickled()",
+        "",
+        "tests/durable/test_recovery.py::test_results_that_cannot_be_read_again_are_waited_for[build_unpicklable]",
+    ),
+    Mutant(
+        "records behind one that was cut in the middle are lost",
+        "_runtime/durable_task.py",
+        "left = (*stashed, *(operator.left or ()), *before)",
+        "left = (*(operator.left or ()), *before)",
+        "tests/durable/test_recovery.py::test_a_record_with_many_results_is_cut_in_the_middle[0]",
     ),
     Mutant(
         "a checkpoint lacks the keys that changed",

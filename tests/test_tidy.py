@@ -36,6 +36,7 @@ BROAD_HANDLERS = {
     "_operators/fused.py": "a user's function raised: the operator that called it decides",
     "_operators/operator.py": "a user's function raised: the policy of the operator decides",
     "_operators/sources.py": "a source raised: the records before it go on first",
+    "_runtime/durable_task.py": "a record that cannot be pickled raises whatever its own code does",
     "_backends/threads.py": "a bug in the supervision must not leave anyone waiting",
     "testing.py": "a bug that a stand-in meets is raised where the job is waited for",
     "_remote/process.py": "without a driver, only the guardian hears what hooks raise",

@@ -22,7 +22,7 @@ from sage import (
     ValueState,
 )
 from sage._backends.threads import ThreadsBackend
-from sage._operators import keyed_state
+from sage._operators import keyed_state, per_record
 from sage.connectors import JsonLines, JsonLinesFiles
 from sage.testing import StepBackend, simulate
 
@@ -369,6 +369,61 @@ def test_threads_write_each_row_once(first: int, folder: Path) -> None:
         report = run(seed, one / "threads", ThreadsBackend)
         assert written(one / "threads") == wanted, f"seed {seed}: {report}"
         assert {one.name: one.records_in for one in report.operators} == taken, report
+
+
+def build_long(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    """Build a pipeline that is nearly always in the middle of the results of a record."""
+    rng = random.Random(f"long {seed}")
+
+    def several(record: int) -> Iterator[int]:
+        for step in range(record * 60):
+            yield record * 1_000 + step
+
+    stream = env.from_batch([1, 7, 2, 0, 5, 3], name="numbers")
+    if rng.random() < 0.5:
+        stream = stream.keyby(lambda record: record % 2)
+    long = stream.flatmap(several, parallelism=rng.choice([1, 1, 2]), name="several")
+    pairs = long.map(lambda number: number + 1).flatmap(lambda number: iter([number] * (number % 3)), name="pairs")
+    pairs.sink(JsonLinesFiles(folder / "out" / "rows"), name="rows")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(10, 200, 10))])
+def test_a_record_with_many_results_is_cut_in_the_middle(
+    first: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_record, "READING_MAX_S", 0.0)
+    assert sum(check(seed, folder, build_long) for seed in range(first, first + 10)) > 5
+
+
+class CountingResults(ProcessFunction[int, int]):
+    """Has a state that each result changes, so its results cannot be read again."""
+
+    count = ValueState(0)
+
+    def execute(self, data: int) -> Iterator[int]:
+        for _ in range(data * 20):
+            self.count.value += 1
+            yield data % 2 * 1000 + self.count.value
+
+
+def build_counting(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    keyed = env.from_batch([1, 7, 2, 0, 5, 3], name="numbers").keyby(lambda record: record % 2)
+    keyed.process(CountingResults, name="counting").sink(JsonLinesFiles(folder / "out" / "rows"), name="rows")
+
+
+def build_unpicklable(env: LocalEnvironment, seed: int, folder: Path) -> None:
+    later = env.from_batch([1, 7, 2], name="numbers").map(lambda record: lambda: range(record * 40), name="later")
+    results = later.flatmap(lambda make: iter(make()), name="results")
+    results.sink(JsonLinesFiles(folder / "out" / "rows"), name="rows")
+
+
+@pytest.mark.parametrize("build", [build_counting, build_unpicklable])
+def test_results_that_cannot_be_read_again_are_waited_for(
+    build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_record, "READING_MAX_S", 0.0)
+    assert sum(check(seed, folder, build) for seed in range(10)) > 5
 
 
 def build_lockstep(env: LocalEnvironment, seed: int, folder: Path) -> None:

@@ -273,6 +273,8 @@ class Changed(StatefulMap):
 class Join(FlatMap):
     """Calls the function with each record, its key and its input; the function keeps records for later matches."""
 
+    may_be_cut = False
+
     def process(self, batch: Batch, port: int) -> Batch:
         self.port = port
         call = self._call

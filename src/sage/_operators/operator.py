@@ -300,6 +300,11 @@ class Operator:
     def recover(self) -> None:
         """Take in the records of `recovery`; called on the task's thread before the first record flows."""
 
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether `snapshot` can give the place in the results of the last record, if `resume` is to be called."""
+        return False
+
     def committed(self, number: int) -> None:
         """Act on the completion of checkpoint `number`."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import compress
+from itertools import compress, islice
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from sage.records import RecordRequest
 
 NOTHING = Batch([])
+
+READING_MAX_S = 30.0
+"""How long a checkpoint waits for the results of one record, in seconds."""
 
 DROP = ("    {dropped} += 1", "    continue")
 """The end of an `if` of `InlineCode` lines."""
@@ -223,6 +226,8 @@ class FlatMap(Operator):
         self._origin = NOTHING
         self._counts: list[int] = []
         self._most = BATCH_RECORDS_MAX
+        self._given = 0  # how many results of the last record have gone on
+        self._began_at = 0.0
 
     def prepare(self) -> None:
         call = self.callable_of()
@@ -230,6 +235,7 @@ class FlatMap(Operator):
 
     def process(self, batch: Batch, port: int) -> Batch:  # noqa: ARG002
         """Return the results of the records, as far as they were read."""
+        self._given = 0
         return self._flatten(batch, self._call)
 
     def resume(self) -> Batch:
@@ -244,7 +250,29 @@ class FlatMap(Operator):
             request.drop()
             return NOTHING
         self.metrics.records_in -= 1  # the record was counted when its reading began
-        return self._flatten(self._origin, lambda _: reading)
+        return self._flatten(self._origin, self._read_again if reading is None else lambda _: reading)
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether the results of the last record can be read again; a state would be changed by that a second time."""
+        is_long = self._reading is not None and self.now() - self._began_at >= READING_MAX_S
+        return is_long and not self.takes_part and not self._has_states
+
+    def snapshot(self, number: int) -> tuple[object, int]:  # noqa: ARG002
+        """Return the last record, if its results are being read, and how many of them have gone on."""
+        return ((self._origin, self._given) if self.more else None), 0
+
+    def recover(self) -> None:
+        """Go on with the results of the last record."""
+        assert self.recovery is not None
+        if self.recovery.state is not None:
+            self._origin, self._given = self.recovery.state
+            self.more = True
+
+    def _read_again(self, value: object) -> Iterator[object]:
+        """Call the function again, and leave out the results that have gone on."""
+        result: Any = self._call(value)
+        return islice(() if result is None else result, self._given, None)
 
     def _flatten(self, batch: Batch, call: Callable[[object], object]) -> Batch:
         out: list[object] = []
@@ -302,6 +330,9 @@ class FlatMap(Operator):
                     out.append(value)
                     if len(out) >= self._most or self.span.is_cut:
                         self._reading = reading
+                        if not self._given:
+                            self._began_at = self.now()
+                        self._given += len(out) - before
                         self.span.cut()
                         break
             except BaseException:

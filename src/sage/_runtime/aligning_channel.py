@@ -55,9 +55,14 @@ class AligningChannel(Channel):
             self._align(None)
         return True
 
+    @property
+    def has_barrier(self) -> bool:
+        """Whether the barrier is the next element."""
+        return bool(self._elements) and isinstance(self._elements[0][1], Barrier)
+
     def take_barrier(self) -> int | None:
         """Take out the barrier that is the next element, and return its number, or None if it is another element."""
-        if not self._elements or not isinstance(self._elements[0][1], Barrier):
+        if not self.has_barrier:
             return None
         with self._lock:
             _, barrier, _ = self._elements.popleft()
@@ -77,7 +82,7 @@ class AligningChannel(Channel):
     def get_nowait(self) -> tuple[int, Element] | None:
         """Return the next element with its input, or None if it is empty or a barrier comes next."""
         # One that is empty now may get a barrier in the next moment, which only `take_barrier` may take.
-        if not self._elements or isinstance(self._elements[0][1], Barrier):
+        if self.is_empty or self.has_barrier:
             return None
         return super().get_nowait()
 

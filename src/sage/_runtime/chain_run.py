@@ -133,6 +133,16 @@ class ChainRun:
             self._gives = min(1.0, max(given / taken, self._gives / 2, GIVES_MIN))
         self._fail_soon(failed, stashed_after)
 
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether a checkpoint can have everything that waits, since only results of records are still to be read."""
+        is_reading = bool(self.stash) and self.stash[-1][1] is None
+        return is_reading and all(self.operators[place].may_be_cut for place, batch, _ in self.stash if batch is None)
+
+    def stashed(self, place: int) -> list[tuple[int, Batch]]:
+        """Return the batches that wait in front of an operator, the next one first, each after its input."""
+        return [(port, batch) for at, batch, port in reversed(self.stash) if at == place and batch is not None]
+
     def unstash(self) -> None:
         """Continue with the batch that was stashed last."""
         started_at = self._now()

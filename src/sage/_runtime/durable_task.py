@@ -92,7 +92,7 @@ class DurableTask(Task):
             self._commit(self._complete[0])
         if self._cut is not None:
             return self._wait_for_return(self._cut)
-        if not (self.chain.stash or self.chain.failures):
+        if self._may_take_part():
             number = self._next_barrier()
             if number is not None:
                 part = PartGiven(self.name, number, self._rows(number), counted(self.operators))
@@ -103,6 +103,25 @@ class DurableTask(Task):
                     self._cut = part
                 return Step.PROGRESSED
         return super()._run()
+
+    def _may_take_part(self) -> bool:
+        """Return whether everything that waits in the task has gone on, or can be written down.
+
+        The results of a record that take long are cut in the middle: after a restart, the function is called again and
+        gives those that have gone on once more. Those of other records are waited for, so that they may differ then.
+        """
+        if not self.chain.stash:
+            return not self.chain.failures
+        return self.chain.may_be_cut and not self.chain.failures and self._is_asked and self._can_be_pickled()
+
+    def _can_be_pickled(self) -> bool:
+        """Return whether the records that wait can be; those that cannot are waited for."""
+        states = [operator.snapshot(self._number) for operator in self.operators if operator.may_be_cut]
+        try:
+            pickle.dumps((states, [batch for _, batch, _ in self.chain.stash]), pickle.HIGHEST_PROTOCOL)
+        except Exception:
+            return False
+        return True
 
     def _wait_for_return(self, part: PartGiven) -> Step:
         """Take nothing in until the barrier has come round the loop; the records before it belong to the checkpoint.
@@ -130,6 +149,13 @@ class DurableTask(Task):
             self._commit(number)
         return super()._conclude() if is_released else Step.IDLE
 
+    @property
+    def _is_asked(self) -> bool:
+        """Whether it is the turn of a checkpoint."""
+        if isinstance(self.inbox, AligningChannel) and self.input.loop is None:
+            return self.inbox.has_barrier
+        return self._asked is not None
+
     def _next_barrier(self) -> int | None:
         """Return the number of the checkpoint whose turn it is, or None."""
         if isinstance(self.inbox, AligningChannel) and self.input.loop is None:
@@ -146,11 +172,14 @@ class DurableTask(Task):
             assert operator.recovery is not None
             operator.restore_function()
             operator.recover()
+            left = operator.recovery.left
             if place == 0 and self.input.holder is not None:
-                for _, batch in operator.recovery.left:
+                for _, batch in left:
                     self.input.holder.take(batch)
             else:
-                self.chain.stash += [(place, batch, port) for port, batch in reversed(operator.recovery.left)]
+                self.chain.stash += [(place, batch, port) for port, batch in reversed(left)]
+            if operator.more:
+                self.chain.stash.append((place, None, 0))
 
     def _commit(self, number: int) -> None:
         self._committed = number
@@ -173,7 +202,8 @@ class DurableTask(Task):
             function = operator.function_state()
         except Exception as error:
             raise operator.blame_hook(f"prepare checkpoint {number}", error) from error
-        left = (*(operator.left or ()), *before)
+        stashed = self.chain.stashed(self.operators.index(operator))
+        left = (*stashed, *(operator.left or ()), *before)
         if state is None and function is None and not left and operator.keyed is None:
             return None
         waiting = sum(len(batch) for _, batch in left)
