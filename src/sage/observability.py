@@ -81,9 +81,10 @@ class OperatorMetrics:
         fatal: those of them that failed the job.
         busy_s: time in the operator, in seconds.
         full_s: time in which all calls ran that may run at once, in seconds.
+        lost: the first records that failed, each with its error, both in words.
     """
 
-    __slots__ = ("busy_s", "failed", "fatal", "full_s", "operator", "records_in", "records_out")
+    __slots__ = ("busy_s", "failed", "fatal", "full_s", "lost", "operator", "records_in", "records_out")
 
     def __init__(self, operator: str) -> None:
         self.operator = operator
@@ -93,6 +94,7 @@ class OperatorMetrics:
         self.fatal = 0
         self.busy_s = 0.0
         self.full_s = 0.0
+        self.lost: list[tuple[str, str]] = []
 
 
 class Onward(logging.Handler):

@@ -121,6 +121,14 @@ class ServiceReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LostRecord:
+    """A record that failed: its text, shortened, and its error."""
+
+    record: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorReport:
     """Counts of one operator, over all its tasks.
 
@@ -140,6 +148,9 @@ class OperatorReport:
         earlier_in: `records_in` of earlier runs of a durable job, up to the checkpoint that this run began with.
         earlier_out: `records_out` of them.
         earlier_failed: `failed` of them.
+        fatal: how many of those that failed have failed the job; 0 on Ray.
+        on_error: the policy for the others: "fail", "skip" or "letters".
+        lost: the first records that failed, at most 20 for each task; none on Ray.
     """
 
     name: str
@@ -156,6 +167,9 @@ class OperatorReport:
     earlier_in: int = 0
     earlier_out: int = 0
     earlier_failed: int = 0
+    fatal: int = 0
+    on_error: str = "fail"
+    lost: tuple[LostRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -534,6 +548,8 @@ def _read(kind: type[Part], saved: Mapping[str, Any]) -> Part:
     values = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
     if "hooks" in values:
         values["hooks"] = tuple(_read(HookReport, hook) for hook in values["hooks"])
+    if "lost" in values:
+        values["lost"] = tuple(LostRecord(one["record"], one["error"]) for one in values["lost"])
     if "output" in values:
         values["output"] = tuple(values["output"])
     return kind(**values)

@@ -19,6 +19,7 @@ from sage._control.durable_state import state
 from sage._control.errors import said_to_a_person
 from sage._control.explanation import changing_graphs, explaining
 from sage._control.letters import choose, letters
+from sage._control.missing import missing_text
 from sage._control.program import Program
 from sage._control.projects import make_project
 from sage._control.saved import known_jobs
@@ -306,10 +307,13 @@ def estimate(
 @click.argument("file", type=FILE)
 @click.option("--html", type=NEW_FILE, help="Write the tables and timelines to FILE as one page.")
 @click.option("--svg", type=NEW_FILE, help="Draw the timelines to FILE.")
-def report(file: Path, html: Path | None, svg: Path | None) -> None:
+@click.option("--missing", is_flag=True, help="Print the records that did not arrive instead, and why.")
+def report(file: Path, html: Path | None, svg: Path | None, missing: bool) -> None:
     """Print the reports in FILE, which `sage run --report FILE` or SAGE_REPORT_FILE wrote.
 
-    If the program was killed, you see everything up to that moment.
+    If the program was killed, you see everything up to that moment. With --missing, you see for each operator how many
+    records failed, were dropped by its function, were in flight at the end or wait for the next run, and the first 20
+    that failed in each task with their errors.
     """
     with said_to_a_person():
         saved = known_jobs(file)
@@ -319,7 +323,8 @@ def report(file: Path, html: Path | None, svg: Path | None) -> None:
         _write(svg, timeline.svg(saved.jobs))
     if html is None and svg is None:
         for job in saved.jobs:
-            click.secho(job.text(), fg=_colour(job.report))
+            text = job.text() if job.report is None or not missing else missing_text(job.report)
+            click.secho(text, fg=_colour(job.report))
     if saved.unread_count:
         lines = "1 line was" if saved.unread_count == 1 else f"{saved.unread_count} lines were"
         click.echo(f"{lines} not readable and left out", err=True)

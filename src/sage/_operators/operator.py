@@ -108,6 +108,9 @@ class Recovery:
     held: int = 0
 
 
+LOST_MAX = 20
+"""How many records that failed an operator keeps for the report."""
+
 Loop = Callable[[Iterable[object], Callable[..., Any], list[object]], None]
 """Calls a function with records, one after another, and adds the results to a list."""
 
@@ -468,6 +471,8 @@ class Operator:
             self.metrics.records_in -= 1  # whoever goes on counts it as taken
             return True
         self.metrics.failed += 1
+        if len(self.metrics.lost) < LOST_MAX:
+            self.metrics.lost.append((short(batch.values[place]), describe(error)))
         keys = () if batch.keys is None else (batch.keys[place],)
         if self.keep_failed is not None and isinstance(error, Exception):
             failed = FailedRecord(batch.values[place], keys, self.port, self.node.name, error, self.began_at)

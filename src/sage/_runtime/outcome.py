@@ -23,7 +23,16 @@ from sage.errors import (
     describe,
     hint,
 )
-from sage.report import STANDS_HERE, Cleanliness, JobReport, OperatorReport, Outcome, ServiceReport, TaskReport
+from sage.report import (
+    STANDS_HERE,
+    Cleanliness,
+    JobReport,
+    LostRecord,
+    OperatorReport,
+    Outcome,
+    ServiceReport,
+    TaskReport,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -225,11 +234,13 @@ def _error_of(failure: Failure, ended: Ended, dispatcher: Dispatcher, graph: Log
 
 def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[OperatorReport, ...]:
     """Return the counts of every operator as they stand, over all its tasks."""
-    counts = {node.id: [0, 0, 0, 0.0, 0.0, 0.0] for node in graph.nodes.values()}
+    counts = {node.id: [0, 0, 0, 0, 0.0, 0.0, 0.0] for node in graph.nodes.values()}
+    lost: dict[int, list[LostRecord]] = {node.id: [] for node in graph.nodes.values()}
     for task in dispatcher.supervisor.tasks.values():
         for operator in task.operators:
             one, total = operator.metrics, counts[operator.node.id]
-            values = (one.records_in, one.records_out, one.failed, one.busy_s, one.full_s)
+            lost[operator.node.id] += [LostRecord(*texts) for texts in tuple(one.lost)]
+            values = (one.records_in, one.records_out, one.failed, one.fatal, one.busy_s, one.full_s)
             for place, value in enumerate(values):
                 total[place] += value
         # Its producers waited for the slowest of the chain.
@@ -243,10 +254,13 @@ def operator_reports(dispatcher: Dispatcher, graph: LogicalGraph) -> tuple[Opera
             int(total[0]),
             int(total[1]),
             int(total[2]),
-            total[3],
             total[4],
             total[5],
+            total[6],
             node.settings["concurrency"] if node.kind is Kind.MAP_ASYNC else None,
+            fatal=int(total[3]),
+            on_error=node.on_error.then,
+            lost=tuple(lost[node.id]),
         )
         for node, total in ((graph.nodes[id_], total) for id_, total in counts.items())
     )
