@@ -1364,4 +1364,70 @@ SCALES = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*CHANNELS, *LIFECYCLES, *HOSTS, *MORE_RULES, *TASKS, *DURABLE, *STATES, *SCALES)
+REMOVED = "tests/durable/test_removed.py::"
+RESTARTS = "tests/runtime/test_task_restarts.py::"
+AGAIN = "tests/durable/test_restarts.py::"
+
+AGAIN_AND_AGAIN: tuple[Mutant, ...] = (
+    Mutant(
+        "a key counts as removed although its record may have failed",
+        "_operators/keyed.py",
+        "sum(one.failed for one in self.before) if self._states.unseen else 0",
+        "0",
+        REMOVED + "test_nothing_is_gone_if_a_record_failed_before_it_was_seen",
+    ),
+    Mutant(
+        "a source goes on at its position, so that all that it had given counts as removed",
+        "_runtime/durable_run.py",
+        "not in self._restored.rows or is_read_anew:",
+        "not in self._restored.rows:",
+        REMOVED + "test_a_source_with_a_position_is_read_from_its_beginning_too",
+    ),
+    Mutant(
+        "a removed key stays in memory",
+        "_operators/keyed_state.py",
+        "for key in self._removed:",
+        "for key in ():",
+        KEYED + "test_a_removed_key_leaves_the_memory_once_a_checkpoint_has_it",
+    ),
+    Mutant(
+        "restarts have no limit",
+        "_runtime/task_restarts.py",
+        "self._recent_count(now) < self.policy.restarts_max",
+        "self._recent_count(now) >= 0",
+        RESTARTS + "test_the_third_failure_within_the_window_fails_the_job",
+    ),
+    Mutant(
+        "tasks are made again although an old one may still write",
+        "_runtime/transitions.py",
+        "if any(record.state is TaskState.ABANDONED for record in t.tasks.values()):",
+        "if not t.tasks:",
+        RESTARTS + "test_a_task_that_does_not_end_might_still_write",
+    ),
+    Mutant(
+        "new tasks find the instance of the user as the old ones left it",
+        "_runtime/deployment.py",
+        "(durable is None or durable.restart is None)",
+        "(durable is None or True)",
+        AGAIN + "test_an_instance_of_yours_is_copied_for_each_start",
+    ),
+    Mutant(
+        "new tasks begin with the first checkpoint of the run",
+        "_runtime/durable_run.py",
+        "        self._go_on_from(event.restored)\n",
+        "",
+        AGAIN + "test_calls_that_a_checkpoint_has_are_not_made_again",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *CHANNELS,
+    *LIFECYCLES,
+    *HOSTS,
+    *MORE_RULES,
+    *TASKS,
+    *DURABLE,
+    *AGAIN_AND_AGAIN,
+    *STATES,
+    *SCALES,
+)

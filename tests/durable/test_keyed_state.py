@@ -65,6 +65,19 @@ def test_any_checkpoint_loads_as_it_was(rounds, data) -> None:  # type: ignore[n
                 assert (at, values(state), dict(state.unsettled())) == (number, *wanted[number])
 
 
+def test_a_removed_key_leaves_the_memory_once_a_checkpoint_has_it() -> None:
+    state = KeyedState()
+    for key in range(3):
+        change(state, key, 0)
+    state.take(1).take()
+    change(state, 1, Removed.REMOVED)
+    _, body = state.take(2).take()
+    assert any(1 in keys and Removed.REMOVED in values for keys, values, _ in each_pickle(body))
+    assert len(state) == 2
+    state.take(3).take()
+    assert list(state.old) == [0, 2]
+
+
 def test_a_checkpoint_costs_as_much_as_what_changed_and_the_folder_stays_small(tmp_path: Path) -> None:
     store, state = CheckpointStore(str(tmp_path / "state")), KeyedState()
     for key in range(50_000):
