@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sage import FunctionError, Retry
+from sage import FunctionError, LocalEnvironment, Retry, Source
 from sage.testing import run
 
 if TYPE_CHECKING:
@@ -93,6 +93,29 @@ def test_a_result_that_is_not_a_pair_names_operator_and_record(backend: Backends
     assert f"{result!r} is not a pair of the new state and a result" in str(caught.value)
     assert caught.value.__cause__ is not None
     assert "Return (state, result)." in caught.value.__cause__.__notes__[0]
+
+
+class OneByOne(Source[int]):
+    """Gives one record with each read, so that each is a batch of its own."""
+
+    def __init__(self) -> None:
+        self._left = iter(range(8))
+
+    def read(self, records_max: int) -> list[int] | None:
+        return next(([number] for number in self._left), None)
+
+
+@pytest.mark.parametrize("result", [7, [1, 2], "ab", (1, 2, 3)])
+@pytest.mark.parametrize("place", range(8))
+def test_it_is_named_in_any_batch(place: int, result: Any) -> None:
+    def wrong(state: int, number: int) -> Any:
+        return result if number == place else (state, number)
+
+    env = LocalEnvironment("pairs")
+    env.from_source(OneByOne()).keyby(rest).stateful_map(wrong, 0).sink(lambda _: None)
+    with pytest.raises(FunctionError) as caught:
+        env.run()
+    assert f"{result!r} is not a pair of the new state and a result" in str(caught.value)
 
 
 def test_a_record_that_fails_leaves_the_state(backend: Backends) -> None:

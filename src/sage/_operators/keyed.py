@@ -140,9 +140,25 @@ class States(dict[object, object]):
     def __missing__(self, key: object) -> object:
         return self._old[key] if key in self._old else deepcopy(self._initial)
 
+    def check_pair(self, pair: object) -> None:
+        """Raise TypeError if it is not one."""
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise not_a_pair(pair)
+
+
+def not_a_pair(result: object) -> TypeError:
+    """Return the error for what a function returned that is not a pair."""
+    error = TypeError(f"{short(result)} is not a pair of the new state and a result")
+    return hint(error, "Return (state, result).")
+
 
 LINES = {
-    "result": ("{state}[key], value = {call}({state}[key], value)",),
+    "result": (
+        "pair = {call}({state}[key], value)",
+        "if pair.__class__ is not tuple or len(pair) != 2:",
+        "    {state}.check_pair(pair)",
+        "{state}[key], value = pair",
+    ),
     "record": ("new, kept = {call}({state}[key], value)", "if not kept:", *DROP, "{state}[key] = new"),
     "pair": ("{state}[key], value = {call}({state}[key], value)", "value = (key, value)"),
 }
@@ -206,9 +222,8 @@ class StatefulMap(Keeping):
         states = self._states
         for value, key in zip(records, self._keys, strict=False):
             pair = function(states[key], value)
-            if not isinstance(pair, tuple) or len(pair) != 2:  # only looked at in the first batches, which run here
-                error = TypeError(f"{short(pair)} is not a pair of the new state and a result")
-                raise hint(error, "Return (state, result).")
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise not_a_pair(pair)
             states[key], result = pair
             out.append(result)
 
