@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --no-compile --python $(PYTHON),python3 -m pip --python $(PYTHON) install --quiet --no-compile --disable-pip-version-check)
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-emit-index-url --generate-hashes pyproject.toml
 # The extras of the ready-made services: all but Ray, which has a list of its own.
-SERVICES := vector chroma milvus embed llm redis kafka parquet objects postgres graph html office pdf rag
+SERVICES := vector chroma milvus embed llm redis kafka http parquet objects postgres graph html office pdf rag
 # What was compiled is kept, as the tests start hundreds of interpreters and nothing is compiled when it is installed.
 export PYTHONDONTWRITEBYTECODE :=
 

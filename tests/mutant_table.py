@@ -1321,6 +1321,20 @@ SCALES = (
         "tests/services/test_limits.py::test_calls_on_their_way_when_a_limit_becomes_known_are_counted",
     ),
     Mutant(
+        "a web request is answered before its checkpoint",
+        "connectors/webhook.py",
+        "status = await waiting.answered() if self._is_patient else TAKEN",
+        "status = TAKEN",
+        "tests/durable/test_webhook.py::test_an_answer_waits_for_the_checkpoint",
+    ),
+    Mutant(
+        "a repeated commit sends with other keys",
+        "connectors/http.py",
+        "self._send(str(number), bodies, 0)",
+        "self._send(self._run, bodies, 0)",
+        "tests/durable/test_http.py::test_a_commit_that_is_repeated_has_the_same_keys",
+    ),
+    Mutant(
         "a bucket that vanished is taken for a file that was taken on from there",
         "connectors/places.py",
         " and not NO_BUCKET.search(text)",

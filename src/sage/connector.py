@@ -21,9 +21,11 @@ class Source(ABC, Generic[T_co]):
     Attributes:
         bounded: whether the source ends by itself.
         skipped: how many records it has left out because they could not be read; the report counts them as failed.
+        durable: whether the job is durable; set before `open`.
     """
 
     bounded: bool = True
+    durable: bool = False
     skipped: int = 0
 
     def open(self) -> None:
@@ -52,6 +54,12 @@ class Source(ABC, Generic[T_co]):
         source without it begins as always, so that records may be lost or come twice.
         """
         raise NotImplementedError
+
+    def committed(self, position: Any) -> None:
+        """Take in that a checkpoint is complete which has all records before this position.
+
+        Whoever sent them need not keep them any more. Called between reads, and after the last one, before `close`.
+        """
 
     def close(self) -> None:
         """Release everything; called exactly once if `open` began."""

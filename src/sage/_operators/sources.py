@@ -209,7 +209,9 @@ class Reader(Operator):
         self.delay_s = self.node.settings.get("delay_s")
         self.bridge = self.node.settings.get("bridge")
         self.sample = self.node.settings.get("sample")
+        self._positions: dict[int, object] = {}
         self.source = self._source()
+        self.source.durable = self.recovery is not None
         is_awaited = isinstance(self.source, AwaitedSource)
         self.is_told = is_awaited or isinstance(self.source, RequestSource)
         self.may_wait = not is_awaited and not isinstance(self.source, SequenceSource)
@@ -226,10 +228,20 @@ class Reader(Operator):
             if isinstance(self.source, SequenceSource | IterableSource | GeneratorSource):
                 self.source.skip(self._read_before)
 
-    def snapshot(self, number: int) -> tuple[object, int]:  # noqa: ARG002
+    def snapshot(self, number: int) -> tuple[object, int]:
         """Return how many records were read, and the position, if the source has one."""
         count = self._read_before + self.metrics.records_in
-        return (count, self.source.position() if is_positioned(type(self.source)) else None), count
+        if not is_positioned(type(self.source)):
+            return (count, None), count
+        position = self._positions[number] = self.source.position()
+        return (count, position), count
+
+    def committed(self, number: int) -> None:
+        """Tell the source that a checkpoint has what was read up to its position."""
+        while self._positions and min(self._positions) < number:
+            del self._positions[min(self._positions)]
+        if number in self._positions:
+            self.source.committed(self._positions.pop(number))
 
     def _source(self) -> Source:
         target = self._function

@@ -6,6 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sage.connectors.csv import Csv as Csv
     from sage.connectors.csv import CsvFiles as CsvFiles
+    from sage.connectors.http import HttpSink as HttpSink
     from sage.connectors.json_lines import JsonLines as JsonLines
     from sage.connectors.json_lines import JsonLinesFiles as JsonLinesFiles
     from sage.connectors.kafka import KafkaRecord as KafkaRecord
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from sage.connectors.sqlite import SqliteTable as SqliteTable
     from sage.connectors.text import Text as Text
     from sage.connectors.text import TextFiles as TextFiles
+    from sage.connectors.webhook import Webhook as Webhook
+    from sage.connectors.webhook import WebRequest as WebRequest
 
 __getattr__ = lazy(
     __name__,
     globals(),
     {
         "csv": "Csv CsvFiles",
+        "http": "HttpSink",
         "json_lines": "JsonLines JsonLinesFiles",
         "kafka": "KafkaRecord KafkaSink KafkaTopic",
         "parquet": "Parquet ParquetFiles",
@@ -35,5 +39,6 @@ __getattr__ = lazy(
         "redis_streams": "RedisEntry RedisStream RedisStreamSink",
         "sqlite": "SqliteSink SqliteTable",
         "text": "Text TextFiles",
+        "webhook": "WebRequest Webhook",
     },
 )
