@@ -1407,9 +1407,23 @@ AGAIN_AND_AGAIN: tuple[Mutant, ...] = (
     Mutant(
         "restarts have no limit",
         "_runtime/task_restarts.py",
-        "self._recent_count(now) < self.policy.restarts_max",
-        "self._recent_count(now) >= 0",
+        "len(self._recent(now)) < self.policy.restarts_max",
+        "True",
         RESTARTS + "test_the_third_failure_within_the_window_fails_the_job",
+    ),
+    Mutant(
+        "the error of a task, and everything that the task had, is kept after a restart",
+        "_runtime/task_restarts.py",
+        "return replace(self, causes=())",
+        "return self",
+        AGAIN + "test_the_tasks_before_a_restart_are_let_go",
+    ),
+    Mutant(
+        "a call that waits for its service is given up before the service is back",
+        "_runtime/transitions.py",
+        "if t.job is JobState.RESTARTING and state.tally.services_unready:",
+        "if t.now < 0:",
+        RESTARTS + "test_a_task_whose_call_waits_for_a_service_has_its_time_once_the_service_is_there",
     ),
     Mutant(
         "tasks are made again although an old one may still write",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from sage import (
     Outcome,
     Restart,
     Retry,
+    ServiceOptions,
     TransactionalSink,
 )
 from sage._operators import keyed_state
@@ -364,6 +367,94 @@ def test_a_task_that_does_not_end_is_not_joined_by_a_second_one(tmp_path: Path) 
         goes_on.set()
     assert job.report.state is Outcome.FAILED
     assert {type(error).__name__ for error in job.report.errors} == {"FunctionError", "CleanupTimeoutError"}
+
+
+class Answering(BaseService):
+    """Gets sick after the first answer, and comes back slowly."""
+
+    built = 0
+    is_sick = threading.Event()
+
+    def __init__(self, goes_on: threading.Event) -> None:
+        self.goes_on = goes_on
+
+    def setup(self) -> None:
+        Answering.built += 1
+        assert self.built == 1 or self.goes_on.wait(30)
+
+    def health(self) -> bool:
+        return self.built > 1 or not self.is_sick.is_set()
+
+    def ask(self, number: int) -> int:
+        return number
+
+
+def test_a_call_that_waits_for_its_service_does_not_fail_the_job(tmp_path: Path) -> None:
+    Answering.built = 0
+    Answering.is_sick.clear()
+    waits, may_start = threading.Event(), threading.Event()
+    failed: list[int] = []
+
+    def ask(number: int) -> int:
+        if number == 2 and not failed:
+            Answering.is_sick.set()
+            while job.dispatcher.services["model"] != "starting":
+                time.sleep(0.001)
+            waits.set()
+        answer: int = model.ask(number)
+        return answer
+
+    def fail(number: int) -> int:
+        if number == 2 and not failed:
+            assert waits.wait(30)
+            failed.append(number)
+            raise ValueError(number)
+        return number
+
+    env = LocalEnvironment("job", durable=Durable(tmp_path / "state"), drain_timeout_s=0.2)
+    options = ServiceOptions(restart="on_failure", health_interval_s=0.01, backoff_s=(0.01, 0.01))
+    model = env.register_service("model", Answering, may_start, options=options)
+    source = env.from_source(Numbers(), name="numbers")
+    source.map(ask, name="ask").sink(JsonLinesFiles(tmp_path / "out"), name="out")
+    source.map(fail, name="fails").sink(print, name="other")
+    job = env.submit(restarts=AT_ONCE)
+    while job.state is not JobState.RESTARTING or "fails -> other" in job.dispatcher.tasks:
+        time.sleep(0.001)
+    threading.Timer(0.5, may_start.set).start()  # more than the time that a task has to end
+    report = job.wait()
+    assert (report.state, report.restarts) == (Outcome.COMPLETED, 1)
+    assert lines(tmp_path) == Counter(map(str, range(1, COUNT + 1)))
+
+
+class Large:
+    """Stands for what a task needs memory for."""
+
+
+class Keeps(MapFunction[int, int]):
+    """Has something large, and fails 5 times."""
+
+    alive: weakref.WeakSet[Large]
+    counts: list[int]
+
+    def open(self) -> None:
+        large = self.large = Large()
+        self.alive.add(large)
+
+    def execute(self, data: int) -> int:
+        self.counts.append(len(self.alive))
+        if len(self.counts) <= 5:
+            raise ValueError(data)
+        return data
+
+
+def test_the_tasks_before_a_restart_are_let_go(tmp_path: Path) -> None:
+    Keeps.alive, Keeps.counts = weakref.WeakSet(), []
+    env = LocalEnvironment("job", durable=Durable(tmp_path / "state"))
+    source = env.from_source(Numbers(), name="numbers")
+    source.map(lambda number: gc.collect() and number, name="collects").map(Keeps, name="keeps").sink(print, name="out")
+    restart = Restart(1, restart_window_s=1e-9, backoff_s=(0.0, 0.0))
+    assert env.submit(autostop=True, restarts=restart).report.restarts == 5
+    assert set(Keeps.counts) == {1}
 
 
 def numbers() -> Iterator[int]:

@@ -12,7 +12,9 @@ from sage._runtime.lifecycle import (
     Begin,
     FailureKind,
     ServiceDied,
+    ServicePlan,
     StopRequested,
+    TaskClosing,
     TaskEnded,
     TaskFailed,
     TaskOpened,
@@ -20,18 +22,19 @@ from sage._runtime.lifecycle import (
     TasksRenewed,
 )
 from sage._runtime.states import JobState, StopMode, TaskState
-from sage._runtime.task_restarts import TaskRestarts
+from sage._runtime.task_restarts import SETBACKS_MAX, TaskRestarts
 from sage.durable import Restart
 
 TASKS = (TaskPlan("source", ("sink",), takes_stop=True), TaskPlan("sink"))
+MODEL = service("model")
 FAULT = ValueError("a fault")
 
 
 class Job(PlainJob):
     """A job with two tasks that runs, and may start them again twice within 10 s."""
 
-    def __init__(self, **limits: float) -> None:
-        super().__init__(service("model"), tasks=TASKS, **limits)
+    def __init__(self, model: ServicePlan = MODEL, **limits: float) -> None:
+        super().__init__(model, tasks=TASKS, **limits)
         self.state = replace(self.state, restarts=TaskRestarts(Restart(2, 10.0, (1.0, 4.0))))
         self.post(Begin())
         self.ready("model")
@@ -97,7 +100,26 @@ def test_a_restart_before_the_window_does_not_count() -> None:
     job = Job()
     for at in (0.0, 4.0, 12.0, 20.0, 30.0):
         restart(job, at)
-    assert len(job.state.restarts.at) == 5
+    assert job.state.restarts.count == 5
+    assert len(job.state.restarts.at) == 1  # only those that may still count
+
+
+def test_the_error_of_a_task_is_let_go_with_the_task() -> None:
+    job = Job()
+    job.fail()
+    assert [task for task, _ in job.state.restarts.causes] == ["source"]
+    job.end_tasks()
+    job.at(1.0)
+    job.post(TasksRenewed())
+    assert job.state.restarts.causes == ()
+
+
+def test_only_the_last_failures_are_kept_for_the_report() -> None:
+    job = Job()
+    for number in range(SETBACKS_MAX + 2):
+        restart(job, number * 20.0)
+    assert [one.number for one in job.state.restarts.setbacks] == [*range(3, SETBACKS_MAX + 3)]
+    assert job.state.restarts.count == SETBACKS_MAX + 2
 
 
 def test_the_pause_doubles_with_those_that_count() -> None:
@@ -115,7 +137,7 @@ def test_another_failure_of_the_same_tasks_belongs_to_the_same_restart() -> None
     job.fail()
     assert job.fail("sink") == []
     assert [(one.task, one.number) for one in job.state.restarts.setbacks] == [("source", 1), ("sink", 1)]
-    assert len(job.state.restarts.at) == 1
+    assert job.state.restarts.count == 1
 
 
 def test_a_task_that_does_not_open_starts_again_too() -> None:
@@ -153,6 +175,29 @@ def test_a_task_that_does_not_end_might_still_write() -> None:
     assert job.at(3.0)[0] == "abandon_task sink"
     assert job.state.job is JobState.STOPPING_SERVICES
     assert [one.trouble for one in job.state.failures] == [FailureKind.TASK, FailureKind.LATE_TASK]
+
+
+def test_a_task_whose_call_waits_for_a_service_has_its_time_once_the_service_is_there() -> None:
+    job = Job(service("model", restart="on_failure"), drain_timeout_s=3.0)
+    job.post(ServiceDied("model", 1, "it was killed"))
+    job.fail()
+    job.post(TaskEnded("source", TaskState.FAILED))
+    assert job.at(0.1) == ["run_hook model build"]
+    assert job.at(50.0) == []
+    job.ready("model")
+    assert job.at(52.9) == []
+    assert job.at(53.0)[0] == "abandon_task sink"
+
+
+def test_a_close_that_calls_a_service_has_its_time_once_the_service_is_there() -> None:
+    job = Job(service("model", restart="on_failure"), close_timeout_s=2.0)
+    job.post(ServiceDied("model", 1, "it was killed"))
+    job.fail()
+    job.post(TaskEnded("source", TaskState.FAILED), TaskClosing("sink"))
+    job.at(50.0)
+    job.ready("model")
+    assert job.at(51.9) == []
+    assert job.at(52.0)[0] == "abandon_task sink"
 
 
 def test_a_checkpoint_that_cannot_be_loaded_fails_the_job() -> None:

@@ -35,7 +35,7 @@ from sage.report import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from sage._plan.logical import LogicalGraph
     from sage._runtime.backend import Host, HostFacts
@@ -179,16 +179,9 @@ def seal(
             for task in dispatcher.supervisor.tasks.values()
         ),
         errors=errors,
-        notes=(*notes, *_restart_notes(state, graph.name)),
-        restarts=len(state.restarts.at),
+        notes=(*notes, *(f"restart {one.number}: {one.text}" for one in state.restarts.setbacks)),
+        restarts=state.restarts.count,
     )
-
-
-def _restart_notes(state: State, job: str) -> Iterator[str]:
-    """Yield a line for each failure after which the tasks of the job were started again."""
-    for one in state.restarts.setbacks:
-        error = error_of(Failure(FailureKind.TASK, one.task, error=one.error), job, None)
-        yield f"restart {one.number}: {str(error).splitlines()[0]}"
 
 
 def so_far(

@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from sage._standard_streams import is_of_output
+from sage.errors import JobError, describe
 
 if TYPE_CHECKING:
     from sage.durable import Restart
+
+
+SETBACKS_MAX = 100
+"""How many failures are kept for the report, the last ones: a stream that never ends may have any number."""
 
 
 class Setback(NamedTuple):
@@ -18,12 +23,12 @@ class Setback(NamedTuple):
     Attributes:
         number: the number of the restart.
         task: the task that failed.
-        error: its error.
+        text: its error in a line. The error itself would keep everything that the task had.
     """
 
     number: int
     task: str
-    error: BaseException
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +37,23 @@ class TaskRestarts:
 
     Attributes:
         policy: how many are allowed, or None for none.
-        at: when each began.
+        count: how many there were.
+        at: when those of them began that may still count towards the limit.
         due: when tasks that have all ended are made again; infinite while nobody waits for that.
-        setbacks: the failures before them, in order. Several tasks may fail before one restart.
+        setbacks: the last failures before them, in order. Several tasks may fail before one restart.
+        causes: the failures before the last restart, until its tasks are there: each task with its error.
     """
 
     policy: Restart | None = None
+    count: int = 0
     at: tuple[float, ...] = ()
     due: float = math.inf
     setbacks: tuple[Setback, ...] = ()
-
-    @property
-    def causes(self) -> tuple[Setback, ...]:
-        """The failures before the last restart."""
-        return tuple(one for one in self.setbacks if one.number == len(self.at))
+    causes: tuple[tuple[str, BaseException], ...] = ()
 
     def allows(self, now: float) -> bool:
         """Return whether another one may begin."""
-        return self.policy is not None and self._recent_count(now) < self.policy.restarts_max
+        return self.policy is not None and len(self._recent(now)) < self.policy.restarts_max
 
     def covers(self, error: BaseException) -> bool:
         """Return whether a restart may help after an error: not an interrupt, and not if nobody reads the output."""
@@ -58,16 +62,24 @@ class TaskRestarts:
     def begun(self, now: float) -> TaskRestarts:
         """Return the restarts with another one, which begins."""
         assert self.policy is not None
-        return replace(self, at=(*self.at, now), due=now + self.policy.pause_s(self._recent_count(now)))
+        recent = self._recent(now)
+        return replace(self, count=self.count + 1, at=(*recent, now), due=now + self.policy.pause_s(len(recent)))
 
     def after(self, task: str, error: BaseException) -> TaskRestarts:
         """Return the restarts with another failure before the last one."""
-        return replace(self, setbacks=(*self.setbacks, Setback(len(self.at), task, error)))
+        text = str(error) if isinstance(error, JobError) else f'task "{task}" failed: {describe(error)}'
+        setback = Setback(self.count, task, text.partition("\n")[0])
+        setbacks = (*self.setbacks, setback)[-SETBACKS_MAX:]
+        return replace(self, setbacks=setbacks, causes=(*self.causes, (task, error)))
 
-    def _recent_count(self, now: float) -> int:
+    def done(self) -> TaskRestarts:
+        """Return the restarts once the tasks of the last one are there."""
+        return replace(self, causes=())
+
+    def _recent(self, now: float) -> tuple[float, ...]:
         assert self.policy is not None
         since = now - self.policy.restart_window_s
-        return sum(at > since for at in self.at)
+        return tuple(at for at in self.at if at > since)
 
 
 NO_RESTARTS = TaskRestarts()

@@ -325,7 +325,7 @@ class Transition:
 
     def fail_job(self) -> None:
         if self.job is JobState.RESTARTING:  # which was in vain
-            causes = (Failure(FailureKind.TASK, one.task, error=one.error) for one in self.restarts.causes)
+            causes = (Failure(FailureKind.TASK, task, error=error) for task, error in self.restarts.causes)
             self.failures = (*causes, *self.failures)
         if self.job in (JobState.STARTING, JobState.RUNNING, JobState.RESTARTING, JobState.DRAINING):
             self.arm()
@@ -371,6 +371,7 @@ class Transition:
     def renew_tasks(self) -> None:
         """Begin with new tasks; the services are there."""
         plans = self.start.task_plans
+        self.restarts = self.restarts.done()
         self.tasks = {name: TaskRecord() for name in plans}
         self.tally.tasks_left = self.tally.tasks_unopened = len(plans)
         self.tally.main_left = sum(not plan.serving for plan in plans.values())
@@ -385,6 +386,15 @@ class Transition:
             if record.state not in TASK_TERMINAL:
                 due = late if record.due is None else min(record.due, self.tasks_due)
                 self.put_task(name, replace(record, due=due))
+
+    def begin_bounds_anew(self) -> None:
+        """Give every task that ends for a restart its whole time from now on."""
+        limits = self.start.limits
+        for name, record in list(self.tasks.items()):
+            if record.state not in TASK_TERMINAL:
+                is_closing = record.state is TaskState.CLOSING
+                bound_s = limits.close_timeout_s if is_closing else limits.drain_timeout_s
+                self.put_task(name, replace(record, due=self.now + bound_s))
 
     def abandon_task(self, name: str) -> None:
         self.fail(FailureKind.LATE_TASK, name)

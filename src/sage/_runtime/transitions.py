@@ -68,6 +68,8 @@ def step(
         return state, ()
     t = Transition(state, now)
     _take(t, event)
+    if t.job is JobState.RESTARTING and state.tally.services_unready:
+        t.begin_bounds_anew()  # calls of the tasks may wait for the service
     _expire(t, now if happened_at is None else min(happened_at, now))
     _advance(t)
     return t.state(), tuple(t.actions)
