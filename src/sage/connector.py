@@ -20,7 +20,8 @@ class Source(ABC, Generic[T_co]):
 
     Attributes:
         bounded: whether the source ends by itself.
-        skipped: how many records it has left out because they could not be read; the report counts them as failed.
+        skipped: how many records it has left out because they could not be read; the report counts them as failed; 0
+            before `open`.
         durable: whether the job is durable; set before `open`.
     """
 

@@ -135,6 +135,42 @@ def test_a_request_that_cannot_be_taken_is_told_why(name: str) -> None:
     assert [record.value for record in running.records] == [2]
 
 
+def half_a_body(port: int) -> socket.socket:
+    sender = socket.create_connection(("127.0.0.1", port))
+    sender.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 4\r\n\r\n12")
+    return sender
+
+
+def test_a_body_whose_sender_has_gone_is_not_a_record() -> None:
+    hook = Webhook(0, format="text")
+    with (running := Running(hook)) as url:
+        for _ in range(5):
+            half_a_body(hook.port).close()
+        assert post(url, b"whole")[0] == 200
+    assert [record.value for record in running.records] == ["whole"]
+
+
+def test_a_sender_that_never_ends_its_body_is_told_so_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    hook = Webhook(0, format="text")
+    with assert_clean():
+        hook.open()
+        with closing(half_a_body(hook.port)) as sender:
+            post(f"http://127.0.0.1:{hook.port}/", b"1")  # it comes later, so the other one is there
+            hook.close()
+            assert sender.recv(1_000).startswith(b"HTTP/1.1 503 ")
+    assert "Traceback" not in caplog.text
+
+
+def test_the_next_job_does_not_get_requests_of_the_last_one() -> None:
+    hook = Webhook(0)
+    hook.open()
+    assert post(f"http://127.0.0.1:{hook.port}/", b"1")[0] == 200
+    hook.close()
+    hook.open()
+    assert hook.read(10) == []
+    hook.close()
+
+
 def test_more_than_can_wait_are_to_be_sent_again() -> None:
     entered, go_on = threading.Event(), threading.Event()
 

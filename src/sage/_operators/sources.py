@@ -212,6 +212,7 @@ class Reader(Operator):
         self._positions: dict[int, object] = {}
         self.source = self._source()
         self.source.durable = self.recovery is not None
+        self.source.skipped = 0  # it may have served another job before
         is_awaited = isinstance(self.source, AwaitedSource)
         self.is_told = is_awaited or isinstance(self.source, RequestSource)
         self.may_wait = not is_awaited and not isinstance(self.source, SequenceSource)

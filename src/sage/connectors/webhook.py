@@ -32,7 +32,7 @@ PORT_MAX = 65_535
 CLOSE_S = 2.0
 """How long the end of connections is waited for; all requests have their answer by then."""
 
-TAKEN, AGAIN = 200, 503
+TAKEN, BROKEN, TOO_LARGE, AGAIN = 200, 400, 413, 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,8 @@ class Webhook(Source[WebRequest]):
             error = ConnectorError('Webhook has answer="checkpoint", and the job has none')
             raise hint(error, 'Give the environment durable=, or answer="now".')
         self._answered, self._is_closed = position or 0, False
+        self._unread.clear()
+        self._unanswered.clear()
         try:
             listening = socket.create_server((self._host, self.port), backlog=self._waiting_max)
         except (OSError, OverflowError) as error:
@@ -243,8 +245,12 @@ class Webhook(Source[WebRequest]):
         if self._format == "json" and not headers.get(b"content-type", b"").startswith(b"application/json"):
             return 415, "the type is not application/json\n"
         body = await self._body(receive)
-        if body is None:
-            return 413, f"a body has at most {self._body_bytes_max} bytes\n"
+        if isinstance(body, int):
+            return body, {
+                BROKEN: "the body is not whole\n",
+                TOO_LARGE: f"a body has at most {self._body_bytes_max} bytes\n",
+                AGAIN: "send it again later\n",
+            }[body]
         try:
             value = decode(self._format, body)
         except ValueError as error:
@@ -258,13 +264,18 @@ class Webhook(Source[WebRequest]):
         status = await waiting.answered() if self._is_patient else TAKEN
         return status, "taken\n" if status == TAKEN else "send it again later\n"
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """Return the body, or None if it is too large."""
+    async def _body(self, receive: Receive) -> bytes | int:
+        """Return the body, or the status of the answer if it is too large or does not come whole."""
         body = bytearray()
         while True:
-            part = await receive()
+            try:
+                part = await receive()
+            except asyncio.CancelledError:  # the end does not wait for the rest of it
+                return AGAIN
+            if part["type"] == "http.disconnect":
+                return BROKEN
             body += part.get("body", b"")
             if len(body) > self._body_bytes_max:
-                return None
+                return TOO_LARGE
             if not part.get("more_body"):
                 return bytes(body)
