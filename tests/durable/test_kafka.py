@@ -248,6 +248,13 @@ REFUSED: dict[str, tuple[object, dict[str, Any]]] = {
     "cannot be written as bytes: TypeError: it is of type dict": ({}, {"format": "bytes"}),
     "has the key 5": ("a", {"key": lambda row: 5}),
     "has about 1,000,5.. bytes as a message": ("x" * 1_000_000, {}),
+    r"has the key '\\ud800'": (KafkaRecord(1, "\ud800"), {}),  # type: ignore[arg-type]
+    r"has the key bytearray": (KafkaRecord(1, bytearray(b"k")), {}),  # type: ignore[arg-type]
+    r"has the headers {'h': b'1'}": (KafkaRecord(1, None, {"h": b"1"}), {}),  # type: ignore[arg-type]
+    r"has the header '\\ud800'": (KafkaRecord(1, None, (("\ud800", b"1"),)), {}),
+    "has the header 5": (KafkaRecord(1, None, (("h", 5),)), {}),  # type: ignore[arg-type]
+    "has the time 1.5": (KafkaRecord(1, timestamp_ms=1.5), {}),  # type: ignore[arg-type]
+    "has the time 9223372036854775808": (KafkaRecord(1, timestamp_ms=1 << 63), {}),
 }
 
 

@@ -31,6 +31,9 @@ RETRY_AFTER_MAX_S = 60.0
 
 TYPES = {"json": "application/json", "text": "text/plain; charset=utf-8", "bytes": "application/octet-stream"}
 METHOD = re.compile("[A-Z]+")
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]+")
+OWN = ("idempotency-key", "content-length", "transfer-encoding")
 TEXT_CHARS_MAX = 200
 
 
@@ -72,16 +75,23 @@ class HttpSink(BrokerSink[bytes]):
         super().__init__()
         load("urllib3", "http")
         check_text("HttpSink: url", url, 'Give one: HttpSink("https://shop.example/orders").')
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        try:
+            parts, is_address = urlsplit(url), load("urllib3", "http").util.parse_url(url).host is not None
+        except (ValueError, load("urllib3.exceptions", "http").LocationParseError):
+            is_address = False
+        if not is_address or parts.scheme not in ("http", "https") or parts.username is not None:
             error = GraphError("HttpSink: url is not an address without a user that begins with http:// or https://")
-            raise hint(error, 'Give a password as headers={"Authorization": ...}.')
+            raise hint(error, 'Give a password as headers={"Authorization": ...}.') from None
         check_text("HttpSink: method", method, 'Give "POST", "PUT" or another one.')
         if not METHOD.fullmatch(method):
             raise hint(GraphError(f"HttpSink: method is {short(method)}"), 'Give "POST", "PUT" or another one.')
         given: object = headers or {}
         if not isinstance(given, Mapping) or not all(map(_is_header, given.items())):
-            raise hint(GraphError("HttpSink: headers are not texts of one line"), 'Give {"X-Name": "value"}.')
+            error = GraphError("HttpSink: headers are not names with texts of one line in Latin-1")
+            raise hint(error, 'Give {"X-Name": "value"}.')
+        for name in given:
+            if name.lower() in OWN:
+                raise hint(GraphError(f'HttpSink: "{name}" is in headers'), "Each request has its own.")
         check_choice("HttpSink: format", format, FORMATS)
         check_count("HttpSink: records_max is", records_max)
         if records_max > 1 and format != "json":
@@ -108,6 +118,7 @@ class HttpSink(BrokerSink[bytes]):
         """Prepare connections; the first request makes one."""
         library = load("urllib3", "http")
         self._part, self._run = part, uuid.uuid4().hex[:12]
+        self._skipped = 0
         retries = library.Retry(
             self._retries_max,
             redirect=0,
@@ -182,5 +193,8 @@ class HttpSink(BrokerSink[bytes]):
 
 
 def _is_header(item: tuple[object, object]) -> bool:
-    """Return whether name and value are texts of one line."""
-    return all(isinstance(text, str) and text and not re.search(r"[\r\n\0]", text) for text in item)
+    """Return whether name and value can be a header; the library refuses others within the commit, and shows them."""
+    name, value = item
+    if not isinstance(name, str) or not isinstance(value, str):
+        return False
+    return HEADER_NAME.fullmatch(name) is not None and HEADER_VALUE.fullmatch(value) is not None

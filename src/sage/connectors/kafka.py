@@ -41,6 +41,7 @@ SECRET = ("password", "secret", "sasl.oauthbearer.config", "ssl.key.pem")
 MESSAGE_BYTES_MAX = 1_000_000
 MESSAGE_BYTES_MORE = 512
 """Room for a message's own fields, and a header's."""
+TIMESTAMP_MAX_MS = (1 << 63) - 1
 SHOWN_MAX = 10
 LOOK_READS = 20
 """After so many reads without a message, a source looks whether its topic is still there."""
@@ -392,21 +393,19 @@ class KafkaSink(BrokerSink[Raw]):
 
     def _raw(self, record: object) -> Raw:
         if not isinstance(record, KafkaRecord):
-            record = KafkaRecord(record, self._key_of(record))
+            record = KafkaRecord(record, _octets("key", self._key(record), record) if self._key else None)
         value = None if record.value is None else encode(self._format, record.value, record.value)
-        size = len(value or b"") + len(record.key or b"") + MESSAGE_BYTES_MORE
-        size += sum(len(name) + len(held or b"") + MESSAGE_BYTES_MORE for name, held in record.headers)
+        key, headers = _octets("key", record.key, record), _headers(record)
+        timestamp_ms: object = record.timestamp_ms or 0
+        size = len(value or b"") + len(key or b"") + MESSAGE_BYTES_MORE
+        size += sum(len(name) + len(held or b"") + MESSAGE_BYTES_MORE for name, held in headers)
         if size > self._cluster.limit():
             error = ConnectorError(f"record {short(record.value)} has about {size:,} bytes as a message")
             raise hint(error, 'Make it smaller, or let topic and library take it: settings={"message.max.bytes": ...}.')
-        return value, record.key, record.headers, record.timestamp_ms or 0
-
-    def _key_of(self, record: object) -> bytes | None:
-        key = None if self._key is None else self._key(record)
-        if key is not None and not isinstance(key, str | bytes):
-            error = ConnectorError(f"record {short(record)} has the key {short(key)}")
-            raise hint(error, "The function of key= returns bytes, a string or None.")
-        return key.encode() if isinstance(key, str) else key
+        if not isinstance(timestamp_ms, int) or not -1 <= timestamp_ms <= TIMESTAMP_MAX_MS:
+            error = ConnectorError(f"record {short(record)} has the time {short(timestamp_ms)}")
+            raise hint(error, "Give milliseconds since 1970, or None for the time at which it is written.")
+        return value, key, headers, timestamp_ms
 
     def commit(self, token: tuple[int, list[Raw]]) -> None:
         """Write the messages in one transaction, unless the servers have this checkpoint.
@@ -461,3 +460,27 @@ class KafkaSink(BrokerSink[Raw]):
             producer.purge()
             with suppress(self._cluster.library.KafkaException):  # the last one, which was raised
                 producer.close()
+
+
+def _octets(label: str, given: object, record: object) -> bytes | None:
+    """Return a key or the value of a header as it is written; the library would refuse others within the commit."""
+    if isinstance(given, str):
+        with suppress(UnicodeEncodeError):
+            return given.encode()
+    elif given is None or isinstance(given, bytes):
+        return given
+    error = ConnectorError(f"record {short(record)} has the {label} {short(given)}")
+    raise hint(error, "It is bytes, None, or a string that UTF-8 has.")
+
+
+def _headers(record: KafkaRecord) -> tuple[tuple[str, bytes | None], ...]:
+    """Return the headers as they are written; the library ends the process at a name that UTF-8 does not have."""
+    given: object = record.headers
+    headers = []
+    for pair in given if isinstance(given, tuple | list) else [given]:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            error = ConnectorError(f"record {short(record)} has the headers {short(given)}")
+            raise hint(error, 'Give pairs: headers=(("name", b"value"),).')
+        _octets("header", pair[0], record)
+        headers.append((pair[0], _octets("header", pair[1], record)))
+    return tuple(headers)
