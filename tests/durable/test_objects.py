@@ -240,6 +240,87 @@ def test_a_bucket_that_vanishes_before_the_commit_is_told(tmp_path: Path) -> Non
     gone.close()
 
 
+class Store(HTTPServer):
+    """A store with objects of four bytes, which counts requests and, unlike S3, says if there is nothing to delete."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), StoreHandler)
+        self.asked: list[str] = []
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+ENTRY = (
+    "<Contents><Key>in/{}.txt</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+    "<ETag>1</ETag><Size>4</Size></Contents>"
+)
+
+
+class StoreHandler(BaseHTTPRequestHandler):
+    server: Store
+
+    def answer(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path}")
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        is_list = self.command == "GET" and "prefix=in" in self.path
+        text = "".join(map(ENTRY.format, range(50))) if is_list else ""
+        body = f"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode()
+        self.send_response(404 if self.command in ("DELETE", "HEAD") else 200)
+        self.send_header("ETag", "1")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_DELETE = do_HEAD = answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    server = Store()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    account = {"gcs_base_url": server.address, "disable_oauth": True}
+    account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_objects_that_were_read_cost_no_request_each(store: Store) -> None:
+    source = Text("gs://b/in/*.txt")
+    source.open({f"gs://b/in/{number}.txt": 4 for number in range(50)})
+    assert len(store.asked) == 1
+    source.close()
+
+
+def test_a_job_that_fails_deletes_only_objects_that_it_has_put(store: Store) -> None:
+    def fail(number: int) -> dict[str, int]:
+        return {"day": 1 // (9 - number)}
+
+    env = LocalEnvironment("failing")
+    env.from_batch(range(10)).map(fail, name="divide").sink(JsonLinesFiles("gs://b/out", partition_by="day"))
+    with pytest.raises(FunctionError, match='operator "divide" failed'):
+        env.run()
+    assert [asked.split()[0] for asked in store.asked] == ["GET"]
+
+
+def test_an_object_that_somebody_has_removed_is_not_missed(store: Store) -> None:
+    sink = TextFiles("gs://b/out", file_bytes_max=1)
+    sink.open("part", 0)
+    sink.begin()
+    sink.write(["a"])
+    assert store.asked[-1].startswith("PUT ")
+    sink.abort()
+    assert store.asked[-1].startswith("DELETE ")
+    sink.close()
+
+
 @pytest.mark.parametrize("url", ["s4://bucket/in", "https://host/in.jsonl", "file:///in.jsonl", "s3:///in.jsonl"])
 def test_another_address_is_refused_where_it_is_given(url: str) -> None:
     with pytest.raises(GraphError, match="is the address of no object store") as caught:

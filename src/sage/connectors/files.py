@@ -232,16 +232,17 @@ class Files(Source[T]):
         self._offsets = dict(position or {})
         with naming(f'"{self._pattern}"', "looked through"):
             self._place.open()
-            self._left = deque(self._place.find(self._suffix))
+            sizes = self._place.find(self._suffix)
+        self._left = deque(sizes)
         if not self._left and not self._offsets:
             error = ConnectorError(f'no file matches "{self._pattern}"', fault="external")
             raise hint(error, self._place.note)
-        for path in self._left:
+        for path, size in sizes.items():
             with naming(f'file "{path}"', "read"):
-                self._check(path, self._offsets.get(path, 0))
+                self._check(path, size, self._offsets.get(path, 0))
 
     @abstractmethod
-    def _check(self, path: str, read: int) -> None:
+    def _check(self, path: str, size: int, read: int) -> None:
         """Raise a ConnectorError if a file cannot be read on from there."""
 
     def position(self) -> dict[str, int]:
@@ -273,8 +274,7 @@ class FileSource(Files[T]):
         self._header: object = None
         self._records: Iterator[T] = iter(())
 
-    def _check(self, path: str, read: int) -> None:
-        size = self._place.size(path)
+    def _check(self, path: str, size: int, read: int) -> None:
         if size < read:
             text = f'file "{path}" has {size:,} bytes, and {read:,} were read before'
             error = ConnectorError(text, fault="external")
@@ -510,13 +510,13 @@ class FileSink(TransactionalSink[T]):
 
     def abort(self) -> None:
         """Remove the files that were not prepared."""
-        for part in self._parts.values():
-            with suppress(OSError):  # of a full disk, which the write has told of
-                part.file.close()
-            self._place.remove(part.name)
-        for name, _ in self._ended:
-            self._place.remove(name)
-        self._parts, self._ended = {}, []
+        parts, self._parts = self._parts, {}
+        ended, self._ended = self._ended, []
+        with naming(f'folder "{self._folder}"', "written into"):
+            for part in parts.values():
+                self._place.discard(part.file, part.name)
+            for name, _ in ended:
+                self._place.remove(name)
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -45,7 +45,7 @@ class Parquet(Files[Row]):
         self._batches: Iterator[pyarrow.RecordBatch] = iter(())
         self._rest: pyarrow.RecordBatch | None = None
 
-    def _check(self, path: str, read: int) -> None:
+    def _check(self, path: str, size: int, read: int) -> None:  # noqa: ARG002  (it counts in rows)
         with _reading(path), self._place.read(path) as file:
             parquet = _opened(file)
             names, count = parquet.schema_arrow.names, parquet.metadata.num_rows

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +20,7 @@ from sage.errors import GraphError, hint, short
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*)://([^/]*)/*(.*)", re.DOTALL)
@@ -58,12 +59,11 @@ class Place(ABC):
         """Release everything."""
 
     @abstractmethod
-    def find(self, suffix: str) -> list[str]:
-        """Return the names of the files that the pattern matches; if it is a folder, of all below it that end so."""
+    def find(self, suffix: str) -> dict[str, int]:
+        """Return the files that the pattern matches, or all below it that end so if it is a folder, in order.
 
-    @abstractmethod
-    def size(self, path: str) -> int:
-        """Return the number of bytes of a file."""
+        Each has its number of bytes; a store tells them with the names, and would be asked for each otherwise.
+        """
 
     @abstractmethod
     def read(self, path: str) -> BinaryIO:
@@ -84,6 +84,10 @@ class Place(ABC):
     @abstractmethod
     def finish(self, file: BinaryIO, name: str) -> None:
         """Make a file durable, under its name in the folder."""
+
+    @abstractmethod
+    def discard(self, file: BinaryIO, name: str) -> None:
+        """Drop a file that was begun, and is not to be finished."""
 
     @abstractmethod
     def rename(self, name: str, new: str) -> None:
@@ -124,16 +128,13 @@ class Disk(Place):
         """What may be wrong if nothing is found."""
         return f"The program runs in {os.getcwd()}."
 
-    def find(self, suffix: str) -> list[str]:
-        """Return the names of the files."""
+    def find(self, suffix: str) -> dict[str, int]:
+        """Return the files, and their sizes."""
         pattern = self._path
         if os.path.isdir(pattern):
             pattern = os.path.join(glob.escape(pattern), "**", f"*{suffix}")
-        return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-
-    def size(self, path: str) -> int:
-        """Return the number of bytes of a file."""
-        return os.path.getsize(path)
+        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        return {path: os.path.getsize(path) for path in paths}
 
     def read(self, path: str) -> BinaryIO:
         """Return a file to read."""
@@ -162,6 +163,12 @@ class Disk(Place):
         file.flush()
         os.fsync(file.fileno())
         file.close()
+
+    def discard(self, file: BinaryIO, name: str) -> None:
+        """Remove a file."""
+        with suppress(OSError):  # of a full disk, which the write has told of
+            file.close()
+        self.remove(name)
 
     def rename(self, name: str, new: str) -> None:
         """Give a file another name."""
@@ -227,47 +234,37 @@ class Bucket(Place):
         """Let go of the client, which closes its connections."""
         self._opened = None
 
-    def _key(self, path: str) -> str:
-        return path.removeprefix(f"{self._root}/")
-
     def _full(self, name: str) -> str:
         return f"{self._below.rstrip('/')}/{name}".lstrip("/")
 
-    def find(self, suffix: str) -> list[str]:
-        """Return the names of the objects."""
+    def find(self, suffix: str) -> dict[str, int]:
+        """Return the objects, and their sizes."""
         parts = [part for part in self._below.split("/") if part]
         if not glob.has_magic(self._below):
-            with _failures():
-                try:
-                    return (
-                        [f"{self._root}/{self._store.head('/'.join(parts))['path']}"]
-                        if parts
-                        else self._find([], suffix)
-                    )
-                except FileNotFoundError:
-                    return self._find(parts, suffix)
+            with _failures(), suppress(FileNotFoundError):
+                found = [self._store.head("/".join(parts))] if parts else []
+                return {f"{self._root}/{entry['path']}": entry["size"] for entry in found} or self._find([], suffix)
+            return self._find(parts, suffix)
         return self._find(parts, None)
 
-    def _find(self, parts: list[str], suffix: str | None) -> list[str]:
+    def _find(self, parts: list[str], suffix: str | None) -> dict[str, int]:
         if suffix is not None:
             parts = [*map(glob.escape, parts), "**", f"*{suffix}"]
         fixed = next(place for place, part in enumerate([*parts, "*"]) if glob.has_magic(part))
-        return sorted(f"{self._root}/{key}" for key in self._list(parts[:fixed]) if _matches(key.split("/"), parts))
+        found = (entry for entry in self._list(parts[:fixed]) if _matches(entry["path"].split("/"), parts))
+        return dict(sorted((f"{self._root}/{entry['path']}", entry["size"]) for entry in found))
 
-    def _list(self, parts: Sequence[str]) -> Iterator[str]:
+    def _list(self, parts: Sequence[str]) -> Iterator[ObjectMeta]:
         with _failures():
             for found in self._store.list("/".join(parts) or None):
-                yield from (entry["path"] for entry in found)
-
-    def size(self, path: str) -> int:
-        """Return the number of bytes of an object."""
-        with _failures():
-            return self._store.head(self._key(path))["size"]
+                yield from found
 
     def read(self, path: str) -> BinaryIO:
         """Return an object to read, in pieces."""
-        raw = _Object(self._store, self._key(path), self.size(path))
-        return cast("BinaryIO", io.BufferedReader(raw, READ_BYTES))
+        key = path.removeprefix(f"{self._root}/")
+        with _failures():
+            size = self._store.head(key)["size"]
+        return cast("BinaryIO", io.BufferedReader(_Object(self._store, key, size), READ_BYTES))
 
     def prepare(self) -> None:
         """Do nothing: folders are only names, and the first object shows whether it can be written."""
@@ -275,7 +272,7 @@ class Bucket(Place):
     def names(self) -> list[str]:
         """Return the names of the objects."""
         parts = [part for part in self._below.split("/") if part]
-        return ["/".join(key.split("/")[len(parts) :]) for key in self._list(parts)]
+        return ["/".join(entry["path"].split("/")[len(parts) :]) for entry in self._list(parts)]
 
     def begin(self, name: str) -> BinaryIO:  # noqa: ARG002  (it gets its name when it is whole)
         """Return a file to write."""
@@ -287,15 +284,20 @@ class Bucket(Place):
             file.seek(0)
             self._store.put(self._full(name), file)
 
+    def discard(self, file: BinaryIO, name: str) -> None:  # noqa: ARG002  (the store does not have it)
+        """Drop the file without a name, without a request that a store may not answer."""
+        with suppress(OSError):
+            file.close()
+
     def rename(self, name: str, new: str) -> None:
         """Copy an object, which a store does by itself, and remove the old one."""
         with _failures():
             self._store.copy(self._full(name), self._full(new))
-            self._store.delete(self._full(name))
+        self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove an object."""
-        with _failures():
+        with suppress(FileNotFoundError), _failures():  # S3 does not say that it was not there; others do
             self._store.delete(self._full(name))
 
     def sync(self, names: Sequence[str]) -> None:
