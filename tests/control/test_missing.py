@@ -100,6 +100,7 @@ def test_those_that_were_in_flight_are_counted_where_they_were_missing() -> None
     assert lines_of(unknown)[2:] == ["undelivered: in flight at the end 7"]
     later = replace(whole, operators=(replace(ask, missing=0, earlier_failed=2),))
     assert lines_of(later)[2:] == ["half failed in earlier runs 2"]
+    assert lines_of(replace(later, restarts=1))[2:] == ["half failed in earlier runs or before a restart 2"]
 
 
 def test_those_that_wait_for_the_next_run_of_a_durable_job(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sage import Durable, FunctionError, LocalEnvironment, Source, UnsupportedPlanError
+from sage import BaseService, Durable, FunctionError, LocalEnvironment, Source, UnsupportedPlanError
 from sage._operators import keyed_state
 from sage.connectors import JsonLinesFiles
 from sage.testing import simulate
@@ -154,6 +154,59 @@ def test_nothing_is_gone_if_the_job_was_stopped_or_failed(tmp_path: Path) -> Non
         assert job.report.operator("keys").records_in == 1
     assert rows == []
     assert table.run(THEN) == [("b", 2), ("e", 1), "a is gone", "c is gone"]
+
+
+class Model(BaseService):
+    """Notes each call."""
+
+    asked: list[Row]
+
+    def ask(self, row: Row) -> Row:
+        self.asked.append(row)
+        return row
+
+
+def test_records_that_waited_before_it_are_read_again_and_not_kept(tmp_path: Path) -> None:
+    def run(given: list[Row], calls_max: int = 100) -> tuple[list[Row | str], JobReport]:
+        Model.asked = []
+        rows: list[Row | str] = []
+        env = LocalEnvironment("table", durable=Durable(tmp_path / "state"))
+        model = env.register_service("model", Model)
+        env.limit(calls={"model": calls_max})
+        stream: DataStream[Row] = env.from_batch(given, name="rows").map(model.ask, name="ask")
+        stream.keyby(key_of, name="keys").changed(removed=gone, name="changed").sink(rows.append, name="sink")
+        return rows, env.submit(autostop=True).report
+
+    rows, report = run(FIRST, calls_max=1)
+    assert rows == [("a", 1)]
+    assert report.waiting == len(FIRST) - 1
+    rows, report = run([("b", 2)])
+    assert rows == [("b", 2), "a is gone"]
+    assert Model.asked == [("b", 2)]
+    assert (report.is_accounted, report.waiting) == (True, 0)
+
+
+def test_records_that_waited_in_it_are_read_again_and_not_kept(tmp_path: Path) -> None:
+    def run(given: list[Row], calls_max: int = 100) -> list[Row | str]:
+        def ask(row: Row) -> Row:
+            answer: Row = model.ask(row)
+            return answer
+
+        Model.asked = []
+        rows: list[Row | str] = []
+        env = LocalEnvironment("table", durable=Durable(tmp_path / "state"))
+        model = env.register_service("model", Model)
+        env.limit(calls={"model": calls_max})
+        stream: DataStream[Row] = env.from_batch(given, name="rows")
+        changed = stream.keyby(key_of, name="keys").changed(fingerprint=ask, removed=gone, name="changed")
+        changed.sink(rows.append, name="sink")
+        report = env.submit(autostop=True).report
+        assert report.is_accounted is True
+        assert report.waiting == max(len(given) - calls_max, 0)
+        return rows
+
+    assert run(FIRST, calls_max=1) == [("a", 1)]
+    assert run([("b", 2)]) == [("b", 2), "a is gone"]
 
 
 def test_a_job_that_is_not_durable_has_no_earlier_runs() -> None:

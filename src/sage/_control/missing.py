@@ -41,7 +41,7 @@ def _reasons(report: JobReport) -> Iterator[tuple[str, str, int]]:
     for one in report.operators:
         yield one.name, "failed the job", one.fatal
         yield one.name, UNREAD if one.kind == "source" else REASONS[one.on_error], one.failed - one.fatal
-        yield one.name, "failed in earlier runs", one.earlier_failed
+        yield one.name, f"failed in earlier runs{' or before a restart' if report.restarts else ''}", one.earlier_failed
         if one.kind in ONE_TO_ONE:
             yield one.name, "dropped by its function", one.records_in - one.records_out - (one.failed - one.fatal)
         yield one.name, _in_flight(report), one.missing or 0

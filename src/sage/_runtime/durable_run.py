@@ -132,7 +132,7 @@ class DurableRun:
         self._restored = restored
         self.number = loaded.number
         self.before = loaded.accounts
-        self.waiting = _held(loaded.rows)
+        self.waiting = _held(row for row in loaded.rows if not self._drops(row.operator))
         self.waiting.update({name: one.lost for name, one in self.before.items()})
 
     def _check(self, found: Checkpoint) -> None:
@@ -160,12 +160,21 @@ class DurableRun:
     def recovery(self, node: Node, index: int) -> Recovery:
         """Return the part of one operator in one task."""
         part = f"{self._store.key}-{_in_file_names(node.name)}-{index}"
-        is_read_anew = node.kind is Kind.SOURCE and any(node.name in names for names in self._before_changed.values())
+        is_read_anew = any(node.name in names for names in self._before_changed.values())
         if (node.name, index) not in self._restored.rows or is_read_anew:
             return Recovery(part, self.number)
         row, (state, left, function) = self._restored.rows.pop((node.name, index))
         changes = self._restored.changes.pop((node.name, index), [])
+        if node.name in self._before_changed:
+            return Recovery(part, self.number, state, (), function, row.since, changes)
         return Recovery(part, self.number, state, left, function, row.since, changes, row.held)
+
+    def _drops(self, operator: str) -> bool:
+        """Return whether an operator does not keep the records that wait in it.
+
+        All of them come again before a `changed(removed=)`, if they are still there, and may differ then.
+        """
+        return operator in self._before_changed or any(operator in names for names in self._before_changed.values())
 
     def task(self, *parts: *TaskParts) -> DurableTask:
         """Return a task of the job; `parts` are the arguments of `Task`."""
