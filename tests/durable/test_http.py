@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from random import Random
@@ -36,6 +37,7 @@ class Got(NamedTuple):
     key: str
     headers: dict[str, str]
     body: bytes
+    sender: tuple[str, int]
 
 
 class Server(ThreadingHTTPServer):
@@ -69,7 +71,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        got = Got(self.command, self.path, self.headers["Idempotency-Key"], dict(self.headers), body)
+        got = Got(
+            self.command, self.path, self.headers["Idempotency-Key"], dict(self.headers), body, self.client_address
+        )
         with self.server.lock:
             self.server.arrived.append(got)
             status, headers = self.server.answers.pop(0) if self.server.answers else (200, {})
@@ -191,6 +195,40 @@ def test_trouble_that_does_not_pass_ends_the_job(server: Server) -> None:
     text, _ = failure(server.url, [1], retries_max=1, refused="skip")
     assert "answered 503 to '1'" in text
     assert len(server.arrived) == 2
+
+
+class EndlessHandler(BaseHTTPRequestHandler):
+    """Answers with events that do not end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with suppress(OSError):  # the other side has gone
+            while True:
+                self.wfile.write(b"8\r\ndata: 1\n\r\n")
+                threading.Event().wait(0.01)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.timeout(30)  # an answer that is waited for never ends
+def test_the_end_of_an_answer_that_does_not_end_is_not_waited_for() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), EndlessHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        run(f"http://127.0.0.1:{server.server_port}/", [1, 2], timeout_s=0.2)
+        server.shutdown()
+        thread.join()
+
+
+def test_all_requests_go_through_one_connection(server: Server) -> None:
+    run(server.url, list(range(20)))
+    assert len({got.sender for got in server.arrived}) == 1
 
 
 def test_a_redirect_is_not_followed(server: Server) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -35,6 +37,7 @@ HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]+")
 OWN = ("idempotency-key", "content-length", "transfer-encoding")
 TEXT_CHARS_MAX = 200
+ANSWER_BYTES_MAX = 1 << 16
 
 
 class HttpSink(BrokerSink[bytes]):
@@ -54,7 +57,7 @@ class HttpSink(BrokerSink[bytes]):
         format: of the body: "json", "text" or "bytes".
         records_max: how many records a request has at most; with more than 1, its body is a list.
         retries_max: how often a request is sent again.
-        timeout_s: bound of connecting and of each wait for the answer, in seconds.
+        timeout_s: bound of connecting, of each wait for the answer, and of reading its text, in seconds.
         refused: "fail" if the server refuses a request, or "skip" to log it and go on.
     """
 
@@ -167,15 +170,15 @@ class HttpSink(BrokerSink[bytes]):
         library = load("urllib3", "http")
         headers = {**self._headers, "Idempotency-Key": key}
         try:
-            answer = self._pool.request(self._method, self._url, body=body, headers=headers)
+            answer = self._pool.request(self._method, self._url, body=body, headers=headers, preload_content=False)
         except library.exceptions.HTTPError as error:
             # The library's own text has the whole address, with what may be a secret in its query.
             reason = getattr(error, "reason", None) or error
             failed = ConnectorError(f"{self.place} cannot be reached: {describe(reason)}", fault="external")
             raise hint(failed, f"It was tried {self._retries_max + 1} times.") from None
+        said = self._said(answer)[:TEXT_CHARS_MAX].decode("utf-8", "replace")
         if 200 <= answer.status < 300:
             return
-        said = answer.data[:TEXT_CHARS_MAX].decode("utf-8", "replace")
         text = f"{self.place} answered {answer.status} to {short(body.decode('utf-8', 'replace'))}: {short(said)}"
         if not self._skips or answer.status in AGAIN:
             note = 'A record that the server refuses can be left out with refused="skip".'
@@ -183,6 +186,20 @@ class HttpSink(BrokerSink[bytes]):
         self._skipped += 1
         if self._skipped == 1:
             logger.warning("skipped: %s; the last line counts all of them", text)
+
+    def _said(self, answer: urllib3.BaseHTTPResponse) -> bytes:
+        """Return the text of an answer, or its beginning if it does not end soon, as a stream of events does not."""
+        due = time.monotonic() + self._timeout_s
+        said = b""
+        with suppress(load("urllib3", "http").exceptions.HTTPError):  # the status tells whether the server has it
+            while len(said) < ANSWER_BYTES_MAX and time.monotonic() < due:
+                part = answer.read1(ANSWER_BYTES_MAX)
+                if not part:
+                    answer.release_conn()
+                    return said
+                said += part
+        answer.close()
+        return said
 
     def close(self) -> None:
         """Close the connections."""
