@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from sage import (
     UnknownServiceError,
     UnsupportedPlanError,
 )
+from sage.connectors import JsonLines, JsonLinesFiles
 from sage.testing import StepBackend
 
 # What is refused has started nothing, so that there is nothing to wait for either.
@@ -279,6 +281,21 @@ def test_a_source_that_cannot_be_split_is_refused_at_submit() -> None:
     with pytest.raises(GraphError, match='source "once" has parallelism 2, but it cannot be split') as caught:
         env.submit(autostop=True)
     assert "Give a list" in note_of(caught.value)
+
+
+def test_a_source_or_a_sink_serves_one_operator(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("1\n")
+    source, sink = JsonLines(tmp_path / "in"), JsonLinesFiles(tmp_path / "out")
+    env = LocalEnvironment("job")
+    for name in ("a", "b"):
+        env.from_source(source, name=f"from {name}").sink(sink, name=f"to {name}")
+    with pytest.raises(GraphError) as caught:
+        env.submit()
+    assert [str(problem) for problem in caught.value.problems] == [
+        'operators "from a" and "from b" have one JsonLines',
+        'operators "to a" and "to b" have one JsonLinesFiles',
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_graph_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sage._plan import durability
 from sage._plan.logical import Kind, LogicalGraph, Node, ServiceSpec
 from sage._plan.rules import RULES, edges_of, loops_of, lower, ordered
-from sage.connector import Source
+from sage.connector import Source, TransactionalSink
 from sage.errors import FutureError, GraphError, UnknownServiceError, hint
 from sage.functions import BaseFunction, ProcessFunction, is_coroutine_function
 from sage.service import DEFAULT_METHOD, ServiceHandle, ServiceMethod, unknown_service
@@ -65,9 +65,19 @@ def validate(graph: LogicalGraph) -> Iterator[GraphError]:
 def _streams(graph: LogicalGraph) -> Iterator[GraphError]:
     filled = {future for _, future in graph.feedback}
     edges = edges_of(graph)
+    owners: dict[int, Node] = {}
     for node in graph.nodes.values():
+        target = node.function.target if node.function else None
+        if (
+            isinstance(target, Source | TransactionalSink)
+            and (owner := owners.setdefault(id(target), node)) is not node
+        ):
+            error: GraphError = GraphError(
+                f'operators "{owner.name}" and "{node.name}" have one {type(target).__name__}'
+            )
+            yield hint(error, "It knows how far one of them is. Give each an object of its own.")
         if node.kind is Kind.FUTURE and node.id not in filled:
-            error: GraphError = FutureError(f'future "{node.name}" is never filled')
+            error = FutureError(f'future "{node.name}" is never filled')
             yield hint(error, f"Call stream.fill_future({node.name}) with the stream that leads back into it.")
         if node.kind is Kind.SOURCE:
             yield from _source(node)
