@@ -1426,6 +1426,21 @@ AGAIN_AND_AGAIN: tuple[Mutant, ...] = (
         AGAIN + "test_the_tasks_before_a_restart_are_let_go",
     ),
     Mutant(
+        "a restart of the tasks cancels hooks of services and their own calls",
+        "_runtime/coroutines.py",
+        "kinds = {True} if only_of_tasks else {False, True}",
+        "kinds = {False, True}",
+        AGAIN + "test_calls_of_tasks_are_cancelled_and_hooks_of_services_are_not",
+    ),
+    Mutant(
+        "a cancel between the start of a coroutine and the wait for it is missed",
+        "_runtime/coroutines.py",
+        "if cancels != self._cancel_count[is_of_task]:",
+        "if cancels < 0:",
+        "tests/hosts/test_coroutine_methods.py::"
+        "test_a_cancel_before_the_caller_knows_that_its_coroutine_was_started_is_not_missed",
+    ),
+    Mutant(
         "a call that waits for its service is given up before the service is back",
         "_runtime/transitions.py",
         "if t.job is JobState.RESTARTING and state.tally.services_unready:",

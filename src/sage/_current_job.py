@@ -35,6 +35,7 @@ class Here(threading.local):
 
     Attributes:
         job: its job, or None.
+        is_task: whether it works for a task, also in a call that it makes for one.
         loop: the event loop of a job, on the thread of that loop, or None.
         call: the call of a service that the thread makes for the caller who waits for its future, or None.
         handles: the meaning of handles that are unpickled on this thread, by name, before that in its job.
@@ -42,6 +43,7 @@ class Here(threading.local):
     """
 
     job: Inside | None = None
+    is_task: bool = False
     loop: object = None
     call: object = None
     handles: Mapping[str, object] = MappingProxyType({})
@@ -58,21 +60,22 @@ gates_here: ContextVar[frozenset[object]] = ContextVar("gates", default=frozense
 
 
 @contextmanager
-def inside(job: Inside | None) -> Iterator[None]:
-    """Mark the current thread as one of the job."""
-    before, here.job = here.job, job
+def inside(job: Inside | None, *, is_task: bool = False) -> Iterator[None]:
+    """Mark the current thread as one of the job, and as one that works for a task."""
+    before = here.job, here.is_task
+    here.job, here.is_task = job, is_task
     try:
         yield
     finally:
-        here.job = before
+        here.job, here.is_task = before
 
 
 def carried(function: Callable[[], T]) -> Callable[[], T]:
     """Return `function` as one that belongs to the current thread's job on whatever thread it runs."""
-    job = here.job
+    job, is_task = here.job, here.is_task
 
     def work() -> T:
-        with inside(job):
+        with inside(job, is_task=is_task):
             return function()
 
     return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 import threading
@@ -422,6 +423,55 @@ def test_a_call_that_waits_for_its_service_does_not_fail_the_job(tmp_path: Path)
         time.sleep(0.001)
     threading.Timer(0.5, may_start.set).start()  # more than the time that a task has to end
     report = job.wait()
+    assert (report.state, report.restarts) == (Outcome.COMPLETED, 1)
+    assert lines(tmp_path) == Counter(map(str, range(1, COUNT + 1)))
+
+
+class Checked(BaseService):
+    """Has a health check that takes until the tasks have started again, and a call that hangs once."""
+
+    is_checked = threading.Event()
+    hangs = threading.Event()
+    has_restarted = threading.Event()
+
+    async def health(self) -> bool:
+        self.is_checked.set()
+        while not self.has_restarted.is_set():
+            await asyncio.sleep(0.001)
+        return True
+
+    async def ask(self, number: int) -> int:
+        if number == 2 and not self.hangs.is_set():
+            self.hangs.set()
+            await asyncio.sleep(1_000)
+        return number
+
+
+@pytest.mark.parametrize("call_timeout_s", [None, 2_000.0])
+def test_calls_of_tasks_are_cancelled_and_hooks_of_services_are_not(
+    tmp_path: Path, call_timeout_s: float | None
+) -> None:
+    for event in (Checked.is_checked, Checked.hangs, Checked.has_restarted):
+        event.clear()
+    failed: list[int] = []
+
+    def fail_once(number: int) -> int:
+        if number == 2:
+            if not failed:
+                assert Checked.is_checked.wait(30)
+                assert Checked.hangs.wait(30)
+                failed.append(number)
+                raise ValueError(number)
+            Checked.has_restarted.set()
+        return number
+
+    env = LocalEnvironment("job", durable=Durable(tmp_path / "state"))
+    options = ServiceOptions(health_interval_s=0.01, call_timeout_s=call_timeout_s)
+    model: Any = env.register_service("model", Checked, options=options)
+    source = env.from_source(Numbers(), name="numbers")
+    source.map(lambda number: model.ask(number), name="ask").sink(JsonLinesFiles(tmp_path / "out"), name="out")
+    source.map(fail_once, name="fails").sink(print, name="other")
+    report = env.submit(autostop=True, restarts=AT_ONCE).report
     assert (report.state, report.restarts) == (Outcome.COMPLETED, 1)
     assert lines(tmp_path) == Counter(map(str, range(1, COUNT + 1)))
 

@@ -8,8 +8,10 @@ import os
 import threading
 import time
 from collections import Counter
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 import pytest
 from support.recording_services import Notes, report_of
@@ -26,9 +28,11 @@ from sage import (
     ServiceTimeoutError,
 )
 from sage._remote.process import ServiceProcess
+from sage._runtime.coroutines import CoroutineLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextvars import Context
     from pathlib import Path
 
     from sage import ServiceHandle
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     Backends = Callable[[], Backend]
 
 FOREVER_S = 3600.0
+
+Ts = TypeVarTuple("Ts")
 
 
 class Model(BaseService):
@@ -445,3 +451,42 @@ def test_a_plain_method_cannot_be_awaited(give: Any) -> None:
     ) as caught:
         env.submit()
     assert "Write async def, or use map" in caught.value.__notes__[0]
+
+
+class Eager(asyncio.SelectorEventLoop):
+    """Runs the first step of a coroutine before its caller knows that it was started."""
+
+    def __init__(self, has_begun: threading.Event) -> None:
+        super().__init__()
+        self._has_begun = has_begun
+
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = super().call_soon_threadsafe(callback, *args, context=context)
+        assert self._has_begun.wait(30)
+        return handle
+
+
+def test_a_cancel_before_the_caller_knows_that_its_coroutine_was_started_is_not_missed() -> None:
+    has_begun = threading.Event()
+
+    class Begins:
+        def event_loop(self) -> asyncio.AbstractEventLoop:
+            return Eager(has_begun)
+
+        @contextmanager
+        def loop_going_on(self) -> Iterator[None]:
+            yield
+
+    async def wait() -> None:
+        loop.cancel()
+        has_begun.set()
+        await asyncio.sleep(FOREVER_S)
+
+    loop = CoroutineLoop("test", Begins())
+    try:
+        with pytest.raises(CancelledError):
+            loop.run(wait())
+    finally:
+        assert loop.close() == ()

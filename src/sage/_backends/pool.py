@@ -372,7 +372,7 @@ class Pool:
     def _in_turn(self) -> None:
         """Step the tasks that share a thread, until this one is kept or not needed."""
         worker = Worker()
-        with inside(self._job):
+        with inside(self._job, is_task=True):
             with self._lock:
                 self._workers[worker.thread] = worker
             try:
@@ -424,7 +424,7 @@ class Pool:
             self._step_alone(seat)
 
     def _alone(self, seat: Seat) -> None:
-        with inside(self._job):
+        with inside(self._job, is_task=True):
             self._step_alone(seat)
 
     def _step_alone(self, seat: Seat) -> None:

@@ -59,18 +59,23 @@ class CoroutineLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._running: set[Callable[[], bool]] = set()
+        self._running: dict[Callable[[], bool], bool] = {}
+        self._cancel_count = dict.fromkeys((False, True), 0)
         self._is_closed = False
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run a coroutine to its end and return its result; any thread but the loop's own may call it."""
+        is_of_task = here.is_task
+        cancels = self._cancel_count[is_of_task]
         future = self.start(coroutine)
-        self._running.add(future.cancel)
+        self._running[future.cancel] = is_of_task
+        if cancels != self._cancel_count[is_of_task]:  # which came before it was there to be seen
+            future.cancel()
         try:
             with self.going_on():
                 return future.result()
         finally:
-            self._running.discard(future.cancel)
+            del self._running[future.cancel]
 
     def run_to_end(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run a coroutine that closes something, which a cancel of the job does not end."""
@@ -113,10 +118,14 @@ class CoroutineLoop:
         with suppress(RuntimeError):
             self._started().call_soon_threadsafe(callback)
 
-    def cancel(self) -> None:
-        """Cancel every coroutine that a thread waits for."""
-        for cancel in tuple(self._running):
-            cancel()
+    def cancel(self, *, only_of_tasks: bool = False) -> None:
+        """Cancel every coroutine that a thread waits for, or only those for which a thread waits for a task."""
+        kinds = {True} if only_of_tasks else {False, True}
+        for is_of_task in kinds:
+            self._cancel_count[is_of_task] += 1
+        for cancel, is_of_task in self._running.copy().items():
+            if is_of_task in kinds:
+                cancel()
 
     def close(self) -> tuple[tuple[str, str], ...]:
         """Cancel the coroutines, and stop the loop and its thread; a thread that user code blocks is left behind.

@@ -238,7 +238,7 @@ class Supervisor:
                 self._loop.cancel()
             case ActionKind.RESET_TASK:
                 self.tasks[target].request_cancel()
-                self._loop.cancel()
+                self._loop.cancel(only_of_tasks=True)  # services stay up, with their hooks and their own calls
             case ActionKind.RENEW_TASKS:
                 self.backend.join_tasks([*self.tasks.values()])
                 assert self.renew_tasks is not None
