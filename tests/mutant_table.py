@@ -987,9 +987,16 @@ DURABLE: tuple[Mutant, ...] = (
     Mutant(
         "a transaction is not committed again after a crash",
         "_operators/transactions.py",
-        "for token in recovery.state or ():",
-        "for token in ():",
+        "() if recovery.is_settled else recovery.state or ()",
+        "()",
         RECOVERY,
+    ),
+    Mutant(
+        "a run that has ended is committed again by the next one",
+        "_operators/transactions.py",
+        "() if recovery.is_settled else recovery.state or ()",
+        "recovery.state or ()",
+        "tests/durable/test_http.py::test_a_run_that_has_ended_sends_nothing_again",
     ),
     Mutant(
         "a checkpoint lacks the records that coroutines hold",

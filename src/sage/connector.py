@@ -70,7 +70,8 @@ class TransactionalSink(ABC, Generic[A_contra]):
     """A sink whose records appear all at once, when a checkpoint is complete, and so exactly once over restarts.
 
     You give an instance to `sink`; each parallel task has a copy. All methods are called on the task's thread. First
-    `open`, then `commit` for each transaction that the last checkpoint knows of, then `begin`. Then `write` is called
+    `open`, then, if the last run did not end by itself or by a stop, `commit` for each transaction that the last
+    checkpoint knows of, then `begin`. Then `write` is called
     with records, and at each checkpoint `prepare` and `begin`; when the checkpoint is complete, `commit`. In the end
     come `abort` and `close`, also after a failure. In a job that is not durable, all records are one transaction, which
     is committed when the inputs have ended.

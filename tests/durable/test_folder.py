@@ -23,6 +23,7 @@ from sage import (
     TransactionalSink,
     UnsupportedPlanError,
 )
+from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 from sage.connectors import JsonLinesFiles
 from sage.testing import StepBackend
 
@@ -47,6 +48,20 @@ def run(folder: Path, records: Any = (1, 2, 3), resume: Any = "auto", name: str 
     env = LocalEnvironment("job", durable=folder / "state", **options)
     env.from_batch(records, name=name).map(lambda record: record * 2).sink(JsonLinesFiles(folder / "out"), name="out")
     return env.submit(autostop=True, resume=resume).report
+
+
+def test_a_number_that_comes_a_second_time_is_not_settled(tmp_path: Path) -> None:
+    with closing(CheckpointStore(str(tmp_path))) as store:
+        store.write(Checkpoint(1, {}, ()), 3)
+        assert not store.is_settled(1)
+        store.settle()
+        assert store.is_settled(1)
+        assert not store.is_settled(0)
+        store.write(Checkpoint(1, {}, ()), 3)  # after a damaged one was left out
+        assert not store.is_settled(1)
+        store.settle()
+        store.clear()
+        assert not store.is_settled(1)
 
 
 def test_a_list_has_nothing_left_and_a_longer_one_gives_the_new_records(
@@ -212,7 +227,6 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
 
 
 def test_a_state_that_cannot_be_unpickled_names_its_operator(tmp_path: Path) -> None:
-    from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
     from sage._runtime.checkpoints import Row
 
     store = CheckpointStore(str(tmp_path / "state"))
@@ -241,7 +255,6 @@ def test_the_folder_is_private_and_a_bad_one_is_refused_before_anything_starts(t
 
 
 def test_a_second_program_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    from sage._runtime.checkpoint_store import CheckpointStore
 
     first = CheckpointStore(str(tmp_path / "state"))
     with pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()}"):
@@ -251,7 +264,6 @@ def test_a_second_program_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_program_that_was_taken_for_dead_cannot_write(tmp_path: Path) -> None:
-    from sage._runtime.checkpoint_store import Checkpoint, CheckpointStore
 
     first = CheckpointStore(str(tmp_path / "state"))
     first._let_go()  # as on a file system that forgets locks

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from sage import ConnectorError, Durable, FunctionError, GraphError, LocalEnvironment
-from sage.connectors import HttpSink
+from sage.connectors import HttpSink, JsonLines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,6 +150,26 @@ def test_a_commit_that_is_repeated_has_the_same_keys(server: Server) -> None:
     other.commit(token)
     other.close()
     assert [got.key for got in server.arrived] == ["part-0-1-0", "part-0-1-1"] * 2
+    assert server.values() == [1, 2]
+
+
+def test_a_run_that_has_ended_sends_nothing_again(server: Server, tmp_path: Path) -> None:
+    for end in (2, 2, 4):  # the second run finds nothing new
+        (tmp_path / "in").write_text("".join(f"{number}\n" for number in range(end)))
+        env = LocalEnvironment("send", durable=Durable(tmp_path / "state"))
+        env.from_source(JsonLines(tmp_path / "in")).sink(HttpSink(server.url))
+        env.run()
+    assert [json.loads(got.body) for got in server.arrived] == [0, 1, 2, 3]
+
+
+def test_a_run_that_has_failed_in_a_commit_sends_all_of_it_again(server: Server, tmp_path: Path) -> None:
+    server.answers += [(200, {}), (418, {})]
+    durable = Durable(tmp_path / "state")
+    with pytest.raises(FunctionError):
+        run(server.url, [1, 2], durable=durable)
+    for _ in range(2):
+        run(server.url, [1, 2], durable=durable)
+    assert [json.loads(got.body) for got in server.arrived] == [1, 2, 1, 2]
     assert server.values() == [1, 2]
 
 

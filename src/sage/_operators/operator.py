@@ -96,6 +96,7 @@ class Recovery:
         since: the number of the first checkpoint with changes, or None.
         changes: what `KeyedState.take` pickled at each checkpoint since then.
         held: how many records of `state` and `left` will be counted as taken.
+        is_settled: whether all sinks are known to have committed the checkpoint.
     """
 
     part: str
@@ -106,6 +107,7 @@ class Recovery:
     since: int | None = None
     changes: Sequence[Changes] = ()
     held: int = 0
+    is_settled: bool = False
 
 
 LOST_MAX = 20

@@ -37,7 +37,8 @@ class TransactionSink(Sink):
         sink = self._sink = self._function
         sink.durable = self.recovery is not None
         sink.open(recovery.part, recovery.checkpoint)
-        for token in recovery.state or ():
+        # Not needlessly: the other side may have forgotten by now that it has them.
+        for token in () if recovery.is_settled else recovery.state or ():
             sink.commit(token)
         sink.begin()
         self._call = sink.write

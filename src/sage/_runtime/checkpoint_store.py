@@ -324,6 +324,7 @@ class CheckpointStore(CheckpointReader):
                 self._file.execute("BEGIN IMMEDIATE")
                 self._file.execute("DELETE FROM parts")
                 self._file.execute("DELETE FROM checkpoints")
+                self._file.execute("DELETE FROM about WHERE name = 'settled'")
                 self._file.execute("INSERT OR REPLACE INTO about VALUES ('key', ?)", (self.key,))
         except sqlite3.Error as error:
             raise self._failed("be written", error) from error
@@ -343,6 +344,7 @@ class CheckpointStore(CheckpointReader):
             with self._file:
                 self._file.execute("BEGIN IMMEDIATE")
                 self._check_epoch()
+                self._file.execute("DELETE FROM about WHERE name = 'settled'")  # this number may come a second time
                 # Those after a damaged one that was left out, and those that are too old and not needed by a later one.
                 oldest = number - keep + 1
                 (needed,) = self._file.execute("SELECT min(since) FROM parts WHERE number = ?", (oldest,)).fetchone()
@@ -355,6 +357,24 @@ class CheckpointStore(CheckpointReader):
                 self._file.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?)", values)
         except sqlite3.Error as error:
             raise self._failed("be written", error) from error
+
+    def settle(self) -> None:
+        """Note that the job has ended, and that its sinks have committed all of its checkpoints.
+
+        If that fails, the next run commits the last one again, as after a kill.
+        """
+        with suppress(sqlite3.Error, CheckpointError), self._file:
+            self._file.execute("BEGIN IMMEDIATE")
+            self._check_epoch()
+            self._file.execute("INSERT OR REPLACE INTO about SELECT 'settled', max(number) FROM checkpoints")
+
+    def is_settled(self, number: int) -> bool:
+        """Return whether the sinks are known to have committed this checkpoint."""
+        try:
+            found = self._file.execute("SELECT value FROM about WHERE name = 'settled'").fetchall()
+        except sqlite3.Error as error:
+            raise self._failed("be read", error) from error
+        return found == [(number,)]
 
     def drop(self, operator: str) -> None:
         """Take the state of an operator out of the last checkpoint that is whole.

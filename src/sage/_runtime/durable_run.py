@@ -34,7 +34,7 @@ from sage._runtime.checkpoints import (
 )
 from sage._runtime.durable_task import DurableTask, cannot_be_pickled
 from sage._runtime.lifecycle import TaskFailed, TasksRenewed
-from sage._runtime.states import TASK_TERMINAL, JobState
+from sage._runtime.states import TASK_TERMINAL, JobState, TaskState
 from sage.errors import CheckpointError, JobError, describe, hint
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ class DurableRun:
         changes = self._restored.changes.pop((node.name, index), [])
         if node.name in self._before_changed:
             return Recovery(part, self.number, state, (), function, row.since, changes)
-        return Recovery(part, self.number, state, left, function, row.since, changes, row.held)
+        is_settled = self._store.is_settled(self.number)
+        return Recovery(part, self.number, state, left, function, row.since, changes, row.held, is_settled)
 
     def _drops(self, operator: str) -> bool:
         """Return whether an operator does not keep the records that wait in it.
@@ -349,10 +350,12 @@ class DurableRun:
                 self._supervisor.handle(TaskFailed(name, error))
                 return
 
-    def close(self, ended: Ended | None = None) -> None:  # noqa: ARG002
-        """Leave the folder; nothing of the job runs any more."""
+    def close(self, ended: Ended | None = None) -> None:
+        """Leave the folder; nothing of the job runs any more. Tasks that are done have committed all they prepared."""
         if self._lane is not None:
             self._lane.close(wait=True)
+            if ended is not None and all(task.state is TaskState.DONE for task in ended.state.tasks.values()):
+                self._store.settle()
         self._store.close()
 
 
