@@ -353,7 +353,7 @@ def check(seed: int, folder: Path, build: Build = build) -> int:
 
 @pytest.mark.timeout(120)  # five graphs, of which each runs seven times
 @pytest.mark.parametrize(
-    "first", [*range(0, 20, 5), *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 260, 5))]
+    "first", [*range(0, 20, 5), *(pytest.param(n, marks=pytest.mark.proof) for n in range(20, 140, 5))]
 )
 def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
     assert sum(check(seed, folder) for seed in range(first, first + 5)) > 2
@@ -388,7 +388,7 @@ def build_long(env: LocalEnvironment, seed: int, folder: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(10, 200, 10))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(10, 100, 10))])
 def test_a_record_with_many_results_is_cut_in_the_middle(
     first: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,7 +480,7 @@ def test_a_loop_goes_on_after_its_source_has_ended(folder: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(10, 200, 10))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(10, 100, 10))])
 def test_records_on_their_way_round_a_loop_are_in_the_checkpoint(first: int, folder: Path) -> None:
     assert sum(check(seed, folder, build_loop) for seed in range(first, first + 10)) > 5
 

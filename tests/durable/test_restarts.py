@@ -76,7 +76,7 @@ class FaultyBackend(StepBackend):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    "first", [*range(0, 40, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(40, 400, 20))]
+    "first", [*range(0, 40, 20), *(pytest.param(n, marks=pytest.mark.proof) for n in range(40, 200, 20))]
 )
 def test_recovered_equals_undisturbed(first: int, folder: Path) -> None:
     restarts = 0
