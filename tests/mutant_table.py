@@ -1330,8 +1330,8 @@ SCALES = (
     Mutant(
         "a web request is answered before its checkpoint",
         "connectors/webhook.py",
-        "status = await waiting.answered() if self._is_patient else TAKEN",
-        "status = TAKEN",
+        "        if not self._is_patient:\n            for one in read",
+        "        if True:\n            for one in read",
         "tests/durable/test_webhook.py::test_an_answer_waits_for_the_checkpoint",
     ),
     Mutant(

@@ -70,7 +70,10 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if len(body) < length:
+            return  # the sender was killed
         got = Got(
             self.command, self.path, self.headers["Idempotency-Key"], dict(self.headers), body, self.client_address
         )

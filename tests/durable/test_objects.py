@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from random import Random
@@ -157,8 +158,9 @@ def test_each_row_once_whenever_the_program_is_killed(seed: int, tmp_path: Path)
     for _ in range(3):
         code, text = run(str(random.uniform(0.5, 2.0)))
         assert code in {0, -signal.SIGALRM}, text
-        found = Counter(row["id"] for row in read(JsonLines(f"{url}/out"))[0])
-        assert not found or max(found.values()) == 1
+        with suppress(ConnectorError):  # nothing is there yet
+            found = Counter(row["id"] for row in read(JsonLines(f"{url}/out"))[0])
+            assert max(found.values()) == 1
     code, text = run()
     assert code == 0, text
     assert "every record is accounted for" in text

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from sage.connectors import JsonLines, Webhook, WebRequest
 from sage.testing import assert_clean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(find_spec("uvicorn") is None, reason="the package uvicorn is not installed")
@@ -90,6 +90,7 @@ def test_an_answer_waits_for_the_checkpoint(tmp_path: Path) -> None:
         client = threading.Thread(target=lambda: answers.append(post(url, b"1")))
         client.start()
         assert got.wait(SOON_S)
+        client.join(0.3)
         assert answers == []
     client.join()
     assert answers == [(200, "taken\n")]  # the last checkpoint has it
@@ -135,6 +136,15 @@ def test_a_request_that_cannot_be_taken_is_told_why(name: str) -> None:
     assert [record.value for record in running.records] == [2]
 
 
+@contextmanager
+def background(work: Callable[[], object]) -> Iterator[None]:
+    """Do something beside the block, which ends with it."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    thread.join()
+
+
 def half_a_body(port: int) -> socket.socket:
     sender = socket.create_connection(("127.0.0.1", port))
     sender.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 4\r\n\r\n12")
@@ -155,7 +165,9 @@ def test_a_sender_that_never_ends_its_body_is_told_so_at_the_end(caplog: pytest.
     with assert_clean():
         hook.open()
         with closing(half_a_body(hook.port)) as sender:
-            post(f"http://127.0.0.1:{hook.port}/", b"1")  # it comes later, so the other one is there
+            with background(lambda: post(f"http://127.0.0.1:{hook.port}/", b"1")):
+                while not hook.read(1):  # it comes later, so the other one is there
+                    pass
             hook.close()
             assert sender.recv(1_000).startswith(b"HTTP/1.1 503 ")
     assert "Traceback" not in caplog.text
@@ -164,8 +176,12 @@ def test_a_sender_that_never_ends_its_body_is_told_so_at_the_end(caplog: pytest.
 def test_the_next_job_does_not_get_requests_of_the_last_one() -> None:
     hook = Webhook(0)
     hook.open()
-    assert post(f"http://127.0.0.1:{hook.port}/", b"1")[0] == 200
-    hook.close()
+    answers: list[int] = []
+    with background(lambda: answers.append(post(f"http://127.0.0.1:{hook.port}/", b"1")[0])):
+        while not hook._unread:
+            threading.Event().wait(0.01)
+        hook.close()
+    assert answers == [503]
     hook.open()
     assert hook.read(10) == []
     hook.close()
@@ -173,6 +189,7 @@ def test_the_next_job_does_not_get_requests_of_the_last_one() -> None:
 
 def test_more_than_can_wait_are_to_be_sent_again() -> None:
     entered, go_on = threading.Event(), threading.Event()
+    statuses: list[int] = []
 
     def hold(_: object) -> None:
         entered.set()
@@ -181,10 +198,17 @@ def test_more_than_can_wait_are_to_be_sent_again() -> None:
     with (running := Running(Webhook(0, waiting_max=3), act=hold)) as url:
         assert post(url, b"0")[0] == 200
         assert entered.wait(SOON_S)
-        statuses = Counter(post(url, b"1")[0] for _ in range(50))
+        clients = [threading.Thread(target=lambda: statuses.append(post(url, b"1")[0])) for _ in range(10)]
+        for client in clients:
+            client.start()
+        while len(statuses) < 7:
+            threading.Event().wait(0.01)
+        assert statuses == [503] * 7
         go_on.set()
-    assert statuses[503] > 0
-    assert len(running.records) <= 1 + statuses[200]
+        for client in clients:
+            client.join()
+    assert Counter(statuses) == {503: 7, 200: 3}
+    assert len(running.records) == 4
 
 
 def test_many_requests_at_once(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Webhook(Source[WebRequest]):
     In a durable job, a request is answered with 200 when a checkpoint has its record, so whoever sends until an answer
     comes loses nothing, whatever happens to the program. A request that has no answer yet when the program ends gets
     503 with `Retry-After`, or none if the program was killed; sent again, it may come twice. In other jobs, or with
-    `answer="now"`, a request is answered as soon as it waits to be read.
+    `answer="now"`, a request is answered as soon as the job has read it.
 
     Args:
         port: where to listen; 0 for a free one, which the log tells.
@@ -196,6 +196,9 @@ class Webhook(Source[WebRequest]):
             read = [self._unread.popleft() for _ in range(min(records_max, len(self._unread)))]
             if self._is_patient:
                 self._unanswered += read
+        if not self._is_patient:
+            for one in read:
+                one.answer(TAKEN)
         return [one.record for one in read]
 
     def position(self) -> int:
@@ -215,8 +218,6 @@ class Webhook(Source[WebRequest]):
             left = [*self._unanswered, *self._unread]
         for one in left:
             one.answer(AGAIN)
-        if left and not self._is_patient:
-            logger.warning("dropped: %d requests that were answered, and not read before the end", len(left))
         if self._thread is not None:
             self._server.should_exit = True
             self._thread.join()
@@ -261,7 +262,7 @@ class Webhook(Source[WebRequest]):
                 return AGAIN, "send it again later\n"
             self._unread.append(waiting)
             self._changed.notify()
-        status = await waiting.answered() if self._is_patient else TAKEN
+        status = await waiting.answered()
         return status, "taken\n" if status == TAKEN else "send it again later\n"
 
     async def _body(self, receive: Receive) -> bytes | int:
