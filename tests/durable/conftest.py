@@ -13,6 +13,7 @@ from support import brokers, object_server, postgres_server
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+HERE = Path(__file__).parent
 MEMORY = pytest.StashKey[str]()
 
 
@@ -24,12 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEMORY] = whole.name
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _no_server_is_left() -> Iterator[None]:
-    yield
-    postgres_server.stop()
-    object_server.stop()
-    brokers.stop()
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Stop the servers before a test of another folder: they are services of jobs, of which it may want to see none."""
+    if nextitem is None or HERE not in nextitem.path.parents:
+        postgres_server.stop()
+        object_server.stop()
+        brokers.stop()
 
 
 @pytest.fixture(autouse=True)
