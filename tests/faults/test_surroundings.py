@@ -28,8 +28,8 @@ STAMPS = {
 }
 """Where a moment of the calendar is written down, beside the clock that never jumps."""
 
-AGES = {"run_folder.py"}
-"""Where the age of a folder is asked for that names no driver; the file system has nothing but the calendar."""
+AGES = {"run_folder.py", "backend.py"}
+"""Where the age of a folder without a driver is asked for, or of a value from an earlier run: the calendar has it."""
 
 
 class Marked(BaseService):
