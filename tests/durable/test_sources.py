@@ -161,7 +161,7 @@ def read(source: Source[Any], position: Any = None, records_max: int = 100, read
         while reads and (records := source.read(records_max)) is not None:
             assert len(records) <= records_max
             found += records
-            reads -= 1
+            reads -= bool(records)  # a server may have nothing yet
         return found, source.position()
     finally:
         source.close()
