@@ -234,6 +234,18 @@ def test_a_port_that_is_taken_is_named() -> None:
         hook.close()
 
 
+def test_a_server_that_has_ended_is_told() -> None:
+    hook = Webhook(0)
+    hook.open()
+    assert hook.read(10) == []
+    hook._server.should_exit = True
+    assert hook._thread is not None
+    hook._thread.join()
+    with pytest.raises(ConnectorError, match=f"no longer listens at 127.0.0.1:{hook.port}"):
+        hook.read(10)
+    hook.close()
+
+
 def test_answers_after_a_checkpoint_need_checkpoints() -> None:
     hook = Webhook(0, answer="checkpoint")
     with pytest.raises(ConnectorError, match='has answer="checkpoint", and the job has none'):

@@ -98,8 +98,8 @@ class _Cluster:
         self._secrets = [str(value) for name, value in self._settings.items() if name.endswith(SECRET) and value]
 
     @property
-    def library(self) -> ModuleType:
-        """The library; not an attribute, as a sink is copied for each task."""
+    def package(self) -> ModuleType:
+        """The package `confluent_kafka`; not an attribute, as a sink is copied for each task."""
         return load("confluent_kafka", "kafka")
 
     def settings(self, **more: Setting) -> dict[str, object]:
@@ -113,7 +113,7 @@ class _Cluster:
 
     def _note(self, error: kafka.KafkaError) -> None:
         """Remember an error that the library goes on after; what follows it says only that time is over."""
-        if error.code() == self.library.KafkaError._ALL_BROKERS_DOWN:
+        if error.code() == self.package.KafkaError._ALL_BROKERS_DOWN:
             self.is_down = True
         else:
             self._last = error.str()
@@ -132,9 +132,9 @@ class _Cluster:
         """Let errors name the topic."""
         try:
             yield
-        except self.library.KafkaException as error:
+        except self.package.KafkaException as error:
             found = error.args[0]
-            text = found.str() if isinstance(found, self.library.KafkaError) else describe(error)
+            text = found.str() if isinstance(found, self.package.KafkaError) else describe(error)
             raise self.failure(text) from None  # it may show a setting
 
     def partitions(self, client: kafka.Consumer | kafka.Producer, topic: str | None = None) -> list[int]:
@@ -150,7 +150,7 @@ class _Cluster:
             topics = (look(topic) if topic else look()).topics
             if self.topic not in topics or topics[self.topic].error is not None:
                 topics = look().topics
-        except self.library.KafkaException:
+        except self.package.KafkaException:
             if not self.is_down:
                 client.poll(0.0)  # calls `_note`
             raise
@@ -214,7 +214,7 @@ class KafkaTopic(BrokerSource["kafka.Message", KafkaRecord]):
         self._offsets, self._ends = dict(position or {}), {}
         with cluster.naming():
             # The name of a group has to be given, and is not used.
-            consumer = self._consumer = cluster.library.Consumer(
+            consumer = self._consumer = cluster.package.Consumer(
                 cluster.settings(
                     group_id="sage",
                     enable_auto_commit=False,
@@ -225,7 +225,7 @@ class KafkaTopic(BrokerSource["kafka.Message", KafkaRecord]):
                 )
             )
             for partition in cluster.partitions(consumer, cluster.topic):
-                place = cluster.library.TopicPartition(cluster.topic, partition)
+                place = cluster.package.TopicPartition(cluster.topic, partition)
                 low, high = consumer.get_watermark_offsets(place, timeout=cluster.timeout_s)
                 begin = low if self._begin == "earliest" or position is not None else high
                 offset = self._offsets.setdefault(partition, begin)
@@ -243,7 +243,7 @@ class KafkaTopic(BrokerSource["kafka.Message", KafkaRecord]):
             if not self._follows:
                 self._ends = {one: end for one, end in self._ends.items() if self._offsets[one] < end}
             consumer.assign(
-                [cluster.library.TopicPartition(cluster.topic, one, self._offsets[one]) for one in self._ends]
+                [cluster.package.TopicPartition(cluster.topic, one, self._offsets[one]) for one in self._ends]
             )
 
     def _fetch(self, records_max: int) -> list[kafka.Message] | None:
@@ -264,10 +264,10 @@ class KafkaTopic(BrokerSource["kafka.Message", KafkaRecord]):
         assert offset is not None
         error = message.error()
         if error is not None:
-            if error.code() == self._cluster.library.KafkaError._PARTITION_EOF:
+            if error.code() == self._cluster.package.KafkaError._PARTITION_EOF:
                 return
             self._left.popleft()  # it tells it once; a retry goes on
-            if error.code() == self._cluster.library.KafkaError._AUTO_OFFSET_RESET:
+            if error.code() == self._cluster.package.KafkaError._AUTO_OFFSET_RESET:
                 raise self._gone(f"{self._cluster.place}, partition {partition}: offset {offset:,} is gone")
             raise self._cluster.failure(error.str())
         if partition not in self._ends or (not self._follows and offset >= self._ends[partition]):
@@ -296,7 +296,7 @@ class KafkaTopic(BrokerSource["kafka.Message", KafkaRecord]):
         if not self._follows and (is_end or offset + 1 >= end):
             del self._ends[partition]
             assert self._consumer is not None
-            self._consumer.incremental_unassign([self._cluster.library.TopicPartition(self._cluster.topic, partition)])
+            self._consumer.incremental_unassign([self._cluster.package.TopicPartition(self._cluster.topic, partition)])
 
     def _place(self, message: kafka.Message) -> str:
         return f"{self._cluster.place}, partition {message.partition()}, offset {message.offset():,}"
@@ -363,12 +363,12 @@ class KafkaSink(BrokerSink[Raw]):
         cluster, name = self._cluster, f"sage-{part}"
         self._checkpoint = checkpoint
         with cluster.naming():
-            producer = self._producer = cluster.library.Producer(cluster.settings(transactional_id=name))
+            producer = self._producer = cluster.package.Producer(cluster.settings(transactional_id=name))
             cluster.partitions(producer)
             producer.init_transactions(cluster.timeout_s)
             if not self.durable:
                 return
-            reader = cluster.library.Consumer(
+            reader = cluster.package.Consumer(
                 cluster.settings(group_id=name, enable_auto_commit=False, isolation_level="read_committed")
             )
             try:
@@ -383,7 +383,7 @@ class KafkaSink(BrokerSink[Raw]):
             raise self._later(cluster.place, self._known, checkpoint)
 
     def _mark(self, number: int) -> kafka.TopicPartition:
-        mark: kafka.TopicPartition = self._cluster.library.TopicPartition(self._cluster.topic, 0, number)
+        mark: kafka.TopicPartition = self._cluster.package.TopicPartition(self._cluster.topic, 0, number)
         return mark
 
     def begin(self) -> None:
@@ -436,7 +436,7 @@ class KafkaSink(BrokerSink[Raw]):
                 if self.durable:
                     producer.send_offsets_to_transaction([self._mark(number)], self._group, cluster.timeout_s)
                 producer.commit_transaction(cluster.timeout_s)
-            except (cluster.library.KafkaException, BufferError):
+            except (cluster.package.KafkaException, BufferError):
                 self._drop(producer)
                 raise
         self._known = number if self.durable else None
@@ -450,7 +450,7 @@ class KafkaSink(BrokerSink[Raw]):
         try:
             producer.purge()
             producer.abort_transaction(self._cluster.timeout_s)
-        except self._cluster.library.KafkaException as error:
+        except self._cluster.package.KafkaException as error:
             logger.debug("transaction not aborted: %s", error)
 
     def close(self) -> None:
@@ -458,7 +458,7 @@ class KafkaSink(BrokerSink[Raw]):
         producer, self._producer = self._producer, None
         if producer is not None:
             producer.purge()
-            with suppress(self._cluster.library.KafkaException):  # the last one, which was raised
+            with suppress(self._cluster.package.KafkaException):  # the last one, which was raised
                 producer.close()
 
 

@@ -190,7 +190,13 @@ class Webhook(Source[WebRequest]):
         logger.info("listening address=http://%s:%d%s", self._host, self.port, self._path)
 
     def read(self, records_max: int) -> Sequence[WebRequest]:
-        """Return what has come, after waiting for a moment."""
+        """Return the requests that have come, after waiting for a moment.
+
+        Raises:
+            ConnectorError: nothing listens any more.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            raise ConnectorError(f"Webhook no longer listens at {self._host}:{self.port}", fault="external")
         with self._changed:
             self._changed.wait_for(lambda: self._unread, POLL_S)
             read = [self._unread.popleft() for _ in range(min(records_max, len(self._unread)))]
